@@ -1,0 +1,5 @@
+"""`python -m ebr_lib`."""
+
+from ebr_lib.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,206 @@
+"""One dataclass a stage: every knob of the workflow is defined here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ebr_lib.knobs import Config, knob
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+MoreThanZero = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """Stage 1, `train_sentence_transformer`: LoRA fine-tuning on pairs or triplets."""
+
+    # model and data
+    model_name: Name = knob(
+        "all-MiniLM-L6-v2",
+        "Base model: the packaged all-MiniLM-L6-v2, a local folder, or a hub name.",
+        "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
+    )
+    trust_remote_code: bool = knob(
+        False,
+        "Run the modelling code that comes with the model. Read that code first.",
+        "允许执行模型自带的建模代码；请先阅读该代码。",
+    )
+    data_path: Name = knob(
+        "./train_text",
+        "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders).",
+        "训练数据：一个 JSON/JSONL 文件，或装有它们的目录（只读该目录本身，不读子目录）。",
+    )
+    eval_data_path: str | None = knob(
+        None,
+        "Held-out pairs in the same formats; null splits `eval_ratio` off the training data, by anchor.",
+        "验证数据，格式相同；为 null 时按 anchor 从训练数据中划出 `eval_ratio`。",
+    )
+    output_dir: Name = knob(
+        "./saved_model",
+        "Folder under which `<model>-peft-lora/` is saved.",
+        "输出目录，模型保存为其中的 `<模型名>-peft-lora/`。",
+    )
+    prompt: str | dict[str, str] = knob(
+        "",
+        "Put before every text; or one a column: `{anchor: 'query: ', positive: 'passage: '}`. Saved into the model.",
+        "加在每段文本前的提示词；也可按列给出：`{anchor: 'query: ', positive: 'passage: '}`。会存入模型。",
+    )
+    max_seq_length: Annotated[int, Field(ge=8, le=32768)] = knob(
+        256, "Tokens a text is cut to, prompt included.", "文本截断长度（token 数，含提示词）。"
+    )
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = knob(
+        0.1,
+        "Share of the anchors held out; 0 trains on all and measures nothing.",
+        "留作验证的 anchor 比例；0 表示全部用于训练、不评估。",
+    )
+    # LoRA
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = knob(16, "Rank of the adapter.", "LoRA 的秩。")
+    lora_alpha: Annotated[int, Field(ge=1)] = knob(
+        32, "The adapter is scaled by alpha / r.", "LoRA 缩放系数，实际缩放为 alpha / r。"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = knob(
+        0.1, "Dropout on the adapter's input, in training.", "训练时 LoRA 输入上的 dropout。"
+    )
+    # optimisation
+    num_epochs: MoreThanZero = knob(1, "Passes over the training data; may be a fraction.", "训练轮数，可以是小数。")
+    train_batch_size: Positive = knob(6, "Pairs a device and step.", "每个设备每步的样本对数。")
+    eval_batch_size: Positive = knob(6, "Pairs a batch of the evaluation loss.", "计算验证损失时的批大小。")
+    learning_rate: MoreThanZero = knob(2e-4, "Peak learning rate.", "学习率峰值。")
+    weight_decay: NotNegative = knob(
+        0.01, "AdamW weight decay on the adapter matrices.", "AdamW 对 LoRA 矩阵的权重衰减。"
+    )
+    l1_regularization: NotNegative = knob(
+        0.0,
+        "Weight of the sum of |w| over the adapter, added to the loss and logged apart.",
+        "LoRA 参数绝对值之和的权重，加入损失并单独记录。",
+    )
+    max_grad_norm: NotNegative = knob(
+        1.0, "Gradients are clipped to this norm; 0 switches it off.", "梯度裁剪的范数上限；0 为关闭。"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = knob(
+        0.0,
+        "Share of the target spread evenly over all documents of the batch.",
+        "对比损失的标签平滑：目标中均分给批内所有文档的比例。",
+    )
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "reduce_lr_on_plateau",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+        "greedy",
+    ] = knob("linear", "How the learning rate moves.", "学习率调度方式。")
+    warmup_ratio: Share = knob(
+        0.0, "Share of the steps in which the learning rate rises.", "学习率预热占总步数的比例。"
+    )
+    gradient_accumulation_steps: Positive = knob(
+        1, "Batches a step; negatives stay within a batch.", "梯度累积步数；负样本仍只来自同一批。"
+    )
+    gradient_checkpointing: bool = knob(
+        False, "Recompute activations backward: less memory, more time.", "反向时重算激活：省显存，费时间。"
+    )
+    fp16: bool = knob(
+        False,
+        "Half precision, where the hardware has it; else the nearest that works.",
+        "半精度；硬件不支持时改用最接近的可用精度。",
+    )
+    bf16: bool = knob(False, "bfloat16, where the hardware has it; else float32.", "bfloat16；硬件不支持时用 float32。")
+    dataloader_num_workers: Count = knob(
+        0, "Processes that prepare batches; 0 prepares them in this one.", "准备数据的进程数；0 表示在主进程中。"
+    )
+    dataloader_pin_memory: bool = knob(
+        True, "Pin host memory, for faster copies to a GPU.", "锁页内存，加快向 GPU 的拷贝。"
+    )
+    # noise
+    noise_enabled: bool = knob(
+        False, "Put noise into the training texts, anew each epoch.", "对训练文本加噪，每轮重新抽取。"
+    )
+    noise_type: Literal["random_delete", "random_swap", "char_delete", "none"] = knob(
+        "random_delete",
+        "Drop words, swap neighbouring words, or drop characters.",
+        "加噪方式：随机删词、交换相邻词、删字符。",
+    )
+    noise_prob: Share = knob(0.1, "Share of the texts that noise touches.", "被加噪的文本比例。")
+    noise_strength: Share = knob(
+        0.1, "Share of a touched text's words or characters that change.", "被加噪文本中改动的词或字符比例。"
+    )
+    noise_apply_to_fields: tuple[Literal["anchor", "positive", "negative"], ...] = knob(
+        ["anchor", "positive"], "Columns that noise may touch.", "允许加噪的列。"
+    )
+    # evaluation and stopping
+    early_stopping_patience: Count = knob(
+        0,
+        "Evaluations without improvement before training stops; 0 never stops.",
+        "连续多少次评估无提升就停止；0 为不早停。",
+    )
+    early_stopping_threshold: NotNegative = knob(0.0, "Improvement that counts.", "算作提升的最小幅度。")
+    eval_steps: Count = knob(
+        0, "Steps between evaluations; 0 evaluates at the end of each epoch.", "评估间隔步数；0 表示每轮结束时评估。"
+    )
+    seed: Count = knob(
+        42, "Seed of the split, the order, the noise and the adapter.", "随机种子：划分、顺序、噪声与适配器初始化。"
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if self.fp16 and self.bf16:
+            yield "fp16 and bf16: choose one"
+        if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):
+            yield "early_stopping_patience needs held-out data: set eval_ratio above 0, or eval_data_path"
+        if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - {"anchor", "positive", "negative"}):
+            yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are anchor, positive, negative"
+
+
+@dataclass(frozen=True)
+class InferenceConfig(Config):
+    """Stage 2, `run_batch_inference`: encode a catalogue of Hive text."""
+
+    model_name: Name = knob(
+        "all-MiniLM-L6-v2",
+        "Model: a fine-tuned folder (`./saved_model/…-peft-lora`), the packaged name, a local folder or a hub name.",
+        "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置名称、本地目录或 Hub 名称。",
+    )
+    trust_remote_code: bool = knob(
+        False,
+        "Run the modelling code that comes with the model. Read that code first.",
+        "允许执行模型自带的建模代码；请先阅读该代码。",
+    )
+    data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
+    output_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to write.", "输出的向量文件。")
+    description_column: Name = knob("description", "Column whose text is encoded.", "要编码的文本列。")
+
+
+@dataclass(frozen=True)
+class VisConfig(Config):
+    """Stage 3, `visualize_embeddings`: draw an embedding file and measure its clusters."""
+
+    embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to read.", "要读取的向量文件。")
+    output_path: Name = knob("./embedding_scatter.png", "The picture to write.", "输出的图片。")
+    label_column: str | None = knob(None, "Column to colour by; null draws one colour.", "用于着色的列；null 为单色。")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config):
+    """Extension, `evaluate_retrieval`: did retrieval get better?"""
+
+    output_dir: Name = knob("./evaluation", "Folder of the report.", "报告目录。")
+
+
+@dataclass(frozen=True)
+class IndexConfig(Config):
+    """Extension, `build_faiss_index`: an index over an embedding file, measured."""
+
+    embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to index.", "要建索引的向量文件。")

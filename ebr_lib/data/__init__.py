@@ -1,0 +1,1 @@
+"""Data in and out: training pairs, Hive text, embedding files."""

@@ -1,0 +1,58 @@
+"""Writing so that nothing is lost, and knowing files by their contents."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or folder at; it is moved in when the block ends well.
+
+    What stood at `path` stays untouched until then, and for good when the block raises.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _remove(beside)
+    try:
+        yield beside
+        _move_in(beside, path)
+    finally:
+        _remove(beside)
+
+
+def _move_in(new: Path, place: Path) -> None:
+    if not (new.is_dir() and place.is_dir()):
+        os.replace(new, place)
+        return
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")  # a folder cannot be replaced in one step
+    os.replace(place, old)
+    os.replace(new, place)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented UTF-8 JSON, whole or not at all."""
+    with written_whole(path) as new:
+        new.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,27 @@
+"""What a person sees while a stage runs: the library's log, through tqdm's bars, without other libraries' noise."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("ebr_lib")
+
+
+class _BarSafe(logging.Handler):
+    """Writes a line above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def show_logs(level: int = logging.INFO) -> None:
+    """Show the library's log lines on standard output; calling it twice changes nothing."""
+    if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
+        handler = _BarSafe()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level)

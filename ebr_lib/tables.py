@@ -1,0 +1,50 @@
+"""One small table that a log line, a terminal and a notebook can all show."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _width(text: str) -> int:
+    """Columns a text takes in a terminal: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; cells are shown with `str`, floats with four decimals."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def text(self) -> str:
+        """Columns aligned by spaces, for logs and terminals."""
+        lines = [list(self.columns), *([_cell(value) for value in row] for row in self.rows)]
+        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
+        shown = (
+            "  ".join(c + " " * (w - _width(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        return "\n".join([self.title, *shown])
+
+    def html(self) -> str:
+        """An HTML table; every cell is escaped, for cells hold users' texts."""
+        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) + "</tr>" for row in self.rows
+        )
+        return f"<b>{html.escape(self.title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return self.html()

@@ -1,0 +1,1 @@
+"""Seeing embeddings: projections, cluster metrics, the picture, the explorer."""
