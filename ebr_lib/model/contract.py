@@ -1,0 +1,110 @@
+"""The contract of a saved model: what whoever loads it must do alike, and probe vectors that show whether they do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ebr_lib.errors import ModelError
+from ebr_lib.files import sha256_of, write_json
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CONTRACT_FILE = "ebr_contract.json"
+PROBE_COSINE = 0.999  # below this the vectors are not those of the saved model; bf16 stays above 0.9998
+PROBES = (
+    "wireless earphones that stay in while running",
+    "How do I cancel a payment I made by card?",
+    "送给妈妈的生日礼物",
+    "热水器不出热水怎么办",
+    "iPhone 15 手机壳 透明 防摔",
+    "a",
+)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a saved model was trained with.
+
+    `adapter_side` is "both", or "query" when documents keep the base model's vectors. `probes` maps a side to the
+    vectors (texts × dimensions) of `PROBES`, prompt of that side included.
+    """
+
+    base_model: str
+    base_sha256: str | None
+    trust_remote_code: bool
+    prompts: dict[str, str]
+    max_seq_length: int
+    pooling: str
+    normalize: bool
+    dimension: int
+    merged: bool = False
+    adapter_side: str = "both"
+    matryoshka_dims: tuple[int, ...] = ()
+    probes: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / CONTRACT_FILE, asdict(self))
+
+
+def read_contract(folder: str | Path) -> Contract | None:
+    """The contract in a model's folder, or None where there is none.
+
+    :raises ModelError: there is one and it cannot be read.
+    """
+    path = Path(folder) / CONTRACT_FILE
+    if not path.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Contract(**values)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is no readable contract ({error}); take the model from its original place") from error
+
+
+def probe_vectors(model: SentenceTransformer, prompt: str) -> list[list[float]]:
+    """Vectors of the probe texts (texts × dimensions), as the model in its present state gives them."""
+    vectors = model.encode(list(PROBES), prompt=prompt or None, show_progress_bar=False, convert_to_numpy=True)
+    return [[float(f"{x:.7g}") for x in vector] for vector in vectors]
+
+
+def check_probes(model: SentenceTransformer, contract: Contract, side: str, where: str) -> float:
+    """Compare the model's probe vectors with the saved ones; warn loudly when they differ.
+
+    :returns: the smallest cosine over the probes, 1.0 where the contract holds none.
+    """
+    saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
+    if not saved.size:
+        return 1.0
+    now = np.asarray(probe_vectors(model, contract.prompts.get(side, "")), dtype=np.float64)
+    if now.shape != saved.shape:
+        raise ModelError(f"{where}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
+    norms = np.linalg.norm(now, axis=1) * np.linalg.norm(saved, axis=1)
+    cosine = float(((now * saved).sum(axis=1) / np.maximum(norms, 1e-12)).min())
+    if cosine < PROBE_COSINE:
+        logger.warning(
+            "%s: THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes %.4f, wanted %.3f or "
+            "more. The base model or the libraries have changed; vectors of this model do not match earlier ones.",
+            where,
+            cosine,
+            PROBE_COSINE,
+        )
+    return cosine
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """One sha256 for the safetensors files of a model's folder, or None where there are none."""
+    import hashlib
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    if len(files) == 1:
+        return sha256_of(files[0])
+    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
