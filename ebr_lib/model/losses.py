@@ -1,0 +1,170 @@
+"""The contrastive loss: in-batch negatives, with everything that a click log needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+Features = dict[str, Any]
+KnownPositives = Callable[[Tensor], Tensor]
+"""Row numbers of the batch, of all devices (n,), to a mask (n, n · columns): true where the training set knows that
+the column's document answers the row's anchor."""
+
+
+@contextmanager
+def base_model_only(model: Any) -> Iterator[None]:
+    """Run without the adapter: the vectors are the base model's, exactly."""
+    inner = getattr(model, "module", model)
+    inner.disable_adapters()
+    try:
+        yield
+    finally:
+        inner.enable_adapters()
+
+
+class ContrastiveLoss(CachedLossMixin, nn.Module):
+    """InfoNCE over in-batch documents and hard negatives: mean over anchors of −log softmax(cos / temperature).
+
+    With q anchors, d columns of documents (the positive first) and n = q · devices rows in all, the logits are
+    (q, n · d). Added to the standard loss (van den Oord et al. 2018, arXiv 1807.03748):
+
+    - Documents known to answer an anchor, other than its own positive, leave the softmax (logit −∞).
+    - Label smoothing ε: the target is 1 − ε on the positive and ε spread evenly over all documents that remain,
+      the positive included (Szegedy et al. 2016, arXiv 1512.00567).
+    - Matryoshka dimensions: the mean of the losses of the vectors cut to each dimension (arXiv 2205.13147).
+    - L1: `l1` · Σ|w| over the trainable weights, as a component of its own, in training only.
+    - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
+      the same loss and gradients; None embeds the batch at once.
+
+    Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        temperature: float = 0.05,
+        label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        matryoshka_dims: Sequence[int] = (),
+        known_positives: KnownPositives | None = None,
+        mini_batch_size: int | None = None,
+        query_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.l1 = l1
+        self.matryoshka_dims = tuple(matryoshka_dims)
+        self.known_positives = known_positives
+        self.mini_batch_size: int | None = mini_batch_size
+        self.query_only = query_only
+        self.masked, self.negatives = 0, 0  # counted in training, for the log
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._documents: list[Tensor] = []
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
+        """Embed the columns (anchor, positive, negatives …); return the loss, or its components when there are two."""
+        columns = list(sentence_features)
+        self._documents = self._frozen(columns[1:]) if self.query_only else []
+        trained = columns[:1] if self.query_only else columns
+        if self.mini_batch_size and self.mini_batch_size < len(labels):
+            loss = self.forward_cached(trained, labels)
+        else:
+            loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
+        if self.l1 and self.model.training:
+            return {"contrastive": loss, "l1": self.l1 * sum_of_absolutes(self.weights)}
+        return loss
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of embedded columns, each a list of mini-batches (rows, dim)."""
+        assert labels is not None
+        queries, *documents = [torch.cat(column).float() for column in reps]
+        loss = self._loss(queries, documents or self._documents, labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def _embed(self, columns: list[Features]) -> list[Tensor]:
+        return [self.model(column)["sentence_embedding"] for column in columns]
+
+    def _frozen(self, columns: list[Features]) -> list[Tensor]:
+        step = self.mini_batch_size or len(columns[0]["input_ids"])
+        with torch.no_grad(), base_model_only(self.model), evaluating(self.model):
+            parts = [
+                [part for part, _ in self.embed_minibatch_iter(column, False, False, ranges=ranges_of(column, step))]
+                for column in columns
+            ]
+        return [torch.cat(part).float() for part in parts]
+
+    def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
+        rows = all_gather(labels)
+        candidates = torch.cat([all_gather_with_grad(column) for column in documents])
+        own = get_rank() * len(labels) + torch.arange(len(labels), device=labels.device)
+        out = self._mask(rows, own, len(documents), candidates.device)
+        dims = self.matryoshka_dims or (queries.shape[1],)
+        return torch.stack([self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]).mean()
+
+    def _mask(self, rows: Tensor, own: Tensor, columns: int, device: torch.device) -> Tensor | None:
+        """True (q, n · columns) where a document is a known positive of the anchor, its own positive excepted."""
+        if self.known_positives is None:
+            return None
+        mask = self.known_positives(rows)[own].to(device)
+        mask[torch.arange(len(own)), own] = False
+        if self.model.training:
+            self.masked += int(mask.sum())
+            self.negatives += mask.numel() - len(own)
+        return mask
+
+    def _cross_entropy(self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None) -> Tensor:
+        logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
+        if out is not None:
+            logits = logits.masked_fill(out, -torch.inf)
+        log_p = logits.log_softmax(dim=1)
+        loss = -log_p[torch.arange(len(own)), own]
+        # the evaluation loss stays comparable between runs of different smoothing
+        if self.label_smoothing and self.model.training:
+            kept = torch.ones_like(log_p, dtype=torch.bool) if out is None else ~out
+            spread = -log_p.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * spread
+        return loss.mean()
+
+    def take_masked_share(self) -> float | None:
+        """Share of the negatives masked since the last call; None where there were none."""
+        share = self.masked / self.negatives if self.negatives else None
+        self.masked, self.negatives = 0, 0
+        return share
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without dropout, and put the mode back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def ranges_of(features: Features, step: int) -> list[tuple[int, int]]:
+    """(begin, end) of mini-batches of `step` rows."""
+    rows = len(features["input_ids"])
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def sum_of_absolutes(weights: Sequence[Tensor]) -> Tensor:
+    """Σ|w| over tensors."""
+    return torch.stack([weight.abs().sum() for weight in weights]).sum()
