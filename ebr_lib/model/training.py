@@ -86,6 +86,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     """Adds to the library's trainer: balanced batches, noise, exact adapters, out-of-memory handling, a preflight."""
 
     loss: ContrastiveLoss
+    data_collator: Any
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
         if dataset_kind != "train" or self._noise is None:
             return super()._build_dataloader(dataset, batch_size, dataset_kind)
-        clean: Any = self.data_collator
+        clean = self.data_collator
         self.data_collator = self._noisy = NoisyCollator(clean, self._noise, self._noise_columns)
         try:
             return super()._build_dataloader(dataset, batch_size, dataset_kind)
