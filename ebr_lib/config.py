@@ -48,10 +48,16 @@ class FinetuneConfig(Config):
         "Folder under which `<model>-peft-lora/` is saved.",
         "输出目录，模型保存为其中的 `<模型名>-peft-lora/`。",
     )
-    prompt: str | dict[str, str] = knob(
-        "",
-        "Put before every text; or one a column: `{anchor: 'query: ', positive: 'passage: '}`. Saved into the model.",
-        "加在每段文本前的提示词；也可按列给出：`{anchor: 'query: ', positive: 'passage: '}`。会存入模型。",
+    on_bad_row: Literal["error", "skip"] = knob(
+        "error",
+        "A row that cannot be used stops the run, or is skipped, counted and written to a reject file.",
+        "遇到坏行时报错停止，或跳过、计数并写入拒收文件。",
+    )
+    prompt: str | dict[str, str] | None = knob(
+        None,
+        "Put before every text; or one a column: `{anchor: 'query: ', positive: 'passage: '}`. Saved into the model. "
+        "Null keeps the model's own.",
+        "加在每段文本前的提示词；也可按列给出：`{anchor: 'query: ', positive: 'passage: '}`。会存入模型。null 表示沿用模型自带的。",
     )
     max_seq_length: Annotated[int, Field(ge=8, le=32768)] = knob(
         256, "Tokens a text is cut to, prompt included.", "文本截断长度（token 数，含提示词）。"
@@ -68,6 +74,40 @@ class FinetuneConfig(Config):
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.1, "Dropout on the adapter's input, in training.", "训练时 LoRA 输入上的 dropout。"
+    )
+    use_dora: bool = knob(False, "Weight-decomposed adapter (DoRA).", "使用 DoRA（权重分解的 LoRA）。")
+    use_rslora: bool = knob(False, "Scale the adapter by alpha / √r (rsLoRA).", "使用 rsLoRA，缩放为 alpha / √r。")
+    adapter_side: Literal["both", "query"] = knob(
+        "both",
+        "query: train and apply the adapter to queries only; documents keep the base model's vectors, so that an "
+        "encoded and indexed catalogue stays valid.",
+        "query：只对查询训练并使用适配器，文档保持基座模型的向量，已编码、已建索引的商品库继续有效。",
+    )
+    merge_adapter: bool = knob(
+        False, "Save a merged model too, as `<model>-merged/`.", "另存一份合并后的完整模型 `<模型名>-merged/`。"
+    )
+    # loss
+    temperature: MoreThanZero = knob(
+        0.05, "Cosines are divided by it; 0.05 is a scale of 20.", "余弦相似度除以该温度；0.05 即放大 20 倍。"
+    )
+    contrastive_batch_size: Count = knob(
+        0,
+        "Pairs that see each other as negatives, embedded `train_batch_size` at a time (GradCache); 0 is "
+        "`train_batch_size`.",
+        "互为负样本的样本对数，每次只前向 `train_batch_size` 对（GradCache）；0 表示等于 `train_batch_size`。",
+    )
+    mask_known_positives: bool = knob(
+        True,
+        "A document that the training data knows to answer an anchor is never its negative.",
+        "训练数据中已知能回答某 anchor 的文档，不会被当作它的负样本。",
+    )
+    balanced_batches: bool = knob(
+        True,
+        "Deal the rows of popular documents evenly over the batches; every row is used once an epoch.",
+        "把热门文档的样本均匀分到各批；每轮每行都恰好使用一次。",
+    )
+    matryoshka_dims: tuple[Positive, ...] = knob(
+        [], "Also train the vectors cut to these dimensions.", "同时训练截断到这些维度的向量（Matryoshka）。"
     )
     # optimisation
     num_epochs: MoreThanZero = knob(1, "Passes over the training data; may be a fraction.", "训练轮数，可以是小数。")
