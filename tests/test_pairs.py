@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ebr_lib.data import pairs as pairs_module
-from ebr_lib.data.pairs import Pair, expand, normalised, read_pairs
+from ebr_lib.data.pairs import (
+    Pair,
+    documents_seen,
+    expand,
+    near_duplicate_groups,
+    normalised,
+    read_pairs,
+    split_by_anchor,
+)
 from ebr_lib.errors import DataError, MissingError
 
 ROWS = [
@@ -193,3 +204,117 @@ def test_expand_gives_every_positive_a_row():
     assert [(r.anchor, r.positive, r.negatives) for r in rows] == [
         ("a", "p", ("n",)), ("a", "q", ("n",)), ("b", "r", ()),
     ]  # fmt: skip
+
+
+# --- splitting ----------------------------------------------------------------------------------------------------
+
+LONG = (
+    "我在上个星期五晚上订了一件红色的羊毛大衣尺码是中号到现在已经过了十天"
+    "还没有收到请问能不能帮我查一下这个包裹现在到底在哪里什么时候可以送到我家门口谢谢"
+)
+LONG_EN = (
+    "i ordered a red woollen coat last friday evening in size medium and ten days later it has still not arrived here"
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        ("where is my card", "where is my card?", True),
+        ("where is my card", "where is my cards", True),
+        ("where is my card", "where is my carb", True),
+        ("where is my card", "where is my crad", True),
+        ("where is my card", "my card where is", True),
+        ("where is my card", "where was my card", False),
+        ("iphone 13 case", "iphone 14 case", False),
+        ("iphone 13 case", "iphone 13 cases", True),
+        ("无线蓝牙耳机", "无线篮牙耳机", True),
+        ("无线蓝牙耳机", "无线蓝牙耳机。", True),
+        ("无线蓝牙耳机", "无线耳机", False),
+        ("手机壳", "手机膜", False),
+        ("第1代 播放器", "第2代 播放器", False),
+        ("की कहानी", "का कहाना", False),  # vowel signs are marks, not letters, and count all the same
+        (LONG, LONG.replace("红色", "蓝色"), True),
+        (LONG, LONG[:30], False),
+        (LONG_EN, LONG_EN.replace("friday", "fridya"), True),
+        (LONG_EN, LONG_EN.replace("woollen", "wollen"), True),
+        (LONG_EN, "the " + LONG_EN[::-1], False),
+        ("???", "!!!", False),
+    ],
+)
+def test_near_duplicates(one, other, near):
+    groups = near_duplicate_groups([normalised(one), normalised(other), "quite another text"])
+    assert bool(groups[0] == groups[1]) is near
+    assert groups[2] not in groups[:2]
+
+
+def one_letter_apart(one: str, other: str) -> bool:
+    def dropped(text):
+        shorter = {text[:i] + text[i + 1 :] for i in range(len(text)) if not text[i].isdigit()}
+        return {text} | (shorter if len(text) >= 5 else set())
+
+    return bool(dropped(one) & dropped(other))
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.lists(st.text("ab1好", min_size=1, max_size=8), min_size=2, max_size=6, unique=True))
+def test_groups_are_those_of_brute_force(texts):
+    label = list(range(len(texts)))
+    for _ in texts:
+        for i, one in enumerate(texts):
+            for j, other in enumerate(texts):
+                if one_letter_apart(one, other):
+                    label[i] = label[j] = min(label[i], label[j])
+    wanted = [sorted(set(label)).index(x) for x in label]
+    assert near_duplicate_groups(texts).tolist() == wanted
+
+
+def test_groups_over_many_blocks(monkeypatch):
+    texts = [f"{word} {LONG_EN}" for word in ("apple", "appel", "zebra crossing and traffic light rules")] + [
+        "short text"
+    ]
+    whole = near_duplicate_groups(texts)
+    monkeypatch.setattr(pairs_module, "_BLOCK_LETTERS", 1)
+    assert near_duplicate_groups(texts).tolist() == whole.tolist()
+
+
+anchors = st.lists(st.text("abcde 一二三", min_size=1, max_size=9).filter(lambda t: t.strip()), min_size=1, max_size=30)
+
+
+@settings(derandomize=True, max_examples=200)
+@given(anchors, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_split_keeps_its_promises(texts, ratio, seed, random):
+    pairs = [Pair(text, ("d",), (), "f", i) for i, text in enumerate(texts)]
+    train, held = split_by_anchor(pairs, ratio, seed)
+    assert sorted(p.line for p in train + held) == list(range(len(pairs)))
+    keys = sorted({normalised(t) for t in texts})
+    assert train
+    assert bool(held) is (len(keys) > 1)
+    groups = dict(zip(keys, near_duplicate_groups(keys).tolist(), strict=True))
+    if len(set(groups.values())) > 1:
+        assert not {groups[normalised(p.anchor)] for p in train} & {groups[normalised(p.anchor)] for p in held}
+    assert not {normalised(p.anchor) for p in train} & {normalised(p.anchor) for p in held}
+    shuffled = pairs[:]
+    random.shuffle(shuffled)
+    assert {p.line for p in split_by_anchor(shuffled, ratio, seed)[1]} == {p.line for p in held}
+
+
+def test_split_size_and_seed():
+    words = np.random.default_rng(0).integers(0, 10**9, (500, 3)).astype(str)
+    pairs = [Pair(" ".join(row), ("d",)) for row in words for _ in range(2)]
+    train, held = split_by_anchor(pairs, 0.1, 0)
+    assert (len(train), len(held)) == (900, 100)
+    assert {p.anchor for p in held} != {p.anchor for p in split_by_anchor(pairs, 0.1, 1)[1]}
+    assert split_by_anchor(pairs, 0, 0) == (pairs, [])
+
+
+def test_anchors_that_are_all_alike_are_still_split(caplog):
+    pairs = [Pair(f"question {letter}", ("d",)) for letter in "abcdefgh"]
+    train, held = split_by_anchor(pairs, 0.25, 0)
+    assert (len(train), len(held)) == (6, 2)
+    assert "all anchors are near-duplicates" in caplog.text
+
+
+def test_documents_seen():
+    train = [Pair("a", ("Doc One",), ("bad",))]
+    assert documents_seen(train, [Pair("b", ("ｄｏｃ  one", "new")), Pair("c", ("BAD",))]) == [(True, False), (True,)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import json
 import re
 import unicodedata
@@ -16,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
@@ -361,3 +365,201 @@ def _missing_column(name: str, found: list[str]) -> str:
     near = next((free[m] for w in wanted for m in difflib.get_close_matches(w, free, n=1)), None)
     fix = f"rename `{near}` to `{name}`" if near else f"rename the column that holds the {name} to `{name}`"
     return f"no `{name}` column; found {', '.join(map(repr, found)) or 'none'}: {fix}"
+
+
+# --- splitting ----------------------------------------------------------------------------------------------------
+
+_LETTERS = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u1cff]+")  # the ranges: vowel signs
+_TYPO_LETTERS = 5  # one typo is at most a fifth of a text
+_LONG_LETTERS = 64
+_GRAM = 4
+_OVERLAP = 0.8
+_BANDS, _BAND_ROWS = 8, 3  # finds a pair of overlap 0.8 with probability 0.997, of 0.88 with 0.9999
+_BLOCK_LETTERS = 1 << 22
+
+
+def split_by_anchor(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split into training and held-out pairs, each in the order given, so that no anchor is on both sides.
+
+    Anchors that are equal (`normalised`) or near-duplicates (`near_duplicate_groups`) stay together; documents may be
+    on both sides, as in production. Which anchors are held out hangs on the seed and the texts, not on row order.
+    About `eval_ratio` of the anchors are held out: at least one where there are two, and never all.
+    """
+    keys = [normalised(pair.anchor) for pair in pairs]
+    anchors = sorted(set(keys))
+    if eval_ratio <= 0 or len(anchors) < 2:
+        if eval_ratio > 0:
+            logger.warning("只有一种 anchor，无法划分验证集 there is one anchor only: nothing can be held out")
+        return list(pairs), []
+    held_out = _held_out_anchors(anchors, eval_ratio, seed)
+    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held_out]
+    return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held_out]
+
+
+def documents_seen(train: Sequence[Pair], heldout: Sequence[Pair]) -> list[tuple[bool, ...]]:
+    """For every held-out pair, one flag a positive: does training have that text (`normalised`), in any column?"""
+    known = {normalised(text) for pair in train for text in (pair.anchor, *pair.positives, *pair.negatives)}
+    return [tuple(normalised(text) in known for text in pair.positives) for pair in heldout]
+
+
+def _held_out_anchors(anchors: Sequence[str], eval_ratio: float, seed: int) -> set[str]:
+    """Whole groups in a seeded order, as long as they fit."""
+    groups = near_duplicate_groups(anchors)
+    if groups.max() == 0:
+        logger.warning(
+            "所有 anchor 彼此近似，仅按相同文本划分 all anchors are near-duplicates: split by equal text only"
+        )
+        groups = np.arange(len(anchors))
+    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    order = sorted(range(len(first)), key=lambda group: _seeded(seed, anchors[int(first[group])]))
+    wanted = min(round(eval_ratio * len(anchors)), len(anchors) - 1)
+    taken, count = set[int](), 0
+    for group in order:
+        if count + sizes[group] <= wanted:
+            taken.add(group)
+            count += int(sizes[group])
+    taken = taken or {min(order, key=lambda group: int(sizes[group]))}
+    return {anchor for anchor, group in zip(anchors, groups.tolist(), strict=True) if group in taken}
+
+
+def _seeded(seed: int, text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8, salt=str(seed).encode()[:16]).digest()
+
+
+def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Number the groups of near-duplicates among normalised texts; equal numbers, same group.
+
+    Only letters and digits count. Two texts are near-duplicates when they are then the same, when they have the same
+    words in another order, or when they get equal by dropping at most one letter from each: one letter changed, added,
+    lost, moved, or two swapped. That takes five letters, and digits do not drop: "iphone 13" is not "iphone 14".
+    Texts over 64 letters are near-duplicates when they share 0.8 of their 4-grams (Jaccard; candidates by MinHash,
+    Broder 1997, each then checked). A near-duplicate of a near-duplicate is in the group too.
+
+    :return: shape (texts,), numbered from 0 in order of first appearance.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    words = [_LETTERS.findall(text.replace("_", " ")) for text in texts]
+    letters = ["".join(found) or text for found, text in zip(words, texts, strict=True)]
+    edges = [
+        _equal(letters),
+        _equal([" ".join(sorted(found)) or text for found, text in zip(words, texts, strict=True)]),
+    ]
+    edges += [_one_letter_apart(letters), _overlapping(letters)]
+    rows, columns = np.concatenate(edges, axis=1)
+    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(len(texts), len(texts)))
+    _, labels = connected_components(graph, directed=False)
+    _, first, groups = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[groups]
+
+
+def _equal(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Edges, shape (2, edges), from every text to the first that equals it."""
+    first: dict[str, int] = {}
+    return np.array([(first.setdefault(text, i), i) for i, text in enumerate(texts)], dtype=np.int64).reshape(-1, 2).T
+
+
+def _sharing(keys: NDArray[np.uint64], owners: NDArray[np.int64], gap: int = 1) -> NDArray[np.int64]:
+    """Edges between the owners of equal keys that stand `gap` apart when sorted by key and owner."""
+    order = np.lexsort((owners, keys))
+    keys, owners = keys[order], owners[order]
+    same = (keys[gap:] == keys[:-gap]) & (owners[gap:] != owners[:-gap])
+    return np.stack([owners[:-gap][same], owners[gap:][same]])
+
+
+class _Block(NamedTuple):
+    """Some texts laid end to end: letters as 64-bit hashes, and which text (its number) each letter belongs to."""
+
+    letters: NDArray[np.uint64]
+    is_digit: NDArray[np.bool_]
+    text: NDArray[np.int64]  # index of the text within the block, a letter
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+
+def _blocks(texts: Sequence[str], chosen: Sequence[int]) -> Iterator[_Block]:
+    at = 0
+    while at < len(chosen):
+        end, size = at, 0
+        while end < len(chosen) and size < _BLOCK_LETTERS:
+            size += len(texts[chosen[end]])
+            end += 1
+        yield _block([texts[i] for i in chosen[at:end]], np.array(chosen[at:end]))
+        at = end
+
+
+def _block(texts: Sequence[str], owners: NDArray[np.int64]) -> _Block:
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+    lengths = np.array([len(text) for text in texts])
+    starts = np.cumsum(lengths) - lengths
+    text = np.repeat(np.arange(len(texts)), lengths)
+    return _Block(_mixed(codes), (codes >= 48) & (codes <= 57), text, starts, lengths, owners)
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64 (Steele, Lea and Flood 2014): every bit of the result hangs on every bit of x."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
+    """Edges between texts that get equal by dropping at most one letter each.
+
+    A text's keys are the hashes of itself and of itself without each one letter. The hash is sum(letter_i * base^i),
+    so that a prefix sum gives each key in constant time: what follows the dropped letter moves down by one power.
+    """
+    chosen = [i for i, text in enumerate(letters) if len(text) <= _LONG_LETTERS + 1]
+    parts = [_dropping_keys(block) for block in _blocks(letters, chosen)]
+    if not parts:
+        return np.empty((2, 0), dtype=np.int64)
+    return _sharing(np.concatenate([keys for keys, _ in parts]), np.concatenate([owners for _, owners in parts]))
+
+
+def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    base = 0x9E3779B97F4A7C15 | 1
+    inverse = np.uint64(pow(base, -1, 1 << 64))
+    powers = np.array([pow(base, i, 1 << 64) for i in range(_LONG_LETTERS + 1)], dtype=np.uint64)
+    place = np.arange(len(block.text)) - block.starts[block.text]
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(block.letters * powers[place], dtype=np.uint64)])
+    begin, end = sums[block.starts], sums[block.starts + block.lengths]
+    dropped = (sums[:-1] - begin[block.text]) + (end[block.text] - sums[1:]) * inverse
+    may_drop = ~block.is_digit & (block.lengths[block.text] >= _TYPO_LETTERS)
+    keys = np.concatenate([end - begin, dropped[may_drop]])
+    return keys, np.concatenate([block.owners, block.owners[block.text[may_drop]]])
+
+
+def _overlapping(letters: Sequence[str]) -> NDArray[np.int64]:
+    """Edges between long texts that share most of their 4-grams."""
+    chosen = [i for i, text in enumerate(letters) if len(text) > _LONG_LETTERS]
+    bands = [_band_keys(block) for block in _blocks(letters, chosen)]
+    edges = [np.empty((2, 0), dtype=np.int64)]
+    if bands:
+        owners = np.array(chosen)
+        for keys in np.concatenate(bands, axis=1):
+            edges += [_sharing(keys, owners, gap) for gap in (1, 2)]
+    candidates = np.unique(np.concatenate(edges, axis=1), axis=1)
+    near = [_overlap(letters[a], letters[b]) >= _OVERLAP for a, b in candidates.T.tolist()]
+    return candidates[:, np.array(near, dtype=bool)]
+
+
+def _band_keys(block: _Block) -> NDArray[np.uint64]:
+    """MinHash of every text's 4-grams, shape (bands, texts)."""
+    begins = np.delete(np.arange(len(block.letters)), (block.starts + block.lengths)[:, None] - np.arange(1, _GRAM))
+    gram = block.letters[begins]
+    for step in range(1, _GRAM):
+        gram = _mixed(gram + block.letters[begins + step])
+    counts = block.lengths - (_GRAM - 1)
+    starts = np.cumsum(counts) - counts
+    keys = np.zeros((_BANDS, len(block.lengths)), dtype=np.uint64)
+    for function in range(_BANDS * _BAND_ROWS):
+        least = np.minimum.reduceat(_mixed(gram ^ np.uint64(function + 1)), starts)
+        keys[function // _BAND_ROWS] = _mixed(keys[function // _BAND_ROWS] + least)
+    return keys
+
+
+def _overlap(one: str, other: str) -> float:
+    a, b = ({text[i : i + _GRAM] for i in range(len(text) - _GRAM + 1)} for text in (one, other))
+    return len(a & b) / len(a | b)
