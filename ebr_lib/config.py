@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -218,9 +219,116 @@ class InferenceConfig(Config):
         "Run the modelling code that comes with the model. Read that code first.",
         "允许执行模型自带的建模代码；请先阅读该代码。",
     )
+    # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
-    output_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to write.", "输出的向量文件。")
+    file_patterns: tuple[Name, ...] = knob(
+        ["*.csv", "*.csv.gz", "*.parquet"],
+        "Which files of a folder are read; Hive's own parts are `[0*_0]`.",
+        "读取目录中的哪些文件；Hive 原始分片可写 `[0*_0]`。",
+    )
     description_column: Name = knob("description", "Column whose text is encoded.", "要编码的文本列。")
+    columns: tuple[Name, ...] = knob(
+        [],
+        "Column names of files without a header row; empty takes each file's first row.",
+        "无表头文件的列名；留空表示每个文件首行为表头。",
+    )
+    delimiter: Name = knob(
+        "\\001",
+        "One character between fields; `\\001` and `\\t` may be spelled so.",
+        "字段分隔符（单字符），可写作 `\\001`、`\\t`。",
+    )
+    encoding: Literal["auto", "utf-8", "gbk", "gb18030"] = knob(
+        "auto", "Encoding of the input; auto tells UTF-8 from GB18030.", "输入编码；auto 自动区分 UTF-8 与 GB18030。"
+    )
+    heal_rows: bool = knob(
+        False,
+        "Join lines that a newline inside a field has broken, a space in its place; otherwise they are rejected.",
+        "把被字段内换行拆断的行接回（换行变为空格）；否则进入拒绝文件。",
+    )
+    on_empty_text: Literal["skip", "empty", "error"] = knob(
+        "skip",
+        "A null or blank text: skip it (to the rejects), keep the row with an empty vector, or stop.",
+        "文本为空或 \\N 时：跳过（进入拒绝文件）、保留该行但向量留空、或报错停止。",
+    )
+    # output
+    output_path: Name = knob(
+        "./faiss/embeds_2.txt",
+        "The embedding file to write; .parquet and .npy by their ending, text otherwise.",
+        "输出的向量文件；按后缀写 .parquet、.npy，其余为文本。",
+    )
+    output_columns: tuple[Name, ...] = knob(
+        [], "Columns kept beside the vector, in this order; empty keeps all.", "输出中保留的列及顺序；留空保留全部。"
+    )
+    append: bool = knob(
+        False,
+        "Add the files that the finished output does not hold yet.",
+        "在已完成的输出后追加新增文件。",
+    )
+    restart: bool = knob(
+        False, "Drop an unfinished run instead of continuing it.", "放弃未完成的运行，从头开始（默认断点续跑）。"
+    )
+    # encoding
+    prompt: str | None = knob(
+        None,
+        "Put before every text; null takes what the model was trained with.",
+        "加在每段文本前的提示词；null 使用模型训练时的提示词。",
+    )
+    max_seq_length: Annotated[int, Field(ge=8, le=32768)] | None = knob(
+        None,
+        "Tokens a text is cut to; null keeps the model's own.",
+        "文本截断长度（token 数）；null 使用模型自带设置。",
+    )
+    normalize: bool = knob(True, "Scale every vector to length 1.", "把向量归一化为单位长度。")
+    truncate_dim: Positive | None = knob(
+        None,
+        "Keep the first dimensions of a Matryoshka model, normalised after the cut.",
+        "只保留前若干维（Matryoshka 模型），截断后再归一化。",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto",
+        "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
+        "计算精度；auto 在硬件支持时使用 bfloat16。",
+    )
+    batch_tokens: Annotated[int, Field(ge=16)] = knob(
+        4096,
+        "Tokens a batch, padding included; lower it when memory runs out.",
+        "每批 token 数（含填充）；显存不足时调小。",
+    )
+    device: str | None = knob(
+        None, "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
+    )
+    num_processes: Count = knob(
+        0, "Processes that encode; 0 takes one a GPU, one on a CPU.", "编码进程数；0 表示每块 GPU 一个，CPU 一个。"
+    )
+    window_rows: Positive = knob(
+        16384,
+        "Rows held in memory at once, sorted by length, encoded and brought to the disk together.",
+        "一次载入内存的行数；按长度排序、编码后一起落盘，也是断点续跑的单位。",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if len(delimiter_byte(self.delimiter)) != 1:
+            yield f"delimiter: {self.delimiter!r} is not one ASCII character"
+        elif delimiter_byte(self.delimiter) in (b"\n", b"\r"):
+            yield "delimiter: a newline ends rows"
+        elif self.encoding.startswith("gb") and delimiter_byte(self.delimiter) >= b"0":
+            yield f"delimiter: {self.delimiter!r} can be the second byte of a GBK character; use one below '0', like \\001"
+        if self.columns and self.description_column not in self.columns:
+            yield f"columns: {', '.join(self.columns)} do not hold description_column {self.description_column!r}"
+        if len(set(self.columns)) != len(self.columns):
+            yield "columns: a name is there twice"
+        if "vector" in self.output_columns:
+            yield "output_columns: `vector` is the name of the column that is written; rename the input's"
+        if self.append and self.restart:
+            yield "append and restart: choose one"
+
+
+def delimiter_byte(text: str) -> bytes:
+    """The byte that a delimiter knob means: a character itself, or an escape like `\\001`, `\\x01`, `\\t`."""
+    spelled = {"\\t": b"\t", "\\a": b"\a"}
+    if octal := re.fullmatch(r"\\(?:x([0-9a-fA-F]{2})|([0-7]{3}))", text):
+        return bytes([int(octal[1], 16) if octal[1] else int(octal[2], 8) % 256])
+    return spelled.get(text, text.encode() if text.isascii() else b"")
 
 
 @dataclass(frozen=True)

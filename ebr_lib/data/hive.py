@@ -1,0 +1,371 @@
+"""Delimited text as Hive writes it, and Parquet, streamed row by row.
+
+Nothing is quoted and nothing escapes: rows end at `\\n` and nowhere else, fields at the delimiter, `\\N` is null and
+differs from the empty string. Bytes are split first and decoded after, so one bad byte costs one row. Splitting bytes
+is safe in UTF-8 and in GBK/GB18030, whose second bytes are 0x30 and above. A row that does not fit is handed over as
+a reject, never dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+
+from ebr_lib.errors import DataError, MissingError
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NULL = b"\\N"
+BOM = b"\xef\xbb\xbf"
+SAMPLE_BYTES = 1 << 20  # read to tell the encoding by
+PARQUET_ROWS = 4096
+
+Value = bytes | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How files are to be read.
+
+    :param delimiter: one byte between the fields.
+    :param columns: names of the columns of files without a header row; None takes each file's first row.
+    :param encoding: auto (UTF-8, or GB18030 where most rows with other than ASCII are that and not UTF-8), or a codec.
+    :param heal: put rows together again that a newline inside a field has broken; the newline becomes a space.
+    """
+
+    delimiter: bytes = b"\x01"
+    columns: tuple[str, ...] | None = None
+    encoding: str = "auto"
+    heal: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file whose header is known; rows begin at byte `start`, which is line `first_line`."""
+
+    path: Path
+    name: str
+    columns: tuple[str, ...]
+    size: int
+    encoding: str = "utf-8"
+    crlf: bool = False
+    start: int = 0
+    first_line: int = 1
+
+
+class Position(NamedTuple):
+    """Where the next row of a file begins: its line from 1, and its byte offset (uncompressed)."""
+
+    line: int
+    offset: int
+
+
+class Row(NamedTuple):
+    """A row, or a reject.
+
+    `values` are the wanted columns in UTF-8, None for null; empty for a reject, whose `reason` says why. `raw` are the
+    bytes as they were, the newline left out. `lines` counts the lines that were joined into it.
+    """
+
+    position: Position
+    after: Position
+    values: list[Value]
+    raw: bytes
+    reason: str = ""
+    lines: int = 1
+
+
+# --- which files --------------------------------------------------------------------------------------------------
+
+
+def find_files(data_path: str | Path, patterns: Sequence[str]) -> list[Path]:
+    """The file itself, or the files of a folder and its subfolders that match a pattern, in order of their names.
+
+    Names that begin with `.` or `_` are left out, as Hive and Spark do.
+
+    :raises MissingError: there is no such file or folder.
+    :raises DataError: no file in the folder matches.
+    """
+    place = Path(data_path).expanduser()
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise MissingError(f"data_path {data_path}: there is no such file or folder (looked at {place.resolve()})")
+    every = [path for path in sorted(place.rglob("*")) if path.is_file() and not path.name.startswith((".", "_"))]
+    if found := [path for path in every if any(path.match(pattern) for pattern in patterns)]:
+        return found
+    names = ", ".join(path.name for path in every[:5]) or "nothing"
+    raise DataError(
+        f"data_path {data_path}: no file matches {' or '.join(patterns)}; the folder holds {names}; "
+        "give the file itself, or set file_patterns"
+    )
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: the file is no longer there; put it back and run the same call again") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip data is damaged or cut short ({error}); fetch the file again") from error
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is no whole Parquet file ({error}); fetch it again") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    file = open(path, "rb")  # noqa: SIM115 - the callers close it
+    if file.peek(2)[:2] != b"\x1f\x8b":
+        return file
+    return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20))
+
+
+def open_source(path: Path, layout: Layout, name: str | None = None) -> Source:
+    """Read a file's header and tell its encoding.
+
+    :raises DataError: the file is empty, is UTF-16, or names a column twice.
+    """
+    name = name or path.name
+    with _readable(path):
+        source = _open_parquet(path, name) if _is_parquet(path) else _open_text(path, layout, name)
+    twice = sorted({column for column in source.columns if source.columns.count(column) > 1})
+    if twice:
+        raise DataError(f"{path}: column {', '.join(twice)} is there more than once; rename it")
+    return source
+
+
+def _open_parquet(path: Path, name: str) -> Source:
+    import pyarrow.parquet as pq
+
+    return Source(path, name, tuple(pq.read_schema(path).names), path.stat().st_size)
+
+
+def _open_text(path: Path, layout: Layout, name: str) -> Source:
+    with _open(path) as file:
+        head = file.read(4)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{path} is UTF-16, whose bytes cannot be split; convert it: iconv -f UTF-16 -t UTF-8")
+        file.seek(0)
+        bom = len(BOM) if head.startswith(BOM) else 0
+        file.seek(bom)
+        first = file.readline()
+        sample = first + file.read(SAMPLE_BYTES)
+    if not first and layout.columns is None:
+        raise DataError(f"{path} is empty: wanted a header row")
+    encoding = "utf-8" if bom else _encoding_of(path, sample, layout.encoding)
+    crlf = first.endswith(b"\r\n")
+    named = _header(path, first, layout.delimiter, encoding)
+    size = path.stat().st_size
+    if layout.columns is None or named == layout.columns:
+        return Source(path, name, named, size, encoding, crlf, bom + len(first), 2)
+    return Source(path, name, layout.columns, size, encoding, False, bom, 1)
+
+
+def _header(path: Path, line: bytes, delimiter: bytes, encoding: str) -> tuple[str, ...]:
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    return tuple(field.decode(encoding, "replace") for field in line.split(delimiter))
+
+
+def _encoding_of(path: Path, sample: bytes, told: str) -> str:
+    if told != "auto":
+        return told
+    lines = [line for line in sample[: sample.rfind(b"\n") + 1 or None].split(b"\n") if not line.isascii()]
+    foreign = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
+    if 2 * foreign <= len(lines):
+        return "utf-8"
+    logger.info(
+        "%s: 编码识别为 GB18030 (%d of %d rows are no UTF-8; set encoding to overrule)", path, foreign, len(lines)
+    )
+    return "gb18030"
+
+
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> None:
+    """Check that a file has the columns.
+
+    :raises DataError: lists the columns wanted and found, and the likely way out.
+    """
+    missing = [column for column in wanted if column not in source.columns]
+    if not missing:
+        return
+    found = ", ".join(column[:40] for column in source.columns[:20])
+    hint = "for files without a header row, give their names: columns=[…]"
+    if len(source.columns) == 1:
+        others = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
+        near = [name for sign, name in others.items() if sign in source.columns[0]]
+        hint = f"the first row holds {near[0]}: is that the delimiter?" if near else hint
+    raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found} (split by {delimiter!r}); {hint}")
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Position | None = None) -> Iterator[Row]:
+    """Stream a file's rows from a position on, rejects among them.
+
+    :raises MissingError: the file is no longer there.
+    :raises DataError: the compressed data ends early, or the file is no Parquet.
+    """
+    with _readable(source.path):
+        if _is_parquet(source.path):
+            yield from _parquet_rows(source, wanted, start.line if start else 1)
+            return
+        lines = _lines(source, start or Position(source.first_line, source.start))
+        choose = _Chooser(source, wanted, layout.delimiter)
+        joined = _healed(lines, choose) if layout.heal and len(source.columns) > 1 else lines
+        for line in joined:
+            yield choose.row(line)
+
+
+class _Line(NamedTuple):
+    position: Position
+    after: Position
+    fields: bytes  # the line without its newline, and without the \r of a CRLF file
+    raw: bytes
+    lines: int = 1
+
+
+def _lines(source: Source, start: Position) -> Iterator[_Line]:
+    here = start
+    with _open(source.path) as file:
+        file.seek(start.offset)
+        for line in file:
+            after = Position(here.line + 1, here.offset + len(line))
+            raw = line[:-1] if line.endswith(b"\n") else line
+            yield _Line(here, after, raw.removesuffix(b"\r") if source.crlf else raw, raw)
+            here = after
+
+
+class _Chooser:
+    """Takes the wanted columns out of a line, as UTF-8."""
+
+    def __init__(self, source: Source, wanted: Sequence[str], delimiter: bytes) -> None:
+        self.delimiter = delimiter
+        self.width = len(source.columns)
+        self._places = [source.columns.index(name) for name in wanted]
+        self._names = list(wanted)
+        self._encoding = source.encoding
+        self._is_utf8 = source.encoding == "utf-8"
+
+    def row(self, line: _Line) -> Row:
+        fields = line.fields.split(self.delimiter)
+        if len(fields) != self.width:
+            reason = f"{len(fields)} fields, wanted {self.width}"
+            return Row(line.position, line.after, [], line.raw, reason, line.lines)
+        values = [None if fields[place] == NULL else fields[place] for place in self._places]
+        if not line.fields.isascii() and not (self._is_utf8 and _decodes(line.fields, "utf-8")):
+            try:
+                values = [self._as_utf8(value) for value in values]
+            except UnicodeError:
+                return Row(line.position, line.after, [], line.raw, self._undecodable(values), line.lines)
+        return Row(line.position, line.after, values, line.raw, "", line.lines)
+
+    def _as_utf8(self, value: Value) -> Value:
+        return None if value is None else value.decode(self._encoding).encode("utf-8")
+
+    def _undecodable(self, values: list[Value]) -> str:
+        bad = [name for name, value in zip(self._names, values, strict=True) if value and not self._is_good(value)]
+        return f"not {self._encoding}: column {', '.join(bad)}"
+
+    def _is_good(self, value: bytes) -> bool:
+        try:
+            self._as_utf8(value)
+        except UnicodeError:
+            return False
+        return True
+
+
+def _healed(lines: Iterator[_Line], choose: _Chooser) -> Iterator[_Line]:
+    """Join short lines while together they have no more fields than a row.
+
+    A line that is whole by itself is never joined to what stands before it. A line of one field after a whole row is
+    the rest of that row's last field; a newline within the first column can therefore not be healed.
+    """
+    held: list[_Line] = []
+    width = 0
+    for line in lines:
+        fields = line.fields.count(choose.delimiter) + 1
+        if held and fields < choose.width and width + fields - 1 <= choose.width:
+            held.append(line)
+            width += fields - 1
+            continue
+        yield from _released(held, width == choose.width)
+        held, width = [line], fields
+    yield from _released(held, width == choose.width)
+
+
+def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
+    if not whole or len(held) < 2:
+        yield from held
+        return
+    fields = b" ".join(line.fields for line in held)
+    yield _Line(held[0].position, held[-1].after, fields, fields, len(held))
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator[Row]:
+    """Rows of a Parquet file; their line is the number of the row from 1, and so is their offset, from 0."""
+    import pyarrow.parquet as pq
+
+    done = 0
+    with pq.ParquetFile(source.path) as file:
+        groups: list[int] = []
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if not groups and done + rows < start:  # whole groups before the start are not read
+                done += rows
+            else:
+                groups.append(group)
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(wanted)):
+            columns = [_as_bytes(source, name, batch.column(name)) for name in wanted]
+            for values in zip(*columns, strict=True):
+                done += 1
+                if done >= start:
+                    yield Row(Position(done, done - 1), Position(done + 1, done), list(values), b"")
+
+
+def _as_bytes(source: Source, name: str, column: pa.Array) -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.string()).cast(pa.binary()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{source.path}: column {name} is {column.type}, which is no text; leave it out of output_columns"
+        ) from error
+
+
+def raw_of(wanted: Sequence[str], row: Row) -> bytes:
+    """The bytes that a reject is reported with: the row's own, or for Parquet its values as JSON."""
+    if row.raw or not row.values:
+        return row.raw
+    texts = {name: None if v is None else v.decode() for name, v in zip(wanted, row.values, strict=True)}
+    return json.dumps(texts, ensure_ascii=False).encode()
