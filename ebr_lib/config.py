@@ -192,6 +192,25 @@ class FinetuneConfig(Config):
     eval_steps: Count = knob(
         0, "Steps between evaluations; 0 evaluates at the end of each epoch.", "评估间隔步数；0 表示每轮结束时评估。"
     )
+    best_metric: Literal["ndcg@10", "mrr@10", "recall@1", "recall@10", "loss"] = knob(
+        "ndcg@10", "Held-out metric that decides which weights are kept.", "决定保留哪一步权重的验证指标。"
+    )
+    eval_corpus_size: Positive = knob(
+        2000,
+        "Documents that held-out anchors are searched in: all of their own, and a sample of the training documents.",
+        "验证检索的文档数：验证集自己的全部文档，加上训练文档的抽样。",
+    )
+    resume_from_checkpoint: Literal["no", "auto"] = knob(
+        "no", "auto: go on from the last checkpoint of an interrupted run.", "auto：从上次中断的检查点继续训练。"
+    )
+    save_steps: Count = knob(
+        0, "Steps between checkpoints; 0 saves at the end of each epoch.", "检查点间隔步数；0 表示每轮结束时保存。"
+    )
+    memory_limit_gb: NotNegative = knob(
+        0.0,
+        "Treat more resident memory than this as out of memory, on machines without a GPU; 0 is no limit.",
+        "无 GPU 时，常驻内存超过该值即按内存不足处理；0 为不限制。",
+    )
     seed: Count = knob(
         42, "Seed of the split, the order, the noise and the adapter.", "随机种子：划分、顺序、噪声与适配器初始化。"
     )

@@ -39,6 +39,12 @@ def _move_in(new: Path, place: Path) -> None:
     _remove(old)
 
 
+def replace_folder(folder: Path, place: Path) -> None:
+    """Move a folder to `place`, in the stead of what is there."""
+    _remove(place)
+    os.replace(folder, place)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

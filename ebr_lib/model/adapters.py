@@ -45,6 +45,11 @@ def add_lora(
     cast_adapter_dtype(model.transformers_model, ADAPTER_NAME)
 
 
+def is_adapted(model: SentenceTransformer) -> bool:
+    """Whether an adapter is on the model already."""
+    return bool(getattr(model.transformers_model, "peft_config", None))
+
+
 def trainable_counts(model: SentenceTransformer) -> tuple[int, int]:
     """(trainable parameters, all parameters)."""
     weights = list(model.parameters())

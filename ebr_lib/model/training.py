@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
+import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ebr_lib.data.batches import BalancedBatchSampler
 from ebr_lib.errors import ModelError
-from ebr_lib.files import write_json
+from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.model.losses import ContrastiveLoss
 
-Rows = list[dict[str, Any]]
 Noise = Callable[[str, int, int, str], str]
 """(text, epoch, row, column) to the text with noise."""
 
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
+LOWER_IS_BETTER = "loss"
+
+
+def device_type() -> str:
+    """Where training runs: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun and accelerate set it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def to_dataset(
+    rows: Sequence[tuple[str, str, Sequence[str]]], first: int, negatives: int, documents: Sequence[str], seed: int
+) -> Dataset:
+    """Rows (anchor, positive, negatives) as the columns that the trainer reads.
+
+    A row with fewer than `negatives` hard negatives is filled up with random documents: the tensor wants equal
+    numbers, and a repeated negative would count twice. The label is the row's number, from `first`.
+    """
+    columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
+    columns |= {f"negative_{i + 1}": [] for i in range(negatives)} | {"label": []}
+    for number, (anchor, positive, own) in enumerate(rows, first):
+        draw = random.Random(f"{seed} {number}")
+        filled = [*own, *(draw.choice(documents) for _ in range(negatives - len(own)))][:negatives]
+        columns["anchor"].append(anchor)
+        columns["positive"].append(positive)
+        columns["label"].append(number)
+        for i, text in enumerate(filled):
+            columns[f"negative_{i + 1}"].append(text)
+    return Dataset.from_dict(columns)
 
 
 class NoisyCollator:
@@ -36,18 +75,18 @@ class NoisyCollator:
     The epoch lives in shared memory, so that worker processes see it change.
     """
 
-    def __init__(self, collate: Callable[[Rows], dict[str, Any]], noise: Noise, columns: Sequence[str]) -> None:
+    def __init__(self, collate: Callable[[Any], dict[str, Any]], noise: Noise, columns: Sequence[str]) -> None:
         self.collate = collate
         self.noise = noise
         self.columns = frozenset(columns)
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         epoch = int(self.epoch)
         return self.collate([self._noisy(row, epoch) for row in rows])
 
-    def _noisy(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
+    def _noisy(self, row: Mapping[str, Any], epoch: int) -> dict[str, Any]:
         return {
             name: self.noise(value, epoch, row["label"], name) if self._takes(name) else value
             for name, value in row.items()
@@ -71,35 +110,217 @@ class EpochBatches(Sampler[list[int]]):
         if self._cell is not None:
             self._cell.fill_(epoch)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-BatchMaker = Callable[..., Any]
-"""(rows, batch_size, drop_last, seed) to a batch sampler; `rows` are row numbers of the training data."""
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def scheduler_extras(name: str, steps: int) -> dict[str, Any]:
+    """What transformers' scheduler of that name cannot do without."""
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        return {"min_lr_rate": 0.1}
+    if name == "warmup_stable_decay":
+        return {"num_decay_steps": max(1, steps // 10)}
+    return {}
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    rows: int,
+    batch_size: int,
+    num_epochs: float,
+    gradient_accumulation_steps: int,
+    lr_scheduler_type: str,
+    eval_steps: int,
+    save_steps: int,
+    evaluate: bool,
+    **others: Any,
+) -> SentenceTransformerTrainingArguments:
+    """The library's arguments; what depends on the number of steps is worked out here."""
+    batches = max(1, rows // (batch_size * world_size()))
+    steps = max(1, round(batches * num_epochs / gradient_accumulation_steps))
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=num_epochs,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        lr_scheduler_type=lr_scheduler_type,
+        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps),
+        eval_strategy=("steps" if eval_steps else "epoch") if evaluate else "no",
+        eval_steps=eval_steps or None,
+        save_strategy="steps" if save_steps else "epoch",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, min(50, steps // 40)),
+        logging_first_step=True,
+        # a batch that differs in size between processes could not be gathered
+        dataloader_drop_last=world_size() > 1,
+        use_cpu=device_type() == "cpu",
+        report_to=[],
+        **others,
+    )
+
+
+# --- callbacks ----------------------------------------------------------------------------------------------------
+
+
+class KeepBest(TrainerCallback, ExportableState):
+    """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
+
+    An evaluation counts as better when the metric moved by more than `threshold` in the right direction.
+    `patience` evaluations in a row without one stop the run; 0 never does.
+    """
+
+    def __init__(self, metric: str, patience: int, threshold: float, folder: str) -> None:
+        self.metric, self.patience, self.threshold, self.folder = metric, patience, threshold, folder
+        self.best: float | None = None
+        self.best_step = 0
+        self.waited = 0
+
+    def state(self) -> dict[str, Any]:
+        names, kept = ("metric", "patience", "threshold", "folder"), ("best", "best_step", "waited")
+        return {
+            "args": {name: getattr(self, name) for name in names},
+            "attributes": {name: getattr(self, name) for name in kept},
+        }
+
+    def offer(self, value: float, step: int) -> bool:
+        """Take note of an evaluation; true when it is the best so far."""
+        if self.best is not None:
+            gain = self.best - value if self.metric == LOWER_IS_BETTER else value - self.best
+            if gain <= self.threshold:
+                self.waited += 1
+                return False
+        self.best, self.best_step, self.waited = value, step, 0
+        return True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
+            self._keep(kwargs["model"])
+        if self.patience and self.waited >= self.patience:
+            logger.info("早停 early stopping: %d evaluations without a better %s", self.waited, self.metric)
+            control.should_training_stop = True
+
+    def _keep(self, model: Any) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(self.folder)
+        with written_whole(folder / ADAPTER_FILE) as new:
+            save_file(adapter_weights(getattr(model, "module", model)), new)
+        write_json(folder / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
+
+    def restore(self, model: SentenceTransformer) -> None:
+        """Put the best weights back into the model, bit for bit."""
+        if self.best is not None:
+            set_adapter_weights(model, read_adapter(Path(self.folder)))
+            logger.info("最佳权重 best weights: step %d, %s %.4f", self.best_step, self.metric, self.best)
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint, and end; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+        logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class TrainingBar(TrainerCallback):
+    """One bar for the whole run, with the last loss."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm.auto import tqdm
+
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _HeldoutEvaluator(BaseEvaluator):
+    def __init__(self, measure: Callable[[SentenceTransformer], dict[str, float]]) -> None:
+        super().__init__()
+        self.measure = measure
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        return self.measure(model)
+
+
+# --- the trainer --------------------------------------------------------------------------------------------------
 
 
 class EbrTrainer(SentenceTransformerTrainer):
-    """Adds to the library's trainer: balanced batches, noise, exact adapters, out-of-memory handling, a preflight."""
+    """Adds to the library's trainer: balanced batches, noise, exact adapters, out-of-memory handling.
+
+    :param documents: for each row number (label), the number of its document; balanced batches deal by it.
+    :param measure: held-out metrics of a model, for evaluations; None evaluates nothing but the loss.
+    :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 is none.
+    """
 
     loss: ContrastiveLoss
     data_collator: Any
 
     def __init__(
         self,
-        *args: Any,
-        batches: BatchMaker,
+        *,
+        anchors: Sequence[int],
+        documents: Sequence[int],
+        balanced: bool = True,
+        measure: Callable[[SentenceTransformer], dict[str, float]] | None = None,
         noise: Noise | None = None,
         noise_columns: Sequence[str] = (),
+        memory_limit_mb: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        self._batches = batches
+        self._anchors, self._documents, self._balanced = anchors, documents, balanced
         self._noise, self._noise_columns = noise, noise_columns
         self._noisy: NoisyCollator | None = None
-        super().__init__(*args, **kwargs)
+        self.memory_limit_mb = memory_limit_mb
+        evaluator = _HeldoutEvaluator(measure) if measure else None
+        super().__init__(evaluator=evaluator, **kwargs)
+        self.stop = StopOnSignal()
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self.stop)
+        self.add_callback(TrainingBar())
 
     # --- data ---
 
@@ -115,7 +336,17 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
         """Batches of full size that use every row once and hold as many different documents as they can."""
-        batches = self._batches(dataset["label"], batch_size, drop_last, kwargs.get("seed") or 0)
+        if not self._balanced:
+            batches = super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
+        else:
+            rows = dataset["label"]
+            batches = BalancedBatchSampler(
+                [self._documents[row] for row in rows],
+                [self._anchors[row] for row in rows],
+                batch_size=batch_size,
+                drop_last=drop_last,
+                seed=kwargs.get("seed") or 0,
+            )
         is_train = dataset is self.train_dataset
         return EpochBatches(batches, self._noisy.epoch if self._noisy and is_train else None)
 
@@ -123,19 +354,24 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; when memory runs out, again in micro-batches of half the size."""
-        gradients = [weight.grad.clone() if weight.grad is not None else None for weight in self.loss.weights]
+        accumulated = [weight.grad.clone() if weight.grad is not None else None for weight in self.loss.weights]
         random_state = torch.get_rng_state()
         while True:
             try:
-                return super().training_step(model, dict(inputs), num_items_in_batch)
+                loss = super().training_step(model, dict(inputs), num_items_in_batch)
+                self._check_memory()
+                return loss
             except (torch.OutOfMemoryError, MemoryError) as error:
-                rows = len(inputs["label"])
-                self._halve(rows, error)
-            for weight, gradient in zip(self.loss.weights, gradients, strict=True):
+                self._halve(len(inputs["label"]), error)
+            for weight, gradient in zip(self.loss.weights, accumulated, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
             torch.set_rng_state(random_state)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _check_memory(self) -> None:
+        if self.memory_limit_mb and (now := peak_memory_mb()) > self.memory_limit_mb:
+            raise MemoryError(f"{now:,.0f} MB in use, memory_limit_gb allows {self.memory_limit_mb:,.0f} MB")
 
     def _halve(self, rows: int, error: BaseException) -> None:
         now = min(self.loss.mini_batch_size or rows, rows)
@@ -145,17 +381,17 @@ class EbrTrainer(SentenceTransformerTrainer):
             ) from error
         self.loss.mini_batch_size = now // 2
         logger.warning(
-            "out of memory / 内存不足: micro-batch %d → %d; effective batch, negatives and seeds stay the same. "
+            "内存不足 out of memory: micro-batch %d → %d; effective batch, negatives and seeds stay the same. "
             "To settle it for good, in this order: %s (configs/finetune/low_memory.yaml)",
             now,
             now // 2,
             MEMORY_ADVICE,
         )
 
-    # --- checkpoints ---
+    # --- checkpoints and log ---
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder), create_model_card=False)
 
@@ -168,6 +404,9 @@ class EbrTrainer(SentenceTransformerTrainer):
         super().log(logs | ({} if share is None else {"masked_share": round(share, 5)}), start_time)
 
 
+# --- preflight ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Preflight:
     """What the longest batch cost: seconds a step, and peak memory in MB."""
@@ -176,105 +415,32 @@ class Preflight:
     peak_mb: float
 
 
-def fly_longest_batch(trainer: EbrTrainer, rows: Sequence[int]) -> Preflight:
-    """Run forward and backward on given rows, the longest ones, so that a run that cannot fit fails now.
+def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
+    """Run forward and backward on the longest texts, so that a run that cannot fit fails now, not in an hour.
 
     Weights, gradients and random state are as before afterwards.
     """
-    with _same_random_state():
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    columns = [name for name in trainer.train_dataset.column_names if name != "label"]
+    texts = (trainer.train_dataset[name] for name in columns)
+    lengths = [sum(map(len, row)) for row in zip(*texts, strict=True)]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-trainer.args.train_batch_size :]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
         start = time.perf_counter()
         trainer.current_gradient_accumulation_steps = 1
         trainer.training_step(trainer.model, batch)
         seconds = time.perf_counter() - start
-        for weight in trainer.loss.weights:
-            weight.grad = None
-        trainer.loss.take_masked_share()
+    for weight in trainer.loss.weights:
+        weight.grad = None
+    trainer.loss.take_masked_share()
     trainer.accum_loss_components = {"train": {}, "eval": {}}
     return Preflight(seconds, peak_memory_mb())
 
 
-@contextmanager
-def _same_random_state() -> Any:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
 def peak_memory_mb() -> float:
-    """Peak memory so far: the GPU's allocations where there is one, else this process's resident size."""
+    """Memory in MB: the GPU's peak allocation where there is one, else this process's resident size now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class KeepBest(TrainerCallback, ExportableState):
-    """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
-
-    An evaluation counts as better when the metric moved by more than `threshold` in the right direction.
-    `patience` evaluations in a row without one stop the run; 0 never does.
-    """
-
-    def __init__(self, metric: str, greater_is_better: bool, patience: int, threshold: float, folder: str) -> None:
-        self.metric, self.greater_is_better = metric, greater_is_better
-        self.patience, self.threshold = patience, threshold
-        self.folder = folder
-        self.best: float | None = None
-        self.best_step = 0
-        self.waited = 0
-
-    def state(self) -> dict[str, Any]:
-        names = ("metric", "greater_is_better", "patience", "threshold", "folder")
-        kept = ("best", "best_step", "waited")
-        return {
-            "args": {name: getattr(self, name) for name in names},
-            "attributes": {name: getattr(self, name) for name in kept},
-        }
-
-    def offer(self, value: float, step: int) -> bool:
-        """Take note of an evaluation; true when it is the best so far."""
-        gain = 0.0 if self.best is None else (value - self.best) * (1 if self.greater_is_better else -1)
-        if self.best is not None and gain <= self.threshold:
-            self.waited += 1
-            return False
-        self.best, self.best_step, self.waited = value, step, 0
-        return True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        value = metrics[f"eval_{self.metric}"]
-        if self.offer(value, state.global_step) and state.is_world_process_zero:
-            self.keep(kwargs["model"])
-        if self.patience and self.waited >= self.patience:
-            logger.info("早停 / early stopping: %d evaluations without a better %s", self.waited, self.metric)
-            control.should_training_stop = True
-
-    def keep(self, model: SentenceTransformer) -> None:
-        from safetensors.torch import save_file
-
-        from ebr_lib.files import written_whole
-
-        with written_whole(Path(self.folder) / ADAPTER_FILE) as new:
-            save_file(adapter_weights(getattr(model, "module", model)), new)
-        write_json(Path(self.folder) / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
-
-    def restore(self, model: SentenceTransformer) -> None:
-        """Put the best weights back into the model, bit for bit."""
-        if self.best is not None:
-            set_adapter_weights(model, read_adapter(Path(self.folder)))
-
-
-class HeldoutEvaluator(BaseEvaluator):
-    """Retrieval metrics of the held-out anchors, as the library's trainer wants an evaluator."""
-
-    def __init__(self, measure: Callable[[SentenceTransformer], dict[str, float]], primary: str) -> None:
-        super().__init__()
-        self.measure = measure
-        self.primary_metric = primary
-        self.greater_is_better = True
-
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
-    ) -> dict[str, float]:
-        return self.measure(model)
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").is_file() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

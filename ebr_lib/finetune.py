@@ -1,0 +1,445 @@
+"""Stage 1: fine-tune an embedding model with LoRA on pairs, know whether it got better, and save it whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebr_lib.config import FinetuneConfig
+from ebr_lib.errors import ConfigError
+from ebr_lib.files import replace_folder, write_json, written_whole
+from ebr_lib.logs import logger
+from ebr_lib.tables import Table
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from ebr_lib.data.doctor import DoctorReport
+    from ebr_lib.data.pairs import TrainingRow
+    from ebr_lib.model.heldout import HeldoutTask, Means
+    from ebr_lib.model.losses import ContrastiveLoss
+    from ebr_lib.model.training import EbrTrainer
+
+ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
+CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
+HELDOUT_FILE, CORPUS_FILE, REJECTS_FILE = "heldout.jsonl", "corpus.jsonl", "rejected_rows.jsonl"
+# knobs that say where, how often and how to go on; a resumed run may change them
+FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", "dataloader_num_workers", "save_steps")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run wrote and measured.
+
+    `before` and `after` map "all", "seen" and "unseen" (documents that training saw or not) to metric means over the
+    held-out anchors; both are empty when nothing was held out. `seconds` is the training alone.
+    """
+
+    model_path: str
+    merged_path: str | None
+    train_rows: int
+    heldout_rows: int
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    before: Means
+    after: Means
+    doctor: DoctorReport = field(repr=False)
+    table: Table = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Rows as the run uses them, and the held-out ones as a retrieval task (None when nothing is held out)."""
+
+    train: Sequence[TrainingRow]
+    heldout: Sequence[TrainingRow]
+    task: HeldoutTask | None
+
+
+def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None = None) -> FinetuneResult:
+    """Fine-tune with LoRA on the pairs under `data_path`; save to `<output_dir>/<model>-peft-lora/`.
+
+    :param config: a FinetuneConfig, a dict of its knobs, or None for the defaults.
+    :raises ConfigError: a knob is unknown or out of range (all are listed).
+    :raises DataError: the training data is broken; names file and line.
+    :raises ModelError: the model cannot be loaded or trained.
+    :raises MissingError: data or model is not there.
+    """
+    from transformers import set_seed
+
+    config = FinetuneConfig.resolve(config)
+    data = _read(config)
+    set_seed(config.seed)
+    model = _model_with_adapter(config)
+    report = _examine(config, data.train, model)
+    before = _measure(config, data.task, model)
+    trainer = _trainer(config, data, model, report)
+    seconds = _train(config, data, trainer)
+    after = _measure(config, data.task, model)
+    result = FinetuneResult(
+        model_path=str(_place(config, ADAPTER_SUFFIX)),
+        merged_path=str(_place(config, MERGED_SUFFIX)) if config.merge_adapter else None,
+        train_rows=len(data.train),
+        heldout_rows=len(data.heldout),
+        trainable_parameters=sum(weight.numel() for weight in trainer.loss.weights),
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        before=before,
+        after=after,
+        doctor=report,
+        table=_before_after(before, after),
+    )
+    if trainer.is_world_process_zero():
+        _save(config, data, model, result)
+        logger.info("%s", result.table.text())
+        logger.info("模型已保存 saved: %s", result.model_path)
+    return result
+
+
+def _place(config: FinetuneConfig, suffix: str) -> Path:
+    from ebr_lib.model.loading import model_label
+
+    label = model_label(config.model_name).removesuffix(ADAPTER_SUFFIX)
+    return Path(config.output_dir) / f"{label}{suffix}"
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def _read(config: FinetuneConfig) -> _Data:
+    from ebr_lib.data.pairs import expand, normalised, read_pairs, split_by_anchor
+    from ebr_lib.model.heldout import build_task
+
+    rejects = Path(config.output_dir) / REJECTS_FILE if config.on_bad_row == "skip" else None
+    pairs = read_pairs(config.data_path, config.on_bad_row, rejects)
+    if config.eval_data_path is not None:
+        train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row)
+    else:
+        train, heldout = split_by_anchor(pairs, config.eval_ratio, config.seed)
+    train_rows, heldout_rows = expand(train), expand(heldout)
+    logger.info("训练集大小: %d (training rows)", len(train_rows))
+    logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
+    if not heldout_rows:
+        return _Data(train_rows, heldout_rows, None)
+    answers = [(row.anchor, row.positive) for row in heldout_rows]
+    documents = [row.positive for row in train_rows]
+    task = build_task(answers, documents, normalised, config.eval_corpus_size, config.seed)
+    return _Data(train_rows, heldout_rows, task)
+
+
+def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
+    from ebr_lib.data.doctor import examine
+
+    batch = config.contrastive_batch_size or config.train_batch_size
+    report = examine(rows, model.tokenizer, max_seq_length=config.max_seq_length, batch_size=batch)
+    logger.info("%s", report.table.text())
+    for advice in report.advice:
+        logger.warning("%s", advice)
+    return report
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
+    import torch
+
+    from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
+    from ebr_lib.model.loading import load_model
+    from ebr_lib.model.training import device_type
+
+    bf16 = _precision(config) == "bfloat16"
+    model = load_model(
+        config.model_name,
+        trust_remote_code=config.trust_remote_code,
+        max_seq_length=config.max_seq_length,
+        device=device_type(),
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        trainable=True,
+    )
+    model.prompts |= _prompts(config)
+    if is_adapted(model):
+        logger.info("继续训练已有适配器 training goes on from the adapter in %s", config.model_name)
+    else:
+        add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            dora=config.use_dora,
+            rslora=config.use_rslora,
+        )
+    trained, total = trainable_counts(model)
+    share = 100 * trained / total
+    logger.info("可训练参数: %s / %s (%.2f%%) trainable parameters", f"{trained:,}", f"{total:,}", share)
+    return model
+
+
+def _precision(config: FinetuneConfig) -> str:
+    from ebr_lib.model.precision import choose_precision
+    from ebr_lib.model.training import device_type
+
+    chosen = choose_precision("float16" if config.fp16 else "bfloat16" if config.bf16 else "float32", device_type())
+    logger.info("精度 precision: %s%s", chosen.dtype, f" ({chosen.why})" if chosen.why else "")
+    return chosen.dtype
+
+
+def _prompts(config: FinetuneConfig) -> dict[str, str]:
+    """What the user told, a side; nothing for a side that the user told nothing of."""
+    if config.prompt is None:
+        return {}
+    if isinstance(config.prompt, str):
+        return {"query": config.prompt, "document": config.prompt}
+    sides = {"anchor": "query", "positive": "document"}
+    return {sides[column]: text for column, text in config.prompt.items() if column in sides}
+
+
+def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> Means:
+    return task.measure_model(model, query_only=config.adapter_side == "query") if task else {}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
+    from ebr_lib.data.batches import known_positive_keys
+    from ebr_lib.model import training
+    from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
+
+    checkpoints = _place(config, CHECKPOINTS_SUFFIX)
+    rows = [*data.train, *data.heldout]
+    columns = max((len(row.negatives) for row in rows), default=0)
+    documents = [row.positive for row in data.train]
+    texts = [(row.anchor, row.positive, row.negatives) for row in rows]
+    train = training.to_dataset(texts[: len(data.train)], 0, columns, documents, config.seed)
+    heldout = training.to_dataset(texts[len(data.train) :], len(data.train), columns, documents, config.seed)
+    keys = known_positive_keys(rows)
+    facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, 0)
+    callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts)]
+    if data.task:
+        callbacks.append(
+            training.KeepBest(
+                config.best_metric,
+                config.early_stopping_patience,
+                config.early_stopping_threshold,
+                str(checkpoints / "best"),
+            )
+        )
+    return training.EbrTrainer(
+        model=model,
+        args=_arguments(config, model, data, columns),
+        train_dataset=train,
+        eval_dataset=heldout if data.heldout else None,
+        loss=_loss(config, model, data),
+        anchors=keys.anchors,
+        documents=keys.documents,
+        balanced=config.balanced_batches,
+        measure=(lambda m: _measure(config, data.task, m)["all"]) if data.task else None,
+        noise=_noise(config),
+        noise_columns=config.noise_apply_to_fields,
+        memory_limit_mb=config.memory_limit_gb * 1024,
+        callbacks=callbacks,
+    )
+
+
+def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int) -> Any:
+    from ebr_lib.model.training import training_arguments
+
+    return training_arguments(
+        _place(config, CHECKPOINTS_SUFFIX),
+        rows=len(data.train),
+        batch_size=_batch_size(config),
+        num_epochs=config.num_epochs,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        evaluate=data.task is not None,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        warmup_steps=config.warmup_ratio,
+        gradient_checkpointing=config.gradient_checkpointing,
+        fp16=_precision(config) == "float16",
+        dataloader_num_workers=config.dataloader_num_workers,
+        dataloader_pin_memory=config.dataloader_pin_memory and model.device.type == "cuda",
+        metric_for_best_model=f"eval_{config.best_metric}",
+        greater_is_better=config.best_metric != "loss",
+        prompts=_column_prompts(config, model, negatives),
+        seed=config.seed,
+    )
+
+
+def _batch_size(config: FinetuneConfig) -> int:
+    return config.contrastive_batch_size or config.train_batch_size
+
+
+def _column_prompts(config: FinetuneConfig, model: SentenceTransformer, negatives: int) -> dict[str, str]:
+    from ebr_lib.model.loading import prompt_of
+
+    document = prompt_of(model, "document")
+    told = config.prompt if isinstance(config.prompt, dict) else {}
+    negative = told.get("negative", document)
+    columns = {"anchor": prompt_of(model, "query"), "positive": document}
+    return columns | {f"negative_{i + 1}": negative for i in range(negatives)}
+
+
+def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> ContrastiveLoss:
+    from ebr_lib.model.losses import ContrastiveLoss
+
+    return ContrastiveLoss(
+        model,
+        temperature=config.temperature,
+        label_smoothing=config.label_smoothing,
+        l1=config.l1_regularization,
+        matryoshka_dims=config.matryoshka_dims,
+        known_positives=known if config.mask_known_positives else None,
+        mini_batch_size=config.train_batch_size if config.contrastive_batch_size else None,
+        query_only=config.adapter_side == "query",
+    )
+
+
+def _noise(config: FinetuneConfig) -> Any:
+    from ebr_lib.data.noise import TextNoise
+
+    if not config.noise_enabled or config.noise_type == "none" or not config.noise_prob:
+        return None
+    return TextNoise(config.noise_type, config.noise_prob, config.noise_strength, config.seed)
+
+
+def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
+    """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds."""
+    from ebr_lib.model.training import KeepBest, fly_longest_batch
+
+    checkpoint = _last_checkpoint(config, data)
+    flown = fly_longest_batch(trainer)
+    logger.info("预检 preflight, longest batch: %.2f s, memory %.0f MB", flown.seconds, flown.peak_mb)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop.received:
+        where = _place(config, CHECKPOINTS_SUFFIX)
+        logger.warning("已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", where)
+        raise KeyboardInterrupt
+    for callback in trainer.callback_handler.callbacks:  # a resumed run has its own copy, restored from the checkpoint
+        if isinstance(callback, KeepBest):
+            callback.restore(trainer.model)
+    return time.perf_counter() - start
+
+
+def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
+    """Where to go on from, after a check that it is the same run; a run that starts anew puts old checkpoints aside."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = _place(config, CHECKPOINTS_SUFFIX)
+    run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
+    run["data_sha256"] = _fingerprint(data)
+    note = folder / "run.json"
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if config.resume_from_checkpoint == "auto" and last and note.is_file():
+        _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
+        logger.info("从检查点继续 going on from %s", last)
+        return last
+    if folder.is_dir():
+        aside = folder.with_name(folder.name + ".previous")
+        replace_folder(folder, aside)
+        logger.warning("上次中断的检查点已移到 checkpoints of an unfinished run were moved to %s", aside)
+    folder.mkdir(parents=True)
+    write_json(note, run)
+    return None
+
+
+def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: Path) -> None:
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        shown = "; ".join(f"{name}: was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
+        raise ConfigError(
+            f"resume_from_checkpoint: the interrupted run was another one ({note}): {shown}. "
+            "Set these back, or start anew with resume_from_checkpoint: no"
+        )
+
+
+def _fingerprint(data: _Data) -> str:
+    digest = hashlib.sha256()
+    for row in (*data.train, *data.heldout):
+        digest.update(repr((row.anchor, row.positive, row.negatives)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def _before_after(before: Means, after: Means) -> Table:
+    from ebr_lib.model.heldout import METRICS
+
+    rows = [
+        (group, int(before[group]["queries"]), name, before[group][name], after[group][name], change)
+        for group in before
+        for name in METRICS
+        for change in [f"{after[group][name] - before[group][name]:+.4f}"]
+    ]
+    columns = ("documents", "queries", "metric", "before", "after", "change")
+    return Table("微调前后 before and after, on the held-out anchors", columns, rows)
+
+
+def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, result: FinetuneResult) -> None:
+    """Save the model, and beside it all that explains it; the checkpoints go once everything is in place."""
+    from ebr_lib.model import saving
+    from ebr_lib.model.loading import identify
+    from ebr_lib.model.logbook import draw_curve
+
+    base = identify(config.model_name)
+    checkpoints = _place(config, CHECKPOINTS_SUFFIX)
+    contract = saving.make_contract(
+        model, base, adapter_side=config.adapter_side, matryoshka_dims=config.matryoshka_dims
+    )
+    with written_whole(result.model_path) as folder:
+        saving.save_adapter(model, folder, base, contract)
+        config.save(folder / CONFIG_FILE)
+        shutil.copy(checkpoints / LOG_FILE, folder / LOG_FILE)
+        draw_curve(folder / LOG_FILE, folder / CURVE_FILE, config.best_metric)
+        _save_heldout(data, folder)
+        tables = {"Before and after": result.table.text(), "Data": result.doctor.table.text()}
+        card = saving.model_card(result.model_path, base, contract, _facts(config, result), tables)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    if result.merged_path is not None:
+        with written_whole(result.merged_path) as folder:
+            saving.save_merged(
+                result.model_path, folder, trust_remote_code=config.trust_remote_code, device=model.device.type
+            )
+    shutil.rmtree(checkpoints)
+
+
+def _save_heldout(data: _Data, folder: Path) -> None:
+    """The held-out anchors and every document of the data, for the evaluation stage."""
+    answers: dict[str, list[str]] = {}
+    for row in data.heldout:
+        answers.setdefault(row.anchor, []).append(row.positive)
+    _write_lines(folder / HELDOUT_FILE, ({"anchor": anchor, "positive": texts} for anchor, texts in answers.items()))
+    seen = dict.fromkeys(row.positive for row in data.train)
+    documents = seen | dict.fromkeys(row.positive for row in data.heldout)
+    _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": text in seen} for text in documents))
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _facts(config: FinetuneConfig, result: FinetuneResult) -> dict[str, object]:
+    return {
+        "data": f"{config.data_path} ({result.train_rows} rows; {result.heldout_rows} held out)",
+        "steps": f"{result.steps} in {result.seconds:.0f} s",
+        "trainable parameters": f"{result.trainable_parameters:,}",
+        "settings": f"`{CONFIG_FILE}`, itself a preset that repeats the run",
+        "log": f"`{LOG_FILE}`, `{CURVE_FILE}`",
+    }

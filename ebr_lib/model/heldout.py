@@ -1,0 +1,104 @@
+"""The held-out anchors as a small retrieval task: which documents, which answers, and how a model does on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
+
+Means = Mapping[str, Mapping[str, float]]
+"""Group of queries ("all", "seen", "unseen") to metric to mean."""
+
+Encode = Callable[[Sequence[str]], "np.ndarray[Any, Any]"]
+"""Texts to vectors (n, dim), float32."""
+
+
+@dataclass(frozen=True)
+class HeldoutTask:
+    """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
+
+    `seen` says of each query whether training has seen one of its documents.
+    """
+
+    queries: tuple[str, ...]
+    documents: tuple[str, ...]
+    relevant: tuple[frozenset[int], ...]
+    seen: tuple[bool, ...]
+
+    def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, np.ndarray[Any, Any]]:
+        """Each metric of `METRICS`, a value a query."""
+        from ebr_lib.retrieval.metrics import evaluate_vectors
+
+        grades = [dict.fromkeys(answers, 1) for answers in self.relevant]
+        values = evaluate_vectors(encode_queries(self.queries), encode_documents(self.documents), grades, ks=(1, 10))
+        return {name: values[name] for name in METRICS}
+
+    def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> Means:
+        """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
+        from ebr_lib.model.encoder import Encoder
+        from ebr_lib.model.loading import prompt_of
+        from ebr_lib.model.losses import base_model_only
+
+        def encode(texts: Sequence[str], prompt: str) -> np.ndarray[Any, Any]:
+            return Encoder(model, prompt=prompt).encode(texts)
+
+        def encode_documents(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+            with base_model_only(model) if query_only else nullcontext():
+                return encode(texts, prompt_of(model, "document"))
+
+        return self.means(self.measure(lambda texts: encode(texts, prompt_of(model, "query")), encode_documents))
+
+    def means(self, values: Mapping[str, np.ndarray[Any, Any]]) -> Means:
+        """Means over all queries, and over those whose documents training has seen and has not."""
+        seen = np.asarray(self.seen, dtype=bool)
+        groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}
+        return {
+            group: {"queries": int(chosen.sum())}
+            | {name: float(value[chosen].mean()) for name, value in values.items()}
+            for group, chosen in groups.items()
+            if chosen.any()
+        }
+
+
+def build_task(
+    heldout: Sequence[tuple[str, str]],
+    train_documents: Sequence[str],
+    same: Callable[[str], str],
+    corpus_size: int,
+    seed: int,
+) -> HeldoutTask:
+    """Make the task from held-out (anchor, positive) pairs.
+
+    :param train_documents: documents of the training data; a sample of them joins the corpus as distractors.
+    :param same: the normalisation under which texts are one.
+    :param corpus_size: documents in all; the held-out pairs' own are always in, even beyond it.
+    :param seed: of the sample.
+    """
+    answers: dict[str, set[str]] = {}
+    anchors: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for anchor, positive in heldout:
+        anchors.setdefault(same(anchor), anchor)
+        answers.setdefault(same(anchor), set()).add(same(positive))
+        texts.setdefault(same(positive), positive)
+    trained = {same(text): text for text in train_documents}
+    others = sorted(set(trained) - set(texts))
+    room = max(0, corpus_size - len(texts))
+    chosen = others if len(others) <= room else random.Random(seed).sample(others, room)
+    texts |= {key: trained[key] for key in chosen}
+    number = {key: i for i, key in enumerate(texts)}
+    return HeldoutTask(
+        queries=tuple(anchors.values()),
+        documents=tuple(texts.values()),
+        relevant=tuple(frozenset(number[key] for key in answers[query]) for query in anchors),
+        seen=tuple(any(key in trained for key in answers[query]) for query in anchors),
+    )

@@ -1,0 +1,143 @@
+"""What a training run leaves to read: its log, its curve as a picture, and a warning when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ebr_lib.logs import logger
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JsonLinesLog(TrainerCallback):
+    """Appends every log entry and evaluation as one JSON object; a resumed run drops what it is about to repeat."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step and state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        entry = {"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(entry))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a line that a kill cut short is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def draw_curve(log: Path, picture: Path, metric: str) -> None:
+    """Draw training loss, evaluation loss and the held-out metric over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = read_log(log)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left = figure.add_subplot()
+    for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o--")):
+        points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float)]
+        if points:
+            left.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    left.set(xlabel="step", ylabel="loss", title="Training")
+    left.grid(alpha=0.3)
+    right_points = [(e["step"], e[f"eval_{metric}"]) for e in entries if f"eval_{metric}" in e]
+    if right_points and metric != "loss":
+        right = left.twinx()
+        right.plot(*zip(*right_points, strict=True), "s-", color="tab:green", label=f"held-out {metric}", markersize=4)
+        right.set_ylabel(metric)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(picture)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Numbers of a run that explain why its loss may fall to nothing."""
+
+    rows: int
+    duplicate_share: float
+    learning_rate: float
+    trainable_parameters: int
+
+    def causes(self) -> list[str]:
+        """The causes that these numbers support, and the preset that answers them."""
+        causes = []
+        if self.rows < 100:
+            causes.append(f"样本太少 / only {self.rows} training rows (configs/finetune/small_data.yaml)")
+        if self.duplicate_share > 0.2:
+            causes.append(f"重复样本 / {self.duplicate_share:.0%} of the rows are duplicates: remove them")
+        if self.learning_rate > 3e-4:
+            causes.append(
+                f"学习率偏高 / learning rate {self.learning_rate:g} (configs/finetune/strong_regularization.yaml)"
+            )
+        per_row = self.trainable_parameters / max(self.rows, 1)
+        if per_row > 1000:
+            causes.append(
+                f"参数过多 / {per_row:,.0f} trainable parameters a row: lower lora_r "
+                "(configs/finetune/full_regularization.yaml)"
+            )
+        return causes or ["the data may be too easy: add hard negatives"]
+
+
+class LossWatch(TrainerCallback):
+    """Says once when the loss falls to nothing early, or held-out loss rises while training loss falls."""
+
+    collapsed_below = 1e-3
+
+    def __init__(self, facts: RunFacts) -> None:
+        self.facts = facts
+        self.said = False
+        self.train: list[float] = []
+        self.heldout: list[tuple[float, float]] = []  # (held-out loss, training loss then)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.train.append(float(logs["loss"]))
+        if "eval_loss" in logs and self.train:
+            self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
+        trouble = self.trouble()
+        if trouble and not self.said and state.is_world_process_zero:
+            self.said = True
+            logger.warning("%s. 可能原因 likely causes: %s", trouble, "; ".join(self.facts.causes()))
+
+    def trouble(self) -> str | None:
+        """What is wrong, or None."""
+        if len(self.train) >= 2 and max(self.train[-2:]) < self.collapsed_below:
+            return f"损失接近零 / the training loss fell to {self.train[-1]:.2g}: the model learns nothing more from it"
+        if len(self.heldout) >= 3 and _overfits(self.heldout[-3:]):
+            return "过拟合 / held-out loss rises while training loss falls"
+        return None
+
+
+def _overfits(points: Sequence[tuple[float, float]]) -> bool:
+    heldout, train = zip(*points, strict=True)
+    return heldout[0] < heldout[1] < heldout[2] and train[0] > train[2]

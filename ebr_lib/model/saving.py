@@ -1,0 +1,131 @@
+"""Saving what was trained: a complete sentence-transformers folder, its contract and card, a merged model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ebr_lib.errors import ModelError
+from ebr_lib.logs import logger
+from ebr_lib.model.adapters import ADAPTER_NAME, merge_adapter
+from ebr_lib.model.contract import PROBES, Contract, probe_vectors
+from ebr_lib.model.loading import ModelIdentity, find_model, load_model
+from ebr_lib.model.losses import base_model_only
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MERGED_TOLERANCE = 1e-3  # float32 stays below 1e-6, bfloat16 weights round the product
+
+
+def make_contract(
+    model: SentenceTransformer,
+    base: ModelIdentity,
+    *,
+    adapter_side: str,
+    matryoshka_dims: tuple[int, ...] = (),
+    merged: bool = False,
+) -> Contract:
+    """The contract of a model as it is now, probe vectors of both sides included."""
+    kinds = [type(module).__name__ for module in model]
+    pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
+    prompts = {side: model.prompts.get(side) or "" for side in ("query", "document")}
+    probes = {"query": probe_vectors(model, prompts["query"])}
+    if adapter_side == "query":
+        with base_model_only(model):
+            probes["document"] = probe_vectors(model, prompts["document"])
+    else:
+        probes["document"] = probe_vectors(model, prompts["document"])
+    return Contract(
+        base_model=base.base_model,
+        base_sha256=base.base_sha256,
+        trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
+        prompts=prompts,
+        max_seq_length=int(model.max_seq_length or 0),
+        pooling=str(pooling.pooling_mode) if pooling is not None and hasattr(pooling, "pooling_mode") else "none",
+        normalize="Normalize" in kinds,
+        dimension=int(model.get_embedding_dimension() or 0),
+        merged=merged,
+        adapter_side=adapter_side,
+        matryoshka_dims=matryoshka_dims,
+        probes=probes,
+    )
+
+
+def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, contract: Contract) -> None:
+    """Save adapter, tokenizer, pooling, prompts and contract as a folder that sentence-transformers loads too."""
+    inner = model.transformers_model
+    inner.peft_config[ADAPTER_NAME].base_model_name_or_path = find_model(base.base_model)
+    model.save_pretrained(str(folder), create_model_card=False)
+    contract.save(folder)
+
+
+def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: bool, device: str) -> float:
+    """Merge a saved adapter into its base and save the whole; reload it and compare.
+
+    :returns: the largest difference of a vector component between adapter and merged model.
+    :raises ModelError: the reloaded model's vectors are not the adapter's.
+    """
+    import dataclasses
+
+    from ebr_lib.model.contract import read_contract
+
+    model = load_model(adapter_folder, trust_remote_code=trust_remote_code, device=device)
+    before = np.asarray(probe_vectors(model, ""))
+    contract = read_contract(adapter_folder)
+    assert contract is not None
+    merge_adapter(model)
+    model.save_pretrained(str(folder), create_model_card=False)
+    dataclasses.replace(contract, merged=True).save(folder)
+    reloaded = load_model(str(folder), trust_remote_code=trust_remote_code, device=device)
+    difference = float(np.abs(np.asarray(probe_vectors(reloaded, "")) - before).max())
+    logger.info("合并后与适配器的最大差异 largest difference merged to adapter: %.2g", difference)
+    if difference > MERGED_TOLERANCE:
+        raise ModelError(f"the merged model's vectors differ from the adapter's by {difference:.2g}; it was not kept")
+    return difference
+
+
+def model_card(
+    name: str, base: ModelIdentity, contract: Contract, facts: Mapping[str, object], tables: Mapping[str, str]
+) -> str:
+    """The README.md of a saved model: what it was trained on, how well it does, how to use it."""
+    usage = f"""from ebr_lib.model.loading import load_model, prompt_of
+
+model = load_model("{name}")
+queries = model.encode(["{PROBES[0]}"], prompt=prompt_of(model, "query"))"""
+    side = (
+        ""
+        if contract.adapter_side == "both"
+        else "\nThe adapter is for **queries only**; documents keep the base model's vectors.\n"
+    )
+    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    blocks = "\n\n".join(f"## {title}\n\n```\n{text}\n```" for title, text in tables.items())
+    return f"""---
+library_name: sentence-transformers
+base_model: {base.base_model}
+tags: [sentence-transformers, feature-extraction, peft, lora]
+---
+
+# {Path(name).name}
+
+A LoRA adapter on `{base.base_model}` (weights sha256 `{base.base_sha256}`), {contract.dimension} dimensions,
+{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens.
+{side}
+## Use
+
+```python
+{usage}
+```
+
+Prompts: query `{contract.prompts["query"]!r}`, document `{contract.prompts["document"]!r}`. Inference puts them on by
+itself. `ebr_contract.json` holds probe vectors; loading checks them.
+
+## Training
+
+{lines}
+
+{blocks}
+"""
