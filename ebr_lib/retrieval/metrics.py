@@ -1,0 +1,232 @@
+"""Retrieval measures, exact under ties: what a random order of equally scored documents gives on average.
+
+Recall, hit rate, MRR, nDCG and MAP as trec_eval computes them where no scores are equal; where some are, the
+expectation over all their orders (McSherry and Najork, "Computing Information Retrieval Performance Measures
+Efficiently in the Presence of Tied Scores", ECIR 2008). A scorer that gives every document the same score thus gets
+what chance gives, in whatever order the documents stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+KS = (1, 5, 10, 50, 100)
+MRR_CUT, NDCG_CUT, MAP_CUT = 10, 10, 100
+CHUNK = 1 << 13  # documents scored at once
+BLOCK = 1 << 9  # queries scored at once: a block of scores takes 16 MB
+LANES = 64  # a chunk is padded to a multiple, so that equal vectors take the same path through BLAS: equal scores
+
+Floats = NDArray[np.float32]
+Values = NDArray[np.float64]
+Grades = Sequence[Mapping[int, int]]
+"""For each query: document number to grade; 0 and less is not relevant."""
+
+
+class Ranking:
+    """The best `depth` documents of each query, and all that ties at the end of that list can hide.
+
+    `ids` (-1 where there is none) and `scores` are queries × depth, best first. A document with score -inf counts as
+    not retrieved. Feed it with `add`, in any number of chunks; only one chunk of scores is in memory at a time.
+    """
+
+    def __init__(self, relevant: Grades, depth: int = max(KS)) -> None:
+        self.depth = depth
+        self.relevant = relevant
+        self.ids = np.full((len(relevant), depth), -1, dtype=np.int64)
+        self.scores = np.full((len(relevant), depth), -np.inf, dtype=np.float32)
+        self._last_tied = np.zeros(len(relevant), dtype=np.int64)  # documents that score what the last one listed does
+        pairs = [(d, q, g) for q, grades in enumerate(relevant) for d, g in grades.items() if g > 0]
+        table = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 3)
+        self._documents, self._queries, self._grades = table.T
+        self._scores = np.full(len(table), -np.inf, dtype=np.float32)
+
+    def add(self, scores: Floats, first_query: int, first_document: int) -> None:
+        """Take in a block of scores (queries × documents) whose corner stands at the two numbers given."""
+        self._note_relevant(scores, first_query, first_document)
+        worst = self.scores[first_query : first_query + len(scores), -1]
+        best = scores.max(axis=1)
+        rows = np.flatnonzero((best >= worst) & (best > -np.inf))  # deep in a corpus few queries still change
+        if rows.size:
+            self._merge(rows + first_query, scores[rows], first_document)
+
+    def _note_relevant(self, scores: Floats, first_query: int, first_document: int) -> None:
+        low, high = np.searchsorted(self._documents, (first_document, first_document + scores.shape[1]))
+        queries = self._queries[low:high] - first_query
+        here = np.flatnonzero((queries >= 0) & (queries < len(scores)))
+        self._scores[low + here] = scores[queries[here], self._documents[low + here] - first_document]
+
+    def _merge(self, queries: NDArray[np.int64], scores: Floats, first_document: int) -> None:
+        old_ids, old_scores = self.ids[queries], self.scores[queries]
+        take = min(self.depth, scores.shape[1])
+        best = np.argpartition(-scores, take - 1, axis=1)[:, :take]
+        ids = np.hstack([old_ids, best + first_document])
+        merged = np.hstack([old_scores, np.take_along_axis(scores, best, axis=1)])
+        # by score, then by number, so that the list shown does not hang on the size of the chunks
+        order = np.lexsort((ids, -merged), axis=1)[:, : self.depth]
+        self.ids[queries] = np.take_along_axis(ids, order, axis=1)
+        self.scores[queries] = np.take_along_axis(merged, order, axis=1)
+        last = self.scores[queries, -1][:, None]
+        before = np.where(
+            old_scores[:, -1] == last[:, 0], self._last_tied[queries], (old_scores == last).sum(axis=1, dtype=np.int64)
+        )
+        self._last_tied[queries] = before + (scores == last).sum(axis=1)
+        self.ids[queries] = np.where(np.isneginf(self.scores[queries]), -1, self.ids[queries])
+
+    def groups(self) -> Groups:
+        """Where the relevant documents stand: the block of equal scores that each lies in."""
+        found = self._scores > -np.inf
+        query, score, grade = self._queries[found], self._scores[found], self._grades[found]
+        listed = self.scores[query]
+        above = (listed > score[:, None]).sum(axis=1)
+        size = (listed == score[:, None]).sum(axis=1)
+        at_end = score == listed[:, -1]
+        size = np.where(at_end, self._last_tied[query], size)
+        inside = size > 0  # else it scores below the end of the list
+        return Groups(query[inside], grade[inside], above[inside], size[inside])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One entry a relevant document in reach: query, grade, how many documents score above it, how many the same."""
+
+    query: NDArray[np.int64]
+    grade: NDArray[np.int64]
+    above: NDArray[np.int64]
+    size: NDArray[np.int64]
+
+    def companions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each entry: relevant documents of its query in its own group, itself included, and in groups above."""
+        order = np.lexsort((self.above, self.query))
+        query, above = self.query[order], self.above[order]
+        new_query = np.r_[True, query[1:] != query[:-1]][: len(query)]
+        new_group = new_query | np.r_[True, above[1:] != above[:-1]][: len(query)]
+        starts = np.flatnonzero(new_group)
+        group = np.cumsum(new_group) - 1
+        same = np.diff(np.r_[starts, len(query)])[group]
+        query_start = np.flatnonzero(new_query)[np.cumsum(new_query) - 1]
+        back = np.empty(len(query), dtype=np.int64)
+        back[order] = np.arange(len(query))
+        return same[back], (starts[group] - query_start)[back]
+
+
+def measure(ranking: Ranking, ks: Sequence[int] = KS) -> dict[str, Values]:
+    """Each measure, one value a query: `recall@k` and `hit@k` for every k, `mrr@10`, `ndcg@10`, `map@100`.
+
+    nDCG takes the grade as the gain, and 1 / log2(rank + 1) as the discount, as trec_eval does. A query without a
+    relevant document has NaN in all.
+    """
+    if max(*ks, MAP_CUT) > ranking.depth:
+        raise ValueError(f"a ranking {ranking.depth} deep cannot tell about rank {max(*ks, MAP_CUT)}")
+    groups = ranking.groups()
+    grades = [sorted((g for g in grades.values() if g > 0), reverse=True) for grades in ranking.relevant]
+    count = np.array([len(g) for g in grades], dtype=np.float64)
+    count[count == 0] = np.nan
+    values = {f"recall@{k}": _per_query(groups, _share_within(groups, k), len(count)) / count for k in ks}
+    values |= {f"hit@{k}": _first(groups, k, np.ones(k), count) for k in ks}
+    values[f"mrr@{MRR_CUT}"] = _first(groups, MRR_CUT, 1 / np.arange(1, MRR_CUT + 1), count)
+    values[f"ndcg@{NDCG_CUT}"] = _ndcg(groups, grades, NDCG_CUT)
+    values[f"map@{MAP_CUT}"] = _average_precision(groups, MAP_CUT, len(count)) / count
+    return values
+
+
+def _per_query(groups: Groups, values: Values, queries: int) -> Values:
+    return np.bincount(groups.query, weights=values, minlength=queries)
+
+
+def _within(groups: Groups, k: int) -> NDArray[np.int64]:
+    """How many places of each group lie among the first k."""
+    return np.clip(k - groups.above, 0, groups.size)
+
+
+def _share_within(groups: Groups, k: int) -> Values:
+    return _within(groups, k).astype(np.float64) / groups.size
+
+
+def _ndcg(groups: Groups, grades: Sequence[Sequence[int]], k: int) -> Values:
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    total = np.r_[0.0, np.cumsum(discount)]
+    first = np.minimum(groups.above, k)
+    gained = groups.grade * (total[first + _within(groups, k)] - total[first]) / groups.size
+    ideal = np.array([float(np.dot(g[:k], discount[: len(g[:k])])) for g in grades])
+    ideal[ideal == 0] = np.nan
+    return _per_query(groups, gained, len(grades)) / ideal
+
+
+def _average_precision(groups: Groups, k: int, queries: int) -> Values:
+    """Sum over relevant documents of the precision at their place, expected over the orders of their group.
+
+    At place i of a group of n with r relevant ones, A relevant and a documents above it:
+    (A + 1 + (i - 1)(r - 1)/(n - 1)) / (a + i), averaged over i, those beyond k counting nothing.
+    """
+    same, before = groups.companions()
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, k + 1))]
+    places = _within(groups, k)
+    first = np.minimum(groups.above, k)
+    inverse = harmonic[first + places] - harmonic[first]  # sum over the places of 1 / (a + i)
+    slope = (same - 1) / np.maximum(groups.size - 1, 1)
+    total = (before + 1) * inverse + slope * (places - (groups.above + 1) * inverse)
+    return _per_query(groups, total / groups.size, queries)
+
+
+def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
+    """Expected worth of the first relevant document's rank, ranks beyond k being worth nothing.
+
+    In a group of n with r relevant ones the first stands behind place i with probability
+    (n - r)/n · (n - r - 1)/(n - 1) · …, i factors.
+    """
+    same, before = groups.companions()
+    lead = before == 0
+    query, above, size, same = groups.query[lead], groups.above[lead], groups.size[lead], same[lead]
+    value = np.zeros(len(query))
+    none_yet = np.ones(len(query))
+    for i in range(k):
+        inside = i < size
+        left = none_yet * np.clip(size - same - i, 0, None) / np.maximum(size - i, 1)
+        rank = above + i
+        value += np.where(inside & (rank < k), (none_yet - left) * worth[np.minimum(rank, k - 1)], 0.0)
+        none_yet = np.where(inside, left, 0.0)
+    result = np.zeros(len(count))
+    result[query] = value  # the leading group's entries all hold the same value
+    return np.where(np.isnan(count), np.nan, result)
+
+
+# --- from vectors -------------------------------------------------------------------------------------------------
+
+
+def rank_vectors(
+    queries: Floats, documents: Floats | Iterable[Floats], relevant: Grades, depth: int = max(KS)
+) -> Ranking:
+    """Rank documents by inner product, in bounded memory.
+
+    :param queries: float32, queries × dimensions.
+    :param documents: float32, documents × dimensions, or such arrays one after the other (then the corpus need not
+        fit into memory).
+    :param relevant: for each query, document number to grade.
+    """
+    ranking = Ranking(relevant, depth)
+    done = 0
+    for chunk in _chunks(documents):
+        wide = -len(chunk) % LANES
+        padded = np.vstack([chunk, np.zeros((wide, chunk.shape[1]), np.float32)]) if wide else chunk
+        for start in range(0, len(queries), BLOCK):
+            scores = queries[start : start + BLOCK] @ padded.T
+            ranking.add(scores[:, : len(chunk)], start, done)
+        done += len(chunk)
+    return ranking
+
+
+def _chunks(documents: Floats | Iterable[Floats]) -> Iterator[Floats]:
+    for array in [documents] if isinstance(documents, np.ndarray) else documents:
+        for start in range(0, len(array), CHUNK):
+            yield array[start : start + CHUNK]
+
+
+def evaluate_vectors(
+    queries: Floats, documents: Floats | Iterable[Floats], relevant: Grades, ks: Sequence[int] = KS
+) -> dict[str, Values]:
+    """Rank by inner product and measure: `rank_vectors`, then `measure`."""
+    return measure(rank_vectors(queries, documents, relevant, max(*ks, MAP_CUT)), ks)

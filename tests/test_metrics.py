@@ -1,0 +1,137 @@
+"""Measures: by hand, by brute force over all orders of ties, and against trec_eval."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebr_lib.retrieval.metrics import Ranking, evaluate_vectors, measure, rank_vectors
+
+KS = (1, 2, 3, 5)
+
+
+def ranked(scores, relevant, depth=100, chunk=None):
+    scores = np.atleast_2d(np.asarray(scores, dtype=np.float32))
+    ranking = Ranking(relevant, depth)
+    for start in range(0, scores.shape[1], chunk or scores.shape[1]):
+        ranking.add(scores[:, start : start + (chunk or scores.shape[1])], 0, start)
+    return ranking
+
+
+def one(scores, relevant, **kw):
+    return {name: float(value[0]) for name, value in measure(ranked(scores, [relevant], **kw), KS).items()}
+
+
+def test_by_hand():
+    # ranks: d2 (grade 2), d0, d3 (grade 1), d1
+    got = one([0.8, 0.1, 0.9, 0.5], {2: 2, 3: 1})
+    assert got["recall@1"] == 0.5 and got["recall@2"] == 0.5 and got["recall@3"] == 1
+    assert got["hit@1"] == 1 and got["mrr@10"] == 1
+    assert got["ndcg@10"] == pytest.approx((2 + 1 / 2) / (2 + 1 / math.log2(3)))
+    assert got["map@100"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_relevant_document_beyond_the_list_counts_as_missed():
+    assert one([3, 2, 1], {2: 1, 0: 0})["mrr@10"] == pytest.approx(1 / 3)
+    deep = one(list(range(200, 0, -1)), {150: 1})
+    assert set(deep.values()) == {0.0}
+
+
+def test_no_relevant_document_is_nan_and_unretrieved_is_zero():
+    assert all(math.isnan(v) for v in one([1, 2], {0: 0}).values())
+    assert set(one([1, -np.inf], {1: 1}).values()) == {0.0}
+
+
+def _plain(order, relevant):
+    """The measures of one order of documents, from their textbook definitions."""
+    hits = [relevant.get(d, 0) for d in order]
+    found = [i for i, g in enumerate(hits) if g > 0]
+    ideal = sorted((g for g in relevant.values() if g > 0), reverse=True)
+    dcg = sum(g / math.log2(i + 2) for i, g in enumerate(hits[:10]))
+    out = {
+        "mrr@10": 1 / (found[0] + 1) if found and found[0] < 10 else 0.0,
+        "ndcg@10": dcg / sum(g / math.log2(i + 2) for i, g in enumerate(ideal[:10])),
+        "map@100": sum((j + 1) / (i + 1) for j, i in enumerate(found)) / len(ideal),
+    }
+    for k in KS:
+        out[f"recall@{k}"] = sum(i < k for i in found) / len(ideal)
+        out[f"hit@{k}"] = float(any(i < k for i in found))
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=2, max_size=6),
+    st.dictionaries(st.integers(0, 1), st.integers(1, 3), min_size=1),
+    st.integers(1, 6),
+)
+def test_ties_are_the_mean_over_all_orders(scores, relevant, chunk):
+    orders = [
+        p
+        for p in itertools.permutations(range(len(scores)))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(p))
+    ]
+    all_of_them = [_plain(order, relevant) for order in orders]
+    wanted = {name: np.mean([values[name] for values in all_of_them]) for name in all_of_them[0]}
+    assert one(scores, relevant, chunk=chunk) == pytest.approx(wanted)
+
+
+def test_ties_across_the_end_of_the_list():
+    # 3 better ones, then 500 alike of which 2 are relevant: places 4 to 100 of them count
+    scores = np.r_[np.full(500, 0.5), 0.9, 0.8, 0.7]
+    for chunk in (64, 503):
+        got = measure(ranked(scores, [{7: 1, 499: 1}], chunk=chunk), (10, 100))
+        assert got["recall@100"][0] == pytest.approx(97 / 500)
+        assert got["hit@10"][0] == pytest.approx(1 - math.comb(493, 2) / math.comb(500, 2))
+
+
+@pytest.mark.parametrize("documents", [130, 1000, 8200])
+def test_a_constant_scorer_gets_what_chance_gives(documents):
+    vector = np.random.default_rng(0).normal(size=48).astype(np.float32)
+    queries, corpus = np.tile(vector, (3, 1)), np.tile(vector, (documents, 1))
+    got = evaluate_vectors(queries, corpus, [{0: 1}, {documents - 1: 1}, {documents // 2: 1}])
+    for k in (1, 10, 100):
+        np.testing.assert_allclose(got[f"recall@{k}"], k / documents)
+    np.testing.assert_allclose(got["mrr@10"], sum(1 / i for i in range(1, 11)) / documents)
+
+
+def test_chunks_change_nothing():
+    rng = np.random.default_rng(1)
+    queries, corpus = rng.normal(size=(7, 8)).astype(np.float32), rng.normal(size=(900, 8)).astype(np.float32)
+    corpus = np.round(corpus)  # ties
+    relevant = [{int(d): int(rng.integers(1, 4)) for d in rng.choice(900, 5)} for _ in queries]
+    whole = rank_vectors(np.round(queries), corpus, relevant)
+    parts = rank_vectors(np.round(queries), np.array_split(corpus, 13), relevant)
+    np.testing.assert_array_equal(whole.scores, parts.scores)
+    for name, value in measure(whole).items():
+        np.testing.assert_allclose(measure(parts)[name], value, err_msg=name)
+
+
+def test_equals_trec_eval_without_ties():
+    trec = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(2)
+    scores = np.stack([rng.permutation(400) / 512 for _ in range(20)]).astype(np.float32)
+    relevant = [{int(d): int(rng.integers(0, 4)) for d in rng.choice(400, 30, replace=False)} for _ in scores]
+    measures = {"recall.1,10,100", "ndcg_cut.10", "map_cut.100", "success.1,10", "recip_rank"}
+    qrels = {str(q): {str(d): g for d, g in grades.items()} for q, grades in enumerate(relevant)}
+    run = {str(q): {str(d): float(s) for d, s in enumerate(row)} for q, row in enumerate(scores)}
+    wanted = trec.RelevanceEvaluator(qrels, measures).evaluate(run)
+    got = measure(ranked(scores, relevant, chunk=97))
+    names = {
+        "recall@1": "recall_1", "recall@10": "recall_10", "recall@100": "recall_100", "ndcg@10": "ndcg_cut_10",
+        "map@100": "map_cut_100", "hit@1": "success_1", "hit@10": "success_10",
+    }  # fmt: skip
+    for ours, theirs in names.items():
+        np.testing.assert_allclose(got[ours], [wanted[str(q)][theirs] for q in range(20)], atol=1e-6, err_msg=ours)
+    rank = np.array([wanted[str(q)]["recip_rank"] for q in range(20)])
+    np.testing.assert_allclose(got["mrr@10"], np.where(rank >= 0.1, rank, 0), atol=1e-6)
+
+
+def test_asks_for_a_list_deep_enough():
+    with pytest.raises(ValueError, match="10 deep"):
+        measure(Ranking([{0: 1}], depth=10), (1,))
