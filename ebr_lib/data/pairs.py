@@ -68,6 +68,11 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def is_blank(text: str) -> bool:
+    """Is there nothing to see: no letter but whitespace, control codes and zero-width characters?"""
+    return not _VISIBLE.search(text)
+
+
 def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
     """One training row a positive, in order; every row carries all the negatives of its pair.
 
@@ -345,7 +350,7 @@ def _texts(column: str, value: Any, may_lack: bool = False) -> list[str]:
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _BadRowError(f"`{column}`: wanted a text, found {_kind(value)}")
-    if not _VISIBLE.search(value):
+    if is_blank(value):
         raise _BadRowError(f"`{column}` is {'blank' if value else 'empty'}")
     if _LONE_SURROGATE.search(value):
         raise _BadRowError(
