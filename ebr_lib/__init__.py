@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig
+    from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig, check_configs
     from ebr_lib.finetune import train_sentence_transformer
     from ebr_lib.inference import run_batch_inference
     from ebr_lib.logs import show_logs
@@ -24,6 +24,7 @@ _HOMES = {
     "VisConfig": "config",
     "EvalConfig": "config",
     "IndexConfig": "config",
+    "check_configs": "config",
     "show_logs": "logs",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "IndexConfig",
     "InferenceConfig",
     "VisConfig",
+    "check_configs",
     "run_batch_inference",
     "show_logs",
     "train_sentence_transformer",

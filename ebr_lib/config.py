@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
+from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
 
 Count = Annotated[int, Field(ge=0)]
@@ -371,3 +372,38 @@ class IndexConfig(Config):
     """Extension, `build_faiss_index`: an index over an embedding file, measured."""
 
     embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to index.", "要建索引的向量文件。")
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The checked configs of a workflow, shown as tables in a notebook."""
+
+    finetune: FinetuneConfig
+    inference: InferenceConfig
+    visualize: VisConfig
+    evaluate: EvalConfig
+    index: IndexConfig
+    given: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return "".join(getattr(self, stage.name)._repr_html_() for stage in fields(self) if stage.name in self.given)
+
+
+def check_configs(**given: Mapping[str, Any]) -> Configs:
+    """Resolve the configs of all stages, and list the mistakes of all of them at once.
+
+    :param given: stage (finetune, inference, visualize, evaluate, index) to its dict; a stage left out has defaults.
+    :raises ConfigError: any knob of any stage is unknown or out of range.
+    """
+    kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name != "given"}
+    if unknown := sorted(set(given) - set(kinds)):
+        raise ConfigError(f"check_configs: no stage {', '.join(unknown)}; stages are {', '.join(kinds)}")
+    resolved, errors = {}, []
+    for stage, kind in kinds.items():
+        try:
+            resolved[stage] = kind.resolve(given.get(stage))
+        except (ConfigError, MissingError) as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return Configs(**resolved, given=tuple(given))

@@ -1,0 +1,39 @@
+# make demo: the whole workflow on the sample data. make test: everything that CI checks.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint bench docs clean help
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+# the stamps are newer than the requirements exactly when the installation is up to date
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
+	$(OFFLINE) $(BIN)/python -m ebr_lib notebook
+
+test: lint ## lint, types and all tests
+	$(OFFLINE) $(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed ## write the generated tables into the READMEs
+	$(BIN)/python -m ebr_lib knobs --write README.md README.zh-CN.md
+
+clean: ## remove the environment and what the stages wrote
+	rm -rf $(VENV) saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb
