@@ -50,12 +50,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file whose header is known; rows begin at byte `start`, which is line `first_line`."""
+    """One input file whose header is known; rows begin at byte `start`, which is line `first_line`.
+
+    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of a Parquet file.
+    """
 
     path: Path
     name: str
     columns: tuple[str, ...]
     size: int
+    extent: int
     encoding: str = "utf-8"
     crlf: bool = False
     start: int = 0
@@ -156,7 +160,8 @@ def open_source(path: Path, layout: Layout, name: str | None = None) -> Source:
 def _open_parquet(path: Path, name: str) -> Source:
     import pyarrow.parquet as pq
 
-    return Source(path, name, tuple(pq.read_schema(path).names), path.stat().st_size)
+    with pq.ParquetFile(path) as file:
+        return Source(path, name, tuple(file.schema_arrow.names), path.stat().st_size, file.metadata.num_rows)
 
 
 def _open_text(path: Path, layout: Layout, name: str) -> Source:
@@ -174,10 +179,20 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
     encoding = "utf-8" if bom else _encoding_of(path, sample, layout.encoding)
     crlf = first.endswith(b"\r\n")
     named = _header(path, first, layout.delimiter, encoding)
-    size = path.stat().st_size
+    size, extent = path.stat().st_size, _extent(path)
     if layout.columns is None or named == layout.columns:
-        return Source(path, name, named, size, encoding, crlf, bom + len(first), 2)
-    return Source(path, name, layout.columns, size, encoding, False, bom, 1)
+        return Source(path, name, named, size, extent, encoding, crlf, bom + len(first), 2)
+    return Source(path, name, layout.columns, size, extent, encoding, False, bom, 1)
+
+
+def _extent(path: Path) -> int:
+    """Bytes of a file, uncompressed; gzip notes them in its last four bytes, of one member and below 4 GiB."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        if is_gzip:
+            file.seek(-4, io.SEEK_END)
+            return int.from_bytes(file.read(4), "little")
+        return file.seek(0, io.SEEK_END)
 
 
 def _header(path: Path, line: bytes, delimiter: bytes, encoding: str) -> tuple[str, ...]:

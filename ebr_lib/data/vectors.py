@@ -181,7 +181,9 @@ class _Format(Protocol):
 
     def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink: ...
 
-    def copy_back(self, path: Path, sink_folder: Path) -> dict[str, int]: ...
+    def copy_back(self, path: Path, folder: Path) -> dict[str, int]: ...
+
+    def finish(self, folder: Path, place: Path) -> None: ...
 
 
 def _format_of(path: str | Path) -> _Format:
@@ -222,9 +224,17 @@ class _Text:
     def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
         return TextSink(folder, columns, sizes)
 
-    def copy_back(self, path: Path, sink_folder: Path) -> dict[str, int]:
-        shutil.copyfile(path, sink_folder / TextSink.NAME)
+    def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
+        shutil.copyfile(path, folder / TextSink.NAME)
         return {TextSink.NAME: path.stat().st_size}
+
+    def finish(self, folder: Path, place: Path) -> None:
+        _move(folder / TextSink.NAME, place)
+
+
+def _move(work: Path, place: Path) -> None:
+    if work.exists():  # else it was moved before the run was interrupted
+        os.replace(work, place)
 
 
 def _no_rows() -> NDArray[np.int64]:
@@ -330,15 +340,29 @@ class _Parquet:
     def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
         return ParquetSink(folder, columns, dim, sizes)
 
-    def copy_back(self, path: Path, sink_folder: Path) -> dict[str, int]:
+    def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(path)
-        with open(sink_folder / ParquetSink.NAME, "wb") as work:
+        with open(folder / ParquetSink.NAME, "wb") as work:
             work.write(file.schema_arrow.remove_metadata().serialize())
             for batch in file.iter_batches(BATCH_ROWS):
                 work.write(batch.serialize())
-        return {ParquetSink.NAME: (sink_folder / ParquetSink.NAME).stat().st_size}
+        return {ParquetSink.NAME: (folder / ParquetSink.NAME).stat().st_size}
+
+    def finish(self, folder: Path, place: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with written_whole(place) as new, pa.OSFile(str(folder / ParquetSink.NAME)) as file:
+            stream = pa.ipc.open_stream(file)
+            texts = [name for name in stream.schema.names if name != VECTOR]
+            # float32 of an embedding does not compress, and reads fastest as it is
+            codec = dict.fromkeys(texts, "zstd") | {f"{VECTOR}.list.element": "none"}
+            options = {"compression": codec, "use_dictionary": texts, "write_statistics": texts}
+            with pq.ParquetWriter(new, stream.schema, **options) as out:
+                for batch in stream:
+                    out.write_batch(batch)
 
 
 def _arrow_texts(column: pa.Array) -> list[str | None]:
@@ -398,11 +422,15 @@ class _Npy:
     def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
         return NpySink(folder, columns, dim, sizes)
 
-    def copy_back(self, path: Path, sink_folder: Path) -> dict[str, int]:
+    def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
         places = {NpySink.NAME: path, TextSink.NAME: ids_path(path)}
         for name, place in places.items():
-            shutil.copyfile(place, sink_folder / name)
+            shutil.copyfile(place, folder / name)
         return {name: place.stat().st_size for name, place in places.items()}
+
+    def finish(self, folder: Path, place: Path) -> None:
+        _move(folder / TextSink.NAME, ids_path(place))
+        _move(folder / NpySink.NAME, place)
 
 
 def _read_ids(path: Path, columns: Sequence[str] | None, rows: int) -> dict[str, list[str | None]]:
@@ -432,9 +460,6 @@ class Sink(Protocol):
     def commit(self) -> dict[str, int]:
         """Bring everything to the disk; returns the size of each work file."""
 
-    def finish(self, place: Path) -> None:
-        """Move the whole file to its place. May be called again after it was interrupted."""
-
     def close(self) -> None:
         """Let go of the work files."""
 
@@ -447,6 +472,11 @@ def open_sink(
     :param sizes: what `commit` returned when the run was interrupted; what was written since is cut off.
     """
     return _format_of(place).sink(folder, columns, dim, sizes)
+
+
+def finish_sink(place: str | Path, folder: Path) -> None:
+    """Move the whole file from its work files to its place. May be called again after it was interrupted."""
+    _format_of(place).finish(folder, Path(place))
 
 
 def reopen(place: str | Path, folder: Path) -> dict[str, int]:
@@ -512,11 +542,6 @@ class TextSink:
     def commit(self) -> dict[str, int]:
         return {self.NAME: _sync(self._file)}
 
-    def finish(self, place: Path) -> None:
-        self.close()
-        if self._path.exists():
-            os.replace(self._path, place)
-
     def close(self) -> None:
         self._file.close()
 
@@ -552,22 +577,6 @@ class ParquetSink:
     def commit(self) -> dict[str, int]:
         return {self.NAME: _sync(self._file)}
 
-    def finish(self, place: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.close()
-        texts = [name for name in self._schema.names if name != VECTOR]
-        # float32 of an embedding does not compress, and reads fastest as it is
-        codec = dict.fromkeys(texts, "zstd") | {f"{VECTOR}.list.element": "none"}
-        with (
-            written_whole(place) as new,
-            pq.ParquetWriter(new, self._schema, compression=codec, use_dictionary=texts, write_statistics=texts) as out,
-            pa.OSFile(str(self._path)) as source,
-        ):
-            for batch in pa.ipc.open_stream(source):
-                out.write_batch(batch)
-
     def close(self) -> None:
         self._file.close()
 
@@ -599,17 +608,11 @@ class NpySink:
         self._ids.append_fields(rows)
 
     def commit(self) -> dict[str, int]:
+        rows = (self._file.tell() - len(self._header(0))) // (4 * self._dim)
+        self._file.seek(0)
+        self._file.write(self._header(rows))
+        self._file.seek(0, os.SEEK_END)
         return {self.NAME: _sync(self._file)} | self._ids.commit()
-
-    def finish(self, place: Path) -> None:
-        if not self._file.closed:
-            rows = (self._file.tell() - len(self._header(0))) // (4 * self._dim)
-            self._file.seek(0)
-            self._file.write(self._header(rows))
-        self.close()
-        self._ids.finish(ids_path(place))
-        if self._path.exists():
-            os.replace(self._path, place)
 
     def close(self) -> None:
         self._file.close()
@@ -641,7 +644,8 @@ def write_embeddings(
         sink = open_sink(path, Path(folder), list(columns), vectors.shape[1])
         sink.append(rows, vectors, valid)
         sink.commit()
-        sink.finish(path)
+        sink.close()
+        finish_sink(path, Path(folder))
     return path
 
 

@@ -1,0 +1,451 @@
+"""An encoding job: files in, one embedding file out, a window at a time: memory is bounded and a kill is harmless.
+
+A window is a run of rows that depends on the input alone. Its new texts are encoded together, its rows are written in
+order, all is brought to the disk, and only then the job's state moves on. A run that was killed cuts its files back to
+the last state and makes the same windows again, hence the same batches, hence the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
+from ebr_lib.data.vectors import DELIMITER, Sink, finish_sink, is_plain, open_sink, reopen
+from ebr_lib.engines.store import Store, digest_of
+from ebr_lib.errors import DataError, ModelError
+
+REJECTS = "rejects"
+REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
+WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
+EXAMPLES = 5
+
+Vectors = NDArray[np.float32]
+Progress = Callable[[int, float], None]
+
+
+class TextEncoder(Protocol):
+    """What a job needs of an encoder; the model's own is `ebr_lib.model.encoder.Encoder`."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def encode(self, texts: Sequence[str]) -> Vectors: ...
+
+    def take_report(self) -> EncodeReport: ...
+
+
+@dataclass
+class EncodeReport:
+    """What an encoder counted since it was last asked; `cut` names the texts that were cut: index, tokens, kept."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    cut: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to encode, and where to.
+
+    :param settings: all that decides what is written; a run that was interrupted goes on only under equal settings.
+    :param inputs: name, size and sha256 of each source.
+    :param before: what a finished output that is appended to already holds: its manifest.
+    """
+
+    sources: tuple[Source, ...]
+    layout: Layout
+    text_column: str
+    kept: tuple[str, ...]
+    output: Path
+    settings: dict[str, Any]
+    inputs: tuple[dict[str, Any], ...]
+    on_empty_text: str = "skip"
+    window_rows: int = 16384
+    append: bool = False
+    before: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The work folder, beside the output; gone when the job is done."""
+        return self.output.with_name(f"{self.output.name}.work")
+
+    @property
+    def rejects(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.rejects")
+
+    @property
+    def wanted(self) -> list[str]:
+        """The columns to read: those kept, then the text."""
+        return [*self.kept, self.text_column]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job counted (rows, tokens, reasons of rejects), and some of the texts that were cut."""
+
+    counts: Counter[str]
+    reasons: Counter[str]
+    examples: list[dict[str, Any]]
+    resumed: bool = False
+
+
+class Window(NamedTuple):
+    """Rows that are encoded and brought to the disk together. `places` is -1 where a row has no vector."""
+
+    rows: list[list[Value]]
+    places: NDArray[np.int64]
+    fresh: list[str]
+    first_place: int
+    digests: list[bytes]
+    origins: list[tuple[str, int]]
+    rejects: list[bytes]
+    counts: Counter[str]
+    reasons: Counter[str]
+    file: int
+    after: Position
+    share: float
+
+
+def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
+    """Encode all sources of a job, going on where an interrupted run stopped.
+
+    :param progress: told the rows of each window that is done, and what share of the input that makes in all.
+    :raises DataError: a setting or an input is not what the interrupted run had; the disk is full; an input changed
+        while it was read; or a text is empty and `on_empty_text` says error.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    store = Store(job.folder)
+    try:
+        return _run(job, store, encoder, progress)
+    except (OSError, sqlite3.OperationalError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "is full" in str(error)
+        if not full:
+            raise
+        done = (store.state or {}).get("counts", {}).get("written", 0)
+        raise DataError(
+            f"{job.folder}: the disk is full ({error}); the {done} rows written so far are whole and stay there. "
+            "Make room and run the same call again: it continues"
+        ) from error
+    finally:
+        store.close()
+
+
+def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
+    resumed = store.state is not None
+    state = store.state or _first_state(job)
+    job = _continued(job, state)
+    if not state["done"]:
+        store.begin(encoder.dim)
+        progress(state["counts"].get("read", 0), state["share"])
+        state = _write_all(job, store, encoder, state, progress)
+    finish_sink(job.output, job.folder)
+    _move_rejects(job, state)
+    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], resumed)
+
+
+def _first_state(job: Job) -> dict[str, Any]:
+    for leftover in job.folder.iterdir():  # of a run that was killed before its first state
+        if not leftover.name.startswith(Store.STATE):
+            leftover.unlink()
+    before = job.before or {}
+    earlier = job.rejects.read_bytes() if before and job.rejects.exists() else REJECT_HEADER
+    (job.folder / REJECTS).write_bytes(earlier)
+    return {
+        "settings": job.settings,
+        "inputs": list(job.inputs),
+        "file": 0,
+        "position": None,
+        "sizes": reopen(job.output, job.folder) if before else None,
+        "rejects": len(earlier),
+        "counts": before.get("rows", {}),
+        "reasons": before.get("reasons", {}),
+        "examples": before.get("examples", []),
+        "share": 0.0,
+        "done": False,
+    }
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+def _continued(job: Job, state: dict[str, Any]) -> Job:
+    """Check that the interrupted run was the same job; with `append`, new files go behind those it began with."""
+    changes = [*changed_settings(state["settings"], job.settings), *changed_inputs(state["inputs"], job)]
+    if changes:
+        raise DataError(
+            f"{job.folder} holds an unfinished run that cannot be continued, for these have changed:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nGo back to what they were, or drop that run with restart: true"
+        )
+    begun = [entry["path"] for entry in state["inputs"]]
+    order = sorted(range(len(job.inputs)), key=lambda i: (_place(begun, job.inputs[i]["path"]), i))
+    inputs = tuple(job.inputs[i] for i in order)
+    state["inputs"] = list(inputs)
+    return replace(job, sources=tuple(job.sources[i] for i in order), inputs=inputs)
+
+
+def _place(names: list[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each setting that differs."""
+    names = dict.fromkeys([*before, *now])
+    return [f"{n}: {before.get(n)!r} then, {now.get(n)!r} now" for n in names if before.get(n) != now.get(n)]
+
+
+def changed_inputs(before: Sequence[dict[str, Any]], job: Job) -> list[str]:
+    """A line for each input file that is gone, new, or of other contents."""
+    then = {entry["path"]: entry["sha256"] for entry in before}
+    now = {entry["path"]: entry["sha256"] for entry in job.inputs}
+    gone = [f"input {path}: no longer there" for path in then if path not in now]
+    new = [] if job.append else [f"input {path}: new (append: true takes it in)" for path in now if path not in then]
+    other = [f"input {path}: its contents changed" for path in then if path in now and then[path] != now[path]]
+    return [*gone, *other, *new]
+
+
+# --- reading windows ----------------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Collects rows until a window is full."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._must_be_plain = job.output.suffix != ".parquet"
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[list[Value]] = []
+        self._texts: list[bytes | None] = []
+        self._origins: list[tuple[str, int]] = []
+        self._rejects: list[bytes] = []
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self._counts["read"] >= self._job.window_rows or self._bytes >= WINDOW_BYTES
+
+    @property
+    def empty(self) -> bool:
+        return not self._counts["read"]
+
+    def add(self, source: Source, row: Row) -> None:
+        self._counts["read"] += 1
+        self._bytes += len(row.raw) or sum(len(value) for value in row.values if value)
+        reason = row.reason or self._unfit(source, row)
+        if reason:
+            self._reject(source, row, reason)
+            return
+        *kept, text = row.values
+        self._counts["healed"] += row.lines > 1
+        self._rows.append(kept)
+        self._texts.append(text if text and text.strip() else None)
+        self._origins.append((source.name, row.position.line))
+
+    def _unfit(self, source: Source, row: Row) -> str:
+        """Why a row that was read well cannot be in the output, if so."""
+        text = row.values[-1]
+        if self._must_be_plain and not all(map(is_plain, row.values[:-1])):
+            return "a value holds \\001, a newline or \\N alone, which text cannot hold"
+        if text is not None and text.decode().strip():
+            return ""
+        found = "null text" if text is None else "blank text" if text else "empty text"
+        if self._job.on_empty_text == "error":
+            raise DataError(
+                f"{source.path}, line {row.position.line}: {found} in column {self._job.text_column}; "
+                "set on_empty_text to skip or empty to go on over such rows"
+            )
+        return found if self._job.on_empty_text == "skip" else ""
+
+    def _reject(self, source: Source, row: Row, reason: str) -> None:
+        self._counts["rejected"] += 1
+        self._reasons[reason] += 1
+        where = [str(row.position.line).encode(), str(row.position.offset).encode()]
+        raw = raw_of(self._job.wanted, row)
+        self._rejects.append(DELIMITER.join([source.name.encode(), *where, reason.encode(), raw]) + b"\n")
+
+    def build(self, store: Store, file: int, after: Position, share: float) -> Window:
+        asked = [i for i, text in enumerate(self._texts) if text is not None]
+        texts = [text for text in self._texts if text is not None]
+        digests = [digest_of(text) for text in texts]
+        numbers, first = store.number(digests)
+        places = np.full(len(self._rows), -1, dtype=np.int64)
+        places[asked] = numbers
+        fresh = {number: i for i, number in reversed(list(enumerate(numbers))) if number >= first}
+        order = [fresh[number] for number in sorted(fresh)]
+        self._counts["written"] += len(self._rows)
+        self._counts["empty"] += len(self._rows) - len(asked)
+        self._counts["encoded"] += len(order)
+        self._counts["duplicates"] += len(asked) - len(order)
+        window = Window(
+            rows=self._rows,
+            places=places,
+            fresh=[texts[i].decode() for i in order],
+            first_place=first,
+            digests=[digests[i] for i in order],
+            origins=[self._origins[asked[i]] for i in order],
+            rejects=self._rejects,
+            counts=self._counts,
+            reasons=self._reasons,
+            file=file,
+            after=after,
+            share=share,
+        )
+        self._clear()
+        return window
+
+
+def _windows(job: Job, store: Store, state: dict[str, Any]) -> Iterator[Window]:
+    builder = _Builder(job)
+    file, position = state["file"], Position(*state["position"]) if state["position"] else None
+    sizes = [source.size for source in job.sources]
+    done, every = sum(sizes[:file]), max(1, sum(sizes))
+    after = position or Position(1, 0)
+    for number, source in enumerate(job.sources[file:], start=file):
+        for row in read_rows(source, job.wanted, job.layout, position):
+            builder.add(source, row)
+            after = row.after
+            if builder.full:
+                read = source.size * min(1.0, after.offset / max(1, source.extent))
+                yield builder.build(store, number, after, (done + read) / every)
+        _check_unchanged(source)
+        done += source.size
+        position = None
+    if not builder.empty:
+        yield builder.build(store, len(job.sources) - 1, after, 1.0)
+
+
+def _check_unchanged(source: Source) -> None:
+    if source.path.stat().st_size != source.size:
+        raise DataError(
+            f"{source.path} changed while it was read: {source.size} bytes then, {source.path.stat().st_size} now; "
+            "what was written stays. Put the file back and run the same call again, or set restart: true"
+        )
+
+
+# --- encoding and writing -----------------------------------------------------------------------------------------
+
+
+def _write_all(
+    job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Encode and write all windows that are left; returns the last state."""
+    sink = open_sink(job.output, job.folder, job.kept, encoder.dim, state["sizes"])
+    with contextlib.closing(sink), open(job.folder / REJECTS, "r+b") as rejects:
+        rejects.truncate(state["rejects"])
+        rejects.seek(0, os.SEEK_END)
+        writer = _Writer(store, sink, rejects, state)
+        _pump(_windows(job, store, state), encoder, writer, progress)
+        writer.commit([], 0, {"done": True, "share": 1.0})
+    return writer.state
+
+
+def _pump(windows: Iterator[Window], encoder: TextEncoder, writer: _Writer, progress: Progress) -> None:
+    """Encode window after window, while one other thread reads the next and writes the last."""
+    with ThreadPoolExecutor(1, "ebr-files") as files:
+        coming: Future[Window | None] = files.submit(next, windows, None)
+        writing: Future[None] | None = None
+        while (window := coming.result()) is not None:
+            coming = files.submit(next, windows, None)
+            vectors = encoder.encode(window.fresh) if window.fresh else np.empty((0, encoder.dim), np.float32)
+            _check_finite(window, vectors)
+            if writing is not None:
+                writing.result()
+            writing = files.submit(writer.write, window, vectors, encoder.take_report())
+            progress(window.counts["read"], window.share)
+        if writing is not None:
+            writing.result()
+
+
+def _check_finite(window: Window, vectors: Vectors) -> None:
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if wrong.size:
+        name, line = window.origins[wrong[0]]
+        raise ModelError(
+            f"the model gave a vector that is not finite for {wrong.size} texts, the first in {name}, line {line}; "
+            "set precision to float32"
+        )
+
+
+class _Writer:
+    """Writes windows in order, and moves the job's state on behind each."""
+
+    def __init__(self, store: Store, sink: Sink, rejects: IO[bytes], state: dict[str, Any]) -> None:
+        self.state = state
+        self._store, self._sink, self._rejects = store, sink, rejects
+        self.commit([], 0, {})
+
+    def write(self, window: Window, vectors: Vectors, report: EncodeReport) -> None:
+        self._store.add(vectors, window.first_place)
+        self._sink.append(window.rows, self._spread(window, vectors), window.places >= 0)
+        self._rejects.writelines(window.rejects)
+        counts = Counter(self.state["counts"]) + window.counts + report.counts
+        reasons = Counter(self.state["reasons"]) + window.reasons
+        shown = [_example(window, *cut) for cut in report.cut[: EXAMPLES - len(self.state["examples"])]]
+        changes = {
+            "file": window.file,
+            "position": list(window.after),
+            "counts": dict(counts),
+            "reasons": dict(reasons),
+            "examples": [*self.state["examples"], *shown],
+            "share": window.share,
+        }
+        self.commit(window.digests, window.first_place, changes)
+
+    def _spread(self, window: Window, vectors: Vectors) -> Vectors:
+        """A vector for each row: new ones from `vectors`, those of earlier windows from the store."""
+        rows = np.zeros((len(window.rows), vectors.shape[1]), dtype=np.float32)
+        fresh = window.places >= window.first_place
+        rows[fresh] = vectors[window.places[fresh] - window.first_place]
+        older = np.flatnonzero((window.places >= 0) & ~fresh)
+        if older.size:
+            rows[older] = self._store.vectors(window.places[older])
+        return rows
+
+    def commit(self, digests: list[bytes], first: int, changes: dict[str, Any]) -> None:
+        """Bring all that was written to the disk, then the state that says so."""
+        self._rejects.flush()
+        os.fsync(self._rejects.fileno())
+        sizes = {"sizes": self._sink.commit(), "rejects": self._rejects.tell()}
+        self.state = self.state | changes | sizes
+        self._store.commit(digests, first, self.state)
+
+
+def _example(window: Window, index: int, tokens: int, kept: int) -> dict[str, Any]:
+    name, line = window.origins[index]
+    return {"file": name, "line": line, "tokens": tokens, "kept": kept, "text": window.fresh[index][:80]}
+
+
+# --- the end ------------------------------------------------------------------------------------------------------
+
+
+def _move_rejects(job: Job, state: dict[str, Any]) -> None:
+    """Put the rejects beside the output; where there are none, take those of an earlier run away."""
+    work = job.folder / REJECTS
+    if not work.exists():  # moved before the run was interrupted
+        return
+    if state["reasons"]:
+        os.replace(work, job.rejects)
+    else:
+        job.rejects.unlink(missing_ok=True)
+
+
+def clean_up(job: Job) -> None:
+    """Take the work folder away, when the manifest is in its place; the state first, as without it the rest is void."""
+    (job.folder / Store.STATE).unlink()
+    shutil.rmtree(job.folder)

@@ -1,0 +1,208 @@
+"""Stage 2: encode a catalogue of Hive text, exactly, in bounded memory, and so that it can be interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ebr_lib.config import InferenceConfig, delimiter_byte
+from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
+from ebr_lib.data.vectors import VECTOR, manifest_path
+from ebr_lib.engines.job import Job, Outcome, clean_up, run_job
+from ebr_lib.engines.local import EncoderRecipe, LocalEncoder
+from ebr_lib.errors import DataError
+from ebr_lib.files import sha256_of, write_json
+from ebr_lib.logs import logger
+from ebr_lib.model.loading import ModelIdentity, identify
+from ebr_lib.tables import Table
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """What an inference run wrote and counted.
+
+    :param output: the embedding file.
+    :param manifest: JSON beside it: model, prompt, inputs, counts.
+    :param rejects: the rows that are not in the output, with the reason; None when there are none.
+    :param counts: rows read, written, rejected, duplicates and so on, by name.
+    :param seconds: what the run took, loading the model included.
+    """
+
+    output: Path
+    manifest: Path
+    rejects: Path | None
+    dimension: int
+    counts: dict[str, int]
+    seconds: float
+    table: Table
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = None) -> InferenceResult:
+    """Encode the text column of every input file and write the vectors beside the kept columns.
+
+    A run that was interrupted, by whatever, is continued by the same call, and ends in the same bytes.
+
+    :param config: an `InferenceConfig`, or a dict of its knobs.
+    :raises ConfigError: knobs that are unknown or out of range, all at once.
+    :raises MissingError: the input or the model is not there.
+    :raises DataError: a column is missing, nothing matches, the disk is full, an input changed, or an unfinished run
+        of other settings is in the way.
+    """
+    started = time.perf_counter()
+    config = InferenceConfig.resolve(config)
+    sources, layout = _open_inputs(config)
+    kept = _kept_columns(config, sources)
+    logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
+    encoder = _load_encoder(config)
+    identity = identify(config.model_name)
+    job = _job(config, sources, layout, _settings(config, encoder, identity, kept))
+    outcome = _run(job, encoder)
+    manifest = _manifest(job, identity, outcome, encoder)
+    write_json(manifest_path(job.output), manifest)
+    clean_up(job)
+    return _result(job, outcome, encoder, time.perf_counter() - started)
+
+
+# --- input --------------------------------------------------------------------------------------------------------
+
+
+def _open_inputs(config: InferenceConfig) -> tuple[list[Source], Layout]:
+    layout = Layout(delimiter_byte(config.delimiter), config.columns or None, config.encoding, config.heal_rows)
+    root = Path(config.data_path).expanduser()
+    files = find_files(root, config.file_patterns)
+    sources = [open_source(f, layout, f.relative_to(root).as_posix() if root.is_dir() else f.name) for f in files]
+    for source in sources:
+        need_columns(source, [config.description_column, *config.output_columns], layout.delimiter)
+    return sources, layout
+
+
+def _kept_columns(config: InferenceConfig, sources: list[Source]) -> tuple[str, ...]:
+    if config.output_columns:
+        return config.output_columns
+    first = sources[0]
+    for source in sources[1:]:
+        if set(source.columns) != set(first.columns):
+            odd = ", ".join(sorted(set(source.columns) ^ set(first.columns)))
+            raise DataError(
+                f"{source.path} and {first.path} do not have the same columns ({odd} is in one of them only); "
+                "name those to keep in output_columns"
+            )
+    if VECTOR in first.columns:
+        raise DataError(f"{first.path} has a column `{VECTOR}` already; name the columns to keep in output_columns")
+    return first.columns
+
+
+def _hashed(sources: list[Source]) -> tuple[dict[str, Any], ...]:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(sources, desc="sha256", unit="file", delay=2, leave=False)
+    return tuple({"path": s.name, "size": s.size, "sha256": sha256_of(s.path)} for s in bar)
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+def _load_encoder(config: InferenceConfig) -> LocalEncoder:
+    names = EncoderRecipe.__dataclass_fields__
+    encoder = LocalEncoder(EncoderRecipe(**{name: getattr(config, name) for name in names}))
+    logger.info("模型: %s, %d 维, %s (model, dimensions, precision)", config.model_name, encoder.dim, encoder.precision)
+    if config.prompt is not None and config.prompt != encoder.trained_prompt:
+        logger.warning(
+            "prompt %r is not what the model was trained with (%r): vectors may match queries less well; "
+            "leave prompt at null to take the model's own",
+            config.prompt,
+            encoder.trained_prompt,
+        )
+    return encoder
+
+
+def _settings(
+    config: InferenceConfig, encoder: LocalEncoder, identity: ModelIdentity, kept: tuple[str, ...]
+) -> dict[str, Any]:
+    """All that decides what is written; speed and place do not."""
+    return {
+        "model": identity.sha256 or identity.path,
+        "base model": identity.base_sha256 or identity.base_model,
+        "prompt": encoder.prompt,
+        "max_seq_length": encoder.max_seq_length,
+        "precision": encoder.precision,
+        "dimension": encoder.dim,
+        "normalize": config.normalize,
+        "description_column": config.description_column,
+        "output_columns": list(kept),
+        "format": Path(config.output_path).suffix,
+        "delimiter": config.delimiter,
+        "columns": list(config.columns),
+        "encoding": config.encoding,
+        "heal_rows": config.heal_rows,
+        "on_empty_text": config.on_empty_text,
+    }
+
+
+# --- the job ------------------------------------------------------------------------------------------------------
+
+
+def _job(config: InferenceConfig, sources: list[Source], layout: Layout, settings: dict[str, Any]) -> Job:
+    return Job(
+        sources=tuple(sources),
+        layout=layout,
+        text_column=config.description_column,
+        kept=tuple(settings["output_columns"]),
+        output=Path(config.output_path).expanduser(),
+        settings=settings,
+        inputs=_hashed(sources),
+        on_empty_text=config.on_empty_text,
+        window_rows=config.window_rows,
+    )
+
+
+def _run(job: Job, encoder: LocalEncoder) -> Outcome:
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="编码 encode", unit="row", unit_scale=True) as bar:
+
+        def progress(rows: int, share: float) -> None:
+            bar.total = round((bar.n + rows) / share) if share else None
+            bar.update(rows)
+
+        return run_job(job, encoder, progress)
+
+
+def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome, encoder: LocalEncoder) -> dict[str, Any]:
+    return {
+        "model": asdict(identity),
+        "prompt": encoder.prompt,
+        "dimension": encoder.dim,
+        "precision": encoder.precision,
+        "settings": job.settings,
+        "inputs": list(job.inputs),
+        "rows": dict(outcome.counts),
+        "reasons": dict(outcome.reasons),
+        "examples": outcome.examples,
+        "rejects": job.rejects.name if outcome.reasons else None,
+    }
+
+
+def _result(job: Job, outcome: Outcome, encoder: LocalEncoder, seconds: float) -> InferenceResult:
+    counts: Counter[str] = outcome.counts
+    rows = [
+        ("rows read 读入", counts["read"]),
+        ("written 写出", counts["written"]),
+        ("rejected 拒绝", counts["rejected"]),
+        ("texts encoded 编码", counts["encoded"]),
+        ("duplicates 重复", counts["duplicates"]),
+        ("MB", round(job.output.stat().st_size / 1e6, 1)),
+    ]
+    table = Table(f"{job.output}", ("", "value"), rows)
+    logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
+    for reason, number in outcome.reasons.most_common():
+        logger.warning("%d rows rejected: %s (see %s)", number, reason, job.rejects)
+    rejects = job.rejects if outcome.reasons else None
+    return InferenceResult(job.output, manifest_path(job.output), rejects, encoder.dim, dict(counts), seconds, table)
