@@ -309,10 +309,10 @@ class InferenceConfig(Config):
         "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
         "计算精度；auto 在硬件支持时使用 bfloat16。",
     )
-    batch_tokens: Annotated[int, Field(ge=16)] = knob(
-        4096,
-        "Tokens a batch, padding included; lower it when memory runs out.",
-        "每批 token 数（含填充）；显存不足时调小。",
+    batch_tokens: Annotated[int, Field(ge=16)] | None = knob(
+        None,
+        "Tokens a batch, padding included; null takes what measured fastest. Lower it when memory runs out.",
+        "每批 token 数（含填充）；null 使用实测最快的值。显存不足时调小。",
     )
     device: str | None = knob(
         None, "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
-from ebr_lib.data.vectors import VECTOR, manifest_path
-from ebr_lib.engines.job import Job, Outcome, clean_up, run_job
-from ebr_lib.engines.local import EncoderRecipe, LocalEncoder
+from ebr_lib.data.vectors import VECTOR, manifest_path, read_manifest
+from ebr_lib.engines.job import Job, Outcome, TextEncoder, changed_settings, clean_up, run_job
+from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder, ProcessEncoder, open_encoder
 from ebr_lib.errors import DataError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import ModelIdentity, identify
 from ebr_lib.tables import Table
+
+COUNTS = (
+    "read",
+    "written",
+    "rejected",
+    "healed",
+    "empty",
+    "encoded",
+    "duplicates",
+    "truncated",
+    "tokens",
+    "tokens_lost",
+    "slots",
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +75,13 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     sources, layout = _open_inputs(config)
     kept = _kept_columns(config, sources)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
-    encoder = _load_encoder(config)
     identity = identify(config.model_name)
-    job = _job(config, sources, layout, _settings(config, encoder, identity, kept))
-    outcome = _run(job, encoder)
-    manifest = _manifest(job, identity, outcome, encoder)
-    write_json(manifest_path(job.output), manifest)
+    with _loaded(config) as encoder:
+        job = _job(config, sources, layout, _settings(config, encoder.facts, identity, kept))
+        outcome = _run(job, encoder)
+    write_json(manifest_path(job.output), _manifest(job, identity, outcome))
     clean_up(job)
-    return _result(job, outcome, encoder, time.perf_counter() - started)
+    return _result(job, outcome, time.perf_counter() - started)
 
 
 # --- input --------------------------------------------------------------------------------------------------------
@@ -109,31 +123,38 @@ def _hashed(sources: list[Source]) -> tuple[dict[str, Any], ...]:
 # --- model --------------------------------------------------------------------------------------------------------
 
 
-def _load_encoder(config: InferenceConfig) -> LocalEncoder:
+@contextlib.contextmanager
+def _loaded(config: InferenceConfig) -> Iterator[LocalEncoder | ProcessEncoder]:
     names = EncoderRecipe.__dataclass_fields__
-    encoder = LocalEncoder(EncoderRecipe(**{name: getattr(config, name) for name in names}))
-    logger.info("模型: %s, %d 维, %s (model, dimensions, precision)", config.model_name, encoder.dim, encoder.precision)
-    if config.prompt is not None and config.prompt != encoder.trained_prompt:
+    encoder = open_encoder(EncoderRecipe(**{name: getattr(config, name) for name in names}), config.num_processes)
+    facts = encoder.facts
+    logger.info("模型: %s, %d 维, %s (model, dimensions, precision)", config.model_name, facts.dim, facts.precision)
+    if config.prompt is not None and config.prompt != facts.trained_prompt:
         logger.warning(
             "prompt %r is not what the model was trained with (%r): vectors may match queries less well; "
             "leave prompt at null to take the model's own",
             config.prompt,
-            encoder.trained_prompt,
+            facts.trained_prompt,
         )
-    return encoder
+    if config.truncate_dim is not None and config.truncate_dim > facts.dim:
+        logger.warning("truncate_dim %d: the model has only %d dimensions", config.truncate_dim, facts.dim)
+    try:
+        yield encoder
+    finally:
+        encoder.close()
 
 
 def _settings(
-    config: InferenceConfig, encoder: LocalEncoder, identity: ModelIdentity, kept: tuple[str, ...]
+    config: InferenceConfig, facts: EncoderFacts, identity: ModelIdentity, kept: tuple[str, ...]
 ) -> dict[str, Any]:
     """All that decides what is written; speed and place do not."""
     return {
         "model": identity.sha256 or identity.path,
         "base model": identity.base_sha256 or identity.base_model,
-        "prompt": encoder.prompt,
-        "max_seq_length": encoder.max_seq_length,
-        "precision": encoder.precision,
-        "dimension": encoder.dim,
+        "prompt": facts.prompt,
+        "max_seq_length": facts.max_seq_length,
+        "precision": facts.precision,
+        "dimension": facts.dim,
         "normalize": config.normalize,
         "description_column": config.description_column,
         "output_columns": list(kept),
@@ -150,7 +171,7 @@ def _settings(
 
 
 def _job(config: InferenceConfig, sources: list[Source], layout: Layout, settings: dict[str, Any]) -> Job:
-    return Job(
+    job = Job(
         sources=tuple(sources),
         layout=layout,
         text_column=config.description_column,
@@ -160,10 +181,42 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         inputs=_hashed(sources),
         on_empty_text=config.on_empty_text,
         window_rows=config.window_rows,
+        append=config.append,
     )
+    if config.restart and job.folder.exists():
+        logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
+        shutil.rmtree(job.folder)
+    return _appended(job) if config.append and job.output.exists() else job
 
 
-def _run(job: Job, encoder: LocalEncoder) -> Outcome:
+def _appended(job: Job) -> Job:
+    """The job of the files that a finished output does not hold yet."""
+    before = read_manifest(job.output)
+    if before is None:
+        raise DataError(
+            f"{job.output} has no manifest, so which files it holds is not known; append needs the output of an "
+            "earlier run: leave append out to write it anew"
+        )
+    held = {entry["path"]: entry["sha256"] for entry in before["inputs"]}
+    changes = changed_settings(before["settings"], job.settings)
+    changes += [
+        f"input {entry['path']}: its contents changed"
+        for entry in job.inputs
+        if held.get(entry["path"], entry["sha256"]) != entry["sha256"]
+    ]
+    if changes:
+        raise DataError(
+            f"{job.output} cannot be appended to, for these have changed since it was written:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nGo back to what they were, or leave append out to write it anew"
+        )
+    new = [i for i, entry in enumerate(job.inputs) if entry["path"] not in held]
+    logger.info("追加: %d 个新文件 (append: %d of %d files are new)", len(new), len(new), len(job.inputs))
+    sources, inputs = tuple(job.sources[i] for i in new), tuple(job.inputs[i] for i in new)
+    return replace(job, sources=sources, inputs=inputs, before=before)
+
+
+def _run(job: Job, encoder: TextEncoder) -> Outcome:
     from tqdm.auto import tqdm
 
     with tqdm(desc="编码 encode", unit="row", unit_scale=True) as bar:
@@ -175,34 +228,54 @@ def _run(job: Job, encoder: LocalEncoder) -> Outcome:
         return run_job(job, encoder, progress)
 
 
-def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome, encoder: LocalEncoder) -> dict[str, Any]:
+def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, Any]:
+    counts = outcome.counts
+    earlier = job.before["inputs"] if job.before else []
     return {
         "model": asdict(identity),
-        "prompt": encoder.prompt,
-        "dimension": encoder.dim,
-        "precision": encoder.precision,
+        "prompt": job.settings["prompt"],
+        "dimension": job.settings["dimension"],
+        "precision": job.settings["precision"],
         "settings": job.settings,
-        "inputs": list(job.inputs),
-        "rows": dict(outcome.counts),
-        "reasons": dict(outcome.reasons),
-        "examples": outcome.examples,
-        "rejects": job.rejects.name if outcome.reasons else None,
+        "inputs": [*earlier, *job.inputs],
+        "rows": {name: counts[name] for name in COUNTS},
+        "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
+        "truncated": {
+            "rows": counts["truncated"],
+            "token_share": counts["tokens_lost"] / max(1, counts["tokens"] + counts["tokens_lost"]),
+            "examples": outcome.examples,
+        },
     }
 
 
-def _result(job: Job, outcome: Outcome, encoder: LocalEncoder, seconds: float) -> InferenceResult:
-    counts: Counter[str] = outcome.counts
-    rows = [
-        ("rows read 读入", counts["read"]),
-        ("written 写出", counts["written"]),
-        ("rejected 拒绝", counts["rejected"]),
-        ("texts encoded 编码", counts["encoded"]),
-        ("duplicates 重复", counts["duplicates"]),
-        ("MB", round(job.output.stat().st_size / 1e6, 1)),
-    ]
-    table = Table(f"{job.output}", ("", "value"), rows)
+def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
+    counts = {name: outcome.counts[name] for name in COUNTS}
+    table = Table(str(job.output), ("", "value"), list(_summary(counts, job.output.stat().st_size)))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
     for reason, number in outcome.reasons.most_common():
         logger.warning("%d rows rejected: %s (see %s)", number, reason, job.rejects)
     rejects = job.rejects if outcome.reasons else None
-    return InferenceResult(job.output, manifest_path(job.output), rejects, encoder.dim, dict(counts), seconds, table)
+    return InferenceResult(
+        output=job.output,
+        manifest=manifest_path(job.output),
+        rejects=rejects,
+        dimension=job.settings["dimension"],
+        counts=counts,
+        seconds=seconds,
+        table=table,
+    )
+
+
+def _summary(counts: dict[str, int], size: int) -> Iterator[tuple[str, Any]]:
+    yield "rows read 读入", counts["read"]
+    yield "written 写出", counts["written"]
+    yield "rejected 拒绝", counts["rejected"]
+    yield "healed 接回", counts["healed"]
+    yield "without text 无文本", counts["empty"]
+    yield "texts encoded 编码", counts["encoded"]
+    yield "duplicates 重复", counts["duplicates"]
+    yield "truncated 截断", counts["truncated"]
+    lost = counts["tokens_lost"] / max(1, counts["tokens"] + counts["tokens_lost"])
+    yield "tokens lost 丢失 token", f"{lost:.2%}"
+    yield "padding 填充", f"{1 - counts['tokens'] / counts['slots']:.1%}" if counts["slots"] else "-"
+    yield "MB", f"{size / 1e6:.1f}"

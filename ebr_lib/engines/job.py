@@ -30,6 +30,7 @@ from ebr_lib.errors import DataError, ModelError
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
 WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
+WRITE_ROWS = 1 << 12
 EXAMPLES = 5
 
 Vectors = NDArray[np.float32]
@@ -42,14 +43,16 @@ class TextEncoder(Protocol):
     @property
     def dim(self) -> int: ...
 
-    def encode(self, texts: Sequence[str]) -> Vectors: ...
+    def prepare(self, texts: list[str]) -> Any:
+        """What can be done while other texts are encoded: tokens, say."""
 
-    def take_report(self) -> EncodeReport: ...
+    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) of texts that `prepare` was given."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodeReport:
-    """What an encoder counted since it was last asked; `cut` names the texts that were cut: index, tokens, kept."""
+    """What was counted over texts that were encoded; `cut` names some that were cut: index, tokens, tokens kept."""
 
     counts: Counter[str] = field(default_factory=Counter)
     cut: list[tuple[int, int, int]] = field(default_factory=list)
@@ -102,11 +105,16 @@ class Outcome:
 
 
 class Window(NamedTuple):
-    """Rows that are encoded and brought to the disk together. `places` is -1 where a row has no vector."""
+    """Rows that are encoded and brought to the disk together.
+
+    `places` says which distinct text a row has, -1 for none; `fresh` are those that appear here first, `prepared` the
+    same for the encoder, None if there are none, or an interrupted run has encoded them already.
+    """
 
     rows: list[list[Value]]
     places: NDArray[np.int64]
     fresh: list[str]
+    prepared: Any
     first_place: int
     digests: list[bytes]
     origins: list[tuple[str, int]]
@@ -147,7 +155,7 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
     state = store.state or _first_state(job)
     job = _continued(job, state)
     if not state["done"]:
-        store.begin(encoder.dim)
+        store.begin(encoder.dim, state["first"])
         progress(state["counts"].get("read", 0), state["share"])
         state = _write_all(job, store, encoder, state, progress)
     finish_sink(job.output, job.folder)
@@ -167,11 +175,12 @@ def _first_state(job: Job) -> dict[str, Any]:
         "inputs": list(job.inputs),
         "file": 0,
         "position": None,
+        "first": 0,
         "sizes": reopen(job.output, job.folder) if before else None,
         "rejects": len(earlier),
         "counts": before.get("rows", {}),
-        "reasons": before.get("reasons", {}),
-        "examples": before.get("examples", []),
+        "reasons": before.get("rejects", {}).get("reasons", {}),
+        "examples": before.get("truncated", {}).get("examples", []),
         "share": 0.0,
         "done": False,
     }
@@ -279,7 +288,7 @@ class _Builder:
         raw = raw_of(self._job.wanted, row)
         self._rejects.append(DELIMITER.join([source.name.encode(), *where, reason.encode(), raw]) + b"\n")
 
-    def build(self, store: Store, file: int, after: Position, share: float) -> Window:
+    def build(self, store: Store, encoder: TextEncoder, file: int, after: Position, share: float) -> Window:
         asked = [i for i, text in enumerate(self._texts) if text is not None]
         texts = [text for text in self._texts if text is not None]
         digests = [digest_of(text) for text in texts]
@@ -292,10 +301,12 @@ class _Builder:
         self._counts["empty"] += len(self._rows) - len(asked)
         self._counts["encoded"] += len(order)
         self._counts["duplicates"] += len(asked) - len(order)
+        new = [texts[i].decode() for i in order]
         window = Window(
             rows=self._rows,
             places=places,
-            fresh=[texts[i].decode() for i in order],
+            fresh=new,
+            prepared=encoder.prepare(new) if new and first >= store.kept else None,
             first_place=first,
             digests=[digests[i] for i in order],
             origins=[self._origins[asked[i]] for i in order],
@@ -310,7 +321,7 @@ class _Builder:
         return window
 
 
-def _windows(job: Job, store: Store, state: dict[str, Any]) -> Iterator[Window]:
+def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]) -> Iterator[Window]:
     builder = _Builder(job)
     file, position = state["file"], Position(*state["position"]) if state["position"] else None
     sizes = [source.size for source in job.sources]
@@ -322,12 +333,12 @@ def _windows(job: Job, store: Store, state: dict[str, Any]) -> Iterator[Window]:
             after = row.after
             if builder.full:
                 read = source.size * min(1.0, after.offset / max(1, source.extent))
-                yield builder.build(store, number, after, (done + read) / every)
+                yield builder.build(store, encoder, number, after, (done + read) / every)
         _check_unchanged(source)
         done += source.size
         position = None
     if not builder.empty:
-        yield builder.build(store, len(job.sources) - 1, after, 1.0)
+        yield builder.build(store, encoder, len(job.sources) - 1, after, 1.0)
 
 
 def _check_unchanged(source: Source) -> None:
@@ -350,8 +361,8 @@ def _write_all(
         rejects.truncate(state["rejects"])
         rejects.seek(0, os.SEEK_END)
         writer = _Writer(store, sink, rejects, state)
-        _pump(_windows(job, store, state), encoder, writer, progress)
-        writer.commit([], 0, {"done": True, "share": 1.0})
+        _pump(_windows(job, store, encoder, state), encoder, writer, progress)
+        writer.commit({"done": True, "share": 1.0})
     return writer.state
 
 
@@ -362,11 +373,13 @@ def _pump(windows: Iterator[Window], encoder: TextEncoder, writer: _Writer, prog
         writing: Future[None] | None = None
         while (window := coming.result()) is not None:
             coming = files.submit(next, windows, None)
-            vectors = encoder.encode(window.fresh) if window.fresh else np.empty((0, encoder.dim), np.float32)
-            _check_finite(window, vectors)
+            if window.prepared is not None:
+                vectors, report = encoder.encode(window.prepared)
+                _check_finite(window, vectors)
+                files.submit(writer.keep, window, vectors, report).result()
             if writing is not None:
                 writing.result()
-            writing = files.submit(writer.write, window, vectors, encoder.take_report())
+            writing = files.submit(writer.write, window)
             progress(window.counts["read"], window.share)
         if writing is not None:
             writing.result()
@@ -388,42 +401,39 @@ class _Writer:
     def __init__(self, store: Store, sink: Sink, rejects: IO[bytes], state: dict[str, Any]) -> None:
         self.state = state
         self._store, self._sink, self._rejects = store, sink, rejects
-        self.commit([], 0, {})
+        self.commit({})
 
-    def write(self, window: Window, vectors: Vectors, report: EncodeReport) -> None:
-        self._store.add(vectors, window.first_place)
-        self._sink.append(window.rows, self._spread(window, vectors), window.places >= 0)
+    def keep(self, window: Window, vectors: Vectors, report: EncodeReport) -> None:
+        examples = [_example(window, *cut) for cut in report.cut[:EXAMPLES]]
+        told = {"counts": dict(report.counts), "examples": examples}
+        self._store.keep(window.digests, window.first_place, vectors, told)
+
+    def write(self, window: Window) -> None:
+        for start in range(0, len(window.rows), WRITE_ROWS):
+            part = slice(start, start + WRITE_ROWS)
+            valid = window.places[part] >= 0
+            vectors = np.zeros((len(valid), self._store.dim), dtype=np.float32)
+            vectors[valid] = self._store.vectors(window.places[part][valid])
+            self._sink.append(window.rows[part], vectors, valid)
         self._rejects.writelines(window.rejects)
-        counts = Counter(self.state["counts"]) + window.counts + report.counts
-        reasons = Counter(self.state["reasons"]) + window.reasons
-        shown = [_example(window, *cut) for cut in report.cut[: EXAMPLES - len(self.state["examples"])]]
+        report = self._store.report_of(window.first_place)
         changes = {
             "file": window.file,
             "position": list(window.after),
-            "counts": dict(counts),
-            "reasons": dict(reasons),
-            "examples": [*self.state["examples"], *shown],
+            "first": window.first_place + len(window.fresh),
+            "counts": dict(Counter(self.state["counts"]) + window.counts + Counter(report.get("counts", {}))),
+            "reasons": dict(Counter(self.state["reasons"]) + window.reasons),
+            "examples": [*self.state["examples"], *report.get("examples", [])][:EXAMPLES],
             "share": window.share,
         }
-        self.commit(window.digests, window.first_place, changes)
+        self.commit(changes)
 
-    def _spread(self, window: Window, vectors: Vectors) -> Vectors:
-        """A vector for each row: new ones from `vectors`, those of earlier windows from the store."""
-        rows = np.zeros((len(window.rows), vectors.shape[1]), dtype=np.float32)
-        fresh = window.places >= window.first_place
-        rows[fresh] = vectors[window.places[fresh] - window.first_place]
-        older = np.flatnonzero((window.places >= 0) & ~fresh)
-        if older.size:
-            rows[older] = self._store.vectors(window.places[older])
-        return rows
-
-    def commit(self, digests: list[bytes], first: int, changes: dict[str, Any]) -> None:
+    def commit(self, changes: dict[str, Any]) -> None:
         """Bring all that was written to the disk, then the state that says so."""
         self._rejects.flush()
         os.fsync(self._rejects.fileno())
-        sizes = {"sizes": self._sink.commit(), "rejects": self._rejects.tell()}
-        self.state = self.state | changes | sizes
-        self._store.commit(digests, first, self.state)
+        self.state |= changes | {"sizes": self._sink.commit(), "rejects": self._rejects.tell()}
+        self._store.commit(self.state)
 
 
 def _example(window: Window, index: int, tokens: int, kept: int) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.engines.job import EncodeReport
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from ebr_lib.engines.job import EXAMPLES, EncodeReport, TextEncoder
+from ebr_lib.errors import ModelError
 
 Vectors = NDArray[np.float32]
 
@@ -28,39 +30,166 @@ class EncoderRecipe:
     max_seq_length: int | None = None
     normalize: bool = True
     truncate_dim: int | None = None
-    precision: str = "auto"
-    batch_tokens: int = 4096
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_tokens: int | None = None
     device: str | None = None
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What a recipe turned out to make."""
+
+    dim: int
+    precision: str
+    prompt: str
+    trained_prompt: str
+    max_seq_length: int
 
 
 class LocalEncoder:
     """The model in this process."""
 
     def __init__(self, recipe: EncoderRecipe) -> None:
+        from ebr_lib.model.encoder import Encoder
         from ebr_lib.model.loading import load_model, prompt_of
 
-        self.model: SentenceTransformer = load_model(
+        model = load_model(
             recipe.model_name,
             trust_remote_code=recipe.trust_remote_code,
             max_seq_length=recipe.max_seq_length,
             device=recipe.device,
             side="document",
         )
-        self.trained_prompt = prompt_of(self.model, "document")
-        self.prompt = prompt_of(self.model, "document", recipe.prompt)
-        self.max_seq_length = int(self.model.max_seq_length)
-        self._recipe = recipe
-        self.precision = "float32"
-        self.dim = recipe.truncate_dim or int(self.model.get_embedding_dimension())
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        return self.model.encode(
-            list(texts),
-            prompt=self.prompt or None,
-            normalize_embeddings=self._recipe.normalize,
-            truncate_dim=self._recipe.truncate_dim,
-            show_progress_bar=False,
+        prompt = prompt_of(model, "document", recipe.prompt)
+        self._encoder = Encoder(
+            model,
+            prompt=prompt,
+            normalize=recipe.normalize,
+            truncate_dim=recipe.truncate_dim,
+            precision=recipe.precision,
+            batch_tokens=recipe.batch_tokens,
+        )
+        self.facts = EncoderFacts(
+            dim=self._encoder.dim,
+            precision=self._encoder.precision,
+            prompt=prompt,
+            trained_prompt=prompt_of(model, "document"),
+            max_seq_length=int(model.max_seq_length or 0),
         )
 
-    def take_report(self) -> EncodeReport:
-        return EncodeReport(Counter(), [])
+    @property
+    def dim(self) -> int:
+        return self.facts.dim
+
+    def prepare(self, texts: list[str]) -> Any:
+        return self._encoder.tokenize(texts)
+
+    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
+        before = Counter(asdict(self._encoder.stats))
+        vectors = self._encoder.embed(prepared)
+        counts = Counter(asdict(self._encoder.stats))
+        counts.subtract(before)
+        if isinstance(prepared, list):
+            return vectors, EncodeReport(counts)
+        cut = np.flatnonzero(prepared.lost)[:EXAMPLES]
+        kept = prepared.lengths[cut]
+        tokens = kept + prepared.lost[cut]
+        return vectors, EncodeReport(counts, list(zip(cut.tolist(), tokens.tolist(), kept.tolist(), strict=True)))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def devices_for(device: str | None, processes: int) -> list[str | None]:
+    """The device of each process: as many as told, else one a GPU; several GPUs are dealt out in turn."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
+    if not gpus:
+        return [device] * max(1, processes)
+    return [f"cuda:{i % gpus}" for i in range(processes or gpus)]
+
+
+def open_encoder(recipe: EncoderRecipe, processes: int = 0) -> LocalEncoder | ProcessEncoder:
+    """An encoder in this process; or in several, where there are several GPUs or several are asked for."""
+    devices = devices_for(recipe.device, processes)
+    if len(devices) == 1:
+        return LocalEncoder(replace(recipe, device=devices[0]))
+    return ProcessEncoder(recipe, devices)
+
+
+class ProcessEncoder:
+    """One process a device. A window's texts are dealt out by length, so that all end at about the same time."""
+
+    def __init__(self, recipe: EncoderRecipe, devices: Sequence[str | None]) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        threads = max(1, (os.cpu_count() or 1) // len(devices))
+        self._pools = [
+            ProcessPoolExecutor(1, context, _start, (replace(recipe, device=device), threads)) for device in devices
+        ]
+        futures = [pool.submit(_facts) for pool in self._pools]
+        try:
+            self.facts, *_ = [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise self._broken() from error
+
+    @property
+    def dim(self) -> int:
+        return self.facts.dim
+
+    def prepare(self, texts: list[str]) -> Any:
+        return texts
+
+    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
+        order = sorted(range(len(prepared)), key=lambda i: (len(prepared[i]), i))
+        shares = [order[i :: len(self._pools)] for i in range(len(self._pools))]
+        futures = [
+            pool.submit(_encode, [prepared[i] for i in share])
+            for pool, share in zip(self._pools, shares, strict=True)
+            if share
+        ]
+        vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
+        counts: Counter[str] = Counter()
+        cut = []
+        for future, share in zip(futures, shares, strict=False):
+            try:
+                vectors[share], report = future.result()
+            except BrokenProcessPool as error:
+                raise self._broken() from error
+            counts += report.counts
+            cut += [(share[i], tokens, kept) for i, tokens, kept in report.cut]
+        return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES])
+
+    def _broken(self) -> ModelError:
+        return ModelError(
+            "a process that encodes has died, most likely for want of memory; what was written stays. "
+            "Lower batch_tokens or num_processes and run the same call again: it continues"
+        )
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: TextEncoder | None = None  # of a process that encodes; nowhere else
+
+
+def _start(recipe: EncoderRecipe, threads: int) -> None:
+    global _worker  # noqa: PLW0603 - a pool's initializer has no other way to hand over
+    import torch
+
+    torch.set_num_threads(threads)
+    _worker = LocalEncoder(recipe)
+
+
+def _facts() -> EncoderFacts:
+    assert isinstance(_worker, LocalEncoder)
+    return _worker.facts
+
+
+def _encode(texts: list[str]) -> tuple[Vectors, EncodeReport]:
+    assert _worker is not None
+    return _worker.encode(_worker.prepare(texts))

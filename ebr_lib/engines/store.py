@@ -6,11 +6,12 @@ vectors of the distinct texts lie beside it as raw float32. Memory stays the sam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from ebr_lib.errors import DataError
 
 ASKED_AT_ONCE = 5000  # hashes in one query; SQLite takes up to 32766
 DIGEST_BYTES = 16
+TABLES = (
+    "state (value TEXT)",
+    "seen (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID",
+    "reports (first INTEGER PRIMARY KEY, value TEXT)",
+)
 
 
 def digest_of(text: bytes) -> bytes:
@@ -29,7 +35,11 @@ def digest_of(text: bytes) -> bytes:
 
 
 class Store:
-    """The distinct texts of a job, numbered by first appearance, and the job's state."""
+    """The distinct texts of a job, numbered by first appearance, their vectors, and the job's state.
+
+    Two steps make a window durable: `keep` its new vectors, so that they are never made again; and, when its rows are
+    written, `commit` the state that says so.
+    """
 
     STATE, VECTORS = "state.sqlite", "vectors.f32"
 
@@ -42,39 +52,47 @@ class Store:
         self._database = sqlite3.connect(folder / self.STATE, timeout=0, check_same_thread=False, isolation_level=None)
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")  # a second run on the same output must not start
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute("CREATE TABLE IF NOT EXISTS state (value TEXT)")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID"
-            )
-            self._database.execute("COMMIT")
+            with self._transaction():
+                for table in TABLES:
+                    self._database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
         except sqlite3.OperationalError as error:
-            raise DataError(f"{folder}: another run is writing this output ({error}); wait for it to end") from error
+            self._database.close()
+            if "locked" not in str(error):
+                raise
+            raise DataError(f"{folder}: another run is writing this output; wait for it to end") from error
         row = self._database.execute("SELECT value FROM state").fetchone()
         self.state: dict[str, Any] | None = json.loads(row[0]) if row else None
-        self._waiting: dict[bytes, int] = {}  # numbered, but not committed yet
-        self._numbered = 0
-        self._dim = 0
+        self._waiting: dict[bytes, int] = {}  # numbered, but not kept yet
+        self._vectors: int | None = None
 
-    def begin(self, dim: int) -> None:
-        """Open the vectors, cut to what the last commit knows of."""
-        self._dim = dim
-        (self._numbered,) = self._database.execute("SELECT count(*) FROM seen").fetchone()
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            self._database.rollback()
+            raise
+
+    def begin(self, dim: int, first: int) -> None:
+        """Open the vectors, and number from `first` on, where the windows that are not written yet begin."""
+        self.dim, self._first = dim, first
+        (self.kept,) = self._database.execute("SELECT count(*) FROM seen").fetchone()
+        self._next = self.kept
         self._vectors = os.open(self._folder / self.VECTORS, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._vectors, self._numbered * dim * 4)
+        os.ftruncate(self._vectors, self.kept * dim * 4)
 
     def number(self, digests: Sequence[bytes]) -> tuple[list[int], int]:
-        """Number texts by their hashes: the place of each, and the first place that is new."""
-        first_new = self._numbered
+        """Number a window's texts by their hashes: the place of each, and the first place that this window begins."""
         known = self._known(list(dict.fromkeys(digests)))
-        places = []
         for digest in digests:
-            place = known.get(digest)
-            if place is None:
-                place = known[digest] = self._waiting[digest] = self._numbered
-                self._numbered += 1
-            places.append(place)
-        return places, first_new
+            if digest not in known:
+                known[digest] = self._waiting[digest] = self._next
+                self._next += 1
+        first = self._first
+        self._first += sum(place >= first for place in known.values())
+        return [known[digest] for digest in digests], first
 
     def _known(self, digests: list[bytes]) -> dict[bytes, int]:
         known = {digest: place for digest in digests if (place := self._waiting.get(digest)) is not None}
@@ -85,39 +103,44 @@ class Store:
             known.update(self._database.execute(f"SELECT digest, place FROM seen WHERE digest IN ({marks})", part))
         return known
 
-    def add(self, vectors: NDArray[np.float32], first: int) -> None:
-        """Store the vectors of the places from `first` on."""
-        _write_all(self._vectors, np.ascontiguousarray(vectors, dtype=np.float32), first * self._dim * 4)
+    def keep(self, digests: Sequence[bytes], first: int, vectors: NDArray[np.float32], report: dict[str, Any]) -> None:
+        """Make a window's new vectors durable: those of the places from `first` on, and what was counted over them."""
+        assert self._vectors is not None
+        _write_all(self._vectors, np.ascontiguousarray(vectors, dtype=np.float32), first * self.dim * 4)
+        os.fsync(self._vectors)
+        with self._transaction():
+            numbered = ((digest, first + i) for i, digest in enumerate(digests))
+            self._database.executemany("INSERT INTO seen VALUES (?, ?)", numbered)
+            self._database.execute("INSERT INTO reports VALUES (?, ?)", (first, json.dumps(report)))
+        self.kept += len(digests)
+        for digest in digests:
+            del self._waiting[digest]
+
+    def report_of(self, first: int) -> dict[str, Any]:
+        """What was counted when the window that begins at place `first` was encoded; empty if it had no new text."""
+        row = self._database.execute("SELECT value FROM reports WHERE first = ?", (first,)).fetchone()
+        return json.loads(row[0]) if row else {}
 
     def vectors(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors of places, float32, places × dimensions."""
-        size = self._dim * 4
+        assert self._vectors is not None
+        size = self.dim * 4
         chunks = [os.pread(self._vectors, size, place * size) for place in places.tolist()]
-        return np.frombuffer(b"".join(chunks), dtype=np.float32).reshape(len(places), self._dim)
+        return np.frombuffer(b"".join(chunks), dtype=np.float32).reshape(len(places), self.dim)
 
-    def commit(self, digests: Sequence[bytes], first: int, state: dict[str, Any]) -> None:
-        """Make the texts from place `first` on and the job's state durable, in one step."""
-        if digests:
-            os.fsync(self._vectors)
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            numbered = ((digest, first + i) for i, digest in enumerate(digests))
-            self._database.executemany("INSERT INTO seen VALUES (?, ?)", numbered)
+    def commit(self, state: dict[str, Any]) -> None:
+        """Make the job's state durable: all that it tells of was brought to the disk before."""
+        with self._transaction():
             self._database.execute("DELETE FROM state")
             self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
-            self._database.execute("COMMIT")
-        except BaseException:
-            self._database.rollback()
-            raise
+            self._database.execute("DELETE FROM reports WHERE first < ?", (state["first"],))
         self.state = state
-        for digest in digests:
-            self._waiting.pop(digest, None)
 
     def close(self) -> None:
         self._database.close()
-        if self._dim:
+        if self._vectors is not None:
             os.close(self._vectors)
-            self._dim = 0
+            self._vectors = None
 
 
 def _write_all(file: int, array: NDArray[np.float32], offset: int) -> None:
