@@ -1,0 +1,279 @@
+"""Texts to vectors, fast: each text tokenised once, batches of equal work, the vectors of `model.encode`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebr_lib.logs import logger
+from ebr_lib.model.losses import evaluating
+from ebr_lib.model.precision import choose_precision
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Vectors = NDArray[np.float32]
+
+CPU_BATCH_TOKENS = 4096
+GPU_BATCH_TOKENS = 32768
+SIMILAR = 0.75  # a text this much of the longest, or more, fits its batch
+FAIR_TOKENS = 512
+TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
+FLUSH_ROWS = 16384  # vectors that wait on the device before they are copied to memory
+NO_LIMIT = 10**6  # a tokenizer that has no limit says 1e30
+PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s> <|endoftext|>\n\tÀé😀", "long " * 600)
+
+
+@dataclass
+class EncodeStats:
+    """What an encoder has done. `slots` are token places in its batches, `tokens` those that held a token."""
+
+    texts: int = 0
+    tokens: int = 0
+    slots: int = 0
+    truncated: int = 0
+    tokens_lost: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the token places that held padding."""
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the texts' tokens that were cut off."""
+        return self.tokens_lost / max(self.tokens + self.tokens_lost, 1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of texts, one after another: `lengths[i]` of text i, of which `lost[i]` more were cut off."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    lost: NDArray[np.int64]
+    starts: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", np.cumsum(self.lengths) - self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def of(self, texts: NDArray[np.intp]) -> NDArray[np.int32]:
+        """The ids of some texts, one after another."""
+        lengths = self.lengths[texts]
+        ends = np.cumsum(lengths)
+        return self.ids[np.repeat(self.starts[texts] - (ends - lengths), lengths) + np.arange(lengths.sum())]
+
+
+class Tokenizer:
+    """Tokenises as the model does, without padding, and counts what is cut off at `model.max_seq_length`."""
+
+    def __init__(self, model: SentenceTransformer, prompt: str) -> None:
+        self.tokenizer = model.tokenizer
+        self.prompt = prompt
+        self.prompt_length: int | None = model.preprocess(["a"], prompt=prompt or None).get("prompt_length")
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        backend = self._backend()
+        special = backend.num_special_tokens_to_add(False)
+        ids, lengths, lost = [np.empty(0, np.int32)], list[int](), list[int]()
+        for start in range(0, len(texts), TOKENIZER_CHUNK):
+            chunk = [self.prompt + text for text in texts[start : start + TOKENIZER_CHUNK]]
+            found = backend.encode_batch_fast(chunk)
+            ids += [np.asarray(text.ids, dtype=np.int32) for text in found]
+            lengths += [len(text) for text in found]
+            lost += [sum(len(rest) - special for rest in text.overflowing) for text in found]
+        return Tokens(np.concatenate(ids), np.asarray(lengths, np.int64), np.asarray(lost, np.int64))
+
+    def _backend(self) -> Any:
+        """The Rust tokenizer, set anew each time: `model.encode` sets it otherwise."""
+        backend, limit = self.tokenizer.backend_tokenizer, self.tokenizer.model_max_length
+        backend.no_padding()
+        if limit < NO_LIMIT:
+            backend.enable_truncation(limit, direction=self.tokenizer.truncation_side)
+        else:
+            backend.no_truncation()
+        return backend
+
+    def agrees_with(self, model: SentenceTransformer) -> bool:
+        """Whether the model, asked to prepare the probe texts itself, makes the same tokens and nothing else."""
+        wanted = model.preprocess(list(PROBES), prompt=self.prompt or None)
+        more = wanted.keys() - {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
+        if more or bool(wanted.get("token_type_ids", torch.zeros(1)).any()):
+            return False
+        ids = wanted["input_ids"][wanted["attention_mask"].bool()].numpy()
+        return np.array_equal(ids, self(PROBES).ids)
+
+
+class Encoder:
+    """Encodes texts with a SentenceTransformer: its own modules, on batches of about equal token counts.
+
+    In float32 the vectors are those of `model.encode` within 1e-5. The same texts give the same bits: batches depend
+    on the texts of one call, and on nothing else.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        prompt: str = "",
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        precision: Literal["float32", "bfloat16", "auto"] = "auto",
+        batch_tokens: int | None = None,
+    ) -> None:
+        """Make an encoder. A model of another precision than the chosen one is copied, never changed.
+
+        :param prompt: put before every text.
+        :param normalize: make vectors of length one, after the cut to `truncate_dim`.
+        :param truncate_dim: keep the first dimensions only (Matryoshka); None keeps what the model says.
+        :param precision: what the transformer computes in; "auto" takes bfloat16 where the device has it. What comes
+            after the transformer (pooling, dense, normalise) computes in float32.
+        :param batch_tokens: token places of a batch, padding included; None takes what measured fastest.
+        """
+        chosen = choose_precision(precision, model.device.type)
+        if chosen.why:
+            logger.info("precision: %s", chosen.why)
+        self.precision: str = chosen.dtype
+        self.model = _in_precision(model, getattr(torch, chosen.dtype))
+        self.prompt = prompt
+        self.normalize = normalize
+        self.truncate_dim = truncate_dim or model.truncate_dim
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
+        self.stats = EncodeStats()
+        self._tokenizer = _tokenizer_of(self.model, prompt)
+
+    @property
+    def dim(self) -> int:
+        full = int(self.model.get_embedding_dimension())
+        return min(full, self.truncate_dim or full)
+
+    def encode(self, texts: Sequence[str], show_bar: bool = False) -> Vectors:
+        """Vectors (texts, dim) in the order of the texts."""
+        return self.embed(self.tokenize(texts), show_bar)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens | list[str]:
+        """The first half of `encode`, which a thread may do for the next texts while these are embedded.
+
+        A model that cannot be given tokens keeps its texts.
+        """
+        return list(texts) if self._tokenizer is None else self._tokenizer(texts)
+
+    def embed(self, tokens: Tokens | list[str], show_bar: bool = False) -> Vectors:
+        """The second half of `encode`: vectors (texts, dim)."""
+        if isinstance(tokens, list):
+            return self._embed_texts(tokens, show_bar)
+        from tqdm.auto import tqdm
+
+        vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
+        order = np.argsort(-tokens.lengths, kind="stable")  # longest first: what does not fit fails at once
+        done, waiting = 0, list[Tensor]()
+        bar = tqdm(total=len(tokens), unit="text", disable=not show_bar)
+        with bar, torch.inference_mode(), evaluating(self.model):
+            for batch in batches(tokens.lengths[order], self.batch_tokens):
+                waiting.append(self._forward(tokens, order[batch]))
+                bar.update(batch.stop - batch.start)
+                if batch.stop - done >= FLUSH_ROWS or batch.stop == len(tokens):
+                    vectors[order[done : batch.stop]] = torch.cat(waiting).cpu().numpy()
+                    done, waiting = batch.stop, []
+        self.stats.texts += len(tokens)
+        self.stats.tokens += len(tokens.ids)
+        self.stats.truncated += int((tokens.lost > 0).sum())
+        self.stats.tokens_lost += int(tokens.lost.sum())
+        return vectors
+
+    def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
+        """Vectors of one batch, on the device."""
+        features = self._features(tokens.of(texts), tokens.lengths[texts])
+        transformer, *rest = self.model
+        features = transformer(features)
+        features["token_embeddings"] = features["token_embeddings"].float()
+        for module in rest:
+            features = module(features)
+        vectors = features["sentence_embedding"].float()[:, : self.truncate_dim]
+        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+
+    def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:
+        """What the model's own tokenizer would make of a batch, padded on the tokenizer's side."""
+        tokenizer, width = self.model.tokenizer, max(int(lengths.max()), 1)
+        places = np.arange(width)
+        if tokenizer.padding_side == "left":
+            places = places[::-1]
+        seen = places[None] < lengths[:, None]
+        padded = np.full(seen.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
+        padded[seen] = ids
+        self.stats.slots += padded.size
+        features: dict[str, Any] = {
+            "input_ids": self._sent(padded),
+            "attention_mask": self._sent(seen.astype(np.int64)),
+        }
+        if "token_type_ids" in tokenizer.model_input_names:
+            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+        if self._tokenizer is not None and self._tokenizer.prompt_length is not None:
+            features["prompt_length"] = self._tokenizer.prompt_length
+        return features
+
+    def _sent(self, values: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        # from pinned memory the copy runs beside the computation
+        return tensor.pin_memory().to("cuda", non_blocking=True) if self.model.device.type == "cuda" else tensor
+
+    def _embed_texts(self, texts: list[str], show_bar: bool) -> Vectors:
+        """For models whose input is not plainly tokens: the library's own way."""
+        self.stats.texts += len(texts)
+        if not texts:
+            return np.empty((0, self.dim), dtype=np.float32)
+        vectors = self.model.encode(
+            texts,
+            prompt=self.prompt or None,
+            truncate_dim=self.truncate_dim,
+            normalize_embeddings=self.normalize,
+            show_progress_bar=show_bar,
+        )
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
+    """Cut texts, longest first, into batches of at most `budget` token places; a longer text is a batch of its own.
+
+    A batch of a fair size ends early where texts get much shorter, for they would be padding for the most part.
+    """
+    start = 0
+    while start < len(lengths):
+        longest = max(int(lengths[start]), 1)
+        similar = int(np.searchsorted(-lengths, -SIMILAR * longest, side="right"))
+        fair = start + FAIR_TOKENS // longest
+        stop = min(len(lengths), start + max(1, budget // longest), max(similar, fair, start + 1))
+        yield slice(start, stop)
+        start = stop
+
+
+def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
+    """The model with its transformer in `dtype` and the rest in float32: itself, or a copy."""
+    transformer, *rest = model
+    right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
+    if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):
+        return model
+    twin = copy.deepcopy(model)
+    twin.float()
+    twin[0].to(dtype)
+    return twin
+
+
+def _tokenizer_of(model: SentenceTransformer, prompt: str) -> Tokenizer | None:
+    """A tokenizer that was just compared with the model's own ways, or None where they differ."""
+    if hasattr(model.tokenizer, "backend_tokenizer"):
+        tokenizer = Tokenizer(model, prompt)
+        if tokenizer.agrees_with(model):
+            return tokenizer
+    logger.info("this model prepares texts in its own way; it encodes through sentence-transformers")
+    return None

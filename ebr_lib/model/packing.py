@@ -1,0 +1,213 @@
+"""Several texts in one row: short texts share a row under a block-diagonal mask, so that little is padding.
+
+Positions restart with every text and no text sees another, so each gets the vector it would get alone
+(Krell et al. 2021, arXiv 2107.02027). Used by training (differentiable) and by encoding.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+
+Features = dict[str, Any]
+Ids = NDArray[np.int32]
+
+MIN_ROW = 64  # shorter rows make the matrix products of attention too small; measured on a CPU
+PROBE_LENGTHS = (2, 3, 5, 9, 17, 40, 150)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a component of a unit vector
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where texts lie: text i is tokens `starts[i] : starts[i] + lengths[i]` of row `rows[i]`."""
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    row_count: int
+    row_length: int
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Places (tokens,) in the flattened rows of all tokens, text after text."""
+        return np.repeat(self.rows * self.row_length + self.starts, self.lengths) + self.offsets
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """How far each token (tokens,) is from the start of its text."""
+        ends = np.cumsum(self.lengths)
+        return np.arange(int(self.lengths.sum())) - np.repeat(ends - self.lengths, self.lengths)
+
+
+def pack(lengths: Sequence[int] | NDArray[np.integer], row_length: int) -> Layout:
+    """Put texts into rows, longest first, each into the fullest row that still has room (best-fit decreasing).
+
+    :param lengths: tokens of each text, none over `row_length`.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    rows, starts = np.zeros_like(sizes), np.zeros_like(sizes)
+    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
+    row_count = 0
+    for text in np.argsort(-sizes, kind="stable"):
+        at = bisect_left(open_rows, (int(sizes[text]), -1))
+        room, row = open_rows.pop(at) if at < len(open_rows) else (row_length, row_count)
+        row_count = max(row_count, row + 1)
+        rows[text], starts[text] = row, row_length - room
+        insort(open_rows, (room - int(sizes[text]), row))
+    return Layout(rows, starts, sizes, row_count, row_length)
+
+
+class PackedForward:
+    """Embeds texts through packed rows; the vectors are those of padded batches.
+
+    Transformer and adapter run on the rows, the model's other modules (pooling, dense, normalise) on each text's
+    token states. Gradients flow; dropout works, with other random draws than in padded batches.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, causal: bool = False) -> None:
+        self.model = model
+        self.causal = causal
+        self._transformer, *self._after = list(model)
+        self._pad = model.tokenizer.pad_token_id or 0
+        self._first_position = _first_position(model)
+
+    def __call__(self, columns: Sequence[Features]) -> list[Tensor]:
+        """Sentence embeddings (rows, dim) of each column, from one forward over the texts of all.
+
+        :param columns: what the library's collator makes: `input_ids` and `attention_mask` (rows, length), padded on
+            the right, and maybe `prompt_length`.
+        """
+        ids, lengths = [], []
+        for column in columns:
+            seen = column["attention_mask"].bool()
+            ids.append(column["input_ids"][seen])
+            lengths.append(seen.sum(dim=1))
+        counts = torch.cat(lengths).cpu().numpy()
+        states = self.states(torch.cat(ids), counts)
+        parts = states.split([int(part.sum()) for part in lengths])
+        prompts = [column.get("prompt_length") for column in columns]
+        return [self.pool(*part) for part in zip(parts, lengths, prompts, strict=True)]
+
+    def states(self, ids: Tensor, lengths: NDArray[np.integer]) -> Tensor:
+        """Token states (tokens, width) of texts that follow each other in `ids` (tokens,)."""
+        layout = pack(lengths, row_length_for(lengths))
+        shape = (layout.row_count, layout.row_length)
+        device = ids.device
+        places = torch.from_numpy(layout.places).to(device)
+
+        def spread(values: Tensor, rest: int) -> Tensor:
+            return torch.full((shape[0] * shape[1],), rest, device=device).index_put((places,), values).view(shape)
+
+        offsets = torch.from_numpy(layout.offsets).to(device)
+        texts = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+        features = {
+            "input_ids": spread(ids.long(), self._pad),
+            "position_ids": spread(offsets + self._first_position, self._first_position),
+            "attention_mask": self._mask(spread(texts, -1)),
+        }
+        out = self._transformer(features)["token_embeddings"]
+        return out.flatten(0, 1).index_select(0, places)
+
+    def _mask(self, texts: Tensor) -> Tensor:
+        """Additive mask (rows, 1, length, length) of the text each place holds; padding (−1) sees padding."""
+        seen = texts[:, :, None] == texts[:, None, :]
+        if self.causal:
+            seen = seen.tril()
+        dtype = self._transformer.model.dtype
+        zero = torch.zeros((), dtype=dtype, device=texts.device)
+        return torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
+
+    def pool(self, states: Tensor, lengths: Tensor, prompt_length: Any = None) -> Tensor:
+        """Sentence embeddings (texts, dim) of token states (tokens, width) that follow each other."""
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        features: Features = {"token_embeddings": states[None], "cu_seq_lens_q": ends, "modality": "text"}
+        if prompt_length is not None:
+            features["prompt_length"] = prompt_length
+        for module in self._after:
+            features = module(features)
+        return features["sentence_embedding"]
+
+
+def row_length_for(lengths: NDArray[np.integer]) -> int:
+    """The longest text, at least MIN_ROW, up to a multiple of eight."""
+    return max(MIN_ROW, -(-int(lengths.max()) // 8) * 8)
+
+
+def _first_position(model: SentenceTransformer) -> int:
+    """RoBERTa and its kin count positions from the padding id on."""
+    for module in model[0].model.modules():
+        table, padding = getattr(module, "position_embeddings", None), getattr(module, "padding_idx", None)
+        if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
+            return padding + 1
+    return 0
+
+
+@contextmanager
+def attention(model: SentenceTransformer, kind: str) -> Iterator[None]:
+    """Run with another attention implementation (`eager`, `sdpa`), and put the old one back."""
+    inner = model[0].model
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
+def packed_forward(model: SentenceTransformer) -> PackedForward | None:
+    """A PackedForward whose vectors were just compared with padded batches, or None, and the log says why."""
+    reason = "its first module is no transformer that reads tokens"
+    if hasattr(model[0], "model") and hasattr(model.tokenizer, "pad_token_id"):
+        try:
+            for causal in (False, True):
+                packed = PackedForward(model, causal=causal)
+                if not (reason := _difference(packed)):
+                    return packed
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    logger.info("texts are padded, not packed: %s", reason)
+    return None
+
+
+def _difference(packed: PackedForward) -> str:
+    """Why packed vectors are not those of padded batches; empty when they are."""
+    model = packed.model
+    if "sliding_attention" in (getattr(model[0].model.config, "layer_types", None) or ()):
+        return "the model looks through a sliding window"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            features = _probe(model)
+            wanted = model(dict(features))["sentence_embedding"].float()
+            (found,) = packed([features])
+    finally:
+        model.train(was_training)
+    unit = torch.nn.functional.normalize
+    gap = float((unit(wanted, dim=1) - unit(found.float(), dim=1)).abs().max())
+    allowed = TOLERANCE[model[0].model.dtype]
+    return "" if gap <= allowed else f"their vectors differ from those of padded batches by {gap:.1e}"
+
+
+def _probe(model: SentenceTransformer) -> Features:
+    """Texts of random tokens, of many lengths."""
+    lengths = torch.tensor([min(length, model.max_seq_length or length) for length in PROBE_LENGTHS])
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(lengths), int(lengths.max()))
+    ids = torch.randint(5, model[0].model.config.vocab_size, shape, generator=generator)
+    seen = torch.arange(shape[1])[None] < lengths[:, None]
+    ids = ids.where(seen, torch.tensor(model.tokenizer.pad_token_id or 0))
+    return {"input_ids": ids.to(model.device), "attention_mask": seen.long().to(model.device), "modality": "text"}
