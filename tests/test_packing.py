@@ -1,0 +1,149 @@
+"""Packed rows: the layout, and that vectors and gradients are those of padded batches."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from ebr_lib.model import packing
+from ebr_lib.model.adapters import add_lora
+from ebr_lib.model.loading import load_model
+from ebr_lib.model.packing import PackedForward, attention, pack, packed_forward
+
+TEXTS = [
+    "a",
+    "how do i cancel my card payment please",
+    "送给妈妈的生日礼物",
+    "blankets " * 30,
+    "steel pans and 手机壳",
+    "x y",
+]
+KINDS = ("bert", "xlm-r", "qwen2", "kalm")
+
+
+def load(tiny_models, kind):
+    return load_model(str(tiny_models(kind)), trust_remote_code=kind == "kalm", device="cpu")
+
+
+def columns_of(model, *columns):
+    return [model.preprocess(list(texts)) for texts in columns]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_every_token_has_a_place_of_its_own(lengths):
+    layout = pack(lengths, 64)
+    assert len(set(layout.places)) == sum(lengths)
+    assert (layout.starts + layout.lengths <= 64).all()
+    assert layout.places.max() < layout.row_count * 64
+    assert layout.row_count <= 1 + 2 * sum(lengths) // 64  # no two rows are both half empty
+
+
+def test_layout_by_hand():
+    layout = pack([3, 5, 2], 8)
+    assert layout.row_count == 2
+    np.testing.assert_array_equal(layout.rows, [0, 0, 1])
+    np.testing.assert_array_equal(layout.starts, [5, 0, 0])
+    np.testing.assert_array_equal(layout.places, [5, 6, 7, 0, 1, 2, 3, 4, 8, 9])
+    np.testing.assert_array_equal(layout.offsets, [0, 1, 2, 0, 1, 2, 3, 4, 0, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_those_of_padded_batches(tiny_models, kind):
+    model = load(tiny_models, kind).eval()
+    packed = packed_forward(model)
+    assert packed is not None
+    assert packed.causal == (kind == "qwen2")
+    columns = columns_of(model, TEXTS, TEXTS[::-1], ["one more"])
+    with torch.no_grad():
+        for column, found in zip(columns, packed(columns), strict=True):
+            wanted = model(dict(column))["sentence_embedding"]
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen2"])
+def test_no_text_sees_its_neighbours(tiny_models, kind):
+    packed = packed_forward(load(tiny_models, kind).eval())
+    with torch.no_grad():
+        (together,) = packed(columns_of(packed.model, TEXTS))
+        for i, text in enumerate(TEXTS):
+            (alone,) = packed(columns_of(packed.model, [text]))
+            torch.testing.assert_close(together[i], alone[0], atol=1e-6, rtol=0)
+
+
+def gradients(model, vectors):
+    anchors, positives = (normalize(part, dim=1) for part in vectors)
+    loss = torch.nn.functional.cross_entropy(anchors @ positives.T / 0.05, torch.arange(len(anchors)))
+    model.zero_grad()
+    loss.backward()
+    return float(loss.detach()), [w.grad.clone() for w in model.parameters() if w.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-r", "qwen2"])
+@pytest.mark.parametrize("attention_kind", ["sdpa", "eager"])
+def test_gradients_of_an_adapter_are_those_of_padded_batches(tiny_models, kind, attention_kind):
+    model = load(tiny_models, kind).eval()  # no dropout: its draws differ
+    torch.manual_seed(1)
+    add_lora(model, r=4, alpha=8, dropout=0.0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave A without a gradient
+            weight.data.normal_(std=0.1)
+    columns = columns_of(model, TEXTS, [text + " too" for text in TEXTS])
+    padded_loss, wanted = gradients(model, [model(dict(column))["sentence_embedding"] for column in columns])
+    with attention(model, attention_kind):
+        packed_loss, found = gradients(model, packed_forward(model)(columns))
+    assert packed_loss == pytest.approx(padded_loss, abs=1e-5)
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_works(tiny_bert):
+    model = load_model(str(tiny_bert), device="cpu")
+    packed = packed_forward(model)
+    columns = columns_of(model, TEXTS)
+    model.train()
+    (one,), (other,) = packed(columns), packed(columns)
+    assert not torch.equal(one, other)
+    model.eval()
+    (one,), (other,) = packed(columns), packed(columns)
+    assert torch.equal(one, other)
+
+
+def test_prompt_tokens_can_be_left_out_of_the_mean(tiny_bert):
+    model = load_model(str(tiny_bert), device="cpu").eval()
+    model.set_pooling_include_prompt(False)
+    packed = PackedForward(model)
+    columns = [model.preprocess(TEXTS, prompt="query: "), model.preprocess(TEXTS, prompt="a longer passage: ")]
+    with torch.no_grad():
+        for column, found in zip(columns, packed(columns), strict=True):
+            torch.testing.assert_close(found, model(dict(column))["sentence_embedding"], atol=1e-6, rtol=0)
+
+
+def test_a_sliding_window_is_padded(tiny_models, caplog):
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        assert packed_forward(load(tiny_models, "modernbert")) is None
+    assert "sliding window" in caplog.text
+
+
+def test_other_vectors_are_found_out(tiny_models, caplog, monkeypatch):
+    monkeypatch.setattr(packing, "_first_position", lambda model: 0)  # wrong for XLM-R
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        assert packed_forward(load(tiny_models, "xlm-r")) is None
+    assert "padded, not packed" in caplog.text
+    assert "differ" in caplog.text
+
+
+def test_checking_leaves_the_model_as_it_was(tiny_bert):
+    model = load_model(str(tiny_bert), device="cpu").train()
+    packed_forward(model)
+    assert model.training
+    with attention(model, "eager"):
+        assert model[0].model.config._attn_implementation == "eager"
+    assert model[0].model.config._attn_implementation == "sdpa"
