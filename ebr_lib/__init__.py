@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig, check_configs
+    from ebr_lib.evaluate import evaluate_retrieval
     from ebr_lib.finetune import train_sentence_transformer
     from ebr_lib.inference import run_batch_inference
     from ebr_lib.logs import show_logs
@@ -19,6 +20,7 @@ _HOMES = {
     "train_sentence_transformer": "finetune",
     "run_batch_inference": "inference",
     "visualize_embeddings": "visualize",
+    "evaluate_retrieval": "evaluate",
     "FinetuneConfig": "config",
     "InferenceConfig": "config",
     "VisConfig": "config",
@@ -35,6 +37,7 @@ __all__ = [
     "InferenceConfig",
     "VisConfig",
     "check_configs",
+    "evaluate_retrieval",
     "run_batch_inference",
     "show_logs",
     "train_sentence_transformer",

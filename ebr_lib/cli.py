@@ -26,6 +26,7 @@ STAGES = {
     "finetune": Stage(config.FinetuneConfig, "ebr_lib.finetune", "train_sentence_transformer"),
     "infer": Stage(config.InferenceConfig, "ebr_lib.inference", "run_batch_inference"),
     "visualize": Stage(config.VisConfig, "ebr_lib.visualize", "visualize_embeddings"),
+    "evaluate": Stage(config.EvalConfig, "ebr_lib.evaluate", "evaluate_retrieval"),
 }
 
 

@@ -108,6 +108,12 @@ class FinetuneConfig(Config):
         "Deal the rows of popular documents evenly over the batches; every row is used once an epoch.",
         "把热门文档的样本均匀分到各批；每轮每行都恰好使用一次。",
     )
+    packed_rows: bool = knob(
+        True,
+        "Train on several texts a row under a block-diagonal mask: the same loss and gradients without padding. Models "
+        "whose vectors would differ are padded; the log says so.",
+        "把多条文本装进一行（块对角掩码）训练：损失与梯度不变、没有填充。向量会不同的模型自动退回填充方式并写入日志。",
+    )
     matryoshka_dims: tuple[Positive, ...] = knob(
         [], "Also train the vectors cut to these dimensions.", "同时训练截断到这些维度的向量（Matryoshka）。"
     )
@@ -357,14 +363,198 @@ class VisConfig(Config):
 
     embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to read.", "要读取的向量文件。")
     output_path: Name = knob("./embedding_scatter.png", "The picture to write.", "输出的图片。")
-    label_column: str | None = knob(None, "Column to colour by; null draws one colour.", "用于着色的列；null 为单色。")
+    # what is drawn
+    label_column: str | None = knob(
+        None, "Column to colour by; null colours by k-means cluster.", "用于着色的列；null 按 k-means 聚类着色。"
+    )
+    text_column: str | None = knob(
+        None,
+        "Column whose text the explorer and the tables show; null takes `description`, else the first other column.",
+        "交互页面和表格中展示的文本列；null 取 `description`，没有则取第一个其他列。",
+    )
+    chinese_fonts: tuple[Name, ...] = knob(
+        [
+            "Noto Sans CJK SC",
+            "Source Han Sans SC",
+            "Microsoft YaHei",
+            "PingFang SC",
+            "WenQuanYi Micro Hei",
+            "SimHei",
+        ],
+        "Fonts for Chinese, tried in this order: family names, or font files; then the system's and the packaged one.",
+        "中文字体，按顺序尝试：字体名或字体文件；之后使用系统字体和随包安装的字体。",
+    )
+    max_points: Annotated[int, Field(ge=3)] = knob(
+        50_000,
+        "Points that t-SNE and UMAP work on, sampled by label; the rest are placed by their nearest neighbours.",
+        "t-SNE 与 UMAP 计算的点数（按标签抽样）；其余点按最近邻放置。",
+    )
+    explorer: bool = knob(True, "Write the interactive page beside the picture.", "在图片旁生成交互式网页。")
+    # the maps
+    method: Literal["both", "tsne", "umap"] = knob("both", "Which maps to draw.", "绘制哪种降维图。")
+    tsne_perplexity: Annotated[float, Field(ge=1)] = knob(
+        30.0,
+        "Perplexity of t-SNE; lowered where the points are too few.",
+        "t-SNE 的困惑度；点数太少时自动降低。",
+    )
+    tsne_learning_rate: MoreThanZero | None = knob(
+        None,
+        "Learning rate of t-SNE; null chooses it by the number of points.",
+        "t-SNE 的学习率；null 按点数自动选择。",
+    )
+    umap_neighbors: Annotated[int, Field(ge=2)] = knob(
+        15,
+        "Neighbours of UMAP; lowered where the points are too few.",
+        "UMAP 的邻居数；点数太少时自动降低。",
+    )
+    umap_min_dist: Share = knob(0.1, "How tightly UMAP packs points.", "UMAP 中点的最小间距。")
+    seed: Count = knob(42, "Same seed, same picture.", "随机种子；种子相同则图片相同。")
+    fast: bool = knob(
+        False,
+        "UMAP on all cores: faster, and another map each time.",
+        "UMAP 使用全部 CPU 核：更快，但每次结果不同。",
+    )
+    cache: bool = knob(
+        True,
+        "Keep the maps beside the picture, so that another colour does not compute them again.",
+        "在图片旁缓存降维结果，只改颜色时不再重新计算。",
+    )
+    # the numbers
+    clusters: Positive | None = knob(
+        None,
+        "Clusters of k-means; null takes as many as labels, or without labels the number with the best silhouette.",
+        "k-means 的聚类数；null 取标签个数，没有标签时取轮廓系数最好的数目。",
+    )
+    # before and after
+    compare_path: str | None = knob(
+        None,
+        "Embedding file of the same items from before, such as the base model's: draws and measures before and after.",
+        "同一批数据之前的向量文件（如基座模型）：绘制并比较前后变化。",
+    )
+    id_column: str | None = knob(
+        None,
+        "Column by which rows of the two files are matched; null matches them by their order.",
+        "匹配两个文件各行的列；null 按行的顺序匹配。",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if self.id_column is not None and self.compare_path is None:
+            yield "id_column: matches the rows of compare_path, which is null; set compare_path, or leave it out"
+        if self.compare_path == self.embedding_path:
+            yield "compare_path: the same file as embedding_path; name the file from before"
 
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
     """Extension, `evaluate_retrieval`: did retrieval get better?"""
 
-    output_dir: Name = knob("./evaluation", "Folder of the report.", "报告目录。")
+    # what is measured
+    models: tuple[Name, ...] = knob(
+        ["all-MiniLM-L6-v2"],
+        "Models to measure side by side: fine-tuned folders, local folders, hub names; the first is what the others are compared with.",
+        "并排评估的模型（微调目录、本地目录或 Hub 名称）；第一个为对照基线。",
+    )
+    bm25: bool = knob(
+        True,
+        "Measure BM25 too: the floor that an embedding model has to beat.",
+        "同时评估 BM25（向量模型至少应超过它）；中文用 jieba 分词。",
+    )
+    # data
+    data_path: Name | None = knob(
+        "./saved_model/all-MiniLM-L6-v2-peft-lora",
+        "A fine-tuned model's folder (its held-out split), a BEIR folder, or a file of queries with a `positive` column.",
+        "微调模型目录（使用其留出集）、BEIR 目录，或带 `positive` 列的查询文件。",
+    )
+    queries_path: Name | None = knob(
+        None,
+        "File of queries (JSON, CSV, TSV, \\001 or Parquet), instead of `data_path`.",
+        "查询文件（JSON、CSV、TSV、\\001 分隔或 Parquet），代替 `data_path`。",
+    )
+    corpus_path: Name | None = knob(
+        None,
+        "File of documents, or an embedding file of the inference stage, whose vectors are used for the model that made them.",
+        "文档文件，或推理阶段的向量文件（向量只用于生成它的模型）。",
+    )
+    qrels_path: Name | None = knob(
+        None,
+        "Judgements: `query document grade` a line, as BEIR or TREC write them.",
+        "相关性标注：每行 `query document grade`，BEIR 或 TREC 格式。",
+    )
+    train_data_path: Name | None = knob(
+        None,
+        "Training data, to measure queries with seen and unseen documents apart, and to report queries that training had.",
+        "训练数据：用于区分见过与未见过的文档，并报告训练集中已有的查询。",
+    )
+    query_column: Name | None = knob(
+        None, "Column of the query's text; null takes text, query, question or anchor.", "查询文本列；null 自动识别。"
+    )
+    corpus_column: Name | None = knob(
+        None,
+        "Column of the document's text; null takes text, description, document, passage, positive or content.",
+        "文档文本列；null 自动识别。",
+    )
+    id_column: Name | None = knob(
+        None, "Column of ids in both files; null takes _id or id.", "两个文件中的 ID 列；null 取 _id 或 id。"
+    )
+    slice_columns: tuple[Name, ...] = knob(
+        [], "Columns of the query file whose values are measured apart.", "按这些查询列的取值分组评估。"
+    )
+    # encoding
+    query_prompt: str | None = knob(
+        None,
+        "Put before every query; null takes what each model was trained with.",
+        "加在查询前的提示词；null 使用模型训练时的提示词。",
+    )
+    document_prompt: str | None = knob(
+        None,
+        "Put before every document; null takes what each model was trained with.",
+        "加在文档前的提示词；null 使用模型训练时的提示词。",
+    )
+    trust_remote_code: bool = knob(
+        False,
+        "Run the modelling code that comes with the models. Read that code first.",
+        "允许执行模型自带的建模代码；请先阅读该代码。",
+    )
+    max_seq_length: Annotated[int, Field(ge=8, le=32768)] | None = knob(
+        None, "Tokens a text is cut to; null keeps each model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
+    )
+    truncate_dim: Positive | None = knob(
+        None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto",
+        "Arithmetic of the models; auto takes bfloat16 where the hardware has it.",
+        "计算精度；auto 在硬件支持时使用 bfloat16。",
+    )
+    device: str | None = knob(
+        None, "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
+    )
+    # measures and report
+    ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(
+        [1, 5, 10, 50, 100], "Ranks at which recall and hit rate are taken.", "计算召回率与命中率的截断位置。"
+    )
+    resamples: Annotated[int, Field(ge=100)] = knob(
+        10000,
+        "Samples of the bootstrap interval, and sign flips of the permutation test.",
+        "自助法区间与置换检验的重采样次数。",
+    )
+    examples: Count = knob(10, "Queries to show that were won most, and lost most.", "展示提升最多与下降最多的查询数。")
+    seed: Count = knob(42, "Seed of interval and test.", "区间与检验的随机种子。")
+    output_dir: Name = knob(
+        "./evaluation",
+        "Folder for report.html, report.json, and the runs and judgements in TREC format.",
+        "输出目录：report.html、report.json 以及 TREC 格式的排序结果与标注。",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.models and not self.bm25:
+            yield "models is empty and bm25 is off: nothing to measure"
+        if not (self.data_path or self.queries_path):
+            yield "data_path or queries_path: give one"
+        if not self.ks:
+            yield "ks is empty: give at least one rank"
+        if len(set(self.models)) != len(self.models):
+            yield "models: a name is there twice"
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def measure(ranking: Ranking, ks: Sequence[int] = KS) -> dict[str, Values]:
 
 
 def _per_query(groups: Groups, values: Values, queries: int) -> Values:
-    return np.bincount(groups.query, weights=values, minlength=queries)
+    return np.bincount(groups.query, weights=values, minlength=queries).astype(np.float64, copy=False)
 
 
 def _within(groups: Groups, k: int) -> NDArray[np.int64]:

@@ -1,0 +1,238 @@
+"""Extension stage: measure retrieval, contenders side by side, and say what the difference is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from ebr_lib.config import EvalConfig
+from ebr_lib.data.pairs import normalised, read_pairs
+from ebr_lib.files import write_json, written_whole
+from ebr_lib.logs import logger
+from ebr_lib.retrieval.compare import Difference, changed_most, compare
+from ebr_lib.retrieval.contenders import BM25_NAME, EncoderSettings, labels, rank_with_bm25, rank_with_model
+from ebr_lib.retrieval.metrics import Ranking, Values, measure
+from ebr_lib.retrieval.report import Duel, Example, Report, Slice
+from ebr_lib.retrieval.task import Columns, RetrievalTask, find_sources, query_slices, read_task
+from ebr_lib.tables import Table
+
+MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
+SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
+CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE = "eval_config.yaml", "report.html", "report.json", "qrels.trec"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation wrote and found.
+
+    `metrics` maps contender to measure to mean; `differences` holds every pair of contenders on every measure.
+    """
+
+    report_html: Path
+    report_json: Path
+    runs: dict[str, Path]
+    qrels: Path
+    metrics: dict[str, dict[str, float]]
+    differences: tuple[Difference, ...]
+    facts: dict[str, Any]
+    table: Table = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+@dataclass(frozen=True)
+class _Contender:
+    ranking: Ranking
+    values: dict[str, Values]
+    seconds: float
+
+    def means(self, chosen: Any = slice(None)) -> dict[str, float]:
+        return {name: float(values[chosen].mean()) for name, values in self.values.items()}
+
+
+def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> EvalResult:
+    """Measure models and BM25 on the same queries; write `report.html`, `report.json`, runs and qrels.
+
+    :param config: an EvalConfig, a dict of its knobs, or None for the defaults.
+    :raises ConfigError: a knob is unknown or out of range (all are listed).
+    :raises DataError: the data is broken: an empty corpus, queries without text, judgements of unknown ids.
+    :raises ModelError: a model cannot be loaded.
+    :raises MissingError: data or a model is not there.
+    """
+    config = EvalConfig.resolve(config)
+    task, leaked = _read(config)
+    logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
+    contenders = dict(_contenders(config, task))
+    report = _report(config, task, contenders, task.facts() | leaked)
+    folder = Path(config.output_dir)
+    runs = _write(config, folder, task, contenders, report)
+    table = _summary(report)
+    logger.info("%s\n报告已保存: %s", table.text(), folder / HTML_FILE)
+    return EvalResult(
+        report_html=folder / HTML_FILE,
+        report_json=folder / JSON_FILE,
+        runs=runs,
+        qrels=folder / QRELS_FILE,
+        metrics={name: dict(means) for name, means in report.means.items()},
+        differences=tuple(d for duel in report.duels for d in duel.differences),
+        facts=dict(report.facts),
+        table=table,
+    )
+
+
+def _said(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+
+
+def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
+    """The task, and what of it training has had, where the training data is given."""
+    sources = find_sources(config.data_path, config.queries_path, config.corpus_path, config.qrels_path)
+    columns = Columns(config.query_column, config.corpus_column, config.id_column)
+    if config.train_data_path is None:
+        return read_task(sources, columns, config.slice_columns, set()), {}
+    pairs = read_pairs(config.train_data_path, on_bad_row="skip")
+    trained = {normalised(text) for pair in pairs for text in pair.positives}
+    task = read_task(sources, columns, config.slice_columns, trained)
+    anchors = {normalised(pair.anchor) for pair in pairs}
+    leaked = sum(normalised(query) in anchors for query in task.queries)
+    if leaked:
+        logger.warning("泄漏: %d queries of %d stand in the training data; they flatter", leaked, len(task.queries))
+    return task, {"queries_in_training": leaked}
+
+
+def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterable[tuple[str, _Contender]]:
+    settings = {name: getattr(config, name) for name in EncoderSettings.__dataclass_fields__ if name != "model_name"}
+    for label, name in zip(labels(config.models), config.models, strict=True):
+        start = time.perf_counter()
+        yield label, _measured(rank_with_model(EncoderSettings(name, **settings), task), config, start)
+    if config.bm25:
+        start = time.perf_counter()
+        yield BM25_NAME, _measured(rank_with_bm25(task), config, start)
+
+
+def _measured(ranking: Ranking, config: EvalConfig, start: float) -> _Contender:
+    return _Contender(ranking, measure(ranking, config.ks), time.perf_counter() - start)
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def _report(
+    config: EvalConfig, task: RetrievalTask, contenders: Mapping[str, _Contender], facts: Mapping[str, Any]
+) -> Report:
+    names = list(contenders)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    parts = [
+        Slice(kind, value, int(mask.sum()), {name: c.means(mask) for name, c in contenders.items()})
+        for kind, groups in query_slices(task).items()
+        for value, mask in groups.items()
+    ]
+    return Report(
+        title="Retrieval evaluation · 召回评估",
+        facts=facts,
+        means={name: c.means() for name, c in contenders.items()},
+        duels=[_duel(config, task, a, b, contenders) for a, b in pairs],
+        slices=parts,
+        slice_metrics=(f"recall@{max(config.ks)}", MAIN_METRIC),
+    )
+
+
+def _duel(
+    config: EvalConfig, task: RetrievalTask, baseline: str, other: str, contenders: Mapping[str, _Contender]
+) -> Duel:
+    before, after = contenders[baseline], contenders[other]
+    differences = compare(baseline, other, before.values, after.values, resamples=config.resamples, seed=config.seed)
+    won, lost = changed_most(before.values[MAIN_METRIC], after.values[MAIN_METRIC], config.examples)
+    return Duel(
+        baseline,
+        other,
+        MAIN_METRIC,
+        differences,
+        [_example(task, query, before, after) for query in won],
+        [_example(task, query, before, after) for query in lost],
+    )
+
+
+def _example(task: RetrievalTask, query: int, before: _Contender, after: _Contender) -> Example:
+    relevant = {document for document, grade in task.relevant[query].items() if grade > 0}
+
+    def retrieved(ranking: Ranking) -> list[tuple[str, bool]]:
+        documents = [int(d) for d in ranking.ids[query, :SHOWN_DOCUMENTS] if d >= 0]
+        return [(task.corpus.shown(d), d in relevant) for d in documents]
+
+    return Example(
+        query=task.queries[query],
+        before=float(before.values[MAIN_METRIC][query]),
+        after=float(after.values[MAIN_METRIC][query]),
+        wanted=[task.corpus.shown(d) for d in sorted(relevant)[:SHOWN_DOCUMENTS]],
+        retrieved_before=retrieved(before.ranking),
+        retrieved_after=retrieved(after.ranking),
+    )
+
+
+def _summary(report: Report) -> Table:
+    """Means of all contenders; behind each but the first, its difference's interval."""
+    names = list(report.means)
+    first = {(d.contender, d.metric): d for duel in report.duels if duel.baseline == names[0] for d in duel.differences}
+    columns = ["", names[0], *(cell for name in names[1:] for cell in (name, "difference [95 %]"))]
+    rows = [
+        [metric, report.means[names[0]][metric]]
+        + [cell for name in names[1:] for cell in (report.means[name][metric], _interval(first[name, metric]))]
+        for metric in report.means[names[0]]
+    ]
+    return Table(f"{report.title}: {_said(report.facts)}", columns, rows)
+
+
+def _interval(d: Difference) -> str:
+    return f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.p_holm < 0.05 else ''}"
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    config: EvalConfig, folder: Path, task: RetrievalTask, contenders: Mapping[str, _Contender], report: Report
+) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / HTML_FILE) as new:
+        new.write_text(report.html(), encoding="utf-8")
+    seconds = {name: round(c.seconds, 3) for name, c in contenders.items()}
+    write_json(folder / JSON_FILE, {"config": config.to_dict(), "seconds": seconds} | asdict(report))
+    with written_whole(folder / CONFIG_FILE) as new:
+        config.save(new)
+    _write_lines(folder / QRELS_FILE, _qrel_lines(task))
+    runs = {name: folder / f"{quote(name, safe=' ')}.run.trec" for name in contenders}
+    for name, path in runs.items():
+        _write_lines(path, _run_lines(task, contenders[name].ranking, quote(name)))
+    return runs
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with written_whole(path) as new, open(new, "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def _trec_ids(ids: Sequence[str]) -> list[str]:
+    """Ids as TREC's format can hold them: blanks become %20 and the like."""
+    return [quote(id_, safe="/:@!$&'()*+,;=") for id_ in ids]
+
+
+def _qrel_lines(task: RetrievalTask) -> Iterable[str]:
+    queries, documents = _trec_ids(task.query_ids), _trec_ids(task.corpus.ids)
+    for query, grades in zip(queries, task.relevant, strict=True):
+        yield from (f"{query} 0 {documents[document]} {grade}" for document, grade in grades.items())
+
+
+def _run_lines(task: RetrievalTask, ranking: Ranking, tag: str) -> Iterable[str]:
+    queries, documents = _trec_ids(task.query_ids), _trec_ids(task.corpus.ids)
+    for i, query in enumerate(queries):
+        found = np.flatnonzero(ranking.ids[i] >= 0)
+        for rank in found:
+            yield f"{query} Q0 {documents[ranking.ids[i, rank]]} {rank + 1} {ranking.scores[i, rank]:.9g} {tag}"

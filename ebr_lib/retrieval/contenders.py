@@ -1,0 +1,179 @@
+"""Who is measured: embedding models, and BM25 as the floor that a dense model has to beat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.data.noise import split_words
+from ebr_lib.data.vectors import read_manifest
+from ebr_lib.errors import ConfigError, DataError
+from ebr_lib.logs import logger
+from ebr_lib.model.loading import Side, identify, load_model, local_folder, prompt_of
+from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
+from ebr_lib.retrieval.task import Corpus, RetrievalTask
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from ebr_lib.model.encoder import Encoder
+
+BM25_NAME = "BM25"
+_TOKEN = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How an embedding model is to be used; prompts None take what the model was trained with."""
+
+    model_name: str
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    max_seq_length: int | None = None
+    truncate_dim: int | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def encoder(self, side: Side) -> Encoder:
+        """Load the model and wrap it for queries or for documents; vectors have length 1."""
+        model = load_model(
+            self.model_name,
+            trust_remote_code=self.trust_remote_code,
+            max_seq_length=self.max_seq_length,
+            device=self.device,
+            side=side,
+        )
+        return self._wrapped(model, side)
+
+    def encoder_pair(self) -> tuple[Encoder, Encoder]:
+        """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
+        queries = self.encoder("query")
+        if one_sided(self.model_name):
+            return queries, self.encoder("document")
+        return queries, self._wrapped(queries.model, "document")
+
+    def _wrapped(self, model: SentenceTransformer, side: Side) -> Encoder:
+        from ebr_lib.model.encoder import Encoder
+
+        told = self.query_prompt if side == "query" else self.document_prompt
+        return Encoder(
+            model, prompt=prompt_of(model, side, told), truncate_dim=self.truncate_dim, precision=self.precision
+        )
+
+
+def one_sided(model_name: str) -> bool:
+    """Whether a model's adapter is for queries only, so that its documents are the base model's."""
+    from ebr_lib.model.contract import read_contract
+
+    folder = local_folder(model_name)
+    contract = read_contract(folder) if folder else None
+    return contract is not None and contract.adapter_side == "query"
+
+
+def rank_with_model(settings: EncoderSettings, task: RetrievalTask) -> Ranking:
+    """Rank a task's documents by the inner product of unit vectors.
+
+    The documents' vectors are read where an embedding file holds this very model's, else their texts are encoded; of
+    either only a batch is in memory.
+
+    :raises DataError: neither is possible: another model's vectors, and no texts.
+    """
+    corpus = task.corpus
+    stored = _stored_vectors(settings, corpus)
+    if stored:
+        queries = settings.encoder("query")
+        return rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
+    query_encoder, document_encoder = settings.encoder_pair()
+    vectors = query_encoder.encode(task.queries)
+    return rank_vectors(vectors, _encoded(document_encoder, corpus, settings.model_name), task.relevant)
+
+
+def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> NDArray[np.float32]:
+    dim = next(corpus.vector_batches()).shape[1] if corpus.vectors else encoder.dim
+    if dim != encoder.dim:
+        raise ConfigError(
+            f"corpus {corpus.vectors} holds vectors of {dim} dimensions, the queries' have {encoder.dim}; "
+            "set truncate_dim as it was in the inference run"
+        )
+    return encoder.encode(task.queries)
+
+
+def _stored_vectors(settings: EncoderSettings, corpus: Corpus) -> bool:
+    """Whether the corpus is an embedding file of this model; without a manifest that has to be believed."""
+    if corpus.vectors is None:
+        return False
+    manifest = read_manifest(corpus.vectors) or {}
+    made_by = manifest.get("model", {}).get("sha256")
+    identity = identify(settings.model_name)
+    same = made_by in (identity.sha256, identity.base_sha256 if one_sided(settings.model_name) else None)
+    if made_by is None and corpus.texts is None:
+        logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, settings.model_name)
+        return True
+    if made_by is not None and same:
+        return True
+    if corpus.texts is None:
+        raise DataError(
+            f"{corpus.vectors} holds the vectors of model {manifest['model'].get('name')} and no texts, so "
+            f"{settings.model_name} cannot be measured on it; keep the text column in the inference run"
+        )
+    return False
+
+
+def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[NDArray[np.float32]]:
+    from tqdm.auto import tqdm
+
+    assert corpus.texts is not None
+    with tqdm(total=len(corpus), desc=f"编码语料 encode {name}", unit="doc", delay=2, leave=False) as bar:
+        for start in range(0, len(corpus), CHUNK):
+            texts = corpus.texts[start : start + CHUNK]
+            yield encoder.encode(texts)
+            bar.update(len(texts))
+
+
+# --- BM25 ---------------------------------------------------------------------------------------------------------
+
+
+def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
+    """Lower-case words, Chinese ones by jieba, without punctuation and stop words."""
+    words = (token for word in split_words(text.casefold()) for token in _TOKEN.findall(word))
+    return [word for word in words if word not in stopwords]
+
+
+def rank_with_bm25(task: RetrievalTask) -> Ranking:
+    """Rank by BM25 (Lucene's form, k1 1.5, b 0.75); a document that shares no word with the query is not retrieved.
+
+    :raises DataError: the corpus holds no texts.
+    """
+    import bm25s
+    from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN
+    from tqdm.auto import tqdm
+
+    if task.corpus.texts is None:
+        raise DataError(f"{task.corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
+    stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
+    documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
+    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    index.index([bm25_tokens(text, stopwords) for text in documents], show_progress=False)
+    ranking = Ranking(task.relevant)
+    for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
+        tokens = [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]
+        if tokens:
+            scores = index.get_scores(tokens).astype(np.float32)
+            ranking.add(np.where(scores > 0, scores, np.float32("-inf"))[None, :], number, 0)
+    return ranking
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Short, distinct labels for model names: the last part of the path, or as much of it as tells them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(part[-length:]) for part in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)

@@ -1,0 +1,488 @@
+"""What an evaluation measures against: queries, documents and judgements, read from the shapes they come in.
+
+Equal texts are one document, whatever their ids: whichever copy a model returns, it has found the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.data.noise import split_words
+from ebr_lib.data.pairs import is_blank, normalised
+from ebr_lib.data.vectors import VECTOR, iter_embeddings
+from ebr_lib.errors import DataError, MissingError
+from ebr_lib.logs import logger
+
+QUERY_TEXTS = ("text", "query", "question", "anchor")
+DOCUMENT_TEXTS = ("text", "description", "document", "passage", "positive", "content")
+ANSWERS = ("positive", "pos", "positives")
+IDS = ("_id", "id")
+HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "heldout.jsonl", "corpus.jsonl", "queries.jsonl", "qrels"
+
+Mask = NDArray[np.bool_]
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a task; `qrels` None means that the queries carry their answers as texts, `corpus` None that these
+    answers are the corpus."""
+
+    queries: Path
+    corpus: Path | None
+    qrels: Path | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read; None takes the first of the usual names that is there."""
+
+    query: str | None = None
+    corpus: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Distinct documents: the id of the first with a text stands for all of them.
+
+    `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, and `first_rows` its rows
+    that the documents stand for, in order. `seen` says which documents training has seen, where that is known.
+    """
+
+    ids: list[str]
+    texts: list[str] | None
+    number: dict[str, int] = field(repr=False)
+    number_of_text: dict[str, int] = field(repr=False)
+    vectors: Path | None = None
+    first_rows: NDArray[np.int64] | None = None
+    seen: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def shown(self, document: int, most: int = 300) -> str:
+        """A document for people: its text, or its id where there is none."""
+        text = self.texts[document] if self.texts else self.ids[document]
+        return text if len(text) <= most else text[:most] + "…"
+
+    def vector_batches(self) -> Iterator[NDArray[np.float32]]:
+        """The documents' vectors out of the embedding file, of length 1, a batch at a time."""
+        assert self.vectors is not None and self.first_rows is not None
+        for batch in iter_embeddings(self.vectors, ()):
+            vectors = batch.vectors[np.isin(batch.rows, self.first_rows, assume_unique=True)]
+            yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries that have at least one relevant document, and for each its documents' grades."""
+
+    query_ids: list[str]
+    queries: list[str]
+    query_columns: dict[str, list[str]]
+    corpus: Corpus
+    relevant: list[dict[int, int]]
+    unjudged: int
+
+    def facts(self) -> dict[str, int]:
+        merged = len(self.corpus.number) - len(self.corpus)
+        return {
+            "queries": len(self.queries),
+            "queries_without_judgement": self.unjudged,
+            "documents": len(self.corpus),
+            "documents_of_equal_text": merged,
+            "judgements": sum(map(len, self.relevant)),
+        }
+
+
+def find_sources(data_path: str | None, queries: str | None, corpus: str | None, qrels: str | None) -> Sources:
+    """Find the files of a task; paths that are given win over what `data_path` holds.
+
+    :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus.jsonl`,
+        `queries.jsonl`, `qrels/test.tsv`), or a file of queries with their answers.
+    :raises MissingError: a file is not there, or a folder is neither.
+    """
+    found = _found(Path(data_path)) if data_path and not queries else None
+    sources = Sources(
+        queries=Path(queries) if queries else (found.queries if found else Path()),
+        corpus=Path(corpus) if corpus else (found.corpus if found else None),
+        qrels=Path(qrels) if qrels else (found.qrels if found else None),
+    )
+    for path in (sources.queries, sources.corpus, sources.qrels):
+        if path is not None and not path.exists():
+            raise MissingError(f"evaluation data {path}: there is no such file")
+    return sources
+
+
+def _found(place: Path) -> Sources:
+    if place.is_file():
+        return Sources(place, None, None)
+    if (place / HELDOUT_FILE).is_file():
+        corpus = place / CORPUS_FILE
+        return Sources(place / HELDOUT_FILE, corpus if corpus.is_file() else None, None)
+    if (place / QUERIES_FILE).is_file() and (place / CORPUS_FILE).is_file():
+        return Sources(place / QUERIES_FILE, place / CORPUS_FILE, _beir_qrels(place / QRELS_FOLDER))
+    raise MissingError(
+        f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
+        f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FOLDER}/*.tsv, or a file of queries; "
+        f"found {', '.join(sorted(p.name for p in place.glob('*'))[:8]) if place.is_dir() else 'nothing'}"
+    )
+
+
+def _beir_qrels(folder: Path) -> Path:
+    files = sorted(folder.glob("*.tsv"))
+    if (test := folder / "test.tsv") in files or len(files) == 1:
+        return test if test in files else files[0]
+    names = ", ".join(file.name for file in files) or "none"
+    raise MissingError(f"{folder}: wanted test.tsv or one file of judgements, found {names}; name it with qrels_path")
+
+
+def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], trained: set[str]) -> RetrievalTask:
+    """Read queries, documents and judgements.
+
+    :param slice_columns: columns of the query file to keep.
+    :param trained: normalised texts of documents that training has seen; may be empty.
+    :raises DataError: a query without text, an empty corpus, ids that are there twice or not at all, no judgements.
+    """
+    records = read_records(sources.queries)
+    texts = _query_texts(sources.queries, records, columns.query)
+    for name in slice_columns:
+        _need_column(sources.queries, records, name)
+    answers = None if sources.qrels else _answers(sources.queries, records)
+    corpus = _read_corpus(sources.corpus, columns, answers or [], trained)
+    if answers is None:
+        assert sources.qrels is not None
+        ids = _ids(sources.queries, records, columns.id)
+        judged = _read_qrels(sources.qrels, {query: i for i, query in enumerate(ids)}, corpus.number)
+    else:
+        ids = [str(i) for i in range(len(records))]
+        judged = _judged_by_text(sources.queries, texts, answers, corpus)
+    kept = [i for i, grades in enumerate(judged) if any(grade > 0 for grade in grades.values())]
+    if not kept:
+        raise DataError(f"{sources.qrels or sources.queries}: no query has a relevant document; nothing to measure")
+    return RetrievalTask(
+        query_ids=[ids[i] for i in kept],
+        queries=[texts[i] for i in kept],
+        query_columns={name: [str(records[i].get(name, "")) for i in kept] for name in slice_columns},
+        corpus=corpus,
+        relevant=[judged[i] for i in kept],
+        unjudged=len(records) - len(kept),
+    )
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a table of texts: JSON (an array, or one object a line), Parquet, or delimited text with a header row.
+
+    Delimited text is split by `\\001` where its header has one, by tabs in a `.tsv`, else it is CSV with quotes.
+
+    :raises MissingError: there is no such file.
+    :raises DataError: it cannot be read as such, or holds no row.
+    """
+    if not path.is_file():
+        raise MissingError(f"{path}: there is no such file")
+    try:
+        records = list(_records(path))
+    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
+    if not records:
+        raise DataError(f"{path} holds no rows")
+    return records
+
+
+def _records(path: Path) -> Iterator[Record]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        yield from pq.read_table(path).to_pylist()
+    elif path.suffix in (".json", ".jsonl"):
+        yield from _json_records(path)
+    else:
+        yield from _delimited_records(path)
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8-sig") as file:
+        if file.read(1) == "[":
+            file.seek(0)
+            rows = list(enumerate(json.load(file), 1))
+        else:
+            file.seek(0)
+            rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: wanted an object, found {type(row).__name__}")
+        yield row
+
+
+def _delimited_records(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        if "\x01" in header:
+            rows: Any = (line.removesuffix("\n").split("\x01") for line in file)
+        else:
+            rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        names: list[str] = next(rows, [])
+        for number, row in enumerate(rows, 2):
+            if row and len(row) != len(names):
+                raise DataError(f"{path}: row {number} has {len(row)} fields, the header {len(names)}")
+            if row:
+                yield dict(zip(names, row, strict=True))
+
+
+def _need_column(path: Path, records: Sequence[Record], name: str) -> None:
+    if not any(name in record for record in records):
+        raise DataError(f"{path}: no column {name}; its columns are {', '.join(records[0])}")
+
+
+def _text_column(path: Path, records: Sequence[Record], told: str | None, usual: Sequence[str], knob: str) -> str:
+    if told is not None:
+        _need_column(path, records, told)
+        return told
+    found = next((name for name in usual if name in records[0]), None)
+    if found is None:
+        raise DataError(
+            f"{path}: no column of text; looked for {', '.join(usual)}, found {', '.join(records[0])}; "
+            f"name it with {knob}"
+        )
+    return found
+
+
+def _query_texts(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
+    column = _text_column(path, records, told, QUERY_TEXTS, "query_column")
+    texts = [record.get(column) for record in records]
+    blank = [i for i, text in enumerate(texts) if not isinstance(text, str) or is_blank(text)]
+    if blank:
+        rows = ", ".join(str(i + 1) for i in blank[:5])
+        raise DataError(
+            f"{path}: {len(blank)} queries without text in column {column} (rows {rows}); remove or fill them"
+        )
+    return [str(text) for text in texts]
+
+
+def read_queries(path: Path, column: str | None) -> list[str]:
+    """The texts of a file of queries, equal ones once."""
+    return list(dict.fromkeys(_query_texts(path, read_records(path), column)))
+
+
+def _ids(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
+    column = told or next((name for name in IDS if name in records[0]), None)
+    if column is None:
+        return [str(i) for i in range(len(records))]
+    _need_column(path, records, column)
+    ids = [str(record.get(column)) for record in records]
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise DataError(f"{path}: id {twice!r} in column {column} is there more than once; ids must be unique")
+    return ids
+
+
+# --- the corpus ---------------------------------------------------------------------------------------------------
+
+
+def _read_corpus(path: Path | None, columns: Columns, answers: Sequence[Sequence[str]], trained: set[str]) -> Corpus:
+    if path is None:
+        texts = list(dict.fromkeys(text for group in answers for text in group))
+        return _distinct([str(i) for i in range(len(texts))], texts, None, trained)
+    if _holds_vectors(path):
+        return _embedded_corpus(path, columns, trained)
+    try:
+        records = read_records(path)
+    except DataError as error:
+        raise DataError(f"corpus {error}; an evaluation needs documents") from error
+    column = _text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
+    texts = [_titled(record, column) for record in records]
+    flags = [bool(record["seen"]) for record in records] if all("seen" in record for record in records) else None
+    return _distinct(_ids(path, records, columns.id), texts, flags, trained)
+
+
+def _titled(record: Record, column: str) -> str:
+    """A BEIR document is its title, a space, its text."""
+    text = record.get(column)
+    title = record.get("title")
+    return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
+
+
+def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, trained: set[str]) -> Corpus:
+    number_of_text: dict[str, int] = {}
+    number: dict[str, int] = {}
+    first: list[int] = []
+    for row, (id_, text) in enumerate(zip(ids, texts, strict=True)):
+        key = normalised(text)
+        if key not in number_of_text:
+            number_of_text[key] = len(first)
+            first.append(row)
+        number[id_] = number_of_text[key]
+    seen = [flags[row] for row in first] if flags else None
+    if trained:
+        seen = [normalised(texts[row]) in trained for row in first]
+    return Corpus([ids[row] for row in first], [texts[row] for row in first], number, number_of_text, seen=seen)
+
+
+def _holds_vectors(path: Path) -> bool:
+    if path.suffix == ".npy" or path.is_dir():
+        return True
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return VECTOR in pq.read_schema(path).names
+    with open(path, "rb") as file:
+        return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
+
+
+def _embedded_corpus(path: Path, columns: Columns, trained: set[str]) -> Corpus:
+    """The documents of an embedding file; rows without a vector are none."""
+    batches = list(_without_vectors(path))
+    rows = np.concatenate([rows for rows, _ in batches])
+    kept = {name: [v for _, part in batches for v in part[name]] for name in batches[0][1]}
+    if not len(rows):
+        raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
+    column = columns.corpus or next((name for name in DOCUMENT_TEXTS if name in kept), None)
+    id_column = columns.id or next((name for name in IDS if name in kept), None)
+    for name in (column, id_column):
+        if name is not None and name not in kept:
+            raise DataError(f"{path}: no column {name}; its columns are {', '.join(kept) or 'none'}")
+    ids = [str(v) for v in kept[id_column]] if id_column else [str(row) for row in rows]
+    # where there is no text, each row is a document of its own
+    texts = [v or "" for v in kept[column]] if column else ids
+    corpus = _distinct(ids, texts, None, trained)
+    if id_column and len(corpus.number) < len(ids):
+        raise DataError(f"{path}: ids in column {id_column} are not unique; name another with id_column")
+    place = dict(zip(reversed(ids), reversed(rows.tolist()), strict=True))  # the first row of an id
+    first_rows = np.array([place[id_] for id_ in corpus.ids], dtype=np.int64)
+    logger.info("语料: %s (corpus: %d distinct documents of %d rows)", path, len(corpus), len(rows))
+    return Corpus(
+        corpus.ids,
+        corpus.texts if column else None,
+        corpus.number,
+        corpus.number_of_text,
+        path,
+        first_rows,
+        corpus.seen,
+    )
+
+
+def _without_vectors(path: Path) -> Iterator[tuple[NDArray[np.int64], dict[str, list[str | None]]]]:
+    for batch in iter_embeddings(path):
+        yield batch.rows, batch.columns
+
+
+# --- judgements ---------------------------------------------------------------------------------------------------
+
+
+def _answers(path: Path, records: Sequence[Record]) -> list[list[str]]:
+    column = next((name for name in ANSWERS if name in records[0]), None)
+    if column is None:
+        raise DataError(
+            f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
+            f"file given as qrels_path; found {', '.join(records[0])}"
+        )
+    values = [record.get(column) or [] for record in records]
+    return [[value] if isinstance(value, str) else [str(v) for v in value] for value in values]
+
+
+def _judged_by_text(
+    path: Path, texts: Sequence[str], answers: Sequence[Sequence[str]], corpus: Corpus
+) -> list[dict[int, int]]:
+    """Equal queries share their answers, and only the first of them stays."""
+    keys = [[normalised(text) for text in group] for group in answers]
+    unknown = [(i, text) for i, group in enumerate(keys) for text in group if text not in corpus.number_of_text]
+    if unknown:
+        shown = "; ".join(f"row {i + 1}: {text[:60]!r}" for i, text in unknown[:3])
+        raise DataError(f"{path}: {len(unknown)} answers are no document of the corpus ({shown}); add them to it")
+    judged: list[dict[int, int]] = [{} for _ in texts]
+    leader: dict[str, int] = {}
+    for i, (text, group) in enumerate(zip(texts, keys, strict=True)):
+        first = leader.setdefault(normalised(text), i)
+        judged[first] |= {corpus.number_of_text[key]: 1 for key in group}
+    return judged
+
+
+def _read_qrels(path: Path, queries: Mapping[str, int], documents: Mapping[str, int]) -> list[dict[int, int]]:
+    """Read judgements: BEIR's three columns (query, document, grade) or TREC's four, with or without a header."""
+    judged: list[dict[int, int]] = [{} for _ in queries]
+    unknown: list[str] = []
+    for line, query, document, grade in _qrel_lines(path):
+        missing = [f"{kind} {id_!r}" for kind, id_, known in
+                   (("query", query, queries), ("document", document, documents)) if id_ not in known]  # fmt: skip
+        unknown += [f"line {line}: {name}" for name in missing]
+        if not missing:
+            grades = judged[queries[query]]
+            grades[documents[document]] = max(grade, grades.get(documents[document], grade))
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} ids are in no query or corpus file ({'; '.join(unknown[:5])}); "
+            "check that the three files belong together, and the id columns (id_column)"
+        )
+    return judged
+
+
+def _qrel_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
+            if not fields or (number == 1 and not _is_int(fields[-1])):
+                continue
+            if len(fields) not in (3, 4) or not _is_int(fields[-1]):
+                raise DataError(
+                    f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), "
+                    f"found {line.strip()!r}"
+                )
+            yield number, fields[0].strip(), fields[-2].strip(), int(fields[-1])
+
+
+def _is_int(text: str) -> bool:
+    return text.strip().removeprefix("-").isdigit()
+
+
+# --- slices -------------------------------------------------------------------------------------------------------
+
+
+def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
+    """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns."""
+    slices = {"length": _by_length(task.queries), "language": _by_value([_language(text) for text in task.queries])}
+    if task.corpus.seen is not None:
+        seen = task.corpus.seen
+        known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
+        slices["document in training"] = _by_value(known)
+    slices |= {name: _by_value(values) for name, values in task.query_columns.items()}
+    return {name: groups for name, groups in slices.items() if len(groups) > 1}
+
+
+def _by_value(values: Sequence[str]) -> dict[str, Mask]:
+    array = np.array(values, dtype=object)
+    return {str(value): array == value for value in sorted(set(values))}
+
+
+def _by_length(texts: Sequence[str]) -> dict[str, Mask]:
+    """Three groups of about equal size, by words."""
+    words = np.array([len(split_words(text)) for text in texts])
+    low, high = np.quantile(words, (1 / 3, 2 / 3), method="lower")
+    groups = {
+        f"up to {low} words": words <= low,
+        f"{low + 1} to {high} words": (words > low) & (words <= high),
+        f"over {high} words": words > max(low, high),
+    }
+    return {name: mask for name, mask in groups.items() if mask.any()}
+
+
+def _language(text: str) -> str:
+    """By script alone: which it is, not which language is written in it."""
+    han = sum("一" <= letter <= "鿿" for letter in text)
+    latin = sum(letter.isalpha() and letter.isascii() for letter in text)
+    if han and latin:
+        return "mixed"
+    return "Chinese" if han else "Latin script" if latin else "other"

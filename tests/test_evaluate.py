@@ -1,0 +1,358 @@
+"""The evaluation stage: what it reads, what it says, what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ebr_lib.cli import main
+from ebr_lib.config import EvalConfig
+from ebr_lib.data.vectors import manifest_path, write_embeddings
+from ebr_lib.errors import DataError, MissingError
+from ebr_lib.evaluate import evaluate_retrieval
+from ebr_lib.model.loading import identify
+from ebr_lib.retrieval.compare import changed_most, compare, holm_corrected
+from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels
+from ebr_lib.retrieval.task import Columns, find_sources, query_slices, read_task
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+DOCS = [
+    "red running shoes",
+    "透明手机壳",
+    "steel frying pan",
+    "warm wool blanket",
+    "  RED Running shoes ",
+    "<b>pan & lid</b>",
+]
+QUERIES = ["shoes for running", "手机壳 透明", "pan <script>alert(1)</script>"]
+QRELS = "query-id\tcorpus-id\tscore\nq0\td4\t2\nq1\td1\t1\nq2\td2\t1\nq2\td5\t1\nq0\td3\t0\n"
+
+
+def jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def beir(tmp_path) -> Path:
+    folder = tmp_path / "beir"
+    jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(DOCS)])
+    jsonl(
+        folder / "queries.jsonl",
+        [{"_id": f"q{i}", "text": t, "city": "ab"[i % 2]} for i, t in enumerate([*QUERIES, "nobody judged me"])],
+    )
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(QRELS)
+    return folder
+
+
+def task_of(data_path=None, queries=None, corpus=None, *, qrels=None, columns=None, slices=(), trained=()):
+    sources = find_sources(*(str(p) if p else None for p in (data_path, queries, corpus, qrels)))
+    return read_task(sources, columns or Columns(), slices, set(trained))
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_beir_folder(beir):
+    task = task_of(beir, slices=["city"])
+    assert task.query_ids == ["q0", "q1", "q2"] and task.unjudged == 1
+    # d4 is the same text as d0, so the two are one document
+    assert task.corpus.ids == ["d0", "d1", "d2", "d3", "d5"]
+    assert task.relevant == [{0: 2, 3: 0}, {1: 1}, {2: 1, 4: 1}]
+    assert query_slices(task)["city"]["a"].tolist() == [True, False, True]
+
+
+def test_heldout_folder(tmp_path):
+    jsonl(tmp_path / "heldout.jsonl", [
+        {"anchor": "a", "positive": ["x", "y"]}, {"anchor": "b", "positive": "z"}, {"anchor": "A", "positive": "z"},
+    ])  # fmt: skip
+    jsonl(tmp_path / "corpus.jsonl", [{"text": t, "seen": t == "z"} for t in "wxyz"])
+    task = task_of(tmp_path)
+    assert task.queries == ["a", "b"]  # "A" is "a": its answers are shared
+    assert task.relevant == [{1: 1, 2: 1, 3: 1}, {3: 1}]
+    assert task.corpus.seen == [False, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "tsv", "txt", "parquet"])
+def test_query_files_of_every_kind(tmp_path, kind):
+    rows = [{"query": 'a "quoted", one', "positive": "x"}, {"query": "二", "positive": "y"}]
+    path = tmp_path / f"q.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "txt":
+        path.write_text(
+            "".join("\x01".join(r) + "\n" for r in (["query", "positive"], *(list(x.values()) for x in rows)))
+        )
+    else:
+        import csv
+
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
+            writer.writerows([["query", "positive"], *(row.values() for row in rows)])
+    task = task_of(path)
+    assert task.queries == [row["query"] for row in rows]
+    assert task.corpus.texts == ["x", "y"]  # the answers are the corpus where none is given
+
+
+def test_trec_qrels_without_header(beir):
+    qrels = beir / "q.txt"
+    qrels.write_text("q0 0 d0 1\nq1 0 d1 3\n")
+    assert task_of(beir, qrels=qrels).relevant == [{0: 1}, {1: 3}]
+
+
+def test_training_data_tells_seen_from_unseen(beir):
+    task = task_of(beir, trained={"red running shoes"})
+    assert query_slices(task)["document in training"]["seen"].tolist() == [True, False, False]
+
+
+BAD = {
+    "unknown document": ("qrels/test.tsv", "q0\td77\t1\n", "line 1: document 'd77'"),
+    "unknown query": ("qrels/test.tsv", "q0\td1\t1\nq9\td1\t1\n", "line 2: query 'q9'"),
+    "qrels of two columns": ("qrels/test.tsv", "q0\t1\n", "line 1: wanted `query document grade`"),
+    "nothing relevant": ("qrels/test.tsv", "q0\td1\t0\n", "no query has a relevant document"),
+    "empty corpus": ("corpus.jsonl", "", "holds no rows; an evaluation needs documents"),
+    "query without text": ("queries.jsonl", '{"_id": "q0", "text": " "}\n', "1 queries without text"),
+    "no text column": ("queries.jsonl", '{"_id": "q0", "sentence": "x"}\n', "name it with query_column"),
+    "id twice": ("queries.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "more than once"),
+    "not JSON": ("corpus.jsonl", "{", "cannot be read as .jsonl"),
+    "not objects": ("corpus.jsonl", "[1]", "row 1: wanted an object, found int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(beir, case):
+    name, text, said = BAD[case]
+    (beir / name).write_text(text)
+    with pytest.raises(DataError, match=re.escape(said)):
+        task_of(beir)
+
+
+def test_missing_files_are_named(tmp_path, beir):
+    with pytest.raises(MissingError, match=r"heldout\.jsonl"):
+        task_of(tmp_path)
+    (beir / "qrels" / "test.tsv").rename(beir / "qrels" / "dev.tsv")
+    (beir / "qrels" / "train.tsv").write_text(QRELS)
+    with pytest.raises(MissingError, match=r"found dev\.tsv, train\.tsv"):
+        task_of(beir)
+    with pytest.raises(DataError, match="no judgements"):
+        task_of(beir / "queries.jsonl")
+
+
+def test_answers_must_be_in_a_given_corpus(tmp_path):
+    queries = jsonl(tmp_path / "q.jsonl", [{"query": "a", "positive": "nowhere"}])
+    corpus = jsonl(tmp_path / "c.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match="row 1: 'nowhere'"):
+        task_of(None, queries, corpus)
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+def test_interval_and_p_by_hand():
+    rng = np.random.default_rng(0)
+    delta = rng.normal(0.1, 0.3, 400)
+    none, shifted = {"m": np.zeros(400), "n": np.zeros(400)}, {"m": delta, "n": rng.permutation([-0.5, 0.5] * 200)}
+    m, n = compare("a", "b", none, shifted, resamples=2000, seed=1)
+    half = 1.96 * delta.std() / 20
+    assert (m.low, m.high) == pytest.approx((delta.mean() - half, delta.mean() + half), abs=0.004)
+    assert m.p == pytest.approx(1 / 2001) and n.p > 0.5
+    assert compare("a", "b", none, shifted, resamples=2000, seed=1) == [m, n]
+    assert compare("a", "b", none, shifted, resamples=2000, seed=2) != [m, n]
+    same = compare("a", "b", shifted, shifted, resamples=200, seed=1)[0]
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_permutation_is_exact_in_the_limit():
+    # 3 wins of equal size: 2 of 8 sign patterns are as large
+    d = compare("a", "b", {"m": np.zeros(3)}, {"m": np.ones(3)}, resamples=20000, seed=0)[0]
+    assert d.p == pytest.approx(0.25, abs=0.01)
+
+
+def test_holm():
+    np.testing.assert_allclose(holm_corrected(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+
+
+def test_changed_most():
+    assert changed_most(np.array([0, 1, 0.5, 0.2]), np.array([1, 0, 0.5, 0.3]), 5) == ([0, 3], [1])
+
+
+def test_labels():
+    assert labels(["a/x", "b/x", "y"]) == ["a/x", "b/x", "y"]
+    assert labels(["./m/one/", "two"]) == ["one", "two"]
+
+
+def test_bm25_tokens_in_both_languages():
+    assert bm25_tokens("The RED shoes, of 2024!", frozenset({"the", "of"})) == ["red", "shoes", "2024"]
+    assert bm25_tokens("透明手机壳，很快", frozenset()) == ["透明", "手机", "壳", "很快"]
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def result(beir, tiny_models, tmp_path):
+    models = [str(tiny_models("bert")), str(tiny_models("xlm-r"))]
+    return evaluate_retrieval(
+        {"models": models, "data_path": str(beir), "output_dir": str(tmp_path / "out"), "resamples": 100}
+    )
+
+
+def test_contenders_side_by_side(result):
+    assert list(result.metrics) == ["tiny-bert", "tiny-xlm-r", "BM25"]
+    assert result.metrics["BM25"]["mrr@10"] == 1  # each query shares a word with its document
+    pairs = {(d.baseline, d.contender) for d in result.differences}
+    assert pairs == {("tiny-bert", "tiny-xlm-r"), ("tiny-bert", "BM25"), ("tiny-xlm-r", "BM25")}
+    report = json.loads(result.report_json.read_text())
+    assert report["means"] == result.metrics and report["facts"]["queries"] == 3
+    assert EvalConfig.resolve({"preset": str(result.report_json.with_name("eval_config.yaml"))}).resamples == 100
+    assert "tiny-xlm-r" in result._repr_html_()
+
+
+def test_page_is_whole_offline_and_escaped(result):
+    page = result.report_html.read_text(encoding="utf-8")
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;pan &amp; lid&lt;/b&gt;" in page
+    assert not re.search(r"(src|href|url)\s*[=(]|https?://|@import", page)
+    assert 'name="viewport"' in page
+
+
+def test_trec_export_gives_the_same_numbers(result):
+    trec = pytest.importorskip("pytrec_eval")
+    with open(result.qrels) as file:
+        qrels = trec.parse_qrel(file)
+    for name, path in result.runs.items():
+        with open(path) as file:
+            values = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.5"}).evaluate(trec.parse_run(file))
+        for ours, theirs in {"ndcg@10": "ndcg_cut_10", "recall@5": "recall_5"}.items():
+            mean = np.mean([v[theirs] for v in values.values()])
+            assert mean == pytest.approx(result.metrics[name][ours], abs=1e-6)
+
+
+def test_embedding_file_as_corpus(beir, tiny_bert, tmp_path):
+    """Vectors are used for the model that made them; for another, their texts are encoded."""
+    model = EncoderSettings(str(tiny_bert))
+    place = tmp_path / "embeds.txt"
+    vectors = model.encoder("document").encode(DOCS)
+    write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}, vectors)
+    manifest_path(place).write_text(json.dumps({"model": {"name": "tiny", "sha256": identify(str(tiny_bert)).sha256}}))
+    common = {"models": [str(tiny_bert)], "data_path": str(beir), "bm25": False, "resamples": 100}
+    common |= {"corpus_path": str(place), "output_dir": str(tmp_path / "out")}
+    encoded = evaluate_retrieval(common | {"corpus_path": None}).metrics["tiny-bert"]
+    assert evaluate_retrieval(common).metrics["tiny-bert"] == encoded
+    # other vectors under the same manifest change the result: it is they that are read
+    write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}, vectors[::-1].copy())
+    assert evaluate_retrieval(common).metrics["tiny-bert"] != encoded
+    manifest_path(place).write_text(json.dumps({"model": {"name": "other", "sha256": "0"}}))
+    assert evaluate_retrieval(common).metrics["tiny-bert"] == encoded
+
+
+def test_embedding_file_without_texts(beir, tiny_bert, tmp_path):
+    place = tmp_path / "embeds.npy"
+    write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))]}, np.eye(len(DOCS), 32, dtype=np.float32))
+    manifest_path(place).write_text(json.dumps({"model": {"name": "other", "sha256": "0"}}))
+    common = {"models": [str(tiny_bert)], "data_path": str(beir), "bm25": False, "resamples": 100}
+    common |= {"corpus_path": str(place), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="vectors of model other and no texts"):
+        evaluate_retrieval(common)
+    with pytest.raises(DataError, match="no texts for BM25"):
+        evaluate_retrieval(common | {"models": [], "bm25": True})
+    manifest_path(place).unlink()
+    assert evaluate_retrieval(common).facts["documents"] == len(DOCS)
+    write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))]}, np.eye(len(DOCS), 8, dtype=np.float32))
+    with pytest.raises(ValueError, match="8 dimensions, the queries' have 32"):
+        evaluate_retrieval(common)
+
+
+def test_leakage_is_reported(beir, tmp_path, caplog):
+    train = jsonl(tmp_path / "train.jsonl", [{"anchor": "Shoes for  running", "positive": "透明手机壳"}])
+    config = {"models": [], "data_path": str(beir), "train_data_path": str(train), "resamples": 100}
+    assert evaluate_retrieval(config | {"output_dir": str(tmp_path / "o")}).facts["queries_in_training"] == 1
+
+
+def test_prompts_bite(beir, tiny_bert, tmp_path):
+    base = {
+        "models": [str(tiny_bert)],
+        "data_path": str(beir),
+        "bm25": False,
+        "resamples": 100,
+        "output_dir": str(tmp_path),
+    }
+
+    def scores(**knobs):
+        return (evaluate_retrieval(base | knobs).runs["tiny-bert"]).read_text()
+
+    plain = scores()
+    for knobs in (
+        {"query_prompt": "query: "},
+        {"document_prompt": "passage: "},
+        {"max_seq_length": 8},
+        {"truncate_dim": 4},
+    ):
+        assert scores(**knobs) != plain, knobs
+
+
+def test_command_line(beir, tmp_path, capsys):
+    assert (
+        main(["evaluate", "--models", "--data_path", str(beir), "--output_dir", str(tmp_path / "o"), "--ks", "1,5"])
+        == 0
+    )
+    assert "hit@5" in capsys.readouterr().out
+    assert main(["evaluate", "--models", "--bm25", "false", "--data_path", str(beir)]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+def test_cranfield_equals_the_library_on_the_same_vectors(tmp_path):
+    """sentence-transformers' own evaluator and ours, on one set of vectors (here of a seeded projection of words)."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    from ebr_lib.retrieval.metrics import evaluate_vectors
+
+    docs = [json.loads(line) for line in (DATA / "cranfield" / "docs.jsonl").open()]
+    queries = [json.loads(line) for line in (DATA / "cranfield" / "queries.jsonl").open()]
+    vectors = {row["text"]: _hashed(row["text"]) for row in docs + queries}
+
+    class Fixed(SentenceTransformer):
+        def encode_query(self, texts, **_):
+            return np.stack([vectors[text] for text in texts])
+
+        encode_document = encode_query
+
+    relevant: dict[str, set[str]] = {}
+    for line in (DATA / "cranfield" / "qrels.tsv").open():
+        query, document, _ = line.split()
+        relevant.setdefault(query, set()).add(document)
+    place = {row["id"]: i for i, row in enumerate(docs)}
+    evaluator = InformationRetrievalEvaluator(
+        {q["id"]: q["text"] for q in queries}, {d["id"]: d["text"] for d in docs}, relevant,
+        precision_recall_at_k=[1, 5, 10, 50, 100], main_score_function="dot",
+        score_functions={"dot": lambda a, b: a @ b.T}, write_csv=False,
+    )  # fmt: skip
+    theirs = evaluator(Fixed(modules=[]))
+    ours = evaluate_vectors(
+        np.stack([vectors[q["text"]] for q in queries]),
+        np.stack([vectors[d["text"]] for d in docs]),
+        [{place[d]: 1 for d in relevant[q["id"]]} for q in queries],
+    )
+    for k in (1, 5, 10, 50, 100):
+        assert ours[f"recall@{k}"].mean() == pytest.approx(theirs[f"dot_recall@{k}"], abs=1e-6)
+        assert ours[f"hit@{k}"].mean() == pytest.approx(theirs[f"dot_accuracy@{k}"], abs=1e-6)
+    for name in ("mrr@10", "ndcg@10", "map@100"):
+        assert ours[name].mean() == pytest.approx(theirs[f"dot_{name}"], abs=1e-6)
+
+
+def _hashed(text: str) -> np.ndarray:
+    words = [int.from_bytes(word.encode()[:6]) for word in text.split()] or [0]
+    vector = sum(np.random.default_rng(word).normal(size=64) for word in words)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
