@@ -1,0 +1,396 @@
+"""Numbers on vectors and their labels, all in the original space: purity, silhouette, confusions, k-means, health.
+
+Vectors are unit vectors; a label is a code from 0, and -1 where a row has none: such rows are left out of every number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+BLOCK = 16_384
+NEAR = 0.99  # cosine from which two vectors count as nearly equal
+PAIRED = 2000  # rows whose pairs are looked at
+CHOICES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # numbers of clusters that are tried
+TRIED_ON = 20_000
+SMALLEST = 5  # labels with fewer rows are not called confused
+
+
+# --- health -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Health:
+    """What is wrong with the vectors themselves, before any map or cluster.
+
+    :param rows: rows read; `without_vector` of them hold none, `zero` only zeros.
+    :param distinct: different vectors.
+    :param mean_cosine: mean cosine of two different rows; 1 is a collapsed model.
+    :param near_pairs: share of pairs of rows with a cosine above 0.99, among up to 2,000 rows.
+    """
+
+    rows: int
+    without_vector: int
+    zero: int
+    dimensions: int
+    distinct: int
+    norm_min: float
+    norm_median: float
+    norm_max: float
+    mean_cosine: float
+    near_pairs: float
+
+    @property
+    def repeated(self) -> int:
+        """Rows whose vector another row before them has."""
+        return self.rows - self.without_vector - self.zero - self.distinct
+
+    def warnings(self) -> Iterator[str]:
+        """A sentence for each thing that a person should look at first."""
+        if self.without_vector:
+            yield f"{self.without_vector} of {self.rows} rows hold no vector and are left out"
+        if self.zero:
+            yield f"{self.zero} vectors are all zeros and are left out: their texts were not encoded"
+        here = self.rows - self.without_vector - self.zero
+        if self.distinct == 1 and here > 1:
+            yield f"all {here} vectors are the same: the model is collapsed, or every text was"
+        elif self.repeated > 0.05 * here:
+            yield f"{self.repeated} of {here} vectors repeat another: their texts are duplicates"
+        if self.near_pairs > 0.01 and self.distinct > 1:
+            yield f"{self.near_pairs:.1%} of pairs have a cosine above {NEAR}: near-duplicates, or a collapsing model"
+
+
+def health(unit: Vectors, norms: Floats, *, distinct: int, without_vector: int, seed: int) -> Health:
+    """Look at the vectors; `unit` are those that are not zero, `norms` the lengths of all before normalisation."""
+    n = len(unit)
+    total = unit.sum(axis=0, dtype=np.float64)
+    return Health(
+        rows=len(norms) + without_vector,
+        without_vector=without_vector,
+        zero=int((norms == 0).sum()),
+        dimensions=unit.shape[1],
+        distinct=distinct,
+        norm_min=float(norms.min()),
+        norm_median=float(np.median(norms)),
+        norm_max=float(norms.max()),
+        mean_cosine=float((total @ total - n) / (n * (n - 1))) if n > 1 else 1.0,
+        near_pairs=_near_pairs(unit[np.random.default_rng(seed).permutation(n)[:PAIRED]]),
+    )
+
+
+def _near_pairs(unit: Vectors) -> float:
+    n = len(unit)
+    above = int((unit @ unit.T > NEAR).sum()) - n
+    return max(above, 0) / (n * (n - 1)) if n > 1 else 0.0
+
+
+# --- neighbours with the same label -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Purity:
+    """Share of nearest neighbours with the row's own label.
+
+    :param at: k to the share among the k nearest, averaged over rows.
+    :param chance: the share that vectors without meaning would reach.
+    :param per_row: the share among the most neighbours counted, of each row; NaN where it has no label.
+    """
+
+    at: dict[int, float]
+    chance: float
+    per_row: Floats
+
+
+def label_purity(near: Ints, codes: Ints, ks: Sequence[int] = (1, 5, 10)) -> Purity:
+    """Share of each row's nearest neighbours (rows × k) with its own label; unlabelled neighbours are not counted."""
+    labelled = codes[near] >= 0
+    same = (codes[near] == codes[:, None]) & labelled
+    shares = {}
+    for k in ks:
+        with np.errstate(invalid="ignore"):
+            per_row = np.where(codes < 0, np.nan, same[:, :k].sum(1) / labelled[:, :k].sum(1))
+        shares[k] = float(np.nanmean(per_row)) if np.isfinite(per_row).any() else float("nan")
+    sizes = np.bincount(codes[codes >= 0])
+    total = sizes.sum()
+    chance = float((sizes * (sizes - 1)).sum() / (total * (total - 1))) if total > 1 else 1.0
+    return Purity(shares, chance, per_row)
+
+
+# --- separation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well labels separate the vectors.
+
+    :param silhouette: mean of `per_row`; -1 to 1, higher is better (Rousseeuw 1987), cosine distance, all rows.
+    :param davies_bouldin: 0 up, lower is better (Davies and Bouldin 1979), Euclidean.
+    :param calinski_harabasz: 0 up, higher is better, grows with the rows (Caliński and Harabasz 1974), Euclidean.
+    :param per_row: silhouette of each row; NaN where it has no label.
+    """
+
+    silhouette: float
+    davies_bouldin: float
+    calinski_harabasz: float
+    per_row: Floats
+
+
+def separation(unit: Vectors, codes: Ints) -> Separation | None:
+    """Measure the separation exactly, in n·k·d: the mean cosine distance of a unit vector x to a cluster is 1 - x·mean.
+
+    Equal to scikit-learn's scores on all rows. None where it is undefined: needs 2 labels, and fewer than rows.
+    """
+    rows = np.flatnonzero(codes >= 0)
+    _, dense = np.unique(codes[rows], return_inverse=True)
+    sizes = np.bincount(dense)
+    k = len(sizes)
+    if not 2 <= k < len(rows):
+        return None
+    sums = np.zeros((k, unit.shape[1]))
+    for part, x in _blocks(unit, rows):
+        sums += _sums(x, dense[part], k)
+    means = sums / sizes[:, None]
+    inside, spread, per_row = np.zeros(k), np.zeros(k), np.full(len(codes), np.nan)
+    for part, x in _blocks(unit, rows):
+        per_row[rows[part]], squares = _row_silhouettes(x, dense[part], means, sizes)
+        inside += np.bincount(dense[part], squares, k)
+        spread += np.bincount(dense[part], np.sqrt(squares), k)
+    return Separation(
+        silhouette=float(per_row[rows].mean()),
+        davies_bouldin=_davies_bouldin(means, spread / sizes),
+        calinski_harabasz=_calinski_harabasz(means, sizes, float(inside.sum())),
+        per_row=per_row,
+    )
+
+
+def _blocks(unit: Vectors, rows: Ints) -> Iterator[tuple[slice, Floats]]:
+    """Rows as float64 of length one to the last bit: what scikit-learn's cosine distance works on."""
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, start + BLOCK)
+        x = unit[rows[part]].astype(np.float64)
+        yield part, x / np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
+
+
+def _sums(x: Floats, codes: Ints, k: int) -> Floats:
+    from scipy.sparse import csr_matrix
+
+    member = csr_matrix((np.ones(len(x)), codes, np.arange(len(x) + 1)), shape=(len(x), k))
+    return np.asarray(member.T @ x)
+
+
+def _row_silhouettes(x: Floats, codes: Ints, means: Floats, sizes: Ints) -> tuple[Floats, Floats]:
+    """Silhouette of each row of a block, and its squared distance to its own mean."""
+    products = x @ means.T
+    here = np.arange(len(x))
+    own, size = products[here, codes], sizes[codes]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        within = size * (1 - own) / (size - 1)  # the row itself is at distance 0
+        products[here, codes] = -np.inf
+        nearest = 1 - products.max(axis=1)
+        silhouettes = (nearest - within) / np.maximum(nearest, within)
+    squares = np.maximum(1 - 2 * own + np.einsum("ij,ij->i", means, means)[codes], 0)
+    return np.where(size > 1, np.nan_to_num(silhouettes), 0.0), squares
+
+
+def _davies_bouldin(means: Floats, spread: Floats) -> float:
+    from scipy.spatial.distance import cdist
+
+    gaps = cdist(means, means)
+    if np.allclose(spread, 0) or np.allclose(gaps, 0):
+        return 0.0
+    gaps[gaps == 0] = np.inf
+    return float(((spread[:, None] + spread[None, :]) / gaps).max(axis=1).mean())
+
+
+def _calinski_harabasz(means: Floats, sizes: Ints, inside: float) -> float:
+    centre = sizes @ means / sizes.sum()
+    between = float((sizes * ((means - centre) ** 2).sum(axis=1)).sum())
+    k, n = len(sizes), int(sizes.sum())
+    return 1.0 if inside == 0 else between * (n - k) / (inside * (k - 1))
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """One label: its rows, share of their ten nearest neighbours with the same label, their mean silhouette."""
+
+    code: int
+    rows: int
+    purity: float
+    silhouette: float
+
+
+def label_scores(codes: Ints, rows: Ints, purity: Purity, separated: Separation | None) -> list[LabelScore]:
+    """Scores of every label, largest label first; `rows` are those that the purity was measured on."""
+    k = int(codes.max(initial=-1)) + 1
+    sizes = np.bincount(codes[codes >= 0], minlength=k)
+    shares = _means(purity.per_row, codes[rows], k)
+    silhouettes = _means(separated.per_row, codes, k) if separated else np.full(k, np.nan)
+    order = np.argsort(-sizes, kind="stable")
+    return [LabelScore(int(c), int(sizes[c]), float(shares[c]), float(silhouettes[c])) for c in order if sizes[c]]
+
+
+def _means(values: Floats, codes: Ints, k: int) -> Floats:
+    known = (codes >= 0) & ~np.isnan(values)
+    counts = np.bincount(codes[known], minlength=k)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(codes[known], values[known], k) / counts
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Two labels that lie in each other's neighbourhood.
+
+    :param share: of the neighbours of `first`'s rows, those that are `second`.
+    :param share_back: of the neighbours of `second`'s rows, those that are `first`.
+    :param example: the two nearest rows across the border, one of each label.
+    """
+
+    first: int
+    second: int
+    share: float
+    share_back: float
+    example: tuple[int, int]
+
+    def of_rows(self, rows: Ints) -> Confusion:
+        """The same with the example's places in a sample turned into row numbers."""
+        return dataclasses.replace(self, example=(int(rows[self.example[0]]), int(rows[self.example[1]])))
+
+
+def confusions(unit: Vectors, near: Ints, codes: Ints, most: int = 10) -> list[Confusion]:
+    """The most confused pairs of labels by their rows' nearest neighbours (rows × k), worst first."""
+    k = int(codes.max(initial=-1)) + 1
+    sizes = np.bincount(codes[codes >= 0], minlength=k)
+    source = np.repeat(np.arange(len(codes)), near.shape[1])
+    target = near.ravel()
+    fit = (codes >= 0) & (np.where(codes >= 0, sizes[codes], 0) >= min(SMALLEST, sizes.max(initial=0)))
+    crossing = fit[source] & fit[target] & (codes[source] != codes[target])
+    source, target = source[crossing], target[crossing]
+    pairs, counts = np.unique(codes[source] * k + codes[target], return_counts=True)
+    share = dict(zip(pairs.tolist(), (counts / (sizes[pairs // max(k, 1)] * near.shape[1])).tolist(), strict=True))
+    found: dict[tuple[int, int], Confusion] = {}
+    for pair in sorted(share, key=lambda p: (-share[p], p)):
+        a, b = divmod(pair, k)
+        if (b, a) in found:
+            continue
+        found[a, b] = Confusion(a, b, share[pair], share.get(b * k + a, 0.0), (-1, -1))
+        if len(found) == most:
+            break
+    return [_with_example(c, unit, codes, source, target) for c in found.values()]
+
+
+def _with_example(found: Confusion, unit: Vectors, codes: Ints, source: Ints, target: Ints) -> Confusion:
+    ends = np.sort([codes[source], codes[target]], axis=0)
+    here = np.flatnonzero((ends[0] == min(found.first, found.second)) & (ends[1] == max(found.first, found.second)))
+    products = np.einsum("ij,ij->i", unit[source[here]], unit[target[here]])
+    best = here[products.argmax()]
+    pair = (int(source[best]), int(target[best]))
+    example = pair if codes[pair[0]] == found.first else pair[::-1]
+    return dataclasses.replace(found, example=example)
+
+
+# --- k-means ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters that k-means found.
+
+    :param codes: cluster of each row, largest cluster first.
+    :param why: why so many clusters.
+    :param typical: rows nearest to each cluster's centre, nearest first.
+    """
+
+    codes: Ints
+    why: str
+    silhouette: float
+    sizes: tuple[int, ...]
+    typical: tuple[tuple[int, ...], ...]
+
+    @property
+    def k(self) -> int:
+        return len(self.sizes)
+
+
+def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical: int = 10) -> Clusters:
+    """Spherical k-means.
+
+    :param k: how many; None takes as many as there are labels, or without labels the number with the best silhouette.
+    """
+    codes, why = _chosen(unit, k, labels, seed)
+    _, codes = np.unique(codes, return_inverse=True)
+    sizes = np.bincount(codes)
+    order = np.argsort(-sizes, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    codes = place[codes]
+    separated = separation(unit, codes)
+    return Clusters(
+        codes=codes,
+        why=why,
+        silhouette=separated.silhouette if separated else 0.0,
+        sizes=tuple(int(s) for s in sizes[order]),
+        typical=tuple(_typical(unit, np.flatnonzero(codes == c), typical) for c in range(len(sizes))),
+    )
+
+
+def _chosen(unit: Vectors, k: int | None, labels: int, seed: int) -> tuple[Ints, str]:
+    most = max(1, len(unit) - 1)
+    if k is not None:
+        return _kmeans(unit, min(k, most), seed), "as given"
+    if labels > 1:
+        return _kmeans(unit, min(labels, most), seed), "as many as labels"
+    rows = np.random.default_rng(seed).permutation(len(unit))[:TRIED_ON]
+    scores = {}
+    for choice in CHOICES:
+        separated = separation(unit[rows], _kmeans(unit[rows], choice, seed)) if choice <= most else None
+        if separated:
+            scores[choice] = separated.silhouette
+    if not scores:
+        return np.zeros(len(unit), dtype=np.int64), "too few vectors to divide"
+    best = max(scores, key=lambda c: scores[c])
+    why = f"best silhouette of k in {', '.join(f'{c} ({s:.3f})' for c, s in scores.items())}"
+    return _kmeans(unit, best, seed), why
+
+
+def _kmeans(unit: Vectors, k: int, seed: int) -> Ints:
+    import faiss
+
+    dim = unit.shape[1]
+    trainer = faiss.Kmeans(dim, k, niter=25, nredo=2, spherical=True, seed=seed, min_points_per_centroid=1)
+    trainer.train(unit)
+    return np.asarray(trainer.index.search(unit, 1)[1][:, 0], dtype=np.int64)
+
+
+def _typical(unit: Vectors, rows: Ints, most: int) -> tuple[int, ...]:
+    products = unit[rows] @ unit[rows].mean(axis=0)
+    return tuple(int(r) for r in rows[np.argsort(-products, kind="stable")[:most]])
+
+
+def agreement(codes: Ints, others: Ints) -> tuple[float, float]:
+    """Adjusted Rand index and normalised mutual information of two divisions, over rows that both divide."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    both = (codes >= 0) & (others >= 0)
+    return (
+        float(adjusted_rand_score(codes[both], others[both])),
+        float(normalized_mutual_info_score(codes[both], others[both])),
+    )
+
+
+# --- before and after ---------------------------------------------------------------------------------------------
+
+
+def neighbours_shared(before: Ints, after: Ints) -> Floats:
+    """For each row, the share of its neighbours (rows × k) that are the same in both."""
+    return np.array([len(np.intersect1d(a, b)) / len(a) for a, b in zip(before, after, strict=True)])

@@ -1,0 +1,385 @@
+"""Two-dimensional maps of vectors, t-SNE and UMAP, from one table of exact neighbours; and how far to trust them.
+
+Everything here takes unit vectors: on the sphere the order by Euclidean distance is the order by cosine similarity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.files import written_whole
+from ebr_lib.logs import logger
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Coords = NDArray[np.float32]
+
+FEWEST = 5  # with fewer points than this there are no neighbourhoods to preserve, and PCA draws them as they lie
+BLOCK = 4096
+MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on
+JUDGED = 5000  # points on which a map is judged
+STEPS = ((250, 12.0, 0.5), (500, 1.0, 0.8))  # iterations, exaggeration, momentum: van der Maaten 2014, openTSNE
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Nearest neighbours of each row, nearest first, itself left out.
+
+    :param indices: int32, rows × k.
+    :param distances: float32, rows × k, Euclidean between unit vectors (0 to 2).
+    """
+
+    indices: NDArray[np.int32]
+    distances: NDArray[np.float32]
+
+    @property
+    def k(self) -> int:
+        return self.indices.shape[1]
+
+
+@dataclass(frozen=True)
+class MapQuality:
+    """How far a map can be trusted, measured on a sample of its points.
+
+    :param trustworthiness: 0 to 1, higher is better: whether neighbours on the map are near in the original space
+        (Venna and Kaski 2001), within the sample.
+    :param neighbours_kept: 0 to 1, higher is better: share of a point's 15 nearest neighbours in the original space
+        that are among its 15 nearest on the map.
+    :param points: size of the sample.
+    """
+
+    trustworthiness: float
+    neighbours_kept: float
+    points: int
+
+
+# --- rows to project ----------------------------------------------------------------------------------------------
+
+
+def sample_rows(codes: Ints, limit: int, seed: int, at_least: int = 20) -> Ints:
+    """Choose rows by label: each label in proportion to its size, but no label below `at_least` rows it has.
+
+    :param codes: label of each row, any integers.
+    :returns: ascending row numbers, `limit` of them or all.
+    """
+    if len(codes) <= limit:
+        return np.arange(len(codes))
+    order = np.random.default_rng(seed).permutation(len(codes))
+    _, label, sizes = np.unique(codes[order], return_inverse=True, return_counts=True)
+    rank = _rank_in_group(label, sizes)
+    turn = np.where(rank < min(at_least, limit // len(sizes)), -1.0, rank / sizes[label])
+    return np.sort(order[np.argsort(turn, kind="stable")[:limit]])
+
+
+def _rank_in_group(label: Ints, sizes: Ints) -> Ints:
+    """How many rows of the same label stand before each row."""
+    order = np.argsort(label, kind="stable")
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank = np.empty(len(label), dtype=np.int64)
+    rank[order] = np.arange(len(label)) - starts
+    return rank
+
+
+def distinct_rows(unit: Vectors) -> tuple[Ints, Ints]:
+    """Find equal vectors (to six decimals: the same text in another batch differs by less).
+
+    :returns: the first row of each distinct vector, ascending; and for every row the place of its vector in that list.
+    """
+    factors = np.random.default_rng(0).integers(1, 2**63, unit.shape[1], dtype=np.uint64) | np.uint64(1)
+    hashes = np.empty(len(unit), dtype=np.uint64)  # a table of a million whole rows would not fit beside them
+    for start in range(0, len(unit), BLOCK):
+        rounded = np.rint(unit[start : start + BLOCK] * 1e6).astype(np.int64).view(np.uint64)
+        hashes[start : start + BLOCK] = rounded @ factors
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return first[order], place[inverse]
+
+
+def exact_neighbours(unit: Vectors, k: int) -> Neighbours:
+    """The k nearest rows of every row, by an exhaustive search over inner products.
+
+    :param unit: unit vectors, n × d; k is lowered to n - 1.
+    """
+    import faiss
+    from tqdm.auto import tqdm
+
+    n = len(unit)
+    k = min(k, n - 1)
+    index = faiss.IndexFlatIP(unit.shape[1])
+    index.add(unit)
+    indices, distances = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    for start in tqdm(range(0, n, BLOCK), desc="neighbours", unit_scale=BLOCK, unit="row", delay=3, leave=False):
+        rows = slice(start, min(start + BLOCK, n))
+        products, found = index.search(unit[rows], k + 1)
+        others = found != np.arange(rows.start, rows.stop)[:, None]
+        others[others.all(axis=1), -1] = False  # among equal products the row itself may not have come up
+        indices[rows] = found[others].reshape(-1, k)
+        distances[rows] = np.sqrt(np.maximum(2 - 2 * products[others].reshape(-1, k), 0))
+    return Neighbours(indices, distances)
+
+
+def neighbours_of_rows(distinct: Neighbours, place: Ints, k: int) -> Ints:
+    """Turn neighbours among distinct vectors into neighbours among rows, where equal rows are each other's nearest.
+
+    :param place: for every row the place of its vector among the distinct ones.
+    :returns: row numbers, rows × min(k, rows - 1), nearest first.
+    """
+    k = min(k, len(place) - 1)
+    sizes = np.bincount(place)
+    members, starts = np.argsort(place, kind="stable"), np.cumsum(sizes) - sizes
+    groups = np.hstack([np.arange(len(sizes))[:, None], distinct.indices[:, : k + 1]])
+    ends = np.cumsum(sizes[groups], axis=1)
+    found = np.empty((len(sizes), k + 1), dtype=np.int64)
+    for slot in range(k + 1):
+        turn = np.minimum((ends <= slot).sum(axis=1), groups.shape[1] - 1)[:, None]
+        group = np.take_along_axis(groups, turn, 1)[:, 0]
+        found[:, slot] = members[starts[group] + slot - (np.take_along_axis(ends, turn, 1)[:, 0] - sizes[group])]
+    rows = found[place]
+    others = rows != np.arange(len(place))[:, None]
+    others[others.all(axis=1), -1] = False
+    return rows[others].reshape(len(place), k)
+
+
+# --- maps ---------------------------------------------------------------------------------------------------------
+
+
+def fitting_perplexity(wanted: float, points: int) -> float:
+    """The perplexity, lowered with a message where the data are too few: it must be below (n - 1) / 3."""
+    limit = (points - 1) / 3
+    if wanted < limit:
+        return wanted
+    lowered = round(max(1.0, limit * 0.99), 2)
+    logger.warning(
+        "t-SNE: perplexity %g lowered to %g: it must be below (n - 1) / 3 for %d points", wanted, lowered, points
+    )
+    return lowered
+
+
+def fitting_neighbors(wanted: int, points: int) -> int:
+    """UMAP's neighbours, lowered with a message to fewer than there are points."""
+    if wanted < points:
+        return wanted
+    logger.warning("UMAP: %d neighbours lowered to %d: there are %d points", wanted, points - 1, points)
+    return points - 1
+
+
+def pca_map(unit: Vectors) -> NDArray[np.float64]:
+    """The first two principal components, n × 2, their signs fixed so that the same data look the same."""
+    centred = unit - unit.mean(axis=0)
+    _, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    axes = axes[:, -2:][:, ::-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    found = np.zeros((len(unit), 2))
+    found[:, : axes.shape[1]] = centred @ axes
+    return found
+
+
+def tsne_map(
+    neighbours: Neighbours,
+    start: NDArray[np.float64],
+    *,
+    perplexity: float,
+    learning_rate: float | None,
+    seed: int,
+) -> Coords:
+    """Draw a t-SNE map from ready neighbours (openTSNE: Barnes-Hut when small, FFT interpolation when large).
+
+    :param start: n × 2, where the points start; its shape is kept, its scale is not.
+    :param perplexity: below (n - 1) / 3.
+    :param learning_rate: openTSNE's; None chooses n / exaggeration (Belkina et al. 2019).
+    """
+    from openTSNE import TSNEEmbedding
+    from openTSNE.affinity import PerplexityBasedNN
+    from openTSNE.nearest_neighbors import PrecomputedNeighbors
+    from tqdm.auto import tqdm
+
+    n, k = len(neighbours.indices), min(neighbours.k, max(1, int(3 * perplexity)))
+    index = PrecomputedNeighbors(neighbours.indices[:, :k], neighbours.distances[:, :k].astype(np.float64))
+    affinities = PerplexityBasedNN(perplexity=perplexity, knn_index=index, n_jobs=-1)
+    tiny = start / (start[:, 0].std() or 1.0) * 1e-4
+    method = "bh" if n < 10_000 else "fft"
+    drawn = TSNEEmbedding(tiny, affinities, negative_gradient_method=method, n_jobs=-1, random_state=seed)
+    every = 50
+    with tqdm(total=sum(step[0] for step in STEPS), desc="t-SNE", delay=3, leave=False) as bar:
+        for iterations, exaggeration, momentum in STEPS:
+            drawn.optimize(
+                iterations,
+                inplace=True,
+                exaggeration=exaggeration,
+                momentum=momentum,
+                learning_rate=learning_rate or "auto",
+                callbacks=lambda *_: bar.update(every) and None,
+                callbacks_every_iters=every,
+            )
+    return np.asarray(drawn, dtype=np.float32)
+
+
+def umap_map(
+    unit: Vectors,
+    neighbours: Neighbours,
+    start: NDArray[np.float64],
+    *,
+    n_neighbors: int,
+    min_dist: float,
+    seed: int | None,
+) -> Coords:
+    """Draw a UMAP map from ready neighbours, starting from `start` (n × 2).
+
+    :param seed: None uses all cores, and the map is another one each time.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it can place no new points without a search index, and nobody asks it to
+        from umap import UMAP
+
+        itself = np.arange(len(unit), dtype=np.int32)[:, None]
+        k = min(n_neighbors - 1, neighbours.k)  # umap-learn counts the point itself
+        indices = np.hstack([itself, neighbours.indices[:, :k]])
+        distances = np.hstack([np.zeros_like(itself, dtype=np.float32), neighbours.distances[:, :k]])
+        model = UMAP(
+            n_neighbors=k + 1,
+            min_dist=min_dist,
+            init=start.astype(np.float32),
+            precomputed_knn=(indices, distances),
+            force_approximation_algorithm=True,  # else it ignores the ready neighbours of small data
+            random_state=seed,
+            n_jobs=-1 if seed is None else 1,
+        )
+        return np.asarray(model.fit_transform(unit), dtype=np.float32)
+
+
+def place_rest(unit: Vectors, rest: Ints, projected: Vectors, coords: Coords, k: int = 5) -> Coords:
+    """Place rows that were not projected: at the mean of their k nearest projected vectors, the nearer the heavier.
+
+    :param unit: all unit vectors; `rest` are the rows to place.
+    :param projected: the unit vectors that were projected, to `coords`.
+    :returns: coordinates of `rest`.
+    """
+    from tqdm.auto import tqdm
+
+    index = _search_index(projected)
+    placed = np.empty((len(rest), 2), dtype=np.float32)
+    for start in tqdm(range(0, len(rest), BLOCK), desc="placing", unit_scale=BLOCK, unit="row", delay=3, leave=False):
+        part = slice(start, start + BLOCK)
+        products, found = index.search(unit[rest[part]], min(k, len(projected)))
+        weights = np.where(found < 0, 0, 1 / np.maximum(1 - products, 1e-6)) ** 2
+        weights /= weights.sum(axis=1, keepdims=True)
+        placed[part] = (weights[:, :, None] * coords[found]).sum(axis=1)
+    return placed
+
+
+def _search_index(unit: Vectors) -> Any:
+    """Exact for few vectors; for many an inverted file: a point's place on a picture need not be exact."""
+    import faiss
+
+    n, dim = unit.shape
+    if n < BLOCK:
+        flat = faiss.IndexFlatIP(dim)
+        flat.add(unit)
+        return flat
+    index = faiss.index_factory(dim, f"IVF{int(np.sqrt(n))},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.nprobe = 5, 8
+    index.train(unit)
+    index.add(unit)
+    return index
+
+
+def aligned(coords: Coords, onto: Coords) -> Coords:
+    """Turn, mirror, scale and shift a map so that its points lie as near as they can to `onto` (Procrustes)."""
+    here, there = coords.mean(axis=0), onto.mean(axis=0)
+    left, sizes, right = np.linalg.svd((coords - here).T @ (onto - there))
+    scale = sizes.sum() / max(float(((coords - here) ** 2).sum()), 1e-12)
+    return np.asarray(scale * (coords - here) @ left @ right + there, dtype=np.float32)
+
+
+# --- trust --------------------------------------------------------------------------------------------------------
+
+
+def map_quality(unit: Vectors, neighbours: Neighbours, coords: Coords, seed: int) -> MapQuality:
+    """Judge a map on up to 5,000 of its points: trustworthiness within them, neighbours kept among all points."""
+    n = len(unit)
+    k = min(MAP_NEIGHBOURS, neighbours.k, (n - 1) // 2)
+    if k < 1:
+        return MapQuality(1.0, 1.0, n)
+    rows = np.sort(np.random.default_rng(seed).permutation(n)[:JUDGED])
+    near = _near_on_map(coords, rows, k)
+    kept = np.mean([np.isin(a, b).mean() for a, b in zip(near, neighbours.indices[rows, :k], strict=True)])
+    return MapQuality(trustworthiness(unit[rows], coords[rows], k), float(kept), len(rows))
+
+
+def _near_on_map(coords: Coords, rows: Ints, k: int) -> Ints:
+    from scipy.spatial import cKDTree
+
+    found = cKDTree(coords).query(coords[rows], k + 1, workers=-1)[1]
+    others = found != rows[:, None]
+    others[others.all(axis=1), -1] = False
+    return found[others].reshape(-1, k)
+
+
+def trustworthiness(unit: Vectors, coords: Coords, k: int) -> float:
+    """Trustworthiness of a map (Venna and Kaski 2001), as scikit-learn's, without its n × n table of ranks."""
+    n = len(unit)
+    near = _near_on_map(coords, np.arange(n), k)
+    penalty = 0
+    for start in range(0, n, 512):
+        rows = np.arange(start, min(start + 512, n))
+        products = unit[rows] @ unit.T
+        products[np.arange(len(rows)), rows] = np.inf
+        for column in near[rows].T:
+            rank = (products > products[np.arange(len(rows)), column][:, None]).sum(axis=1)
+            penalty += int(np.maximum(rank - k, 0).sum())
+    return 1 - penalty * 2 / (n * k * (2 * n - 3 * k - 1))
+
+
+# --- cache --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(unit: Vectors, *settings: object) -> str:
+    """A name for the outcome of a projection: equal vectors and settings give equal names."""
+    digest = hashlib.sha256(memoryview(np.ascontiguousarray(unit)))
+    digest.update(repr((unit.shape, *settings)).encode())
+    return digest.hexdigest()[:32]
+
+
+class Cache:
+    """Arrays kept in a file beside the picture, so that another colour does not cost another t-SNE.
+
+    :param path: the file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._found = self._load() if path is not None and path.is_file() else {}
+        self._used: dict[str, NDArray[Any]] = {}
+
+    def _load(self) -> dict[str, NDArray[Any]]:
+        assert self._path is not None
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("%s is not readable (%s) and is made anew", self._path, error)
+            return {}
+
+    def get(self, name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """The array of this name, made if it is not there."""
+        if name not in self._used:
+            self._used[name] = self._found[name] if name in self._found else make()
+        return self._used[name]
+
+    def save(self) -> None:
+        """Keep what was asked for since it was opened; the rest of the file is dropped."""
+        if self._path is None or self._used.keys() == self._found.keys():
+            return
+        with written_whole(self._path) as new, open(new, "wb") as file:
+            np.savez(file, **self._used)  # type: ignore[arg-type]

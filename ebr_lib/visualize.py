@@ -1,0 +1,547 @@
+"""Stage 3: see the embedding. A picture to trust, numbers to act on, and a page to look around in."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.config import VisConfig
+from ebr_lib.data.vectors import iter_embeddings, read_embeddings
+from ebr_lib.errors import DataError
+from ebr_lib.files import write_json
+from ebr_lib.logs import logger
+from ebr_lib.tables import Table
+from ebr_lib.view import clusters as measure
+from ebr_lib.view import figure, projection
+from ebr_lib.view.figure import Groups, Panel, shortened
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+NEAR = 10  # neighbours that purity, confusions and the explorer look at
+SCORED = 1000  # labels that are scored; a column with more values is rather an id
+NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
+NO_LABEL_TITLE = "k-means cluster"
+CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
+
+MEANINGS = {
+    "same label @1": ("higher", "share of nearest neighbours with the row's own label"),
+    "same label @5": ("higher", "the same among the 5 nearest"),
+    "same label @10": ("higher", "the same among the 10 nearest"),
+    "chance": ("", "what vectors without meaning would reach in the three above"),
+    "silhouette": ("higher", "-1 to 1: nearer to the own label than to the next one (cosine, all labelled rows)"),
+    "Davies-Bouldin": ("lower", "spread of labels against the gaps between their centres (Euclidean)"),
+    "Calinski-Harabasz": ("higher", "variance between labels over within; grows with rows: compare equal files only"),
+    "k-means silhouette": ("higher", "-1 to 1: whether the vectors fall into clusters by themselves"),
+    "ARI": ("higher", "agreement of k-means with the labels, 0 by chance, 1 equal"),
+    "NMI": ("higher", "information that k-means shares with the labels, 0 to 1"),
+    "mean cosine": ("lower", "of two different rows; near 1 the model is collapsed"),
+    "pairs above 0.99": ("lower", "share of pairs of rows that are nearly the same vector"),
+    "repeated vectors": ("lower", "rows whose vector another row has too"),
+}
+
+
+@dataclass(frozen=True)
+class VisResult:
+    """What the stage wrote and measured.
+
+    :param picture: the PNG.
+    :param explorer: the interactive page, or None.
+    :param numbers_path: the JSON that holds all numbers; `numbers` is its content.
+    :param table: the numbers in short; `tables` are all of them.
+    """
+
+    picture: Path
+    explorer: Path | None
+    numbers_path: Path
+    numbers: Mapping[str, Any]
+    tables: tuple[Table, ...]
+
+    @property
+    def table(self) -> Table:
+        return self.tables[0]
+
+    def __str__(self) -> str:
+        written = [str(path) for path in (self.picture, self.explorer, self.numbers_path) if path]
+        return "\n\n".join([f"wrote {', '.join(written)}", *(table.text() for table in self.tables)])
+
+    def _repr_html_(self) -> str:
+        picture = base64.b64encode(self.picture.read_bytes()).decode()
+        parts = [f'<img style="max-width:100%" alt="maps" src="data:image/png;base64,{picture}">']
+        if self.explorer:
+            link = html.escape(os.path.relpath(self.explorer), quote=True)
+            parts.append(f'<p><a href="{link}" target="_blank">{link}</a></p>')
+        return "".join([*parts, *(table.html() for table in self.tables)])
+
+
+# --- the items ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Rows that have a direction: unit vectors, labels and texts of each."""
+
+    unit: Vectors
+    labels: list[str | None]
+    texts: list[str | None]
+    keys: list[Any]
+    norms: NDArray[np.float64]
+    without_vector: int
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def chosen(self, rows: Ints) -> _Items:
+        return dataclasses.replace(
+            self,
+            unit=self.unit[rows],
+            labels=[self.labels[r] for r in rows],
+            texts=[self.texts[r] for r in rows],
+            keys=[self.keys[r] for r in rows],
+        )
+
+
+def _text_column(names: Sequence[str], config: VisConfig) -> str | None:
+    if config.text_column is not None:
+        return config.text_column
+    rest = [name for name in names if name not in (config.label_column, config.id_column)]
+    return next(iter([name for name in rest if name == "description"] + rest), config.label_column)
+
+
+def _read(path: str, config: VisConfig, *, labelled: bool = True) -> _Items:
+    names = list(next(iter_embeddings(path)).columns)
+    label = config.label_column if labelled else None
+    text = _text_column(names, config) if labelled else None
+    wanted = dict.fromkeys(name for name in (label, text, config.id_column) if name is not None)
+    data = read_embeddings(path, list(wanted))
+    vectors = data.vectors
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    rows = np.flatnonzero(norms > 0)
+    if not len(rows):
+        raise DataError(f"{path}: all {len(norms)} vectors are zeros; run the inference again")
+    vectors /= np.maximum(norms, 1e-30)[:, None].astype(np.float32)
+    nothing: list[str | None] = [None] * len(data)
+    items = _Items(
+        vectors,
+        data.columns[label] if label else nothing,
+        data.columns[text] if text else nothing,
+        data.columns[config.id_column] if config.id_column else data.rows.tolist(),
+        norms,
+        data.total - len(data),
+    )
+    return items if len(rows) == len(norms) else items.chosen(rows)
+
+
+def _matched(now: _Items, before: _Items, config: VisConfig) -> tuple[_Items, _Items]:
+    """The rows that both files have, in the order of the first."""
+    places = {key: row for row, key in enumerate(before.keys)}
+    if config.id_column and len(places) < len(before):
+        raise DataError(f"{config.compare_path}: {config.id_column} is not unique; name a column that is in id_column")
+    if not config.id_column and len(now) + now.without_vector != len(before) + before.without_vector:
+        raise DataError(
+            f"{config.embedding_path} has {len(now) + now.without_vector} rows, {config.compare_path} has "
+            f"{len(before) + before.without_vector}: name the column that says which are the same in id_column"
+        )
+    rows = np.array([row for row, key in enumerate(now.keys) if key in places], dtype=np.int64)
+    if not len(rows):
+        raise DataError(f"{config.embedding_path} and {config.compare_path} have no item in common")
+    if len(rows) < len(now):
+        logger.warning("%d of %d items are in both files; the others are left out", len(rows), len(now))
+    return now.chosen(rows), before.chosen(np.array([places[now.keys[row]] for row in rows], dtype=np.int64))
+
+
+def _groups(labels: Sequence[str | None], title: str) -> Groups:
+    sizes = Counter(label for label in labels if label is not None)
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    place = {name: code for code, name in enumerate(names)}
+    codes = np.array([-1 if label is None else place[label] for label in labels], dtype=np.int64)
+    return Groups(codes, [name or "(empty)" for name in names], [sizes[name] for name in names], title)
+
+
+def _cluster_groups(found: measure.Clusters) -> Groups:
+    names = [f"cluster {i + 1}" for i in range(found.k)]
+    return Groups(found.codes, names, found.sizes, NO_LABEL_TITLE)
+
+
+# --- one embedding file -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps of one embedding file.
+
+    :param rows: the rows that were projected; `near` are the nearest of each, as places in `rows`.
+    :param coords: coordinates of all rows, by method.
+    """
+
+    rows: Ints
+    near: Ints
+    coords: dict[str, NDArray[np.float32]]
+    quality: dict[str, projection.MapQuality]
+    settings: dict[str, dict[str, Any]]
+
+
+def _methods(config: VisConfig) -> list[str]:
+    return ["tsne", "umap"] if config.method == "both" else [config.method]
+
+
+def _settings(points: int, config: VisConfig) -> dict[str, dict[str, Any]]:
+    """What each map is made with, fitted to the number of points."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in _methods(config):
+        if points < projection.FEWEST:
+            logger.warning("%s: %d distinct vectors are too few; PCA draws them", NAMES[method], points)
+            found[method] = {}
+        elif method == "tsne":
+            perplexity = projection.fitting_perplexity(config.tsne_perplexity, points)
+            found[method] = {"perplexity": perplexity, "learning_rate": config.tsne_learning_rate, "seed": config.seed}
+        else:
+            neighbors = projection.fitting_neighbors(config.umap_neighbors, points)
+            seed = None if config.fast else config.seed
+            found[method] = {"n_neighbors": neighbors, "min_dist": config.umap_min_dist, "seed": seed}
+    return found
+
+
+def _project(
+    unit: Vectors, rows: Ints, config: VisConfig, cache: projection.Cache, before: _Maps | None = None
+) -> _Maps:
+    """Draw the chosen rows, once for each distinct vector, and place all others by them."""
+    first, place = projection.distinct_rows(unit[rows])
+    points = rows[first]
+    distinct = unit[points]
+    settings = _settings(len(points), config)
+    neighbours = _neighbours(distinct, settings, cache)
+    coords, quality = {}, {}
+    for method, chosen in settings.items():
+        start = before.coords[method][points].astype(np.float64) if before else projection.pca_map(distinct)
+        drawn = _drawn(method, distinct, neighbours, start, chosen=chosen, cache=cache)
+        quality[method] = projection.map_quality(distinct, neighbours, drawn, config.seed)
+        everywhere = _everywhere(unit, rows, drawn[place])
+        coords[method] = projection.aligned(everywhere, before.coords[method]) if before else everywhere
+    return _Maps(rows, projection.neighbours_of_rows(neighbours, place, NEAR), coords, quality, settings)
+
+
+def _neighbours(
+    distinct: Vectors, settings: Mapping[str, Mapping[str, Any]], cache: projection.Cache
+) -> projection.Neighbours:
+    """One table for both maps, their judgement, purity and the explorer."""
+    wanted = [NEAR, projection.MAP_NEIGHBOURS]
+    wanted += [int(3 * chosen["perplexity"]) for chosen in settings.values() if "perplexity" in chosen]
+    wanted += [chosen["n_neighbors"] for chosen in settings.values() if "n_neighbors" in chosen]
+    found: list[projection.Neighbours] = []
+
+    def compute() -> projection.Neighbours:
+        if not found:
+            found.append(projection.exact_neighbours(distinct, max(wanted)))
+        return found[0]
+
+    name = projection.fingerprint(distinct, "neighbours", max(wanted))
+    return projection.Neighbours(
+        cache.get(f"indices-{name}", lambda: compute().indices),
+        cache.get(f"distances-{name}", lambda: compute().distances),
+    )
+
+
+def _drawn(
+    method: str,
+    distinct: Vectors,
+    neighbours: projection.Neighbours,
+    start: NDArray[np.float64],
+    *,
+    chosen: Mapping[str, Any],
+    cache: projection.Cache,
+) -> NDArray[np.float32]:
+    def make() -> NDArray[np.float32]:
+        logger.info("drawing the %s map of %d points", NAMES[method], len(distinct))
+        if not chosen:
+            return start.astype(np.float32)
+        if method == "tsne":
+            return projection.tsne_map(neighbours, start, **chosen)
+        return projection.umap_map(distinct, neighbours, start, **chosen)
+
+    return cache.get(projection.fingerprint(distinct, method, dict(chosen), start.tobytes()), make)
+
+
+def _everywhere(unit: Vectors, rows: Ints, drawn: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Coordinates of all rows: those drawn, and the rest placed by them."""
+    coords = np.empty((len(unit), 2), dtype=np.float32)
+    coords[rows] = drawn
+    rest = np.setdiff1d(np.arange(len(unit)), rows, assume_unique=True)
+    if len(rest):
+        coords[rest] = projection.place_rest(unit, rest, unit[rows], drawn)
+    return coords
+
+
+# --- the numbers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """All that is measured on one embedding file."""
+
+    health: measure.Health
+    clusters: measure.Clusters
+    purity: measure.Purity | None
+    separation: measure.Separation | None
+    labels: list[measure.LabelScore]
+    confusions: list[measure.Confusion]
+    agreement: tuple[float, float] | None
+
+    def short(self) -> dict[str, float]:
+        """The numbers of the short table, by name; those that are undefined are left out."""
+        found: dict[str, float] = {}
+        if self.purity:
+            found |= {f"same label @{k}": share for k, share in self.purity.at.items()} | {"chance": self.purity.chance}
+        if self.separation:
+            found["silhouette"] = self.separation.silhouette
+            found["Davies-Bouldin"] = self.separation.davies_bouldin
+            found["Calinski-Harabasz"] = self.separation.calinski_harabasz
+        found["k-means silhouette"] = self.clusters.silhouette
+        if self.agreement:
+            found["ARI"], found["NMI"] = self.agreement
+        found["mean cosine"] = self.health.mean_cosine
+        found["pairs above 0.99"] = self.health.near_pairs
+        found["repeated vectors"] = float(self.health.repeated)
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _health(items: _Items, config: VisConfig) -> measure.Health:
+    distinct = len(projection.distinct_rows(items.unit)[0])
+    found = measure.health(
+        items.unit, items.norms, distinct=distinct, without_vector=items.without_vector, seed=config.seed
+    )
+    for sentence in found.warnings():
+        logger.warning("%s", sentence)
+    return found
+
+
+def _measure(
+    items: _Items, labels: Groups | None, clusters: measure.Clusters, maps: _Maps, config: VisConfig
+) -> _Numbers:
+    health = _health(items, config)
+    if labels is None or not labels.names:
+        return _Numbers(health, clusters, None, None, [], [], None)
+    codes = np.where(labels.codes < SCORED, labels.codes, -1)
+    near, rows = maps.near, maps.rows
+    separated = measure.separation(items.unit, codes)
+    purity = measure.label_purity(near, codes[rows])
+    return _Numbers(
+        health=health,
+        clusters=clusters,
+        purity=purity,
+        separation=separated,
+        labels=measure.label_scores(codes, rows, purity, separated),
+        confusions=[c.of_rows(rows) for c in measure.confusions(items.unit[rows], near, codes[rows])],
+        agreement=measure.agreement(clusters.codes, codes),
+    )
+
+
+def _short_table(numbers: _Numbers, before: _Numbers | None) -> Table:
+    now = numbers.short()
+    title = "Numbers, in the original space"
+    if before is None:
+        rows = [(name, value, *MEANINGS[name]) for name, value in now.items()]
+        return Table(title, ("number", "value", "better", "meaning"), rows)
+    then = before.short()
+    both = [(name, then[name], now[name], now[name] - then[name], *MEANINGS[name]) for name in now if name in then]
+    return Table(f"{title}: before and after", ("number", "before", "after", "change", "better", "meaning"), both)
+
+
+def _map_table(maps: _Maps) -> Table:
+    rows = [
+        (
+            NAMES[m],
+            q.trustworthiness,
+            q.neighbours_kept,
+            q.points,
+            "; ".join(f"{k} {v}" for k, v in maps.settings[m].items()),
+        )
+        for m, q in maps.quality.items()
+    ]
+    return Table(
+        "Maps: how far to trust them", ("map", "trustworthiness", "neighbours kept", "judged on", "made with"), rows
+    )
+
+
+def _label_tables(numbers: _Numbers, items: _Items, labels: Groups) -> Iterator[Table]:
+    scores = [(shortened(labels.names[s.code], 40), s.rows, s.purity, s.silhouette) for s in numbers.labels]
+    yield Table(f"Labels ({labels.title})", ("label", "rows", f"same label @{NEAR}", "silhouette"), scores)
+    pairs = [
+        (
+            shortened(labels.names[c.first], 30),
+            shortened(labels.names[c.second], 30),
+            c.share,
+            c.share_back,
+            *(shortened(items.texts[row] or "", 60) for row in c.example),
+        )
+        for c in numbers.confusions
+    ]
+    columns = ("label", "taken for", "share of its neighbours", "and back", "example", "and its neighbour")
+    yield Table("Most confused pairs of labels", columns, pairs)
+
+
+def _cluster_table(found: measure.Clusters, items: _Items) -> Table:
+    rows = [
+        (i + 1, size, " | ".join(shortened(text, 40) for text in _typical_texts(rows, items)))
+        for i, (size, rows) in enumerate(zip(found.sizes, found.typical, strict=True))
+    ]
+    return Table(f"k-means: {found.k} clusters ({found.why})", ("cluster", "rows", "typical texts"), rows)
+
+
+def _typical_texts(rows: Sequence[int], items: _Items, most: int = 3) -> list[str]:
+    return list(dict.fromkeys(items.texts[row] or "" for row in rows))[:most]
+
+
+def _moved_table(shared: NDArray[np.float64], items: _Items, now: _Maps, before: _Maps, most: int = 10) -> Table:
+    """The items whose neighbours changed most."""
+    rows = [
+        (shortened(items.texts[now.rows[i]] or "", 50), float(shared[i]),
+         *(shortened(items.texts[maps.rows[maps.near[i, 0]]] or "", 50) for maps in (before, now)))
+        for i in np.argsort(shared, kind="stable")[:most]
+    ]  # fmt: skip
+    columns = ("item", f"of {NEAR} neighbours still there", "nearest before", "nearest after")
+    return Table(f"Neighbours that changed most (on average {shared.mean():.0%} are still there)", columns, rows)
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) -> VisResult:
+    """Draw an embedding file, measure it, and write the explorer page.
+
+    Writes `output_path` (PNG), and beside it `.json` (all numbers) and `.html` (the page).
+
+    :raises MissingError: there is no embedding file.
+    :raises DataError: it cannot be read, or has no such column.
+    """
+    config = VisConfig.resolve(config)
+    items = _read(config.embedding_path, config)
+    old = None
+    if config.compare_path is not None:
+        items, old = _matched(items, _read(config.compare_path, config, labelled=False), config)
+    labels = _groups(items.labels, config.label_column) if config.label_column else None
+    if labels and len(labels.names) > SCORED:
+        logger.warning(
+            "%s has %d different values: rather an id than a label; the largest %d are scored",
+            labels.title, len(labels.names), SCORED,
+        )  # fmt: skip
+    wanted = len(labels.names) if labels and len(labels.names) <= SCORED else 0
+    clusters = measure.find_clusters(items.unit, config.clusters, wanted, config.seed)
+    groups = labels if labels and labels.names else _cluster_groups(clusters)
+    rows = projection.sample_rows(groups.codes, config.max_points, config.seed)
+
+    picture = Path(config.output_path)
+    cache = projection.Cache(picture.with_suffix(".maps.npz") if config.cache and not config.fast else None)
+    before = _project(old.unit, rows, config, cache) if old else None
+    maps = _project(items.unit, rows, config, cache, before)
+    cache.save()
+    numbers = _measure(items, labels, clusters, maps, config)
+    tables = [_map_table(maps), _cluster_table(clusters, items)]
+    then = None
+    if old and before:
+        old_clusters = measure.find_clusters(old.unit, clusters.k, 0, config.seed)
+        then = _measure(old, labels, old_clusters, before, config)
+        shared = measure.neighbours_shared(before.near, maps.near)
+        tables.append(_moved_table(shared, items, maps, before))
+    if labels and labels.names:
+        tables += _label_tables(numbers, items, labels)
+    tables.insert(0, _short_table(numbers, then))
+    for table in tables:
+        logger.info("%s", table)
+
+    panels = list(_panels(maps, before))
+    figure.draw(picture, panels, groups, title=_title(config), caption=_caption(items, maps, numbers, config),
+                fonts=config.chinese_fonts)  # fmt: skip
+    content = _content(config, maps, numbers, before=then, groups=groups, tables=tables)
+    write_json(picture.with_suffix(".json"), content)
+    logger.info("wrote %s", picture)
+    return VisResult(picture, None, picture.with_suffix(".json"), content, tuple(tables))
+
+
+def _panels(maps: _Maps, before: _Maps | None) -> Iterator[Panel]:
+    for method, coords in maps.coords.items():
+        if before:
+            yield Panel(f"{NAMES[method]}: before", before.coords[method], _note(before.quality[method]))
+        yield Panel(f"{NAMES[method]}: after" if before else NAMES[method], coords, _note(maps.quality[method]))
+
+
+def _note(quality: projection.MapQuality) -> str:
+    return f"trustworthiness {quality.trustworthiness:.3f}, neighbours kept {quality.neighbours_kept:.1%}"
+
+
+def _title(config: VisConfig) -> str:
+    name = Path(config.embedding_path).name
+    return f"{Path(config.compare_path).name} → {name}" if config.compare_path else name
+
+
+def _caption(items: _Items, maps: _Maps, numbers: _Numbers, config: VisConfig) -> str:
+    n, drawn = len(items), len(maps.rows)
+    sample = f"All {n:,} vectors were projected (seed {config.seed})."
+    if drawn < n:
+        by = config.label_column or NO_LABEL_TITLE
+        sample = (
+            f"{drawn:,} of {n:,} vectors were projected (sampled by {by}, seed {config.seed}); "
+            "the rest lie where their nearest projected neighbours do."
+        )
+    trust = (
+        "Neighbours kept: share of the 15 nearest in the original space that are among the 15 nearest on the map. "
+        "Distances between groups on a map mean little; the numbers are from the original space."
+    )
+    shown = [f"{name} {value:.3f}" for name, value in numbers.short().items() if name in CAPTIONED]
+    return f"{sample} {trust}\n" + ("In the original space: " + ", ".join(shown) + "." if shown else "")
+
+
+def _content(
+    config: VisConfig,
+    maps: _Maps,
+    numbers: _Numbers,
+    *,
+    before: _Numbers | None,
+    groups: Groups,
+    tables: Sequence[Table],
+) -> dict[str, Any]:
+    """All numbers as plain values for JSON."""
+    content = {
+        "config": config.to_dict(),
+        "rows": len(groups.codes),
+        "projected": len(maps.rows),
+        "health": dataclasses.asdict(numbers.health),
+        "maps": {m: dataclasses.asdict(q) | maps.settings[m] for m, q in maps.quality.items()},
+        "numbers": {n: _with_meaning(n, v) for n, v in numbers.short().items()},
+        "before": {n: _with_meaning(n, v) for n, v in before.short().items()} if before else None,
+        "groups": {"by": groups.title, "without": groups.without,
+                   "sizes": dict(zip(groups.names, groups.counts, strict=True))},
+        "tables": [_table_content(table) for table in tables[1:]],
+    }  # fmt: skip
+    return _plain(content)
+
+
+def _table_content(table: Table) -> dict[str, Any]:
+    return {"title": table.title, "rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}
+
+
+def _with_meaning(name: str, value: float) -> dict[str, Any]:
+    better, meaning = MEANINGS[name]
+    return {"value": value, "better": better, "meaning": meaning}
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no numpy."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
