@@ -516,7 +516,9 @@ class EvalConfig(Config):
         "允许执行模型自带的建模代码；请先阅读该代码。",
     )
     max_seq_length: Annotated[int, Field(ge=8, le=32768)] | None = knob(
-        None, "Tokens a text is cut to; null keeps each model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
+        None,
+        "Tokens a text is cut to; null keeps each model's own.",
+        "文本截断长度（token 数）；null 使用模型自带设置。",
     )
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"

@@ -214,17 +214,16 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
 def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
     from ebr_lib.data.batches import known_positive_keys
     from ebr_lib.model import training
+    from ebr_lib.model.adapters import trainable_counts
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
 
     checkpoints = _place(config, CHECKPOINTS_SUFFIX)
-    rows = [*data.train, *data.heldout]
-    columns = max((len(row.negatives) for row in rows), default=0)
     documents = [row.positive for row in data.train]
-    texts = [(row.anchor, row.positive, row.negatives) for row in rows]
-    train = training.to_dataset(texts[: len(data.train)], 0, columns, documents, config.seed)
-    heldout = training.to_dataset(texts[len(data.train) :], len(data.train), columns, documents, config.seed)
-    keys = known_positive_keys(rows)
-    facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, 0)
+    rows = training.with_equal_negatives([*data.train, *data.heldout], documents, config.seed)
+    train = training.to_dataset(rows[: len(data.train)], 0)
+    heldout = training.to_dataset(rows[len(data.train) :], len(data.train))
+    known = known_positive_keys(rows)
+    facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
     callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts)]
     if data.task:
         callbacks.append(
@@ -237,12 +236,12 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
         )
     return training.EbrTrainer(
         model=model,
-        args=_arguments(config, model, data, columns),
+        args=_arguments(config, model, data, len(rows[0].negatives)),
         train_dataset=train,
         eval_dataset=heldout if data.heldout else None,
-        loss=_loss(config, model, data),
-        anchors=keys.anchors,
-        documents=keys.documents,
+        loss=_loss(config, model, known.mask),
+        anchors=known.anchors,
+        documents=known.documents,
         balanced=config.balanced_batches,
         measure=(lambda m: _measure(config, data.task, m)["all"]) if data.task else None,
         noise=_noise(config),
@@ -270,7 +269,7 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_ratio,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         fp16=_precision(config) == "float16",
         dataloader_num_workers=config.dataloader_num_workers,
         dataloader_pin_memory=config.dataloader_pin_memory and model.device.type == "cuda",
@@ -297,7 +296,11 @@ def _column_prompts(config: FinetuneConfig, model: SentenceTransformer, negative
 
 def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> ContrastiveLoss:
     from ebr_lib.model.losses import ContrastiveLoss
+    from ebr_lib.model.packing import packed_forward
+    from ebr_lib.model.training import world_size
 
+    # processes synchronise gradients in the wrapped model's forward, which packed rows go past
+    packs = config.packed_rows and not config.gradient_checkpointing and world_size() == 1
     return ContrastiveLoss(
         model,
         temperature=config.temperature,
@@ -307,6 +310,7 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> Con
         known_positives=known if config.mask_known_positives else None,
         mini_batch_size=config.train_batch_size if config.contrastive_batch_size else None,
         query_only=config.adapter_side == "query",
+        packed=packed_forward(model) if packs else None,
     )
 
 

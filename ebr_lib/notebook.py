@@ -27,7 +27,7 @@ class NotebookError(RuntimeError):
 class _Live(NotebookClient):
     """Passes on what the cells print while they run."""
 
-    def output(self, outs: Any, msg: Any, display_id: str, cell_index: int) -> Any:
+    def output(self, outs: Any, msg: Any, display_id: str | None, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
             sys.stderr.write(msg["content"]["text"])
             sys.stderr.flush()

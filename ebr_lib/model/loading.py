@@ -175,8 +175,10 @@ def _load(
     name: str, where: str, trust_remote_code: bool, device: str | None, model_kwargs: dict[str, Any]
 ) -> SentenceTransformer:
     import torch
+    import transformers
     from sentence_transformers import SentenceTransformer
 
+    transformers.utils.logging.disable_progress_bar()  # a bar a weight file says nothing to anybody
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
     try:
         return SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)

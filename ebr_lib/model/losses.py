@@ -43,6 +43,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     - L1: `l1` · Σ|w| over the trainable weights, as a component of its own, in training only.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
       the same loss and gradients; None embeds the batch at once.
+    - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
     Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
     """
@@ -58,6 +59,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         known_positives: KnownPositives | None = None,
         mini_batch_size: int | None = None,
         query_only: bool = False,
+        packed: Callable[[Sequence[Features]], list[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -68,6 +70,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.known_positives = known_positives
         self.mini_batch_size: int | None = mini_batch_size
         self.query_only = query_only
+        self.packed = packed
         self.masked, self.negatives = 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
@@ -98,6 +101,8 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return loss
 
     def _embed(self, columns: list[Features]) -> list[Tensor]:
+        if self.packed is not None:
+            return self.packed(columns)
         return [self.model(column)["sentence_embedding"] for column in columns]
 
     def _frozen(self, columns: list[Features]) -> list[Tensor]:
@@ -110,9 +115,11 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return [torch.cat(part).float() for part in parts]
 
     def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
-        rows = all_gather(labels)
-        candidates = torch.cat([all_gather_with_grad(column) for column in documents])
-        own = get_rank() * len(labels) + torch.arange(len(labels), device=labels.device)
+        rows, own = labels, torch.arange(len(labels), device=labels.device)
+        if torch.distributed.is_initialized():
+            rows, documents = all_gather(labels), [all_gather_with_grad(column) for column in documents]
+            own = own + get_rank() * len(labels)
+        candidates = torch.cat(documents)
         out = self._mask(rows, own, len(documents), candidates.device)
         dims = self.matryoshka_dims or (queries.shape[1],)
         return torch.stack([self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]).mean()

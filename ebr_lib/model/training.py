@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
@@ -22,6 +25,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ebr_lib.data.batches import BalancedBatchSampler
+from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import ModelError
 from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
@@ -48,25 +52,30 @@ def world_size() -> int:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def to_dataset(
-    rows: Sequence[tuple[str, str, Sequence[str]]], first: int, negatives: int, documents: Sequence[str], seed: int
-) -> Dataset:
-    """Rows (anchor, positive, negatives) as the columns that the trainer reads.
+def with_equal_negatives(rows: Sequence[TrainingRow], documents: Sequence[str], seed: int) -> list[TrainingRow]:
+    """Rows that all have as many hard negatives as the one that has most.
 
-    A row with fewer than `negatives` hard negatives is filled up with random documents: the tensor wants equal
-    numbers, and a repeated negative would count twice. The label is the row's number, from `first`.
+    What a row lacks is drawn from `documents`: the tensor wants equal numbers, and a repeated negative would count
+    twice. The draw depends on the seed and the row's number alone.
     """
-    columns: dict[str, list[Any]] = {"anchor": [], "positive": []}
-    columns |= {f"negative_{i + 1}": [] for i in range(negatives)} | {"label": []}
-    for number, (anchor, positive, own) in enumerate(rows, first):
+    most = max((len(row.negatives) for row in rows), default=0)
+    filled = []
+    for number, row in enumerate(rows):
         draw = random.Random(f"{seed} {number}")
-        filled = [*own, *(draw.choice(documents) for _ in range(negatives - len(own)))][:negatives]
-        columns["anchor"].append(anchor)
-        columns["positive"].append(positive)
-        columns["label"].append(number)
-        for i, text in enumerate(filled):
-            columns[f"negative_{i + 1}"].append(text)
-    return Dataset.from_dict(columns)
+        more = tuple(draw.choice(documents) for _ in range(most - len(row.negatives)))
+        filled.append(dataclasses.replace(row, negatives=row.negatives + more))
+    return filled
+
+
+def to_dataset(rows: Sequence[TrainingRow], first: int) -> Dataset:
+    """Rows as the columns that the trainer reads; the label is the row's number, counted from `first`."""
+    columns: dict[str, list[Any]] = {
+        "anchor": [row.anchor for row in rows],
+        "positive": [row.positive for row in rows],
+    }
+    for i in range(len(rows[0].negatives) if rows else 0):
+        columns[f"negative_{i + 1}"] = [row.negatives[i] for row in rows]
+    return Dataset.from_dict(columns | {"label": list(range(first, first + len(rows)))})
 
 
 class NoisyCollator:
@@ -275,14 +284,14 @@ class TrainingBar(TrainerCallback):
 
 
 class _HeldoutEvaluator(BaseEvaluator):
-    def __init__(self, measure: Callable[[SentenceTransformer], dict[str, float]]) -> None:
+    def __init__(self, measure: Callable[[SentenceTransformer], Mapping[str, float]]) -> None:
         super().__init__()
         self.measure = measure
 
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        return self.measure(model)
+        return dict(self.measure(model))
 
 
 # --- the trainer --------------------------------------------------------------------------------------------------
@@ -291,7 +300,8 @@ class _HeldoutEvaluator(BaseEvaluator):
 class EbrTrainer(SentenceTransformerTrainer):
     """Adds to the library's trainer: balanced batches, noise, exact adapters, out-of-memory handling.
 
-    :param documents: for each row number (label), the number of its document; balanced batches deal by it.
+    :param anchors: for each row number (label), the number of its anchor; balanced batches keep equal ones apart.
+    :param documents: likewise of its document, which balanced batches deal out.
     :param measure: held-out metrics of a model, for evaluations; None evaluates nothing but the loss.
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 is none.
     """
@@ -302,10 +312,10 @@ class EbrTrainer(SentenceTransformerTrainer):
     def __init__(
         self,
         *,
-        anchors: Sequence[int],
-        documents: Sequence[int],
+        anchors: NDArray[np.int64],
+        documents: NDArray[np.int64],
         balanced: bool = True,
-        measure: Callable[[SentenceTransformer], dict[str, float]] | None = None,
+        measure: Callable[[SentenceTransformer], Mapping[str, float]] | None = None,
         noise: Noise | None = None,
         noise_columns: Sequence[str] = (),
         memory_limit_mb: float = 0.0,
@@ -339,16 +349,20 @@ class EbrTrainer(SentenceTransformerTrainer):
         if not self._balanced:
             batches = super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
         else:
-            rows = dataset["label"]
+            rows = np.asarray(dataset["label"])
             batches = BalancedBatchSampler(
-                [self._documents[row] for row in rows],
-                [self._anchors[row] for row in rows],
+                self._documents[rows],
+                self._anchors[rows],
                 batch_size=batch_size,
                 drop_last=drop_last,
                 seed=kwargs.get("seed") or 0,
+                processes=world_size(),
             )
         is_train = dataset is self.train_dataset
         return EpochBatches(batches, self._noisy.epoch if self._noisy and is_train else None)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: a saved model's card is our own, and the library's looks up models on the hub."""
 
     # --- memory ---
 
