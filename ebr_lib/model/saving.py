@@ -96,11 +96,7 @@ def model_card(
 
 model = load_model("{name}")
 queries = model.encode(["{PROBES[0]}"], prompt=prompt_of(model, "query"))"""
-    side = (
-        ""
-        if contract.adapter_side == "both"
-        else "\nThe adapter is for **queries only**; documents keep the base model's vectors.\n"
-    )
+    side = "queries and documents" if contract.adapter_side == "both" else "queries only; documents keep the base model"
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     blocks = "\n\n".join(f"## {title}\n\n```\n{text}\n```" for title, text in tables.items())
     return f"""---
@@ -112,8 +108,8 @@ tags: [sentence-transformers, feature-extraction, peft, lora]
 # {Path(name).name}
 
 A LoRA adapter on `{base.base_model}` (weights sha256 `{base.base_sha256}`), {contract.dimension} dimensions,
-{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens.
-{side}
+{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens. Applied to {side}.
+
 ## Use
 
 ```python
