@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ebr_lib import config
 from ebr_lib.errors import ConfigError, UserError
-from ebr_lib.knobs import Config, add_flags, from_flags, unknown_flag
+from ebr_lib.knobs import Config, add_flags, from_flags, knob_table, unknown_flag
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,74 @@ STAGES = {
 def _add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     parser.description = STAGES[name].config.__doc__
     add_flags(parser, STAGES[name].config)
-    parser.set_defaults(stage=name)
+    parser.set_defaults(stage=name, stage_config=STAGES[name].config, run=_run_stage)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ebr_lib", allow_abbrev=False, description="Fine-tune, encode, see, evaluate, index, search."
     )
-    commands = parser.add_subparsers(required=True, metavar="|".join(STAGES))
+    commands = parser.add_subparsers(required=True, metavar="|".join([*STAGES, "notebook", "knobs"]))
     for name, stage in STAGES.items():
         _add_stage(commands.add_parser(name, help=stage.config.__doc__, allow_abbrev=False), name)
+    _add_notebook(commands.add_parser("notebook", help="Execute the notebook headlessly.", allow_abbrev=False))
+    _add_knobs(commands.add_parser("knobs", help="Print the knob tables, or write them into documents."))
     return parser
 
 
-def _run(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+def _add_notebook(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Execute a copy of the notebook and say where its results are."
+    parser.add_argument("--notebook", default="EBR_workflow.ipynb", metavar="IPYNB", help="default %(default)s")
+    parser.add_argument("--output", default="EBR_workflow.executed.ipynb", metavar="IPYNB", help="default %(default)s")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameters other than the notebook's: RUN_FINETUNE=false FINETUNE_CONFIG.num_epochs=1",
+    )
+    parser.set_defaults(run=_run_notebook)
+
+
+def _run_notebook(arguments: argparse.Namespace) -> None:
+    from ebr_lib.notebook import headline, parse_parameters, run_notebook
+
+    print(headline(run_notebook(arguments.notebook, arguments.output, parse_parameters(arguments.set))))
+
+
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Print the table of every stage's knobs, or write it between the marks of documents."
+    parser.add_argument("--write", nargs="+", default=[], metavar="MD", help="documents to write into")
+    parser.set_defaults(run=_run_knobs)
+
+
+def _run_knobs(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ebr_lib.knobs import with_tables
+
+    classes = {name: stage.config for name, stage in STAGES.items()}
+    for name in arguments.write:
+        place = Path(name)
+        place.write_text(with_tables(place.read_text(encoding="utf-8"), classes), encoding="utf-8")
+    if not arguments.write:
+        print("\n\n".join(f"{name}\n\n{knob_table(kind)}" for name, kind in classes.items()))
+
+
+def _run_stage(arguments: argparse.Namespace) -> None:
     stage = STAGES[arguments.stage]
+    resolved = from_flags(stage.config, vars(arguments))
+    from ebr_lib.logs import show_logs
+
+    show_logs()
+    getattr(importlib.import_module(stage.module), stage.function)(resolved)
+
+
+def _run(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     try:
         if unknown:
-            raise ConfigError(unknown_flag(unknown[0], stage.config))
-        resolved = from_flags(stage.config, vars(arguments))
-        from ebr_lib.logs import show_logs
-
-        show_logs()
-        getattr(importlib.import_module(stage.module), stage.function)(resolved)
+            raise ConfigError(unknown_flag(unknown[0], getattr(arguments, "stage_config", None)))
+        arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError
 from ebr_lib.files import replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
-from ebr_lib.tables import Table
+from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,7 +35,7 @@ FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", 
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(Shown):
     """What a run wrote and measured.
 
     `before` and `after` map "all", "seen" and "unseen" (documents that training saw or not) to metric means over the
@@ -53,8 +54,12 @@ class FinetuneResult:
     doctor: DoctorReport = field(repr=False)
     table: Table = field(repr=False)
 
+    def __str__(self) -> str:
+        curve = Path(self.model_path) / CURVE_FILE
+        return f"{self.table.text()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
+
     def _repr_html_(self) -> str:
-        return self.table.html()
+        return self.table.html() + f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
 
 
 @dataclass(frozen=True)

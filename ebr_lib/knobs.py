@@ -245,9 +245,10 @@ def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
     return config_class.resolve(given, presets)
 
 
-def unknown_flag(flag: str, config_class: type[Config]) -> str:
-    """The sentence for a flag that no knob has."""
-    return "--" + _unknown(flag.removeprefix("--"), [field.name for field in dataclasses.fields(config_class)])
+def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
+    """The sentence for a flag, or another word, that no knob has."""
+    names = [field.name for field in dataclasses.fields(config_class)] if config_class else []
+    return "--" + _unknown(flag.removeprefix("--"), names) if flag.startswith("--") else f"{flag}: what is this for?"
 
 
 def _parsed(value: str | list[str], kind: Any) -> Any:
@@ -299,3 +300,16 @@ def knob_table(config_class: type[Config], language: str = "help") -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+_TABLE = re.compile(r"(<!-- knobs:(\w+)(:zh)? -->\n).*?(<!-- /knobs -->)", re.DOTALL)
+
+
+def with_tables(document: str, classes: Mapping[str, type[Config]]) -> str:
+    """A Markdown document with the knob tables between its `<!-- knobs:stage -->` marks (`:zh` for Chinese) anew."""
+
+    def table(found: re.Match[str]) -> str:
+        language = "zh" if found[3] else "help"
+        return f"{found[1]}{knob_table(classes[found[2]], language)}\n{found[4]}"
+
+    return _TABLE.sub(table, document)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 logger = logging.getLogger("ebr_lib")
 
@@ -19,6 +20,8 @@ class _BarSafe(logging.Handler):
 
 def show_logs(level: int = logging.INFO) -> None:
     """Show the library's log lines on standard output; calling it twice changes nothing."""
+    # text bars are the same in a notebook and headless; tqdm would ask for a widget library
+    warnings.filterwarnings("ignore", message="IProgress not found")
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

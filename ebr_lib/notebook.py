@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.files import written_whole
+from ebr_lib.knobs import read_yaml
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 
@@ -57,6 +58,33 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
         with written_whole(output) as new:
             nbformat.write(notebook, new)
     return output
+
+
+def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
+    """`RUN_X=false` and `FINETUNE_CONFIG.num_epochs=1` as the names and values to inject; values are YAML."""
+    parameters: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting}: wanted NAME=VALUE")
+        config, dot, knob = name.partition(".")
+        if dot:
+            parameters.setdefault(config, {})[knob] = read_yaml(value)
+        else:
+            parameters[name] = read_yaml(value)
+    return parameters
+
+
+def headline(executed: str | Path) -> str:
+    """What an executed notebook's cells returned, as text, and where the notebook is."""
+    notebook = nbformat.read(executed, as_version=4)
+    shown = [
+        shown.data["text/plain"]
+        for cell in notebook.cells
+        for shown in cell.get("outputs", [])
+        if shown.output_type == "display_data" and "text/plain" in shown.data
+    ]
+    return "\n\n".join([*shown, f"executed notebook: {executed}"])
 
 
 def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:

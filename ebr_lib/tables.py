@@ -18,8 +18,15 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+class Shown:
+    """What a stage returns: a notebook's plain text of it is its `str`, not every field of it."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(Shown):
     """A titled table; cells are shown with `str`, floats with four decimals."""
 
     title: str
