@@ -52,18 +52,41 @@ class Layout:
 class Source:
     """One input file whose header is known; rows begin at byte `start`, which is line `first_line`.
 
-    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of a Parquet file.
+    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of a Parquet file. `stamp` is
+    its size and time of change, to tell whether it is still the same.
     """
 
     path: Path
     name: str
     columns: tuple[str, ...]
-    size: int
+    stamp: tuple[int, int]
     extent: int
     encoding: str = "utf-8"
     crlf: bool = False
     start: int = 0
     first_line: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self.stamp[0]
+
+    def check_unchanged(self) -> None:
+        """Check that the file is still the one that was opened.
+
+        :raises DataError: its size or time of change is another.
+        """
+        if stamp_of(self.path) != self.stamp:
+            raise DataError(
+                f"{self.path} changed while it was read ({self.size} bytes then, {stamp_of(self.path)[0]} now); what "
+                "was written stays. Put the file back and run the same call again, or set restart: true"
+            )
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """A file's size and time of change in nanoseconds."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class Position(NamedTuple):
@@ -161,7 +184,7 @@ def _open_parquet(path: Path, name: str) -> Source:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        return Source(path, name, tuple(file.schema_arrow.names), path.stat().st_size, file.metadata.num_rows)
+        return Source(path, name, tuple(file.schema_arrow.names), stamp_of(path), file.metadata.num_rows)
 
 
 def _open_text(path: Path, layout: Layout, name: str) -> Source:
@@ -179,10 +202,10 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
     encoding = "utf-8" if bom else _encoding_of(path, sample, layout.encoding)
     crlf = first.endswith(b"\r\n")
     named = _header(path, first, layout.delimiter, encoding)
-    size, extent = path.stat().st_size, _extent(path)
+    stamp, extent = stamp_of(path), _extent(path)
     if layout.columns is None or named == layout.columns:
-        return Source(path, name, named, size, extent, encoding, crlf, bom + len(first), 2)
-    return Source(path, name, layout.columns, size, extent, encoding, False, bom, 1)
+        return Source(path, name, named, stamp, extent, encoding, crlf, bom + len(first), 2)
+    return Source(path, name, layout.columns, stamp, extent, encoding, False, bom, 1)
 
 
 def _extent(path: Path) -> int:
@@ -305,7 +328,8 @@ class _Chooser:
         return None if value is None else value.decode(self._encoding).encode("utf-8")
 
     def _undecodable(self, values: list[Value]) -> str:
-        bad = [name for name, value in zip(self._names, values, strict=True) if value and not self._is_good(value)]
+        named = dict(zip(self._names, values, strict=True))
+        bad = [name for name, value in named.items() if value and not self._is_good(value)]
         return f"not {self._encoding}: column {', '.join(bad)}"
 
     def _is_good(self, value: bytes) -> bool:

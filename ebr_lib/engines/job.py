@@ -228,6 +228,11 @@ def changed_inputs(before: Sequence[dict[str, Any]], job: Job) -> list[str]:
 # --- reading windows ----------------------------------------------------------------------------------------------
 
 
+def _has_text(text: Value) -> bool:
+    """Whether there is anything to encode: U+3000, the Chinese space, is nothing too."""
+    return bool(text and (text.strip() if text.isascii() else text.decode().strip()))
+
+
 class _Builder:
     """Collects rows until a window is full."""
 
@@ -263,7 +268,7 @@ class _Builder:
         *kept, text = row.values
         self._counts["healed"] += row.lines > 1
         self._rows.append(kept)
-        self._texts.append(text if text and text.strip() else None)
+        self._texts.append(text if _has_text(text) else None)
         self._origins.append((source.name, row.position.line))
 
     def _unfit(self, source: Source, row: Row) -> str:
@@ -271,7 +276,7 @@ class _Builder:
         text = row.values[-1]
         if self._must_be_plain and not all(map(is_plain, row.values[:-1])):
             return "a value holds \\001, a newline or \\N alone, which text cannot hold"
-        if text is not None and text.decode().strip():
+        if _has_text(text):
             return ""
         found = "null text" if text is None else "blank text" if text else "empty text"
         if self._job.on_empty_text == "error":
@@ -334,19 +339,11 @@ def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]
             if builder.full:
                 read = source.size * min(1.0, after.offset / max(1, source.extent))
                 yield builder.build(store, encoder, number, after, (done + read) / every)
-        _check_unchanged(source)
+        source.check_unchanged()
         done += source.size
         position = None
     if not builder.empty:
         yield builder.build(store, encoder, len(job.sources) - 1, after, 1.0)
-
-
-def _check_unchanged(source: Source) -> None:
-    if source.path.stat().st_size != source.size:
-        raise DataError(
-            f"{source.path} changed while it was read: {source.size} bytes then, {source.path.stat().st_size} now; "
-            "what was written stays. Put the file back and run the same call again, or set restart: true"
-        )
 
 
 # --- encoding and writing -----------------------------------------------------------------------------------------

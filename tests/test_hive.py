@@ -1,0 +1,212 @@
+"""Delimited text: every byte of a kept column comes through, and what does not fit is handed over as a reject."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from ebr_lib.data import hive
+from ebr_lib.data.hive import Layout, Position
+from ebr_lib.errors import DataError, MissingError
+
+
+def rows_of(path: Path, wanted: list[str], **layout):
+    layout = Layout(**layout)
+    source = hive.open_source(path, layout)
+    return list(hive.read_rows(source, wanted, layout))
+
+
+def values_of(path: Path, wanted: list[str], **layout):
+    return [row.values for row in rows_of(path, wanted, **layout) if not row.reason]
+
+
+def written(folder: Path, content: bytes, name: str = "a.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def test_nothing_but_delimiter_and_newline_means_anything(tmp_path: Path):
+    odd = [
+        '"unclosed',
+        '"苹果" 手机壳',
+        "a\rb",
+        "a\u2028b",
+        "a\u0085b",
+        "\x0b\x0c\x1c",
+        "NA",
+        "null",
+        "001",
+        " x ",
+        "a,b\tc",
+        "\x00",
+    ]
+    content = "id\x01text\n" + "".join(f"{i}\x01{text}\n" for i, text in enumerate(odd))
+    found = values_of(written(tmp_path, content.encode()), ["text", "id"])
+    assert found == [[text.encode(), str(i).encode()] for i, text in enumerate(odd)]
+
+
+def test_null_is_not_the_empty_string(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\n\\N\x01\n\x01\\N\n\\\\N\x01\\n\n")
+    assert values_of(path, ["id", "text"]) == [[None, b""], [b"", None], [b"\\\\N", b"\\n"]]
+
+
+def test_bom_and_windows_newlines(tmp_path: Path):
+    path = written(tmp_path, b"\xef\xbb\xbfid\x01text\r\n1\x01a\r\n2\x01b\r\r\n3\x01c\n")
+    assert values_of(path, ["id", "text"]) == [[b"1", b"a"], [b"2", b"b\r"], [b"3", b"c"]]
+    plain = written(tmp_path, b"id\x01text\n1\x01a\r\n")
+    assert values_of(plain, ["text"]) == [[b"a\r"]]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "auto"])
+def test_chinese_encodings_become_utf8(tmp_path: Path, encoding: str):
+    text = "镕基 手机壳丂乗" + ("𠀀" if encoding == "gb18030" else "")
+    content = f"编号\x01描述\n1\x01{text}\n2\x01abc\n".encode("gb18030" if encoding == "auto" else encoding)
+    path = written(tmp_path, content)
+    assert values_of(path, ["描述"], encoding=encoding) == [[text.encode()], [b"abc"]]
+
+
+def test_one_bad_byte_does_not_turn_utf8_into_gb18030(tmp_path: Path):
+    path = written(tmp_path, "id\x01text\n1\x01苹果\n2\x01手机\n".encode() + b"3\x01\xc4\xe3\n")
+    rows = rows_of(path, ["text"])
+    assert [row.reason for row in rows] == ["", "", "not utf-8: column text"]
+    assert rows[2].raw == b"3\x01\xc4\xe3"
+
+
+def test_a_bad_byte_costs_its_row_only_where_the_column_is_wanted(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\x01junk\n1\x01a\x01\xff\n2\x01\xff\x01b\n")
+    assert [row.reason for row in rows_of(path, ["id", "text"])] == ["", "not utf-8: column text"]
+    assert [row.reason for row in rows_of(path, ["junk", "text"])] == [
+        "not utf-8: column junk",
+        "not utf-8: column text",
+    ]
+
+
+def test_rejects_carry_place_reason_and_bytes(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\n1\x01a\nbroken\n\n2\x01b\x01c\n3\x01d")
+    rejects = [row for row in rows_of(path, ["id"]) if row.reason]
+    assert [(row.position, row.reason, row.raw) for row in rejects] == [
+        (Position(3, 12), "1 fields, wanted 2", b"broken"),
+        (Position(4, 19), "1 fields, wanted 2", b""),
+        (Position(5, 20), "3 fields, wanted 2", b"2\x01b\x01c"),
+    ]
+    assert values_of(path, ["id"]) == [[b"1"], [b"3"]]
+
+
+def test_reading_goes_on_at_any_row(tmp_path: Path):
+    content = b"id\x01text\x01x\n" + b"".join(
+        b"%d\x01a\xe8\x8b\xb9\x01\n" % i if i % 5 else b"bro\x01\nken\x01\n" for i in range(40)
+    )
+    for name, packed in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
+        path = written(tmp_path, packed, name)
+        for heal in (False, True):
+            layout = Layout(heal=heal)
+            source = hive.open_source(path, layout)
+            rows = list(hive.read_rows(source, ["id"], layout))
+            for at in range(0, len(rows), 7):
+                assert list(hive.read_rows(source, ["id"], layout, rows[at].position)) == rows[at:]
+            assert list(hive.read_rows(source, ["id"], layout, rows[-1].after)) == []
+
+
+def test_healing_joins_what_a_newline_broke(tmp_path: Path):
+    broken, whole = b"1\x01one\ntwo\nthree\x01x\n", b"2\x01whole\x01y\n"
+    last, lost = b"3\x01last\x01z\nrest\n\n", b"4\x01a\n5\x01b\x01c\n"
+    path = written(tmp_path, b"id\x01text\x01label\n" + broken + whole + last + lost)
+    rows = rows_of(path, ["id", "text", "label"], heal=True)
+    assert [row.values for row in rows if not row.reason] == [
+        [b"1", b"one two three", b"x"],
+        [b"2", b"whole", b"y"],
+        [b"3", b"last", b"z rest "],
+        [b"5", b"b", b"c"],
+    ]
+    assert [row.lines for row in rows] == [3, 1, 3, 1, 1]
+    assert [(row.reason, row.raw) for row in rows if row.reason] == [("2 fields, wanted 3", b"4\x01a")]
+    assert sum(bool(row.reason) for row in rows_of(path, ["id"])) == 6
+
+
+def test_files_without_a_header(tmp_path: Path):
+    path = written(tmp_path, b"1\x01a\n2\x01b\n")
+    assert values_of(path, ["text"], columns=("id", "text")) == [[b"a"], [b"b"]]
+    headed = written(tmp_path, b"id\x01text\n2\x01b\n")
+    assert values_of(headed, ["text"], columns=("id", "text")) == [[b"b"]]
+    assert values_of(written(tmp_path, b""), ["text"], columns=("id", "text")) == []
+
+
+def test_rows_of_several_megabytes(tmp_path: Path):
+    long = b"\xe8\x8b\xb9" * 2_000_000
+    assert values_of(written(tmp_path, b"id\x01text\n1\x01" + long + b"\n2\x01b\n"), ["text"]) == [[long], [b"b"]]
+
+
+def test_gzip_is_known_by_its_bytes_and_damage_is_an_error(tmp_path: Path):
+    packed = gzip.compress(b"id\x01text\n" + b"".join(b"%d\x01%d\n" % (i, i * i) for i in range(9999)))
+    assert len(values_of(written(tmp_path, packed, "000000_0"), ["id"])) == 9999
+    with pytest.raises(DataError, match="damaged or cut short"):
+        values_of(written(tmp_path, packed[:-2000]), ["id"])
+
+
+def test_other_delimiters(tmp_path: Path):
+    assert values_of(written(tmp_path, b"id\ttext\n1\ta\x01b\n"), ["text"], delimiter=b"\t") == [[b"a\x01b"]]
+
+
+def test_parquet_input(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": list(range(10)), "text": ["a\nb", None, "", "\\N", *"cdefgh"], "tags": [["x"]] * 10})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, row_group_size=3)
+    assert values_of(path, ["text", "id"])[:4] == [[b"a\nb", b"0"], [None, b"1"], [b"", b"2"], [b"\\N", b"3"]]
+    layout = Layout()
+    source = hive.open_source(path, layout)
+    rows = list(hive.read_rows(source, ["id"], layout))
+    for at in range(10):
+        assert list(hive.read_rows(source, ["id"], layout, rows[at].position)) == rows[at:]
+    with pytest.raises(DataError, match="column tags is list"):
+        values_of(path, ["tags"])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="no whole Parquet"):
+        hive.open_source(path, layout)
+
+
+def test_files_are_found_in_order_of_their_names(tmp_path: Path):
+    for name in ("b.csv", "a.csv", "sub/c.csv.gz", "_SUCCESS.csv", ".x.csv", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in hive.find_files(tmp_path, ["*.csv", "*.csv.gz"])] == ["a.csv", "b.csv", "c.csv.gz"]
+    assert hive.find_files(tmp_path / "notes.md", ["*.csv"]) == [tmp_path / "notes.md"]
+    with pytest.raises(DataError, match=r"no file matches \*\.parquet; the folder holds a\.csv"):
+        hive.find_files(tmp_path, ["*.parquet"])
+    with pytest.raises(MissingError, match="no such file or folder"):
+        hive.find_files(tmp_path / "none", ["*.csv"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["is empty"]),
+        ("id\x01文本\n".encode("utf-16"), ["UTF-16", "iconv"]),
+        (b"id\x01text\x01id\n", ["column id is there more than once"]),
+    ],
+)
+def test_broken_headers_say_what_is_wrong(tmp_path: Path, content: bytes, words: list[str]):
+    with pytest.raises(DataError) as error:
+        hive.open_source(written(tmp_path, content), Layout())
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path: Path):
+    source = hive.open_source(written(tmp_path, b"id\x01text\n"), Layout())
+    with pytest.raises(DataError, match=r"no column description; found id, text .* columns=\[…\]"):
+        hive.need_columns(source, ["description"], b"\x01")
+    source = hive.open_source(written(tmp_path, b"id,description\n"), Layout())
+    with pytest.raises(DataError, match="the first row holds a comma"):
+        hive.need_columns(source, ["description"], b"\x01")
+
+
+def test_a_vanished_file_is_an_error(tmp_path: Path):
+    source = hive.open_source(written(tmp_path, b"id\n1\n"), Layout())
+    source.path.unlink()
+    with pytest.raises(MissingError, match="no longer there"):
+        list(hive.read_rows(source, ["id"], Layout()))

@@ -1,0 +1,509 @@
+"""The inference stage: what goes in comes out, row for row, and every knob does what it says."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from ebr_lib import inference
+from ebr_lib.config import InferenceConfig
+from ebr_lib.data.vectors import read_embeddings
+from ebr_lib.engines import job as jobs
+from ebr_lib.engines.job import EncodeReport
+from ebr_lib.engines.local import EncoderFacts
+from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
+from ebr_lib.inference import run_batch_inference
+from ebr_lib.model.loading import ModelIdentity
+
+
+def fake_vector(text: str) -> np.ndarray:
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.frombuffer(digest, dtype=np.uint8)[:6].astype(np.float32) / np.float32(7)
+
+
+class FakeEncoder:
+    """Vectors that tell which text they are of, at once; keeps what it was asked for."""
+
+    def __init__(self, prompt: str = "", trained: str = "", sha: str = "a" * 64) -> None:
+        self.facts = EncoderFacts(6, "float32", prompt, trained, 128)
+        self.dim = 6
+        self.sha = sha
+        self.asked: list[str] = []
+
+    def prepare(self, texts: list[str]) -> list[str]:
+        return texts
+
+    def encode(self, prepared: list[str]):
+        self.asked += prepared
+        counts = Counter(texts=len(prepared), tokens=10 * len(prepared), slots=16 * len(prepared))
+        return np.stack([fake_vector(text) for text in prepared]), EncodeReport(counts)
+
+    def close(self) -> None:
+        pass
+
+
+def use(monkeypatch: pytest.MonkeyPatch, encoder: FakeEncoder) -> FakeEncoder:
+    monkeypatch.setattr(inference, "open_encoder", lambda recipe, processes: encoder)
+    monkeypatch.setattr(
+        inference, "identify", lambda name: ModelIdentity(name, f"/models/{name}", encoder.sha, name, encoder.sha)
+    )
+    return encoder
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
+    return use(monkeypatch, FakeEncoder())
+
+
+def catalogue(folder: Path, rows: list[str], name: str = "a.csv", header: str = "id\x01description\x01label") -> Path:
+    path = folder / "in" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([header, *rows, ""]), encoding="utf-8", newline="")
+    return path
+
+
+def run(folder: Path, **knobs):
+    return run_batch_inference({"data_path": str(folder / "in"), "output_path": str(folder / "out.txt")} | knobs)
+
+
+def rejects_of(path: Path) -> list[list[bytes]]:
+    head, *rows = path.read_bytes().split(b"\n")
+    assert head == b"file\x01line\x01offset\x01reason\x01raw"
+    return [row.split(b"\x01", 4) for row in rows[:-1]]
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_order_and_duplicates_are_those_of_the_input(tmp_path: Path, encoder: FakeEncoder):
+    rows = [f"{i}\x01text {i % 7}\x01\\N" for i in range(100)]
+    catalogue(tmp_path, rows[:60])
+    catalogue(tmp_path, rows[60:], "b.csv")
+    result = run(tmp_path, window_rows=9)
+    back = read_embeddings(result.output)
+    assert back.columns == {
+        "id": [str(i) for i in range(100)],
+        "description": [f"text {i % 7}" for i in range(100)],
+        "label": [None] * 100,
+    }
+    assert (back.vectors == np.stack([fake_vector(f"text {i % 7}") for i in range(100)])).all()
+    assert sorted(encoder.asked) == sorted({f"text {i % 7}" for i in range(100)})  # each once, across windows
+    assert (result.counts["encoded"], result.counts["duplicates"]) == (7, 93)
+    assert not (tmp_path / "out.txt.work").exists()
+
+
+def test_output_columns_are_kept_in_their_order(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    assert list(read_embeddings(run(tmp_path, output_columns=["label", "id"]).output).columns) == ["label", "id"]
+
+
+def test_without_knobs_it_reads_and_writes_where_the_guide_says(
+    tmp_path: Path, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("infer_data").mkdir()
+    Path("infer_data/a.csv").write_text("id\x01description\n1\x01a\n")
+    result = run_batch_inference()
+    assert result.output == Path("faiss/embeds_2.txt")
+    assert Path("faiss/embeds_2.txt").read_bytes().startswith(b"id\x01description\x01vector\n1\x01a\x01")
+    assert result.rejects is None
+
+
+@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
+def test_every_format_holds_the_same(tmp_path: Path, encoder: FakeEncoder, ending: str):
+    catalogue(tmp_path, ["1\x01a\x01x", "2\x01\x01\\N", "3\x01b\x01"])
+    result = run(tmp_path, output_path=str(tmp_path / f"o{ending}"), on_empty_text="empty")
+    back = read_embeddings(result.output, keep_empty=True)
+    assert back.columns == {"id": ["1", "2", "3"], "description": ["a", "", "b"], "label": ["x", None, ""]}
+    assert back.valid.tolist() == [True, False, True]
+    assert (back.vectors[back.valid] == np.stack([fake_vector("a"), fake_vector("b")])).all()
+
+
+EMPTY = ["1\x01\\N\x01x", "2\x01\x01x", "3\x01 \u3000\x01x", "4\x01ok\x01x"]
+
+
+def test_empty_texts_are_skipped_to_the_rejects(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, EMPTY)
+    result = run(tmp_path)
+    assert read_embeddings(result.output).columns["id"] == ["4"]
+    assert result.rejects is not None
+    offset = len("id\x01description\x01label\n")
+    assert rejects_of(result.rejects)[0] == [b"a.csv", b"2", str(offset).encode(), b"null text", b"1\x01\\N\x01x"]
+    assert [row[3] for row in rejects_of(result.rejects)] == [b"null text", b"empty text", b"blank text"]
+    catalogue(tmp_path, EMPTY[3:])
+    assert run(tmp_path).rejects is None
+    assert not result.rejects.exists()  # those of the earlier run do not stay beside another output
+
+
+def test_empty_texts_are_kept_without_a_vector(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, EMPTY)
+    result = run(tmp_path, on_empty_text="empty")
+    back = read_embeddings(result.output)
+    assert (back.rows.tolist(), back.total, result.counts["empty"]) == ([3], 4, 3)
+    assert encoder.asked == ["ok"]
+
+
+def test_empty_texts_are_an_error(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, EMPTY)
+    with pytest.raises(DataError, match=r"a\.csv, line 2: null text in column description"):
+        run(tmp_path, on_empty_text="error")
+
+
+def test_healing_is_counted(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01one\ntwo\x01x", "2\x01b\x01x"])
+    assert run(tmp_path).counts["rejected"] == 2
+    result = run(tmp_path, heal_rows=True)
+    assert (result.counts["healed"], result.counts["rejected"]) == (1, 0)
+    assert read_embeddings(result.output).columns["description"] == ["one two", "b"]
+
+
+def test_input_knobs(tmp_path: Path, encoder: FakeEncoder):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "000000_0").write_bytes("1\t苹果\n".encode("gbk"))
+    result = run(
+        tmp_path,
+        file_patterns=["0*_0"],
+        columns=["id", "text"],
+        description_column="text",
+        delimiter="\\t",
+        encoding="gbk",
+    )
+    assert read_embeddings(result.output).columns == {"id": ["1"], "text": ["苹果"]}
+    assert encoder.asked == ["苹果"]
+
+
+def test_parquet_values_that_text_cannot_hold_are_rejected(tmp_path: Path, encoder: FakeEncoder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "in").mkdir()
+    ids = ["1", "a\nb", "a\x01b", "\\N", None]
+    pq.write_table(pa.table({"id": ids, "description": list("abcde")}), tmp_path / "in" / "a.parquet")
+    result = run(tmp_path, output_columns=["id"])
+    assert read_embeddings(result.output).columns["id"] == ["1", None]
+    assert json.loads(rejects_of(result.rejects)[0][4]) == {"id": "a\nb", "description": "b"}
+    whole = run(tmp_path, output_columns=["id"], output_path=str(tmp_path / "o.parquet"))
+    assert read_embeddings(whole.output).columns["id"] == ids
+
+
+def test_append_takes_in_new_files_only(tmp_path: Path, encoder: FakeEncoder):
+    for ending in (".txt", ".parquet", ".npy"):
+        out = str(tmp_path / f"o{ending}")
+        catalogue(tmp_path, ["1\x01a\x01x", "broken"], "b.csv")
+        run(tmp_path, output_path=out)
+        catalogue(tmp_path, ["2\x01b\x01x", "lost"], "a.csv")
+        encoder.asked.clear()
+        result = run(tmp_path, output_path=out, append=True)
+        assert encoder.asked == ["b"]
+        assert read_embeddings(out).columns["id"] == ["1", "2"]
+        assert [row[4] for row in rejects_of(result.rejects)] == [b"broken", b"lost"]
+        assert (result.counts["read"], result.counts["written"], result.counts["rejected"]) == (4, 2, 2)
+        manifest = json.loads(result.manifest.read_text())
+        assert [entry["path"] for entry in manifest["inputs"]] == ["b.csv", "a.csv"]
+        assert read_embeddings(run(tmp_path, output_path=out, append=True).output).total == 2  # nothing new
+        (tmp_path / "in" / "a.csv").unlink()
+
+
+def test_append_refuses_another_model_and_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    run(tmp_path)
+    before = (tmp_path / "out.txt").read_bytes()
+    catalogue(tmp_path, ["1\x01b\x01x"])
+    use(monkeypatch, FakeEncoder(sha="b" * 64))
+    with pytest.raises(DataError) as error:
+        run(tmp_path, append=True)
+    assert all(words in str(error.value) for words in ("model: 'aaa", "'bbb", "input a.csv: its contents changed"))
+    (tmp_path / "out.txt.json").unlink()
+    with pytest.raises(DataError, match="has no manifest"):
+        run(tmp_path, append=True)
+    assert (tmp_path / "out.txt").read_bytes() == before
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def test_another_prompt_than_the_models_is_warned_of(tmp_path: Path, monkeypatch, caplog):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    use(monkeypatch, FakeEncoder(prompt="item: ", trained="passage: "))
+    run(tmp_path, prompt="item: ")
+    assert "prompt 'item: ' is not what the model was trained with ('passage: ')" in caplog.text
+    caplog.clear()
+    use(monkeypatch, FakeEncoder(prompt="passage: ", trained="passage: "))
+    run(tmp_path, prompt="passage: ")
+    run(tmp_path)
+    assert "not what the model" not in caplog.text
+
+
+def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    catalogue(tmp_path, ["1\x01a\x01x", "2\x01b\x01x"])
+    monkeypatch.setattr(encoder, "encode", lambda texts: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
+    with pytest.raises(ModelError, match=r"2 texts, the first in a\.csv, line 2"):
+        run(tmp_path)
+
+
+def test_a_real_model_its_knobs_and_the_manifest(tmp_path: Path, tiny_bert: Path):
+    from ebr_lib.model.loading import load_model
+
+    long = " ".join(["blanket"] * 300)
+    catalogue(tmp_path, ["1\x01red shoes\x01x", f"2\x01{long}\x01x", "3\x01红鞋\x01x"])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
+    result = run(tmp_path, **knobs, prompt="item: ", truncate_dim=8, max_seq_length=32, batch_tokens=64)
+    back = read_embeddings(result.output)
+    model = load_model(str(tiny_bert), max_seq_length=32, device="cpu")
+    wanted = model.encode(["item: red shoes", f"item: {long}", "item: 红鞋"], truncate_dim=8, normalize_embeddings=True)
+    assert np.allclose(back.vectors, wanted, atol=1e-5)
+    assert np.allclose(np.linalg.norm(back.vectors, axis=1), 1, atol=1e-6)
+    manifest = json.loads(result.manifest.read_text())
+    assert manifest["model"]["path"] == str(tiny_bert)
+    assert len(manifest["model"]["sha256"]) == 64
+    assert (manifest["prompt"], manifest["dimension"], manifest["precision"]) == ("item: ", 8, "float32")
+    assert manifest["inputs"][0]["sha256"] == hashlib.sha256((tmp_path / "in" / "a.csv").read_bytes()).hexdigest()
+    assert manifest["truncated"]["rows"] == 1
+    example = manifest["truncated"]["examples"][0]
+    assert (example["file"], example["line"], example["kept"]) == ("a.csv", 3, 32)
+    assert manifest["truncated"]["token_share"] == pytest.approx((example["tokens"] - 32) / manifest_tokens(manifest))
+    raw = run(tmp_path, **knobs, normalize=False, truncate_dim=8)
+    assert not np.allclose(np.linalg.norm(read_embeddings(raw.output).vectors, axis=1), 1, atol=1e-3)
+
+
+def manifest_tokens(manifest: dict) -> int:
+    return manifest["rows"]["tokens"] + manifest["rows"]["tokens_lost"]
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path):
+    catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(40)])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "max_seq_length": 8}
+    one = run(tmp_path, **knobs)
+    two = run(tmp_path, **knobs, num_processes=2, output_path=str(tmp_path / "two.txt"))
+    assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
+    assert one.counts["truncated"] == two.counts["truncated"] > 0
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"delimiter": "ab"}, "delimiter: 'ab' is not one ASCII character"),
+        ({"delimiter": "\n"}, "a newline ends rows"),
+        ({"delimiter": "|", "encoding": "gbk"}, "second byte of a GBK character"),
+        ({"columns": ["id", "text"]}, "do not hold description_column 'description'"),
+        ({"columns": ["description", "description"]}, "twice"),
+        ({"output_columns": ["vector"]}, "`vector` is the name"),
+        ({"append": True, "restart": True}, "choose one"),
+    ],
+)
+def test_knobs_that_cannot_go_together(knobs: dict, words: str):
+    with pytest.raises(ConfigError, match=words.replace("|", r"\|")):
+        InferenceConfig.resolve(knobs)
+
+
+def test_wrong_input_is_a_clear_error_and_loses_nothing(tmp_path: Path, encoder: FakeEncoder):
+    with pytest.raises(MissingError, match="no such file or folder"):
+        run(tmp_path)
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    before = run(tmp_path).output.read_bytes()
+    catalogue(tmp_path, ["1\x01a\x01x"], "b.csv", header="id\x01text\x01label")
+    with pytest.raises(DataError, match=r"b\.csv: no column description; found id, text, label"):
+        run(tmp_path)
+    catalogue(tmp_path, ["1\x01a"], "b.csv", header="id\x01description")
+    with pytest.raises(DataError, match=r"same columns \(label is in one of them only\)"):
+        run(tmp_path)
+    catalogue(tmp_path, ["1\x01a\x01x"], "b.csv", header="id\x01description\x01vector")
+    (tmp_path / "in" / "a.csv").unlink()
+    with pytest.raises(DataError, match="has a column `vector` already"):
+        run(tmp_path)
+    assert (tmp_path / "out.txt").read_bytes() == before
+
+
+def test_a_full_disk_says_so_and_the_same_call_goes_on(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(50)])
+    wanted = run(tmp_path, window_rows=5).output.read_bytes()
+    real, calls = os.fsync, iter(range(1000))
+
+    def full(file: int) -> None:
+        if next(calls) > 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"the disk is full .* rows written so far are whole"):
+            run(tmp_path, window_rows=5)
+    assert (tmp_path / "out.txt").read_bytes() == wanted  # the earlier output
+    encoder.asked.clear()
+    assert run(tmp_path, window_rows=5).output.read_bytes() == wanted
+    assert 0 < len(encoder.asked) < 50
+
+
+def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(20)])
+    path = catalogue(tmp_path, ["a\x01b\x01c"], "b.csv")
+    wanted = run(tmp_path).output.read_bytes()
+    whole, real = path.read_bytes(), encoder.encode
+
+    def while_encoding(change):
+        def encode(prepared):
+            change()
+            return real(prepared)
+
+        return encode
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode", while_encoding(lambda: path.unlink(missing_ok=True)))
+        with pytest.raises(MissingError, match=r"b\.csv: the file is no longer there"):
+            run(tmp_path, window_rows=4)
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode", while_encoding(lambda: path.write_bytes(whole * 2)))
+        with pytest.raises(DataError, match=r"b\.csv changed while it was read"):
+            run(tmp_path, window_rows=4, restart=True)
+    with pytest.raises(DataError, match=r"input b\.csv: its contents changed"):
+        run(tmp_path, window_rows=4)
+    path.write_bytes(whole)
+    assert run(tmp_path, window_rows=4).output.read_bytes() == wanted
+
+
+def test_two_runs_on_one_output_are_refused(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    real = encoder.encode
+
+    def encode(prepared):
+        with pytest.raises(DataError, match="another run is writing this output"):
+            run(tmp_path)
+        return real(prepared)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    assert run(tmp_path).counts["written"] == 1
+
+
+def test_windows_end_at_many_bytes_too(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    monkeypatch.setattr(jobs, "WINDOW_BYTES", 1000)
+    sizes = []
+    real = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda texts: sizes.append(len(texts)) or real(texts))
+    catalogue(tmp_path, [f"{i}\x01{i}{'long' * 100}\x01x" for i in range(10)])
+    run(tmp_path)
+    assert sizes == [3, 3, 3, 1]
+
+
+# --- a thousand nasty files ---------------------------------------------------------------------------------------
+
+PIECES = [
+    "a",
+    "苹果",
+    '"',
+    "'",
+    "\r",
+    "\u2028",
+    "\u0085",
+    "\x0b",
+    "\x00",
+    "\\",
+    "\\N",
+    " ",
+    "\u3000",
+    "é",
+    "😀",
+    ",",
+    "\t",
+    "N",
+]
+NASTY_TEXT = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+NASTY_FIELD = st.one_of(
+    NASTY_TEXT.map(str.encode),
+    st.sampled_from([b"\\N", b"", b"\xff\xfe", b"\xc4\xe3\xba\xc3", b"\xed\xa0\x80", b"\xe8\x8b", b"x" * 3000]),
+)
+NASTY_LINE = st.one_of(
+    st.lists(NASTY_FIELD, min_size=3, max_size=3), st.lists(NASTY_FIELD, min_size=1, max_size=5)
+).map(b"\x01".join)
+NASTY_FILE = st.fixed_dictionaries(
+    {
+        "lines": st.lists(NASTY_LINE, max_size=8),
+        "newline_at_end": st.booleans(),
+        "bom": st.booleans(),
+        "crlf": st.booleans(),
+        "gzip": st.booleans(),
+    }
+)
+FILES_A_RUN = 20
+
+
+def nasty_bytes(file: dict) -> bytes:
+    newline = b"\r\n" if file["crlf"] else b"\n"
+    content = newline.join([b"id\x01description\x01label", *file["lines"]])
+    content = (b"\xef\xbb\xbf" if file["bom"] else b"") + content + (newline if file["newline_at_end"] else b"")
+    return gzip.compress(content) if file["gzip"] else content
+
+
+def wanted_of(file: dict, on_empty: str) -> tuple[list[list[bytes]], int]:
+    """What the contract says of a file, worked out apart from the reader: rows that are kept, and how many are not."""
+    lines = list(file["lines"])
+    if lines and not file["newline_at_end"]:
+        lines[-1] = lines[-1].removesuffix(b"\r") if file["crlf"] and lines[-1] != b"\r" else lines[-1]
+        lines = lines if lines[-1] else lines[:-1]  # what follows the last newline is no row
+    rows = []
+    for line in lines:
+        fields = line.split(b"\x01")
+        try:
+            texts = [field.decode() for field in fields]
+        except UnicodeDecodeError:
+            continue
+        if len(fields) == 3 and not (on_empty == "skip" and (fields[1] == b"\\N" or not texts[1].strip())):
+            rows.append(fields)
+    return rows, len(lines) - len(rows)
+
+
+# no shrinking: a failing draw is small enough to read, and shrinking a thousand files takes minutes
+@settings(max_examples=50, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_a_thousand_nasty_files_come_through(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    folder = tmp_path_factory.mktemp("nasty")
+    (folder / "in").mkdir()
+    files = data.draw(st.lists(NASTY_FILE, min_size=FILES_A_RUN, max_size=FILES_A_RUN))
+    on_empty = data.draw(st.sampled_from(["skip", "empty"]))
+    ending = data.draw(st.sampled_from([".txt", ".txt", ".parquet", ".npy"]))
+    for number, file in enumerate(files):
+        (folder / "in" / f"{number:03}.csv").write_bytes(nasty_bytes(file))
+    wanted, rejected = [], 0
+    for file in files:
+        rows, missing = wanted_of(file, on_empty)
+        wanted += rows
+        rejected += missing
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, FakeEncoder())
+        patch.setattr(os, "fsync", lambda file: None)  # nothing is killed here, and a thousand files are many
+        result = run(
+            folder,
+            output_path=str(folder / f"out{ending}"),
+            on_empty_text=on_empty,
+            encoding="utf-8",
+            window_rows=data.draw(st.integers(10, 100)),
+        )
+    counts = result.counts
+    assert counts["read"] == counts["written"] + counts["rejected"]
+    assert (counts["written"], counts["rejected"]) == (len(wanted), rejected)
+    assert len(rejects_of(result.rejects) if result.rejects else []) == rejected
+    if not wanted or not counts["encoded"]:
+        return
+    back = read_embeddings(result.output, keep_empty=True)
+    for column, name in enumerate(("id", "description", "label")):
+        found = [b"\\N" if value is None else value.encode() for value in back.columns[name]]
+        assert found == [row[column] for row in wanted]
+    texts = [None if row[1] == b"\\N" or not row[1].decode().strip() else row[1].decode() for row in wanted]
+    assert back.valid.tolist() == [text is not None for text in texts]
+    made = [fake_vector(text) for text in texts if text is not None]
+    assert (back.vectors[back.valid] == np.stack(made)).all()
