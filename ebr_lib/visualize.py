@@ -23,13 +23,14 @@ from ebr_lib.files import write_json
 from ebr_lib.logs import logger
 from ebr_lib.tables import Table
 from ebr_lib.view import clusters as measure
-from ebr_lib.view import figure, projection
+from ebr_lib.view import explorer, figure, projection
 from ebr_lib.view.figure import Groups, Panel, shortened
 
 Vectors = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 NEAR = 10  # neighbours that purity, confusions and the explorer look at
+WIDE = 40  # neighbours to choose from where the explorer cannot draw all
 SCORED = 1000  # labels that are scored; a column with more values is rather an id
 NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 NO_LABEL_TITLE = "k-means cluster"
@@ -229,14 +230,20 @@ def _project(
         quality[method] = projection.map_quality(distinct, neighbours, drawn, config.seed)
         everywhere = _everywhere(unit, rows, drawn[place])
         coords[method] = projection.aligned(everywhere, before.coords[method]) if before else everywhere
-    return _Maps(rows, projection.neighbours_of_rows(neighbours, place, NEAR), coords, quality, settings)
+    return _Maps(
+        rows,
+        projection.neighbours_of_rows(neighbours, place, NEAR if len(rows) <= explorer.MOST else WIDE),
+        coords,
+        quality,
+        settings,
+    )
 
 
 def _neighbours(
     distinct: Vectors, settings: Mapping[str, Mapping[str, Any]], cache: projection.Cache
 ) -> projection.Neighbours:
     """One table for both maps, their judgement, purity and the explorer."""
-    wanted = [NEAR, projection.MAP_NEIGHBOURS]
+    wanted = [NEAR if len(distinct) <= explorer.MOST else WIDE, projection.MAP_NEIGHBOURS]
     wanted += [int(3 * chosen["perplexity"]) for chosen in settings.values() if "perplexity" in chosen]
     wanted += [chosen["n_neighbors"] for chosen in settings.values() if "n_neighbors" in chosen]
     found: list[projection.Neighbours] = []
@@ -333,7 +340,7 @@ def _measure(
     if labels is None or not labels.names:
         return _Numbers(health, clusters, None, None, [], [], None)
     codes = np.where(labels.codes < SCORED, labels.codes, -1)
-    near, rows = maps.near, maps.rows
+    near, rows = maps.near[:, :NEAR], maps.rows
     separated = measure.separation(items.unit, codes)
     purity = measure.label_purity(near, codes[rows])
     return _Numbers(
@@ -452,7 +459,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     if old and before:
         old_clusters = measure.find_clusters(old.unit, clusters.k, 0, config.seed)
         then = _measure(old, labels, old_clusters, before, config)
-        shared = measure.neighbours_shared(before.near, maps.near)
+        shared = measure.neighbours_shared(before.near[:, :NEAR], maps.near[:, :NEAR])
         tables.append(_moved_table(shared, items, maps, before))
     if labels and labels.names:
         tables += _label_tables(numbers, items, labels)
@@ -465,8 +472,11 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
                 fonts=config.chinese_fonts)  # fmt: skip
     content = _content(config, maps, numbers, before=then, groups=groups, tables=tables)
     write_json(picture.with_suffix(".json"), content)
-    logger.info("wrote %s", picture)
-    return VisResult(picture, None, picture.with_suffix(".json"), content, tuple(tables))
+    page = (
+        _explore(picture.with_suffix(".html"), items, maps, panels, groups, config=config) if config.explorer else None
+    )
+    logger.info("wrote %s", ", ".join(str(path) for path in (picture, page, picture.with_suffix(".json")) if path))
+    return VisResult(picture, page, picture.with_suffix(".json"), content, tuple(tables))
 
 
 def _panels(maps: _Maps, before: _Maps | None) -> Iterator[Panel]:
@@ -478,6 +488,37 @@ def _panels(maps: _Maps, before: _Maps | None) -> Iterator[Panel]:
 
 def _note(quality: projection.MapQuality) -> str:
     return f"trustworthiness {quality.trustworthiness:.3f}, neighbours kept {quality.neighbours_kept:.1%}"
+
+
+def _explore(
+    path: Path, items: _Items, maps: _Maps, panels: Sequence[Panel], groups: Groups, *, config: VisConfig
+) -> Path:
+    """Write the page of up to 50,000 of the projected points."""
+    chosen = projection.sample_rows(groups.codes[maps.rows], explorer.MOST, config.seed)
+    rows = maps.rows[chosen]
+    near = _near_drawn(maps.near, chosen)
+    others = np.where(near < 0, 0, near)
+    products = [np.einsum("id,id->i", items.unit[rows], items.unit[rows[column]]) for column in others.T]
+    explorer.write_explorer(
+        path,
+        [dataclasses.replace(panel, coords=panel.coords[rows]) for panel in panels],
+        dataclasses.replace(groups, codes=groups.codes[rows]),
+        texts=[items.texts[row] for row in rows],
+        near=near,
+        cosines=np.stack(products, axis=1) if products else np.empty(near.shape, np.float32),
+        name=_title(config),
+        all_rows=len(items),
+    )
+    return path
+
+
+def _near_drawn(near: Ints, chosen: Ints) -> Ints:
+    """Neighbours as places among the chosen points: the nearest ten that are chosen, -1 where there are fewer."""
+    place = np.full(len(near), -1, dtype=np.int64)
+    place[chosen] = np.arange(len(chosen))
+    found = place[near[chosen]]
+    order = np.argsort(found < 0, axis=1, kind="stable")[:, :NEAR]
+    return np.take_along_axis(found, order, 1)
 
 
 def _title(config: VisConfig) -> str:

@@ -375,8 +375,9 @@ def columns_of(text: str) -> int:
 def shortened(text: str, columns: int) -> str:
     """A text on one line, cut to so many half-width columns."""
     text = " ".join(text.split())
-    if columns_of(text) <= columns:
+    if columns_of(text[: columns + 1]) <= columns:
         return text
+    text = text[:columns]
     while columns_of(text) > columns - 1:
         text = text[:-1]
     return text.rstrip() + "…"

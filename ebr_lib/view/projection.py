@@ -287,7 +287,7 @@ def _search_index(unit: Vectors) -> Any:
         flat = faiss.IndexFlatIP(dim)
         flat.add(unit)
         return flat
-    index = faiss.index_factory(dim, f"IVF{int(np.sqrt(n))},Flat", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(dim, f"IVF{int(np.sqrt(n))},Flat", faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.nprobe = 5, 8
     index.train(unit)
     index.add(unit)
@@ -346,7 +346,7 @@ def trustworthiness(unit: Vectors, coords: Coords, k: int) -> float:
 
 def fingerprint(unit: Vectors, *settings: object) -> str:
     """A name for the outcome of a projection: equal vectors and settings give equal names."""
-    digest = hashlib.sha256(memoryview(np.ascontiguousarray(unit)))
+    digest = hashlib.sha256(np.ascontiguousarray(unit).data)
     digest.update(repr((unit.shape, *settings)).encode())
     return digest.hexdigest()[:32]
 

@@ -1,0 +1,70 @@
+"""The interactive page: one file that needs no network, to hover, search, filter and follow neighbours."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.files import written_whole
+from ebr_lib.view.figure import PALE, Groups, Panel, shortened
+
+MOST = 50_000  # points that a browser draws without a pause
+TEXT_COLUMNS = 240  # of a text are shown, in half-width columns
+TEMPLATE = Path(__file__).with_name("explorer.html")
+
+Ints = NDArray[np.int64]
+
+
+def write_explorer(
+    path: Path,
+    panels: Sequence[Panel],
+    groups: Groups,
+    *,
+    texts: Sequence[str | None],
+    near: Ints,
+    cosines: NDArray[np.float32],
+    name: str,
+    all_rows: int,
+) -> None:
+    """Write the page.
+
+    :param panels: maps of the points that are drawn, n × 2 each.
+    :param groups: their labels; `texts` are what hovering shows.
+    :param near: nearest neighbours of each point in the original space as places among the points, n × k, nearest
+        first; -1 for one that is not drawn.
+    :param cosines: cosine of each of them.
+    :param all_rows: how many rows the file has, for the line that says how many of them are here.
+    """
+    data = {
+        "name": name,
+        "all": all_rows,
+        "title": groups.title,
+        "groups": [
+            *({"name": n, "colour": c} for n, c in zip(groups.names, groups.colours, strict=True)),
+            {"name": "", "colour": PALE},
+        ],
+        "maps": [{"name": p.title, "note": p.note, "coords": _packed(p.coords, np.float32)} for p in panels],
+        "codes": _packed(groups.codes, np.int32),
+        "near": _packed(near, np.int32),
+        "cosines": _packed(np.rint(cosines * 10_000), np.int16),
+        "texts": [shortened(text or "", TEXT_COLUMNS) for text in texts],
+    }
+    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", _harmless(data))
+    with written_whole(path) as new:
+        new.write_text(page, encoding="utf-8")
+
+
+def _packed(values: NDArray[Any], kind: type[np.generic]) -> str:
+    little = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<"))
+    return base64.b64encode(little.tobytes()).decode()
+
+
+def _harmless(data: Mapping[str, Any]) -> str:
+    """JSON in which no text can end the script element or open a comment in it: `<` is written as an escape."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
