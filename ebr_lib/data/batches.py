@@ -198,6 +198,7 @@ class KnownPositives:
 
     :ivar anchors: number of each row's anchor, shape (rows,).
     :ivar documents: number of each row's positive, shape (rows,).
+    :ivar columns: number of each row's positive and negatives, shape (rows, 1 + most negatives); 0 where there is none.
     """
 
     def __init__(self, rows: Sequence[TrainingRow]) -> None:
@@ -210,10 +211,10 @@ class KnownPositives:
         keys, numbers = np.unique(np.concatenate(sides), return_inverse=True)
         self._base = len(keys) + 1  # texts are numbered from 1; 0 is no text
         self.anchors, self.documents, negatives = np.split(numbers + 1, [len(rows), 2 * len(rows)])
-        columns = np.zeros((len(rows), 1 + per_row.max(initial=0)), dtype=np.int64)
-        columns[:, 0] = self.documents
-        columns[:, 1:][np.arange(columns.shape[1] - 1) < per_row[:, None]] = negatives
-        self._columns = torch.from_numpy(columns)
+        self.columns = np.zeros((len(rows), 1 + per_row.max(initial=0)), dtype=np.int64)
+        self.columns[:, 0] = self.documents
+        self.columns[:, 1:][np.arange(self.columns.shape[1] - 1) < per_row[:, None]] = negatives
+        self._columns = torch.from_numpy(self.columns)
         self._anchors = torch.from_numpy(self.anchors)
         self._pairs = torch.from_numpy(self._coded())
 
@@ -237,7 +238,21 @@ class KnownPositives:
 
     def answers(self, anchors: Tensor, documents: Tensor) -> Tensor:
         """Text numbers (q,) and (d,) to bool (q, d): is the pair a known positive?"""
-        codes = anchors[:, None] * self._base + documents
+        return self._known(anchors[:, None], documents)
+
+    def own_answers(self) -> NDArray[np.bool_]:
+        """Shape of `columns`: does that document answer the anchor of its own row? True for all positives."""
+        return self._known(torch.from_numpy(self.anchors)[:, None], torch.from_numpy(self.columns)).numpy()
+
+    def answers_among(self, anchors: Ints, documents: Ints) -> int:
+        """How many of the q · d combinations of text numbers (q,) and (d,) are known positives; builds no matrix."""
+        one, other = np.divmod(self._pairs.numpy(force=True), self._base)
+        asked, offered = (np.bincount(side, minlength=self._base) for side in (anchors, documents))
+        offered[0] = 0
+        return int((asked[one] * offered[other]).sum())
+
+    def _known(self, anchors: Tensor, documents: Tensor) -> Tensor:
+        codes = anchors * self._base + documents
         place = torch.searchsorted(self._pairs, codes).clamp_(max=len(self._pairs) - 1)
         return (self._pairs[place] == codes) & (documents != 0)
 

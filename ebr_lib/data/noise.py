@@ -17,7 +17,7 @@ from ebr_lib.data.pairs import is_blank
 NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
 _CHUNK = re.compile(r"\S+")
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003347f]")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003347f]")
 # a letter goes with its accents and variation selectors
 _CHARACTER = re.compile(r"\S[\u0300-\u036f\ufe00-\ufe0f]*")
 
@@ -53,7 +53,7 @@ def words_and_gaps(text: str) -> tuple[list[str], list[str]]:
 
 
 def _words_of_chunk(chunk: str) -> list[str]:
-    if not _HAN.search(chunk):
+    if not HAN.search(chunk):
         return [chunk]
     import rjieba
 

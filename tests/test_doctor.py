@@ -1,0 +1,170 @@
+"""The data doctor: every number against one worked out by hand, by enumeration or by simulation."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebr_lib.data import doctor
+from ebr_lib.data.batches import KnownPositives
+from ebr_lib.data.doctor import SMALL_DATA_PRESET, ColumnTokens, examine, language_of
+from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.errors import DataError
+
+
+def words_of(texts):
+    return [len(text.split()) for text in texts]
+
+
+def look(rows, batch_size=4, max_seq_length=3, **more):
+    return examine(rows, words_of, max_seq_length=max_seq_length, batch_size=batch_size, **more)
+
+
+ROWS = [
+    TrainingRow("red shoes", "a pair of red shoes"),
+    TrainingRow("red shoes", "a pair of red shoes"),
+    TrainingRow("Red  Shoes", "a pair of red shoes", ("boots", "A pair of RED shoes")),
+    TrainingRow("红色鞋子", "a pair of red shoes", ("boots",)),
+    TrainingRow("blue hat", "Blue Hat"),
+    TrainingRow(" ", "nothing"),
+]
+
+
+def test_counts_by_hand():
+    report = look(ROWS)
+    assert (report.rows, report.anchors, report.documents) == (6, 4, 3)
+    assert (report.exact_duplicates, report.duplicates, report.duplicate_share) == (1, 2, 2 / 6)
+    assert (report.positives_as_negatives, report.anchor_is_positive, report.empty_texts) == (1, 1, 1)
+    assert report.popular == (("a pair of red shoes", 4), ("Blue Hat", 1), ("nothing", 1))
+    assert report.languages == {"Chinese": 1 / 12, "English": 10 / 12, "mixed": 0, "other": 1 / 12}
+    assert report.tokens == (
+        ColumnTokens("anchor", 6, 0, 0.0, 9 / 6, 2, 2),
+        ColumnTokens("positive", 6, 4, 8 / 23, 23 / 6, 5, 5),
+        ColumnTokens("negative", 3, 1, 2 / 7, 7 / 3, 5, 5),
+    )
+
+
+def test_prompts_count():
+    tokens = look(ROWS, prompts={"anchor": "query : "}).tokens
+    assert (tokens[0].longest, tokens[0].over, tokens[1].longest) == (4, 4, 5)
+
+
+def test_tokens_are_those_of_the_tokenizer(tiny_bert):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    rows = [TrainingRow("a red shoe", "text " * 700), TrainingRow("hat", "红色的鞋子")]
+    report = examine(rows, tokenizer, max_seq_length=8, batch_size=2)
+    lengths = [len(tokenizer(row.positive)["input_ids"]) for row in rows]
+    assert report.tokens[1].longest == max(lengths) > 700
+    assert report.tokens[1].over == sum(length > 8 for length in lengths)
+    assert report.tokens[1].mean == pytest.approx(np.mean(lengths))
+
+
+texts = st.text("ab", min_size=1, max_size=2)
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    st.lists(st.builds(TrainingRow, texts, texts, st.lists(texts, max_size=2).map(tuple)), min_size=1, max_size=7),
+    st.integers(1, 5),
+)
+def test_false_negatives_are_those_of_every_batch(rows, batch_size):
+    """The expectation is the mean over all batches there are."""
+    report = look(rows, batch_size)
+    mask = KnownPositives(rows).mask
+    found = [
+        int(mask(torch.tensor(batch)).sum()) - report.batch_size
+        for batch in itertools.combinations(range(len(rows)), report.batch_size)
+    ]
+    assert report.false_negatives == pytest.approx(np.mean(found))
+    columns = 1 + max(len(row.negatives) for row in rows)
+    assert report.negatives == mask(torch.arange(report.batch_size)).numel() - report.batch_size
+    assert report.negatives == report.batch_size * (report.batch_size * columns - 1)
+
+
+def click_log(rows=3000):
+    documents = np.minimum(np.random.default_rng(0).zipf(1.5, rows), 10**6)
+    return [TrainingRow(f"query {i // 2}", f"document {d}") for i, d in enumerate(documents)]
+
+
+def test_false_negatives_of_a_click_log():
+    rows = click_log()
+    report = look(rows, 64)
+    mask, rng = KnownPositives(rows).mask, np.random.default_rng(1)
+    drawn = [int(mask(torch.from_numpy(rng.choice(len(rows), 64, replace=False))).sum()) - 64 for _ in range(600)]
+    error = np.std(drawn) / np.sqrt(len(drawn))
+    assert abs(np.mean(drawn) - report.false_negatives) < 4 * error
+    assert report.false_negatives_balanced < report.false_negatives
+    assert any("balanced_batches" in line for line in report.advice)
+
+
+def test_few_rows_are_warned_about_in_both_languages():
+    rows = [TrainingRow(f"question number {i}", f"answer number {i}") for i in range(100)]
+    assert look(rows).advice == look(rows * 1, max_seq_length=9).advice == ()
+    (line,) = look(rows[:99]).advice
+    chinese, english = line.index("训练数据过少"), line.index("Only 99 training rows")
+    assert chinese < english
+    assert line.count(SMALL_DATA_PRESET) == 2
+    assert (Path(doctor.__file__).parents[2] / SMALL_DATA_PRESET).is_file()
+
+
+def test_each_fault_has_its_advice():
+    advice = " ".join(look(ROWS, batch_size=6).advice)
+    for piece in (
+        "2 rows repeat",
+        "1 negatives are known positives",
+        "1 rows have the same text",
+        "1 texts are empty",
+        "Texts are cut (positive 66.7%, negative 33.3%): max_seq_length 5",
+        "There are 3 different documents, fewer than the batch of 6",
+    ):
+        assert piece in advice
+
+
+def test_large_data_is_sampled_and_says_so(monkeypatch):
+    monkeypatch.setattr(doctor, "SAMPLE", 50)
+    rows = [TrainingRow(f"query {i}", "short" if i % 2 else "a much longer text") for i in range(500)]
+    report = look(rows)
+    assert (report.sampled, report.rows, report.tokens[0].texts) == (50, 500, 50)
+    assert report.tokens[1].over / 50 == pytest.approx(0.5, abs=0.3)
+    assert "a sample" in report.table.text()
+    assert report == look(rows)
+    assert "a sample" not in look(rows[:50]).table.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("无线蓝牙耳机", "Chinese"),
+        ("这件T恤的质量很不错，穿着也很舒服", "Chinese"),
+        ("iPhone 15 手机壳", "mixed"),
+        ("where is my card?", "English"),
+        ("où est ma carte", "English"),
+        ("где моя карта", "other"),
+        ("カードはどこ", "other"),
+        ("12345 !!", "other"),
+        ("", "other"),
+    ],
+)
+def test_languages(text, language):
+    assert language_of(text) == language
+
+
+def test_no_rows():
+    with pytest.raises(DataError, match="no training rows"):
+        look([])
+
+
+def test_one_row():
+    report = look([TrainingRow("a", "b")])
+    assert (report.batch_size, report.false_negatives, report.false_negatives_balanced) == (1, 0, 0)
+    assert (
+        "a pair of" in look(ROWS)._repr_html_() and "<script" not in look([TrainingRow("a", "<script>")])._repr_html_()
+    )
