@@ -225,7 +225,8 @@ class Encoder:
     def _sent(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
         # from pinned memory the copy runs beside the computation
-        return tensor.pin_memory().to("cuda", non_blocking=True) if self.model.device.type == "cuda" else tensor
+        device = self.model.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _embed_texts(self, texts: list[str], show_bar: bool) -> Vectors:
         """For models whose input is not plainly tokens: the library's own way."""

@@ -7,8 +7,7 @@ Positions restart with every text and no text sees another, so each gets the vec
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,18 +152,6 @@ def _first_position(model: SentenceTransformer) -> int:
         if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
             return padding + 1
     return 0
-
-
-@contextmanager
-def attention(model: SentenceTransformer, kind: str) -> Iterator[None]:
-    """Run with another attention implementation (`eager`, `sdpa`), and put the old one back."""
-    inner = model[0].model
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation(kind)
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(before)
 
 
 def packed_forward(model: SentenceTransformer) -> PackedForward | None:
