@@ -1,0 +1,174 @@
+"""A knob is defined once; from its line come the checks, the flags, the saved config and the tables."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from ebr_lib.cli import main_finetune
+from ebr_lib.config import FinetuneConfig, InferenceConfig, check_configs
+from ebr_lib.errors import ConfigError, MissingError
+from ebr_lib.knobs import Config, from_flags, knob, knob_table, read_yaml, with_tables
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Small(Config):
+    size: Annotated[int, Field(ge=1, le=8)] = knob(4, "Size.", "大小。")
+    rate: Annotated[float, Field(gt=0)] = knob(1e-3, "Rate.", "比率。")
+    kind: Literal["a", "b"] = knob("a", "Kind.", "种类。")
+    names: tuple[str, ...] = knob(["x"], "Names.", "名称。")
+    on: bool = knob(False, "On.", "开关。")
+
+
+def problems(given) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Small.resolve(given)
+    return str(caught.value)
+
+
+def test_all_mistakes_are_listed_at_once():
+    text = problems({"siez": 3, "rate": -1, "kind": "c", "on": 1})
+    assert "siez: unknown; did you mean size?" in text
+    assert "rate: -1 is not allowed; wanted greater than 0" in text
+    assert "kind: 'c' is not allowed; wanted 'a' or 'b'" in text
+    assert "on: 1 is not allowed" in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"rate": float("nan")}, {"rate": float("inf")}, {"size": True}, {"size": "4"}, {"size": 4.0}, {"rate": "1e-3"}],
+)
+def test_nan_truth_and_text_are_no_numbers(given):
+    assert next(iter(given)) in problems(given)
+
+
+def test_an_int_is_a_float():
+    assert Small.resolve({"rate": 1}).rate == 1
+
+
+def test_yaml_reads_scientific_notation():
+    assert read_yaml("3e-5") == 3e-5
+    assert read_yaml("2E+3") == 2000.0
+    assert read_yaml("1.5e-3") == 1.5e-3
+    assert read_yaml("e5") == "e5"
+
+
+def test_defaults_then_presets_then_given(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("size: 2\nrate: 2e-5\n")
+    second.write_text("size: 3\n")
+    config = Small.resolve({"kind": "b", "preset": str(first)})
+    assert (config.size, config.rate, config.kind) == (2, 2e-5, "b")
+    assert Small.resolve({"rate": 1.0}, [first, second]).to_dict() | {"names": 0} == {
+        "size": 3, "rate": 1.0, "kind": "a", "names": 0, "on": False,
+    }  # fmt: skip
+
+
+def test_a_saved_config_is_a_preset(tmp_path):
+    config = Small.resolve({"size": 7, "names": ["一", "two"], "rate": 3e-5})
+    config.save(tmp_path / "saved.yaml")
+    assert Small.resolve(None, [tmp_path / "saved.yaml"]) == config
+
+
+def test_a_config_cannot_change_after_its_check():
+    names = ["x"]
+    config = Small.resolve({"names": names})
+    names.append("y")
+    assert config.names == ("x",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.size = 1  # type: ignore[misc]
+
+
+def test_missing_and_broken_presets(tmp_path):
+    with pytest.raises(MissingError, match="there is no such file"):
+        Small.resolve(None, [tmp_path / "none.yaml"])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="wanted a mapping"):
+        Small.resolve(None, [tmp_path / "list.yaml"])
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        Small.resolve(None, [tmp_path / "broken.yaml"])
+
+
+def test_flags_become_the_same_values_as_a_preset():
+    flags = {"size": "2", "rate": "2e-4", "on": "true", "names": ["007", "b"], "kind": "b"}
+    assert from_flags(Small, flags).to_dict() == {
+        "size": 2,
+        "rate": 2e-4,
+        "kind": "b",
+        "names": ["007", "b"],
+        "on": True,
+    }
+    assert from_flags(Small, {"names": ["a,b"]}).names == ("a", "b")
+
+
+def test_conflicts_are_found_when_each_value_alone_is_right():
+    with pytest.raises(ConfigError, match="fp16 and bf16: choose one"):
+        FinetuneConfig.resolve({"fp16": True, "bf16": True})
+    with pytest.raises(ConfigError, match="early_stopping_patience needs held-out data"):
+        FinetuneConfig.resolve({"early_stopping_patience": 1, "eval_ratio": 0.0})
+
+
+def test_mistakes_of_all_stages_show_together():
+    with pytest.raises(ConfigError) as caught:
+        check_configs(finetune={"lora_r": 0}, inference={"descripton_column": "x"})
+    assert "lora_r: 0" in str(caught.value)
+    assert "did you mean description_column?" in str(caught.value)
+    assert check_configs(inference={"description_column": "x"}).inference == InferenceConfig(description_column="x")
+
+
+def test_the_guide_commands_resolve():
+    defaults = FinetuneConfig()
+    expected = {
+        "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "max_seq_length": 256, "num_epochs": 1,
+        "train_batch_size": 6, "eval_batch_size": 6, "learning_rate": 2e-4, "weight_decay": 0.01,
+        "l1_regularization": 0.0, "max_grad_norm": 1.0, "label_smoothing": 0.0, "noise_prob": 0.1,
+        "gradient_accumulation_steps": 1, "early_stopping_patience": 0, "lr_scheduler_type": "linear",
+        "model_name": "all-MiniLM-L6-v2", "data_path": "./train_text", "output_dir": "./saved_model",
+        "noise_apply_to_fields": ("anchor", "positive"),
+    }  # fmt: skip
+    assert {name: getattr(defaults, name) for name in expected} == expected
+
+
+def test_tables_are_written_between_marks():
+    document = "a\n<!-- knobs:small -->\nold\n<!-- /knobs -->\nb\n<!-- knobs:small:zh -->\n<!-- /knobs -->\n"
+    written = with_tables(document, {"small": Small})
+    assert "old" not in written
+    assert "| `size` | int, ≥ 1, ≤ 8 | `4` | Size. |" in written
+    assert "| `size` | int, ≥ 1, ≤ 8 | `4` | 大小。 |" in written
+    assert with_tables(written, {"small": Small}) == written
+    assert knob_table(Small).count("\n") == 6
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    assert main_finetune(["--noise_porb", "0.1"]) == 2
+    assert "--noise_porb: unknown; did you mean noise_prob?" in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_exits_with_2_and_no_stack(capsys):
+    assert main_finetune(["--lora_dropout", "1.5"]) == 2
+    error = capsys.readouterr().err
+    assert "lora_dropout: 1.5 is not allowed" in error
+    assert "Traceback" not in error
+
+
+def test_help_is_instant_and_imports_no_torch():
+    code = (
+        "import sys; from ebr_lib.cli import main_finetune\n"
+        "try: main_finetune(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'matplotlib', 'faiss'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "--early_stopping_patience" in run.stdout
