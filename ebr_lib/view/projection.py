@@ -124,8 +124,8 @@ def exact_neighbours(unit: Vectors, k: int) -> Neighbours:
         products, found = index.search(unit[rows], k + 1)
         others = found != np.arange(rows.start, rows.stop)[:, None]
         others[others.all(axis=1), -1] = False  # among equal products the row itself may not have come up
-        indices[rows] = found[others].reshape(-1, k)
-        distances[rows] = np.sqrt(np.maximum(2 - 2 * products[others].reshape(-1, k), 0))
+        indices[rows] = found[others].reshape(len(found), k)
+        distances[rows] = np.sqrt(np.maximum(2 - 2 * products[others].reshape(len(found), k), 0))
     return Neighbours(indices, distances)
 
 
@@ -323,7 +323,7 @@ def _near_on_map(coords: Coords, rows: Ints, k: int) -> Ints:
     found = cKDTree(coords).query(coords[rows], k + 1, workers=-1)[1]
     others = found != rows[:, None]
     others[others.all(axis=1), -1] = False
-    return found[others].reshape(-1, k)
+    return found[others].reshape(len(found), k)
 
 
 def trustworthiness(unit: Vectors, coords: Coords, k: int) -> float:

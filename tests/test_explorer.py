@@ -1,0 +1,195 @@
+"""The explorer page, in a real browser where there is one: no network, clicks do what they say, text stays text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from ebr_lib.view import explorer
+from ebr_lib.view.figure import Groups, Panel
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'> </script><!-- 热水器"
+TEXTS = [HOSTILE, "蓝色 热水器", "red shoes", "Red hat", "青苹果", "书籍 book", None, "𠮷野家 🍜"]
+NEAR = np.array([[(i + step) % 8 for step in (1, 2, 3)] for i in range(8)])
+
+
+def write_page(path, texts=TEXTS, near=NEAR):
+    angle = np.linspace(0, 2 * np.pi, 8, endpoint=False)
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    groups = Groups(np.array([0, 0, 1, 1, 2, 2, -1, 0]), ["家电<b>", "clothes", "其他"], [3, 2, 2], "category")
+    explorer.write_explorer(
+        path,
+        [Panel("t-SNE", circle, "trust 0.9"), Panel("UMAP", circle[::-1], "trust 0.8")],
+        groups,
+        texts=texts,
+        near=near,
+        cosines=np.full(near.shape, 0.5, np.float32) - np.arange(3, dtype=np.float32) / 10,
+        name="embeds <2>.txt",
+        all_rows=80,
+    )
+    return path
+
+
+def embedded(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_data_come_back_as_they_were(tmp_path):
+    page = write_page(tmp_path / "page.html").read_text(encoding="utf-8")
+    data = embedded(page)
+    assert data["texts"] == [" ".join((text or "").split()) for text in TEXTS]
+    assert [group["name"] for group in data["groups"]] == ["家电<b>", "clothes", "其他", ""]
+
+
+def test_the_page_names_no_address_and_allows_no_request(tmp_path):
+    page = write_page(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r'id="data">.*?</script>', "", page, flags=re.DOTALL))
+
+
+def test_no_text_can_leave_its_element(tmp_path):
+    page = write_page(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("</script>") == 2
+    assert "<!--" not in page.lower().removeprefix("<!doctype")
+
+
+def test_long_texts_are_cut(tmp_path):
+    page = write_page(tmp_path / "page.html", ["长" * 5000] * 8).read_text(encoding="utf-8")
+    assert all(len(text) <= explorer.TEXT_COLUMNS for text in embedded(page)["texts"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM or importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs chromium and the playwright package")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path) -> Iterator:
+    path = write_page(tmp_path / "page.html")
+    opened = browser.new_page(viewport={"width": 1200, "height": 800}, locale="en-US")
+    opened.seen = {"requests": [], "errors": []}
+    opened.on("request", lambda request: opened.seen["requests"].append(request.url))
+    opened.on("pageerror", lambda error: opened.seen["errors"].append(str(error)))
+    opened.on("console", lambda said: opened.seen["errors"].append(said.text) if said.type == "error" else None)
+    opened.goto(path.as_uri())
+    yield opened
+    assert opened.seen == {"requests": [path.as_uri()], "errors": []}
+    opened.close()
+
+
+def place_of(page, point: int) -> tuple[float, float]:
+    return tuple(page.evaluate("i => explorer.screen(i)", point))
+
+
+def lit(page) -> list[int]:
+    return page.evaluate("[...Array(explorer.points).keys()].filter(i => explorer.lit(i))")
+
+
+def test_it_loads_and_says_what_is_in_it(page):
+    assert page.inner_text("h1") == page.title() == "embeds <2>.txt"
+    assert "8 of 80 points" in page.inner_text("header p")
+    assert page.locator("#legend .key").all_inner_texts() == ["家电<b>\n3", "clothes\n2", "其他\n2", "no label\n1"]
+    assert page.evaluate("typeof window.broken") == "undefined"
+
+
+def test_hover_shows_label_and_text(page):
+    page.mouse.move(*place_of(page, 1))
+    assert page.inner_text("#tip") == "家电<b>\n蓝色 热水器"
+
+
+def test_markup_in_a_text_stays_text(page):
+    page.mouse.move(*place_of(page, 0))
+    assert "<script>window.broken = 1</script>" in page.inner_text("#tip")
+    page.mouse.click(*place_of(page, 0))
+    assert "<img src=x" in page.inner_text("#near .chosen")
+    assert page.locator("#near img, #tip img, #near script, #legend b").count() == 0
+    assert page.evaluate("typeof window.broken") == "undefined"
+
+
+def test_search_lights_up_what_matches(page):
+    page.fill("input", "热水器")
+    assert lit(page) == [0, 1]
+    assert "2 points" in page.inner_text("#hits")
+    page.fill("input", "RED")
+    assert lit(page) == [2, 3]
+    page.fill("input", "clothes")  # labels are searched too
+    assert lit(page) == [2, 3]
+    page.fill("input", "")
+    assert len(lit(page)) == 8 and page.inner_text("#hits") == ""
+
+
+def test_legend_filters(page):
+    page.locator("#legend .key").nth(1).click()
+    assert lit(page) == [2, 3]
+    page.locator("#legend .key").nth(3).click()
+    assert lit(page) == [2, 3, 6]
+    page.mouse.move(*place_of(page, 1))
+    assert not page.locator("#tip").is_visible()  # a point that is filtered away cannot be touched
+    page.click("#reset")
+    assert len(lit(page)) == 8
+
+
+def test_a_click_lists_the_neighbours_of_the_original_space(page):
+    page.mouse.click(*place_of(page, 2))
+    listed = page.locator("#near .item").all_inner_texts()
+    assert [text.split("\n")[0] for text in listed] == ["Red hat", "青苹果", "书籍 book"]
+    assert [text.split("\n")[-1] for text in listed] == ["0.500", "0.400", "0.300"]
+    page.locator("#near .item").first.click()  # neighbours of a neighbour
+    assert page.inner_text("#near .chosen span") == "Red hat"
+    page.keyboard.press("Escape")
+    assert page.locator("#near .item").count() == 0
+
+
+def test_a_neighbour_that_is_not_drawn_is_left_out(browser, tmp_path):
+    page = browser.new_page()
+    page.goto(write_page(tmp_path / "page.html", near=np.where(NEAR == 3, -1, NEAR)).as_uri())
+    page.mouse.click(*place_of(page, 2))
+    assert page.locator("#near .item").count() == 2
+
+
+def test_the_switch_changes_the_map(page):
+    before = place_of(page, 0)
+    page.get_by_text("UMAP").click()
+    assert place_of(page, 0) != before
+    assert "trust 0.8" in page.inner_text("#note")
+
+
+def test_wheel_zooms_around_the_pointer(page):
+    x, y = place_of(page, 1)
+    page.mouse.move(x, y)
+    page.mouse.wheel(0, -500)
+    page.wait_for_function("explorer.state.zoom > 1.5")
+    assert place_of(page, 1) == pytest.approx((x, y), abs=0.5)
+
+
+def test_points_are_painted(page):
+    page.wait_for_function("document.querySelector('canvas').width > 0")
+    red, green, blue, opaque = page.evaluate(
+        "async i => { await new Promise(requestAnimationFrame); const [x, y] = explorer.screen(i);"
+        "return Array.from(document.querySelector('canvas').getContext('2d').getImageData(x, y, 1, 1).data) }",
+        1,
+    )
+    assert opaque > 100 and (red, green, blue) != (255, 255, 255)

@@ -1,0 +1,350 @@
+"""The stage end to end on small files: what it writes, what each knob does, and data that are no picture book."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from ebr_lib import VisConfig, visualize_embeddings
+from ebr_lib.data.vectors import write_embeddings
+from ebr_lib.errors import ConfigError, DataError, MissingError
+from ebr_lib.view import projection
+
+LABELS = ["书籍", "热水器", "shoes"]
+
+
+def vectors(n: int = 60, dim: int = 12, seed: int = 0, apart: float = 2.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, dim)) + apart * np.eye(len(LABELS), dim)[np.arange(n) % len(LABELS)] * np.sqrt(dim)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def write(path, x=None, **columns):
+    x = vectors() if x is None else x
+    given = {
+        "id": [f"{i:03}" for i in range(len(x))],
+        "category": [LABELS[i % len(LABELS)] for i in range(len(x))],
+        "description": [f"第{i}条 text" for i in range(len(x))],
+    } | columns
+    return str(write_embeddings(path, given, x))
+
+
+@pytest.fixture
+def see(tmp_path):
+    """A function that runs the stage on a small file, with a map that costs nothing."""
+
+    def run(path=None, **knobs):
+        path = path or write(tmp_path / "embeds.txt")
+        given = {"embedding_path": path, "output_path": str(tmp_path / "out" / "scatter.png"), "method": "tsne"}
+        return visualize_embeddings(given | {"label_column": "category", "explorer": False} | knobs)
+
+    return run
+
+
+def numbers_of(result) -> dict:
+    return {name: entry["value"] for name, entry in result.numbers["numbers"].items()}
+
+
+def table_of(result, start: str):
+    return next(table for table in result.tables if table.title.startswith(start))
+
+
+@pytest.fixture
+def no_maps(monkeypatch):
+    """Maps that cost nothing, and count how often they are drawn."""
+    drawn = []
+
+    def draw(name):
+        def make(*given, **settings):
+            drawn.append((name, settings))
+            return given[-1].astype(np.float32)
+
+        return make
+
+    monkeypatch.setattr(projection, "tsne_map", draw("tsne"))
+    monkeypatch.setattr(projection, "umap_map", draw("umap"))
+    return drawn
+
+
+# --- what it writes -----------------------------------------------------------------------------------------------
+
+
+def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        result = see(method="both", explorer=True)
+    assert result.picture.read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in result.picture.parent.iterdir()) == [
+        "scatter.html", "scatter.json", "scatter.maps.npz", "scatter.png",
+    ]  # fmt: skip
+    found = json.loads(result.numbers_path.read_text(encoding="utf-8"))
+    assert found == json.loads(json.dumps(result.numbers))
+    assert set(found["maps"]) == {"tsne", "umap"} and found["groups"]["sizes"] == dict.fromkeys(sorted(LABELS), 20)
+    numbers = numbers_of(result)
+    assert numbers["same label @1"] == numbers["ARI"] == 1.0
+    assert numbers["chance"] == pytest.approx(3 * 20 * 19 / (60 * 59))
+    from sklearn.metrics import silhouette_score
+
+    expected = silhouette_score(vectors().astype(np.float64), [i % 3 for i in range(60)], metric="cosine")
+    assert numbers["silhouette"] == pytest.approx(expected, abs=1e-6)
+    assert "silhouette" in caplog.text and "wrote" in caplog.text
+    shown = result._repr_html_()
+    assert "data:image/png;base64," in shown and "scatter.html" in shown and "热水器" in shown
+
+
+def test_every_number_has_a_meaning_and_a_direction(see, no_maps):
+    for entry in see().numbers["numbers"].values():
+        assert entry["meaning"] and entry["better"] in ("higher", "lower", "")
+
+
+def test_same_seed_same_pixels(see):
+    first, again, other = (see(cache=False, seed=seed).picture.read_bytes() for seed in (3, 3, 4))
+    assert first == again and first != other
+
+
+def test_the_three_formats_draw_alike(see, tmp_path, no_maps):
+    pictures = [see(write(tmp_path / f"embeds{end}")) for end in (".txt", ".parquet", ".npy")]
+    assert len({json.dumps(p.numbers["numbers"]) for p in pictures}) == 1
+
+
+# --- knobs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, expected", [("both", ["tsne", "umap"]), ("tsne", ["tsne"]), ("umap", ["umap"])])
+def test_method_chooses_the_maps(see, no_maps, method, expected):
+    result = see(method=method)
+    assert [name for name, _ in no_maps] == list(result.numbers["maps"]) == expected
+
+
+def test_parameters_reach_the_maps(see, no_maps):
+    see(method="both", tsne_perplexity=7.0, tsne_learning_rate=99.0, umap_neighbors=6, umap_min_dist=0.4, seed=8)
+    assert dict(no_maps) == {
+        "tsne": {"perplexity": 7.0, "learning_rate": 99.0, "seed": 8},
+        "umap": {"n_neighbors": 6, "min_dist": 0.4, "seed": 8},
+    }
+
+
+def test_fast_gives_up_the_seed_and_the_cache(see, no_maps):
+    for _ in range(2):
+        result = see(method="umap", fast=True)
+    assert [settings["seed"] for _, settings in no_maps] == [None, None]
+    assert not result.picture.with_suffix(".maps.npz").exists()
+
+
+def test_without_a_label_column_clusters_colour_the_picture(see, no_maps):
+    result = see(label_column=None, clusters=4)
+    assert result.numbers["groups"]["by"] == "k-means cluster" and len(result.numbers["groups"]["sizes"]) == 4
+    assert "same label @1" not in numbers_of(result) and "k-means silhouette" in numbers_of(result)
+
+
+def test_clusters_are_given_or_as_many_as_labels(see, no_maps):
+    assert "5 clusters (as given)" in table_of(see(clusters=5), "k-means").title
+    assert "3 clusters (as many as labels)" in table_of(see(), "k-means").title
+
+
+@pytest.mark.parametrize("told, start", [(None, "第"), ("id", "0"), ("category", "书热s")])
+def test_text_column_is_what_the_tables_show(see, no_maps, told, start):
+    shown = table_of(see(text_column=told), "k-means").rows[0][2]
+    assert shown[0] in start
+
+
+def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
+    result = see(max_points=30)
+    assert (result.numbers["projected"], result.numbers["rows"]) == (30, 60)
+    assert numbers_of(result)["silhouette"] == numbers_of(see())["silhouette"]  # on all rows, sample or not
+
+
+def test_explorer_can_be_left_out(see, no_maps):
+    assert see().explorer is None
+    assert see(explorer=True).explorer.is_file()
+
+
+def test_chinese_fonts_reach_the_picture(see, no_maps, monkeypatch):
+    from ebr_lib.view import figure
+
+    asked = []
+    monkeypatch.setattr(figure, "fonts_for", lambda text, wanted: asked.append(wanted) or [figure.LATIN])
+    see(chinese_fonts=["My Font"])
+    assert asked == [("My Font",)]
+
+
+def test_another_colour_does_not_draw_the_map_again(see, no_maps):
+    see()
+    see(label_column="id")
+    assert len(no_maps) == 1
+    see(tsne_perplexity=5.0)
+    assert len(no_maps) == 2
+    see(tsne_perplexity=5.0, cache=False)
+    assert len(no_maps) == 3
+
+
+# --- before and after ---------------------------------------------------------------------------------------------
+
+
+def test_before_and_after_are_one_pair(see, tmp_path):
+    before = write(tmp_path / "base.txt", vectors(apart=0.2))
+    result = see(compare_path=before)
+    table = result.table
+    assert table.columns[:4] == ("number", "before", "after", "change")
+    change = {row[0]: row[3] for row in table.rows}
+    assert change["same label @1"] > 0.3 and change["silhouette"] > 0.1
+    assert result.numbers["before"]["silhouette"]["value"] < result.numbers["numbers"]["silhouette"]["value"]
+    moved = table_of(result, "Neighbours that changed most")
+    shares = [row[1] for row in moved.rows]
+    assert len(shares) == 10 and shares == sorted(shares) and shares[0] < 0.5
+
+
+def test_nothing_changed_reads_as_nothing(see, tmp_path, no_maps):
+    result = see(compare_path=write(tmp_path / "base.txt"))
+    assert all(row[3] == 0 for row in result.table.rows)
+    assert "100% are still there" in table_of(result, "Neighbours").title
+
+
+def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
+    order = np.random.default_rng(0).permutation(60)[:50]
+    before = write(tmp_path / "base.txt", vectors()[order], id=[f"{i:03}" for i in order])
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        result = see(compare_path=before, id_column="id")
+    assert "50 of 60" in caplog.text and result.numbers["rows"] == 50
+    assert all(row[3] == 0 for row in result.table.rows if row[0] != "repeated vectors")
+
+
+def test_unequal_files_want_an_id(see, tmp_path, no_maps):
+    before = write(tmp_path / "base.txt", vectors(50))
+    with pytest.raises(DataError, match=r"60 rows.*50.*id_column"):
+        see(compare_path=before)
+    twice = write(tmp_path / "twice.txt", vectors(60), id=["1"] * 60)
+    with pytest.raises(DataError, match="not unique"):
+        see(compare_path=twice, id_column="id")
+    other = write(tmp_path / "other.txt", vectors(60), id=[f"x{i}" for i in range(60)])
+    with pytest.raises(DataError, match="no item in common"):
+        see(compare_path=other, id_column="id")
+
+
+def test_configs_that_cannot_be():
+    with pytest.raises(ConfigError, match="id_column"):
+        VisConfig(id_column="id")
+    with pytest.raises(ConfigError, match="compare_path"):
+        VisConfig(compare_path="./faiss/embeds_2.txt")
+    for bad in ({"tsne_perplexity": 0.5}, {"umap_neighbors": 1}, {"method": "pca"}, {"max_points": 2}, {"clusters": 0}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            VisConfig(**bad)
+
+
+# --- data that are no picture book --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_a_handful_of_points(see, tmp_path, n):
+    result = see(write(tmp_path / "few.txt", vectors(n)), method="both", explorer=True)
+    assert result.picture.is_file() and result.explorer.is_file() and result.numbers["rows"] == n
+
+
+def test_perplexity_and_neighbours_are_lowered_with_a_message(see, tmp_path, no_maps, caplog):
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        see(write(tmp_path / "few.txt", vectors(12)), method="both")
+    assert "perplexity 30 lowered" in caplog.text and "15 neighbours lowered to 11" in caplog.text
+    assert dict(no_maps)["tsne"]["perplexity"] < 11 / 3
+
+
+def test_one_label(see, tmp_path, no_maps):
+    result = see(write(tmp_path / "one.txt", category=["书籍"] * 60))
+    numbers = numbers_of(result)
+    assert numbers["same label @1"] == numbers["chance"] == 1.0 and "silhouette" not in numbers
+
+
+def test_rows_without_a_label_are_counted(see, tmp_path, no_maps):
+    category = [None if i % 4 == 0 else LABELS[i % 3] for i in range(60)]
+    result = see(write(tmp_path / "nulls.txt", category=category))
+    assert result.numbers["groups"]["without"] == 15
+    assert sum(row[1] for row in table_of(result, "Labels").rows) == 45
+
+
+def test_all_labels_null(see, tmp_path, no_maps):
+    result = see(write(tmp_path / "nulls.txt", category=[None] * 60))
+    assert result.numbers["groups"]["by"] == "k-means cluster"
+
+
+def test_duplicates_are_projected_once(see, tmp_path, monkeypatch, caplog):
+    seen = []
+    monkeypatch.setattr(
+        projection, "tsne_map", lambda near, start, **_: seen.append(len(start)) or start.astype(np.float32)
+    )
+    x = vectors()[np.arange(60) % 20]
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        result = see(write(tmp_path / "twice.txt", x))
+    assert seen == [20] and numbers_of(result)["repeated vectors"] == 40
+    assert "40 of 60 vectors repeat another" in caplog.text
+
+
+def test_a_collapsed_model_is_said_first(see, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 60, axis=0)))
+    assert "all 60 vectors are the same" in caplog.text
+    assert numbers_of(result)["mean cosine"] == pytest.approx(1)
+
+
+def test_zero_vectors_are_left_out_and_counted(see, tmp_path, no_maps, caplog):
+    x = vectors()
+    x[[3, 5]] = 0
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        result = see(write(tmp_path / "zeros.txt", x))
+    assert result.numbers["rows"] == 58 and result.numbers["health"]["zero"] == 2
+    assert "2 vectors are all zeros" in caplog.text
+    with pytest.raises(DataError, match="all 60 vectors are zeros"):
+        see(write(tmp_path / "nothing.txt", np.zeros((60, 4), np.float32)))
+
+
+def test_rows_without_a_vector_are_counted(see, tmp_path, no_maps):
+    valid = np.arange(60) % 10 != 0
+    columns = {"category": [LABELS[i % 3] for i in range(60)], "description": ["text"] * 60}
+    path = write_embeddings(tmp_path / "gaps.txt", columns, vectors(), valid)
+    result = see(str(path))
+    assert result.numbers["rows"] == 54 and result.numbers["health"]["without_vector"] == 6
+
+
+def test_ragged_and_nan_vectors_are_named_with_their_rows(see, tmp_path):
+    path = tmp_path / "ragged.txt"
+    path.write_text("category\x01vector\na\x011 0 0\nb\x011 0\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"ragged.txt.*(line|row)"):
+        see(str(path))
+    path.write_text("category\x01vector\na\x011 0 0\nb\x011 nan 0\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"ragged.txt.*(line|row)"):
+        see(str(path))
+
+
+def test_a_column_or_file_that_is_not_there(see, tmp_path):
+    with pytest.raises(DataError, match=r"colour.*category"):
+        see(label_column="colour")
+    with pytest.raises(MissingError, match="nowhere"):
+        see("nowhere.txt")
+
+
+def test_a_column_of_ids_is_called_one(see, monkeypatch, no_maps, caplog):
+    from ebr_lib import visualize
+
+    monkeypatch.setattr(visualize, "SCORED", 10)
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        see(label_column="id")
+    assert "60 different values" in caplog.text
+
+
+def test_a_failed_run_leaves_the_old_picture(see, tmp_path, monkeypatch, no_maps):
+    from ebr_lib.view import figure
+
+    old = see().picture.read_bytes()
+    monkeypatch.setattr(figure, "_draw_words", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        see()
+    assert [p.read_bytes() for p in tmp_path.glob("out/*.png")] == [old]
+
+
+def test_presets_are_valid():
+    from pathlib import Path
+
+    presets = sorted((Path(__file__).parents[1] / "configs" / "visualize").glob("*.yaml"))
+    assert presets
+    for preset in presets:
+        VisConfig.resolve({"preset": str(preset)})
