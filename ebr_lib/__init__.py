@@ -9,9 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig, check_configs
+    from ebr_lib.config import (
+        EvalConfig,
+        FinetuneConfig,
+        IndexConfig,
+        InferenceConfig,
+        SearchConfig,
+        VisConfig,
+        check_configs,
+    )
     from ebr_lib.evaluate import evaluate_retrieval
     from ebr_lib.finetune import train_sentence_transformer
+    from ebr_lib.index import add_rows, build_faiss_index, delete_rows, search
     from ebr_lib.inference import run_batch_inference
     from ebr_lib.logs import show_logs
     from ebr_lib.visualize import visualize_embeddings
@@ -21,11 +30,16 @@ _HOMES = {
     "run_batch_inference": "inference",
     "visualize_embeddings": "visualize",
     "evaluate_retrieval": "evaluate",
+    "build_faiss_index": "index",
+    "search": "index",
+    "add_rows": "index",
+    "delete_rows": "index",
     "FinetuneConfig": "config",
     "InferenceConfig": "config",
     "VisConfig": "config",
     "EvalConfig": "config",
     "IndexConfig": "config",
+    "SearchConfig": "config",
     "check_configs": "config",
     "show_logs": "logs",
 }
@@ -35,10 +49,15 @@ __all__ = [
     "FinetuneConfig",
     "IndexConfig",
     "InferenceConfig",
+    "SearchConfig",
     "VisConfig",
+    "add_rows",
+    "build_faiss_index",
     "check_configs",
+    "delete_rows",
     "evaluate_retrieval",
     "run_batch_inference",
+    "search",
     "show_logs",
     "train_sentence_transformer",
     "visualize_embeddings",

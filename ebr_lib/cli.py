@@ -20,6 +20,7 @@ class Stage:
     config: type[Config]
     module: str
     function: str
+    positional: str | None = None  # a knob that may stand without its flag
 
 
 STAGES = {
@@ -27,12 +28,16 @@ STAGES = {
     "infer": Stage(config.InferenceConfig, "ebr_lib.inference", "run_batch_inference"),
     "visualize": Stage(config.VisConfig, "ebr_lib.visualize", "visualize_embeddings"),
     "evaluate": Stage(config.EvalConfig, "ebr_lib.evaluate", "evaluate_retrieval"),
+    "index": Stage(config.IndexConfig, "ebr_lib.index", "build_faiss_index"),
+    "search": Stage(config.SearchConfig, "ebr_lib.index", "run_search", positional="query"),
 }
 
 
 def _add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     parser.description = STAGES[name].config.__doc__
     add_flags(parser, STAGES[name].config)
+    if (positional := STAGES[name].positional) is not None:
+        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help="what to look for")
     parser.set_defaults(stage=name, stage_config=STAGES[name].config, run=_run_stage)
 
 

@@ -28,7 +28,7 @@ th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; vertical-align: bottom; }
 .best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
-svg { display: block; width: 11rem; height: 1.4rem; }
+svg { display: block; width: 7rem; height: 1.4rem; }
 details { border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .7rem; margin: .5rem 0; }
 summary { cursor: pointer; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .2rem 1.2rem; }
@@ -157,7 +157,7 @@ def _slice_table(parts: Sequence[Slice], metric: str) -> str:
 def _duel(duel: Duel) -> str:
     reach = max([abs(x) for d in duel.differences for x in (d.low, d.high)] + [1e-9])
     rows = [_difference_row(d, reach) for d in duel.differences]
-    head = ["", "before 前", "after 后", "difference 差", "95 % interval 区间", "", "p (Holm)"]
+    head = ["", "difference 差", "", "95 % interval 区间", "p (Holm)"]
     return "\n".join(
         [
             f"<h2>{escape(duel.contender)} against {escape(duel.baseline)}</h2>",
@@ -172,11 +172,9 @@ def _difference_row(d: Difference, reach: float) -> list[str]:
     sure = "" if d.low <= 0 <= d.high else "up" if d.difference > 0 else "down"
     return [
         escape(d.metric),
-        f"{d.before:.4f}",
-        f"{d.after:.4f}",
         f'<span class="{sure}">{d.difference:+.4f}</span>',
-        f"{d.low:+.4f} … {d.high:+.4f}",
         _whisker(d, reach, sure),
+        f"{d.low:+.4f} … {d.high:+.4f}",
         f"{d.p_holm:.4f}",
     ]
 

@@ -79,7 +79,8 @@ class Corpus:
         assert self.vectors is not None and self.first_rows is not None
         for batch in iter_embeddings(self.vectors, ()):
             vectors = batch.vectors[np.isin(batch.rows, self.first_rows, assume_unique=True)]
-            yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            if len(vectors):
+                yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True)

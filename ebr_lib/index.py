@@ -1,0 +1,425 @@
+"""Extension stage: a Faiss index over an embedding file, measured; and searching it."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ebr_lib.config import IndexConfig, SearchConfig
+from ebr_lib.data.vectors import iter_embeddings, read_manifest
+from ebr_lib.errors import DataError, ModelError
+from ebr_lib.files import write_json, written_whole
+from ebr_lib.logs import logger
+from ebr_lib.model.loading import identify
+from ebr_lib.retrieval.contenders import EncoderSettings, one_sided
+from ebr_lib.retrieval.faiss_index import (
+    MANIFEST_FILE,
+    ROW,
+    ROWS_FILE,
+    TRAIN_POINTS,
+    Ints,
+    Plan,
+    Point,
+    RowsWriter,
+    SearchIndex,
+    Truth,
+    Vectors,
+    cells_of,
+    draw_curve,
+    exact_neighbours,
+    fill,
+    new_index,
+    open_index,
+    opened,
+    plan_index,
+    save_vectors,
+    stamp_of,
+    sweep,
+    train,
+    unit,
+    write_deleted,
+)
+from ebr_lib.retrieval.task import read_queries
+from ebr_lib.tables import Table
+
+if TYPE_CHECKING:
+    from ebr_lib.model.encoder import Encoder
+
+CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """What was built and measured. `points` are the settings tried, `chosen` the one that is saved."""
+
+    folder: Path
+    kind: str
+    why: str
+    rows: int
+    dimension: int
+    build_seconds: float
+    bytes_per_vector: float
+    points: tuple[Point, ...]
+    chosen: Point
+    knob: str | None
+    measured_on: str
+    table: Table = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a query found; `rows` hold rank, score and the kept columns. `milliseconds` include the query's encoding."""
+
+    query: str
+    rows: tuple[dict[str, Any], ...]
+    milliseconds: float
+    table: Table = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> IndexResult:
+    """Build an index over an embedding file, measure it, choose its setting; written to `output_dir` when whole.
+
+    :param config: an IndexConfig, a dict of its knobs, or None for the defaults.
+    :raises ConfigError: a knob is unknown or out of range (all are listed), or `kind` is no factory string.
+    :raises DataError: the embedding file is broken, or the queries' model is not the one that made it.
+    :raises MissingError: the embedding file is not there; run the inference stage first.
+    """
+    config = IndexConfig.resolve(config)
+    made_by = read_manifest(config.embedding_path) or {}
+    if not made_by:
+        logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
+    rows, dim = _size(config.embedding_path, made_by)
+    plan = plan_index(rows, dim, config.kind, config.compression)
+    logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
+    real = _real_queries(config, made_by, dim)
+    with written_whole(config.output_dir) as folder:
+        folder.mkdir()
+        built = _build(config, plan, folder, (rows, dim), real)
+        result = _measure(config, plan, built, folder)
+        write_json(folder / MANIFEST_FILE, _manifest(config, made_by, result, built.bytes))
+        config.save(folder / CONFIG_FILE)
+    logger.info("%s\n索引已保存: %s", result.table.text(), result.folder)
+    return result
+
+
+@dataclass(frozen=True)
+class _Built:
+    index: Any
+    bytes: int
+    seconds: float
+    truth: Truth
+
+
+def _size(path: str, made_by: Mapping[str, Any]) -> tuple[int, int]:
+    """How many vectors the file holds, or a few fewer than are told, and their dimension."""
+    if made_by.get("rows", {}).get("written") and made_by.get("dimension"):
+        return int(made_by["rows"]["written"]), int(made_by["dimension"])
+    rows, dim = 0, 0
+    for batch in iter_embeddings(path, ()):
+        rows += len(batch)
+        dim = dim or batch.vectors.shape[1]
+    if not rows:
+        raise DataError(f"{path} holds no vectors; run the inference again")
+    return rows, dim
+
+
+def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> Vectors | None:
+    """Vectors of the user's queries, a sample of them where there are many."""
+    if config.queries_path is None:
+        return None
+    texts = read_queries(Path(config.queries_path), config.query_column)
+    if len(texts) > config.measure_queries:
+        chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
+        texts = [texts[i] for i in sorted(chosen)]
+    settings = _settings(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
+    return _encoder(settings, _Maker.of(made_by), str(config.embedding_path)).encode(texts, show_bar=True)
+
+
+def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int], real: Vectors | None) -> _Built:
+    """Train, fill and find the exact neighbours to measure against."""
+    rows, dim = size
+    rng = np.random.default_rng(config.seed)
+    start = time.perf_counter()
+    index = new_index(plan, dim, config.ef_construction)
+    if not index.is_trained:
+        wanted = min(rows, max(TRAIN_POINTS * cells_of(index), 20_000))
+        train(index, _gathered(config.embedding_path, np.sort(rng.choice(rows, wanted, replace=False))), config.seed)
+    sampled = 0 if real is not None else min(rows, config.measure_queries)
+    own = np.sort(rng.choice(rows, sampled, replace=False))
+    taken = fill(index, iter_embeddings(config.embedding_path), folder / ROWS_FILE, own)
+    written = save_vectors(folder, index)
+    seconds = time.perf_counter() - start
+    if not index.ntotal:
+        raise DataError(f"{config.embedding_path} holds no vectors; run the inference again")
+    queries = taken if real is None else real
+    own = own[own < index.ntotal] if real is None else np.full(len(real), -1)
+    vectors = (unit(batch.vectors) for batch in iter_embeddings(config.embedding_path, ()) if len(batch))
+    return _Built(index, written, seconds, exact_neighbours(index, vectors, queries, own))
+
+
+def _gathered(path: str, rows: Ints) -> Vectors:
+    """Unit vectors of some rows of the file, counting those that have one."""
+    done, parts = 0, []
+    for batch in iter_embeddings(path, ()):
+        low, high = np.searchsorted(rows, (done, done + len(batch)))
+        parts.append(unit(batch.vectors[rows[low:high] - done]) if high > low else batch.vectors[:0])
+        done += len(batch)
+    return np.concatenate([part for part in parts if len(part)])
+
+
+def _measure(config: IndexConfig, plan: Plan, built: _Built, folder: Path) -> IndexResult:
+    points, chosen = sweep(built.index, built.truth, plan, config.target_recall)
+    if chosen.recall < config.target_recall:
+        logger.warning(
+            "recall@10 %.4f is the best that %s gives here, target_recall is %.4f; take a larger kind, or Flat",
+            chosen.recall, plan.factory, config.target_recall,
+        )  # fmt: skip
+    draw_curve(folder / CURVE_FILE, plan, points, chosen, config.target_recall)
+    size = built.bytes / built.index.ntotal
+    kind = "real queries" if config.queries_path else "vectors of the index, themselves left out"
+    title = f"{plan.factory}, {built.index.ntotal:,} × {built.index.d}: {size:,.0f} bytes a vector, built in "
+    title += f"{built.seconds:.1f} s; {len(built.truth.queries)} {kind}"
+    rows = [
+        (
+            "→" if p is chosen else "",
+            p.setting if plan.knob else "all",
+            p.recall,
+            p.p50,
+            p.p95,
+            p.p99,
+            f"{p.qps:,.0f}",
+        )
+        for p in points
+    ]
+    columns = ("", plan.knob or "compared", "recall@10", "p50 ms", "p95 ms", "p99 ms", "queries/s (batch)")
+    return IndexResult(
+        folder=Path(config.output_dir),
+        kind=plan.factory,
+        why=plan.why,
+        rows=built.index.ntotal,
+        dimension=built.index.d,
+        build_seconds=built.seconds,
+        bytes_per_vector=size,
+        points=tuple(points),
+        chosen=chosen,
+        measured_on=kind,
+        knob=plan.knob,
+        table=Table(title, columns, rows),
+    )
+
+
+def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResult, size: int) -> dict[str, Any]:
+    return {
+        "index_bytes": size,
+        "kind": result.kind,
+        "why": result.why,
+        "metric": "inner product of unit vectors",
+        "rows": result.rows,
+        "dimension": result.dimension,
+        "id_column": config.id_column,
+        "search": {"knob": result.knob, "setting": result.chosen.setting, "target_recall": config.target_recall},
+        "measured": {
+            "queries": result.measured_on,
+            "points": [asdict(point) for point in result.points],
+            "build_seconds": result.build_seconds,
+            "bytes_per_vector": result.bytes_per_vector,
+        },
+        "embedding_path": config.embedding_path,
+        "model": made_by.get("model", {}) | ({"asked_for": config.model_name} if config.model_name else {}),
+        "settings": {name: made_by.get("settings", {}).get(name) for name in ("max_seq_length", "prompt", "precision")},
+    }
+
+
+# --- the model of an index ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """The model that made an index's vectors, as far as their manifest says."""
+
+    name: str | None
+    path: str | None
+    sha256: str | None
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> _Maker:
+        model = manifest.get("model") or {}
+        return cls(model.get("asked_for") or model.get("name"), model.get("path"), model.get("sha256"))
+
+
+def _settings(
+    manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: bool
+) -> EncoderSettings:
+    """How to encode queries for an index: with the model that made it, cut to its dimension."""
+    maker = _Maker.of(manifest)
+    moved = maker.path is None or not Path(maker.path).is_dir()
+    name = model_name or (maker.name if moved else maker.path)
+    if name is None:
+        raise ModelError("which model made these vectors is not known (they had no manifest); give model_name")
+    return EncoderSettings(
+        model_name=name,
+        query_prompt=query_prompt,
+        max_seq_length=manifest.get("settings", {}).get("max_seq_length"),
+        truncate_dim=dim,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(settings: EncoderSettings, maker: _Maker, where: str) -> Encoder:
+    """The query encoder of an index; remembered, so that a search need not load the model again.
+
+    :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
+    """
+    identity = identify(settings.model_name)
+    known = {identity.sha256, identity.base_sha256 if one_sided(settings.model_name) else None}
+    if maker.sha256 is None:
+        logger.warning("%s: which model made these vectors is not known; taken to be %s", where, settings.model_name)
+    elif maker.sha256 not in known:
+        raise ModelError(
+            f"{where} holds vectors of model {maker.name} (weights sha256 {maker.sha256[:12]}…), but "
+            f"{settings.model_name} has {str(identity.sha256)[:12]}…: their vectors cannot be compared; "
+            "give the model that made them, or encode and index again with this one"
+        )
+    encoder = settings.encoder("query")
+    if encoder.dim != settings.truncate_dim:
+        raise ModelError(
+            f"{where} holds vectors of {settings.truncate_dim} dimensions, {settings.model_name} makes {encoder.dim}; "
+            "give the model that made them, or encode and index again with this one"
+        )
+    return encoder
+
+
+# --- searching ----------------------------------------------------------------------------------------------------
+
+
+def search(
+    index: str | Path | SearchIndex,
+    query: str,
+    k: int = 10,
+    *,
+    where: Mapping[str, str | Sequence[str]] | None = None,
+    model_name: str | None = None,
+    query_prompt: str | None = None,
+    trust_remote_code: bool = False,
+) -> SearchResult:
+    """Find the k rows nearest to a query. Index and model stay loaded for the next search.
+
+    :param index: an index folder, or an opened one (`open_index`).
+    :param where: filter on kept columns: column to the value, or values, allowed.
+    :param model_name: the model, where it is not at the place that the index remembers.
+    :param query_prompt: put before the query; None takes what the model was trained with.
+    :raises ModelError: the model is not the one that made the index's vectors.
+    :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
+    :raises MissingError: there is no index at this place.
+    """
+    if not query.strip():
+        raise DataError("the query is blank; give some words")
+    if k < 1:
+        raise DataError(f"k is {k}; wanted 1 or more")
+    held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
+    settings = _settings(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
+    encoder = _encoder(settings, _Maker.of(held.manifest), str(held.folder))
+    start = time.perf_counter()
+    vector = encoder.encode([query])[0]
+    allowed = {name: (values,) if isinstance(values, str) else values for name, values in (where or {}).items()}
+    found = held.find(vector, k, allowed)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    rows = tuple({"rank": i, "score": score} | row for i, (score, row) in enumerate(found, 1))
+    return SearchResult(query, rows, milliseconds, _shown(query, held, rows))
+
+
+def _shown(query: str, held: SearchIndex, rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["rank", "score", *held.rows.column_names[1:]]
+
+    def cell(value: Any) -> Any:
+        if value is None:
+            return ""
+        return f"{value[:100]}…" if isinstance(value, str) and len(value) > 100 else value
+
+    return Table(f"检索 search: {query}", columns, [[cell(row[name]) for name in columns] for row in rows])
+
+
+def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> SearchResult:
+    """The command `python -m ebr_lib search "…"`: search once and show the table.
+
+    :raises ConfigError: a knob is unknown or out of range.
+    """
+    config = SearchConfig.resolve(config)
+    where: dict[str, list[str]] = {}
+    for condition in config.where:
+        column, _, value = condition.partition("=")
+        where.setdefault(column, []).append(value)
+    result = search(
+        config.index_dir,
+        config.query,
+        config.k,
+        where=where,
+        model_name=config.model_name,
+        query_prompt=config.query_prompt,
+        trust_remote_code=config.trust_remote_code,
+    )
+    logger.info("%s", result.table.text())
+    return result
+
+
+# --- changing -----------------------------------------------------------------------------------------------------
+
+
+def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
+    """Add the rows of an embedding file to an index; returns how many it then has, hidden ones not counted.
+
+    The setting that was measured stays; build anew when the index has grown by much.
+
+    :raises ModelError: another model made the new vectors.
+    :raises DataError: another dimension, or a kept column is missing.
+    """
+    held = open_index(index_dir)
+    made_by, maker = read_manifest(embedding_path) or {}, _Maker.of(held.manifest)
+    if maker.sha256 != _Maker.of(made_by).sha256:
+        raise ModelError(
+            f"{embedding_path} holds vectors of model {_Maker.of(made_by).name}, the index {held.folder} of "
+            f"{maker.name}; encode the new rows with the index's model"
+        )
+    columns = held.rows.column_names[1:]
+    batches = list(iter_embeddings(embedding_path, columns))
+    wrong = {batch.vectors.shape[1] for batch in batches if len(batch)} - {held.index.d}
+    if wrong:
+        raise DataError(f"{embedding_path} holds vectors of {wrong.pop()} dimensions, the index {held.index.d}")
+    with written_whole(held.folder) as folder:
+        shutil.copytree(held.folder, folder)
+        sidecar = RowsWriter(folder / ROWS_FILE, columns)
+        for part in held.rows.to_batches():
+            sidecar.add_batch(part)
+        for batch in (batch for batch in batches if len(batch)):
+            held.index.add(unit(batch.vectors))
+            sidecar.add(batch.rows, batch.columns)
+        sidecar.close()
+        size = save_vectors(folder, held.index)
+        write_json(folder / MANIFEST_FILE, held.manifest | {"rows": int(held.index.ntotal), "index_bytes": size})
+    return len(held)
+
+
+def delete_rows(index_dir: str | Path, ids: Sequence[str], column: str | None = None) -> int:
+    """Hide rows from every search, until the index is built again; returns how many rows are left.
+
+    :param column: the kept column that holds the ids; None takes the index's `id_column`, else the row numbers.
+    :raises DataError: an id is in no row, or the column is not kept.
+    """
+    held = open_index(index_dir)
+    numbers = held.numbers_of([str(id_) for id_ in ids], column or held.manifest["id_column"] or ROW)
+    write_deleted(held, numbers)
+    return int(held.index.ntotal) - len(np.union1d(held.deleted, numbers))

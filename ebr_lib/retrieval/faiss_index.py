@@ -1,0 +1,498 @@
+"""A Faiss index over unit vectors: which kind, building it in one stream, measuring it, searching it.
+
+Sizes follow the Faiss wiki's "Guidelines to choose an index": exact up to 50,000 vectors, a graph to a million, cells
+with compressed vectors above. A folder holds the index, the kept columns row for row, and a manifest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.data.vectors import Embeddings
+from ebr_lib.errors import ConfigError, DataError, MissingError
+from ebr_lib.files import written_whole
+from ebr_lib.retrieval.metrics import rank_vectors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FLAT_ROWS, HNSW_ROWS = 50_000, 1_000_000
+EXACT_ROWS = 20_000  # a filter that leaves fewer rows is searched exactly: a graph finds few of them
+TRAIN_POINTS = 64  # training vectors a cell; Faiss takes 39 at least, 256 at most
+TRUTH_DEPTH = 100  # exact neighbours kept a query, so that those which tie with the k-th are known
+RECALL_AT = 10
+TIMED_QUERIES = 200
+REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
+INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
+ROW = "_row"  # sidecar column: number of the row in the embedding file
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+def _faiss() -> Any:
+    """Faiss, loaded on first use; its own type stubs lack much of it."""
+    import faiss
+
+    return faiss
+
+
+# --- the kind -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A Faiss factory string, why it was chosen, and the knob that trades speed for recall (None: exact)."""
+
+    factory: str
+    why: str
+    knob: str | None
+
+    def settings(self, cells: int) -> list[int]:
+        """Values of the knob to try, cheapest first."""
+        if self.knob is None:
+            return [0]
+        if self.knob == "efSearch":
+            return [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+        return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < cells] + [cells]
+
+
+def plan_index(rows: int, dim: int, kind: str = "auto", compression: str = "sq8") -> Plan:
+    """Choose a kind of index by the number of vectors, or take the factory string that is given."""
+    if kind != "auto":
+        return Plan(kind, "as asked for", _knob_of(kind))
+    if rows <= FLAT_ROWS:
+        return Plan("Flat", f"{rows:,} vectors: up to {FLAT_ROWS:,} exact search takes milliseconds", None)
+    if rows <= HNSW_ROWS:
+        why = f"{rows:,} vectors: up to {HNSW_ROWS:,} a graph is fast, and the vectors fit into memory as they are"
+        return Plan("HNSW32", why, "efSearch")
+    cells = 2 ** round(np.log2(4 * np.sqrt(rows)))
+    packed = "SQ8" if compression == "sq8" else f"PQ{_pieces(dim)}x4fs,Refine(SQ8)"
+    why = f"{rows:,} vectors: above {HNSW_ROWS:,} memory counts, so {cells:,} cells of compressed vectors"
+    return Plan(f"IVF{cells},{packed}", why, "nprobe")
+
+
+def _knob_of(factory: str) -> str | None:
+    if "IVF" in factory:
+        return "nprobe"
+    return "efSearch" if "HNSW" in factory else None
+
+
+def _pieces(dim: int) -> int:
+    """Parts a vector is cut into for product quantisation: of two dimensions each, of one where the number is odd."""
+    return dim // 2 if dim % 2 == 0 else dim
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Vectors scaled to length 1; zero vectors stay what they are."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:
+    """An empty index of inner product.
+
+    :raises ConfigError: Faiss does not know the factory string, or not for this dimension.
+    """
+    faiss = _faiss()
+    try:
+        index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"kind {plan.factory!r} is no Faiss factory string for {dim} dimensions ({reason}); "
+            "use auto, Flat, HNSW32, IVF4096,SQ8 or the like"
+        ) from error
+    if hasattr(index, "hnsw"):
+        index.hnsw.efConstruction = ef_construction
+    return index
+
+
+def train(index: Any, sample: Vectors, seed: int) -> None:
+    """Train the index's cells and quantisers, on a GPU where Faiss has one.
+
+    :raises DataError: fewer vectors than cells.
+    """
+    faiss = _faiss()
+    cells = cells_of(index)
+    if len(sample) < max(cells, 1):
+        raise DataError(f"{len(sample)} vectors cannot train {cells} cells; use a kind with fewer, or auto")
+    gpu = None  # must outlive the training
+    if cells:
+        ivf = faiss.extract_index_ivf(index)
+        ivf.cp.seed = seed
+        ivf.cp.min_points_per_centroid = 1  # the sample's size is ours to choose; Faiss would print a warning
+        if getattr(faiss, "get_num_gpus", int)():
+            gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
+            ivf.clustering_index = gpu
+    index.train(sample)
+    if gpu is not None:
+        ivf.clustering_index = None
+
+
+def cells_of(index: Any) -> int:
+    """Cells of an inverted file, 0 for other kinds."""
+    faiss = _faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    return ivf.nlist if ivf is not None else 0
+
+
+class RowsWriter:
+    """The sidecar: the kept columns of every indexed row, as an Arrow file that is mapped, not loaded."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        import pyarrow as pa
+
+        self.schema = pa.schema([(ROW, pa.int64()), *((name, pa.string()) for name in columns)])
+        self._writer = pa.ipc.new_file(str(path), self.schema)
+
+    def add(self, rows: Ints, columns: Mapping[str, Sequence[str | None]]) -> None:
+        import pyarrow as pa
+
+        arrays = [pa.array(rows), *(pa.array(columns[name], pa.string()) for name in self.schema.names[1:])]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Rows of another sidecar with the same columns."""
+        self._writer.write_batch(batch)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def fill(index: Any, batches: Iterable[Embeddings], rows_file: Path, gather: Ints) -> Vectors:
+    """Add all vectors and write the sidecar, a batch at a time.
+
+    :param gather: numbers, sorted, of the vectors to return.
+    """
+    gathered = [np.empty((0, index.d), np.float32)]
+    sidecar = None
+    for batch in batches:
+        sidecar = sidecar or RowsWriter(rows_file, list(batch.columns))
+        if len(batch):
+            vectors = unit(batch.vectors)
+            low, high = np.searchsorted(gather, (index.ntotal, index.ntotal + len(vectors)))
+            gathered.append(vectors[gather[low:high] - index.ntotal])
+            index.add(vectors)
+            sidecar.add(batch.rows, batch.columns)
+    if sidecar is not None:
+        sidecar.close()
+    return np.concatenate(gathered)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one setting of the knob gives: recall@10 against exact search, latency of single queries in one thread
+    (milliseconds), and queries a second of one batch on all threads."""
+
+    setting: int
+    recall: float
+    p50: float
+    p95: float
+    p99: float
+    qps: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Queries with their exact neighbours: ids and scores, queries × depth. `own` are the ids of queries that stand in
+    the index themselves, and are left out of what they find; -1 else."""
+
+    queries: Vectors
+    own: Ints
+    ids: Ints
+    scores: Vectors
+
+
+def exact_neighbours(index: Any, batches: Iterable[Vectors], queries: Vectors, own: Ints) -> Truth:
+    """Search exactly: in the vectors that the index itself holds, else in the batches."""
+    faiss = _faiss()
+    depth = TRUTH_DEPTH + 1
+    flat = index if isinstance(index, faiss.IndexFlat) else getattr(index, "storage", None)
+    if flat is not None and isinstance(stored := faiss.downcast_index(flat), faiss.IndexFlat):
+        scores, ids = stored.search(queries, depth)
+        scores = np.where(ids < 0, np.float32("-inf"), scores)
+    else:
+        ranking = rank_vectors(queries, batches, [{}] * len(queries), depth)
+        scores, ids = ranking.scores, ranking.ids
+    return Truth(queries, own, ids, np.where(ids == own[:, None], np.float32("-inf"), scores))
+
+
+def recall_of(found: Ints, truth: Truth) -> float:
+    """Mean share of the ten nearest that were found; any that scores as the tenth does is as good.
+
+    What is asked for is as many as there are, where the index holds fewer than ten others.
+    """
+    shares = []
+    for ids, own, near, scores in zip(found, truth.own, truth.ids, truth.scores, strict=True):
+        ranked = np.sort(scores[scores > -np.inf])[::-1]
+        wanted = min(RECALL_AT, len(ranked))
+        good = near[scores >= ranked[wanted - 1] - 1e-6] if wanted else near[:0]
+        kept = [i for i in ids if i != own and i >= 0][:RECALL_AT]
+        shares.append(min(np.isin(kept, good).sum(), wanted) / wanted if wanted else 1.0)
+    return float(np.mean(shares))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Run with so many Faiss threads; 0 leaves them as they are."""
+    faiss = _faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def measure_point(index: Any, truth: Truth, knob: str | None, setting: int) -> Point:
+    """Recall and speed of one setting."""
+    parameters = search_parameters(index, knob, setting)
+    start = time.perf_counter()
+    _, found = index.search(truth.queries, RECALL_AT + 1, params=parameters)
+    qps = len(truth.queries) / (time.perf_counter() - start)
+    times = []
+    with threads(1):
+        for query in truth.queries[:TIMED_QUERIES]:
+            start = time.perf_counter()
+            index.search(query[None, :], RECALL_AT, params=parameters)
+            times.append(1000 * (time.perf_counter() - start))
+    p50, p95, p99 = np.percentile(times, (50, 95, 99))
+    return Point(setting, recall_of(found, truth), float(p50), float(p95), float(p99), qps)
+
+
+def sweep(index: Any, truth: Truth, plan: Plan, target: float) -> tuple[list[Point], Point]:
+    """Measure settings, cheapest first, until the target is well passed; choose the first that reaches it.
+
+    Where none does, the last one, which is the most thorough, is chosen.
+    """
+    from tqdm.auto import tqdm
+
+    points: list[Point] = []
+    for setting in tqdm(plan.settings(cells_of(index)), desc=f"测量 {plan.knob or plan.factory}", delay=2, leave=False):
+        points.append(measure_point(index, truth, plan.knob, setting))
+        if sum(point.recall >= target for point in points) == 2:  # one point beyond the chosen one shows the curve
+            break
+    chosen = next((point for point in points if point.recall >= target), points[-1])
+    return points, chosen
+
+
+def search_parameters(index: Any, knob: str | None, setting: int, allowed: Any = None) -> Any:
+    """Faiss's parameters for one search: the knob's setting, and which ids are allowed (an IDSelector, or None)."""
+    faiss = _faiss()
+    chosen = {"sel": allowed} if allowed is not None else {}
+    inner = faiss.SearchParameters(**chosen) if chosen else None
+    if knob == "efSearch":
+        inner = faiss.SearchParametersHNSW(efSearch=setting, **chosen)
+    if knob == "nprobe":
+        inner = faiss.SearchParametersIVF(nprobe=setting, **chosen)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        return faiss.IndexRefineSearchParameters(k_factor=REFINE_FACTOR, base_index_params=inner)
+    return inner
+
+
+def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, target: float) -> None:
+    """Recall against the median latency, one dot a setting, the chosen one filled."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([p.p50 for p in points], [p.recall for p in points], "-", color="0.6", zorder=1)
+    for point in points:
+        face = "C0" if point is chosen else "white"
+        axes.plot([point.p50], [point.recall], "o", color="C0", markerfacecolor=face, zorder=2)
+        label = f"{plan.knob} {point.setting}" if plan.knob else "all compared"
+        axes.annotate(label, (point.p50, point.recall), fontsize=8, va="top", ha="left", xytext=(3, -3),
+                      textcoords="offset points")  # fmt: skip
+    axes.axhline(target, color="C3", linewidth=1, linestyle="--", label=f"target {target:g}")
+    axes.set(xlabel="median latency of one query, one thread (ms)", ylabel=f"recall@{RECALL_AT}", title=plan.factory)
+    axes.margins(x=0.15)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+# --- an index in use ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SearchIndex:
+    """An opened index folder. `deleted` are the numbers of rows that are hidden."""
+
+    folder: Path
+    index: Any = field(repr=False)
+    rows: pa.Table = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    deleted: Ints = field(repr=False)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal) - len(self.deleted)
+
+    def find(self, query: Vectors, k: int, where: Mapping[str, Sequence[str]]) -> list[tuple[float, dict[str, Any]]]:
+        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first.
+
+        :param where: column to the values allowed in it.
+        :raises DataError: the vector has another dimension, or a column is not kept.
+        """
+        if query.shape != (self.index.d,):
+            raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
+        allowed = self._allowed(where)
+        if allowed is not None and allowed.sum() <= EXACT_ROWS:
+            scores, ids = self._exactly(query, k, np.flatnonzero(allowed))
+        else:
+            scores, ids = self._approximately(query, k, allowed)
+        found = self.rows.take(ids).to_pylist()
+        return [(float(score), row) for score, row in zip(scores, found, strict=True)]
+
+    def _allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_] | None:
+        """Which rows may be found; None for all."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not where and not len(self.deleted):
+            return None
+        allowed = np.ones(self.index.ntotal, dtype=bool)
+        allowed[self.deleted] = False
+        for name, values in where.items():
+            if name not in self.rows.column_names[1:]:
+                kept = ", ".join(self.rows.column_names[1:]) or "none"
+                raise DataError(f"{self.folder}: no column {name} to filter by; kept columns are {kept}")
+            mask = pc.is_in(self.rows.column(name), value_set=pa.array(values, pa.string()))
+            allowed &= mask.to_numpy()
+        return allowed
+
+    def _exactly(self, query: Vectors, k: int, ids: Ints) -> tuple[Vectors, Ints]:
+        if not len(ids):
+            return np.empty(0, np.float32), ids
+        self._make_readable()
+        scores = self.index.reconstruct_batch(ids) @ query
+        order = np.argsort(-scores, kind="stable")[:k]
+        return scores[order], ids[order]
+
+    def _approximately(self, query: Vectors, k: int, allowed: NDArray[np.bool_] | None) -> tuple[Vectors, Ints]:
+        faiss = _faiss()
+        knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
+        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+        if knob == "efSearch":
+            setting = max(setting, k)
+        parameters = search_parameters(self.index, knob, setting, selector)
+        scores, ids = self.index.search(query[None, :], min(k, self.index.ntotal), params=parameters)
+        there = ids[0] >= 0
+        return scores[0][there], ids[0][there]
+
+    def _make_readable(self) -> None:
+        """Let an inverted file give back single vectors; other kinds can."""
+        faiss = _faiss()
+        ivf = faiss.try_extract_index_ivf(self.index)
+        if ivf is not None and ivf.direct_map.no():
+            ivf.make_direct_map()
+
+    def numbers_of(self, ids: Sequence[str], column: str) -> Ints:
+        """Numbers of the rows that hold one of the ids.
+
+        :raises DataError: an id is in no row.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if column not in self.rows.column_names:
+            raise DataError(f"{self.folder}: no column {column}; kept are {', '.join(self.rows.column_names[1:])}")
+        values = pc.cast(self.rows.column(column), pa.string())
+        unknown = set(ids) - set(values.to_pylist())
+        if unknown:
+            shown = ", ".join(sorted(unknown)[:5])
+            raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
+        return np.flatnonzero(pc.is_in(values, value_set=pa.array(list(ids), pa.string())).to_numpy())
+
+
+def save_vectors(folder: Path, index: Any) -> int:
+    """Write the index file into a folder that is being written; returns its size in bytes."""
+    place = folder / INDEX_FILE
+    _faiss().write_index(index, str(place))
+    return place.stat().st_size
+
+
+def open_index(folder: str | Path) -> SearchIndex:
+    """Open an index folder.
+
+    :raises MissingError: it is none.
+    :raises DataError: a file of it was cut short or does not fit the others.
+    """
+    faiss = _faiss()
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    place = folder / INDEX_FILE
+    size = place.stat().st_size if place.is_file() else 0
+    if size != manifest["index_bytes"]:
+        raise DataError(
+            f"{place} holds {size:,} bytes, its manifest says {manifest['index_bytes']:,}: it was cut short or "
+            "replaced; build the index again"
+        )
+    try:
+        index = faiss.read_index(str(place))
+    except RuntimeError as error:
+        raise DataError(f"{place} is no whole Faiss index; build the index again") from error
+    rows = _read_rows(folder / ROWS_FILE)
+    if not index.ntotal == len(rows) == manifest["rows"]:
+        raise DataError(
+            f"{folder}: {index.ntotal} vectors, {len(rows)} rows of columns, {manifest['rows']} in the manifest; "
+            "build the index again"
+        )
+    deleted = folder / DELETED_FILE
+    return SearchIndex(folder, index, rows, manifest, np.load(deleted) if deleted.is_file() else np.empty(0, np.int64))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    place = folder / MANIFEST_FILE
+    if not place.is_file():
+        raise MissingError(f"index {folder}: there is no {MANIFEST_FILE} in it; build the index first")
+    try:
+        manifest: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        _ = manifest["index_bytes"], manifest["rows"], manifest["search"]["knob"], manifest["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place} is no readable manifest ({error!r}); build the index again") from error
+    return manifest
+
+
+def _read_rows(path: Path) -> pa.Table:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not whole ({error}); build the index again") from error
+
+
+def write_deleted(index: SearchIndex, numbers: Ints) -> None:
+    """Hide rows until the next build."""
+    with written_whole(index.folder / DELETED_FILE) as new, open(new, "wb") as file:
+        np.save(file, np.union1d(index.deleted, numbers).astype(np.int64))
+
+
+@functools.lru_cache(maxsize=2)
+def opened(folder: str, stamp: tuple[int, ...]) -> SearchIndex:
+    """`open_index`, remembered while the folder's files keep their times (`stamp_of`)."""
+    return open_index(folder)
+
+
+def stamp_of(folder: str | Path) -> tuple[int, ...]:
+    """The times at which an index's files were written; -1 for one that is not there."""
+    files = [Path(folder) / name for name in (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE)]
+    return tuple(file.stat().st_mtime_ns if file.is_file() else -1 for file in files)

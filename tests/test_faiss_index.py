@@ -1,0 +1,125 @@
+"""The parts of the index: its kind, its recall, its filter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ebr_lib.data.vectors import Embeddings
+from ebr_lib.errors import ConfigError, DataError
+from ebr_lib.retrieval.faiss_index import (
+    SearchIndex,
+    Truth,
+    _read_rows,
+    cells_of,
+    exact_neighbours,
+    fill,
+    measure_point,
+    new_index,
+    plan_index,
+    recall_of,
+    sweep,
+    train,
+    unit,
+)
+
+KINDS = ("Flat", "HNSW16", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs,Refine(SQ8)", "PCA12,IVF8,Flat", "SQ8")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(20, 16))
+    return unit((centres[rng.integers(0, 20, 700)] + 0.5 * rng.normal(size=(700, 16))).astype(np.float32))
+
+
+def build(kind, vectors, folder, batch=128):
+    plan = plan_index(len(vectors), 16, kind)
+    index = new_index(plan, 16, 40)
+    if not index.is_trained:
+        train(index, vectors, 0)
+    labels = [f"id{i}" for i in range(len(vectors))]
+    batches = [
+        Embeddings(part * 3, {"id": labels[i : i + batch], "half": ["ab"[j % 2] for j in range(i, i + len(part))]},
+                   np.arange(i, i + len(part)), len(part))
+        for i, part in ((i, vectors[i : i + batch]) for i in range(0, len(vectors), batch))
+    ]  # fmt: skip
+    gathered = fill(index, batches, folder / "rows", np.array([0, 127, 128, 650]))
+    np.testing.assert_allclose(gathered, vectors[[0, 127, 128, 650]], atol=1e-6)
+    manifest = {"search": {"knob": plan.knob, "setting": plan.settings(8)[-1]}}
+    return plan, SearchIndex(folder, index, _read_rows(folder / "rows"), manifest, np.empty(0, np.int64))
+
+
+def test_kind_goes_by_size():
+    assert [plan_index(n, 384).factory for n in (10, 50_000, 50_001, 1_000_000)] == ["Flat", "Flat", "HNSW32", "HNSW32"]
+    assert plan_index(4_000_000, 384).factory == "IVF8192,SQ8"
+    assert plan_index(4_000_000, 384, compression="pq").factory == "IVF8192,PQ192x4fs,Refine(SQ8)"
+    assert plan_index(4_000_000, 384, "HNSW64").knob == "efSearch"
+    with pytest.raises(ConfigError, match="no Faiss factory string"):
+        new_index(plan_index(10, 8, "HSNW32"), 8, 40)
+    with pytest.raises(DataError, match="5 vectors cannot train 8 cells"):
+        train(new_index(plan_index(5, 4, "IVF8,Flat"), 4, 40), np.ones((5, 4), np.float32), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_searches_filters_and_measures(kind, vectors, tmp_path):
+    plan, held = build(kind, vectors, tmp_path)
+    exact = np.argsort(-(vectors @ vectors[5]))
+    found = [row["_row"] for _, row in held.find(vectors[5], 10, {})]
+    assert found[0] == 5
+    assert len(set(found) & set(exact[:10].tolist())) >= (5 if "PCA" in kind else 9)
+    odd = held.find(vectors[5], 10, {"half": ["b"]})
+    assert [row["half"] for _, row in odd] == ["b"] * 10 and odd[0][1]["id"] == "id5"
+    truth = exact_neighbours(held.index, [vectors], vectors[:50], np.arange(50))
+    points, chosen = sweep(held.index, truth, plan, 0.9)
+    assert [p.setting for p in points] == sorted(p.setting for p in points) and chosen in points
+    assert chosen.recall >= 0.9 or chosen == points[-1]
+    assert (cells_of(held.index) == 8) == ("IVF" in kind)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,SQ8"])
+def test_filter_through_the_index_when_many_rows_pass(kind, vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebr_lib.retrieval.faiss_index.EXACT_ROWS", 10)
+    held = build(kind, vectors, tmp_path)[1]
+    held.deleted = np.array([5])
+    found = held.find(vectors[5], 10, {"half": ["a", "b"]})
+    assert len(found) == 10 and "id5" not in [row["id"] for _, row in found]
+    assert {row["half"] for _, row in held.find(vectors[5], 300, {"half": ["a"]})} == {"a"}
+    assert len(held) == 699
+
+
+def test_find_refuses_what_does_not_fit(vectors, tmp_path):
+    held = build("Flat", vectors, tmp_path)[1]
+    with pytest.raises(DataError, match="8 dimensions, the index 16"):
+        held.find(np.ones(8, np.float32), 5, {})
+    with pytest.raises(DataError, match="no column brand to filter by; kept columns are id, half"):
+        held.find(vectors[0], 5, {"brand": ["x"]})
+    assert held.find(vectors[0], 5, {"half": ["c"]}) == []
+    assert len(held.find(vectors[0], 10_000, {})) == 700
+
+
+def test_recall_counts_ties_as_found_and_leaves_the_query_itself_out():
+    ids, scores = np.arange(12)[None], np.r_[[1.0] * 2, [0.5] * 10][None].astype(np.float32)
+    truth = Truth(np.ones((1, 2), np.float32), np.array([-1]), ids, scores)
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 11]]), truth) == 1  # the last is as good as number 9
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 77]]), truth) == 0.9
+    own = Truth(truth.queries, np.array([0]), ids, np.where(ids == 0, -np.inf, scores))
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]), own) == 1
+    few = Truth(truth.queries, np.array([0]), ids, np.where(ids > 2, -np.inf, own.scores))
+    assert recall_of(np.array([[0, 1, 2, -1]]), few) == 1
+
+
+def test_truth_is_the_same_from_the_index_and_from_the_stream(vectors, tmp_path):
+    held = build("HNSW16", vectors, tmp_path)[1]
+    own = np.arange(30)
+    inside = exact_neighbours(held.index, iter(()), vectors[:30], own)
+    stream = exact_neighbours(object(), np.array_split(vectors, 5), vectors[:30], own)
+    np.testing.assert_allclose(np.sort(inside.scores), np.sort(stream.scores), atol=1e-6)
+    assert (inside.ids == stream.ids).mean() > 0.99
+
+
+def test_a_higher_setting_finds_no_less(vectors, tmp_path):
+    plan, held = build("IVF8,Flat", vectors, tmp_path)
+    truth = exact_neighbours(held.index, [vectors], vectors[:100], np.arange(100))
+    recalls = [measure_point(held.index, truth, plan.knob, n).recall for n in (1, 4, 8)]
+    assert recalls == sorted(recalls) and recalls[-1] == 1
