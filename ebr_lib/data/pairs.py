@@ -309,12 +309,18 @@ class _Window:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
-                if self._more():
+                if self._may_go_on(error) and self._more():
                     continue
                 raise DataError(f"{self.file}, {self._place_of(error)}: the array is broken there ({error})") from error
             if end == len(self._text) and self._more():
                 continue  # a number may go on in the next chunk
             return value, self._step(end)
+
+    def _may_go_on(self, error: Exception) -> bool:
+        """Was the value cut off by the end of the chunk, or is it broken where more text cannot mend it?"""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16  # \\ud83d\\ude00 is the longest
 
     def _place_of(self, error: Exception) -> str:
         passed = self._text[self._at : getattr(error, "pos", self._at)]
@@ -385,7 +391,8 @@ def _missing_column(name: str, found: list[str]) -> str:
 
 _LETTERS = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u1cff]+")  # the ranges: vowel signs
 _TYPO_LETTERS = 5  # one typo is at most a fifth of a text
-_LONG_LETTERS = 64
+_TYPO_LONGEST = 64  # beyond, one typo is found by overlap: a key a letter would fill the memory
+_OVERLAP_LETTERS = 25
 _GRAM = 4
 _OVERLAP = 0.8
 _BANDS, _BAND_ROWS = 8, 3  # finds a pair of overlap 0.8 with probability 0.997, of 0.88 with 0.9999
@@ -446,8 +453,9 @@ def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
     Only letters and digits count. Two texts are near-duplicates when they are then the same, when they have the same
     words in another order, or when they get equal by dropping at most one letter from each: one letter changed, added,
     lost, moved, or two swapped. That takes five letters, and digits do not drop: "iphone 13" is not "iphone 14".
-    Texts over 64 letters are near-duplicates when they share 0.8 of their 4-grams (Jaccard; candidates by MinHash,
-    Broder 1997, each then checked). A near-duplicate of a near-duplicate is in the group too.
+    Texts from 25 letters on are near-duplicates also when they share 0.8 of their 4-grams, and over 64 letters only
+    then (Jaccard; candidates by MinHash, Broder 1997, each then checked). A near-duplicate of a near-duplicate is in
+    the group too.
 
     :return: shape (texts,), numbered from 0 in order of first appearance.
     """
@@ -525,7 +533,7 @@ def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
     A text's keys are the hashes of itself and of itself without each one letter. The hash is sum(letter_i * base^i),
     so that a prefix sum gives each key in constant time: what follows the dropped letter moves down by one power.
     """
-    chosen = [i for i, text in enumerate(letters) if len(text) <= _LONG_LETTERS + 1]
+    chosen = [i for i, text in enumerate(letters) if len(text) <= _TYPO_LONGEST]
     parts = [_dropping_keys(block) for block in _blocks(letters, chosen)]
     if not parts:
         return np.empty((2, 0), dtype=np.int64)
@@ -535,7 +543,7 @@ def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
 def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     base = 0x9E3779B97F4A7C15 | 1
     inverse = np.uint64(pow(base, -1, 1 << 64))
-    powers = np.array([pow(base, i, 1 << 64) for i in range(_LONG_LETTERS + 1)], dtype=np.uint64)
+    powers = np.array([pow(base, i, 1 << 64) for i in range(_TYPO_LONGEST)], dtype=np.uint64)
     place = np.arange(len(block.text)) - block.starts[block.text]
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(block.letters * powers[place], dtype=np.uint64)])
     begin, end = sums[block.starts], sums[block.starts + block.lengths]
@@ -546,8 +554,8 @@ def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]
 
 
 def _overlapping(letters: Sequence[str]) -> NDArray[np.int64]:
-    """Edges between long texts that share most of their 4-grams."""
-    chosen = [i for i, text in enumerate(letters) if len(text) > _LONG_LETTERS]
+    """Edges between texts that are not short and share most of their 4-grams."""
+    chosen = [i for i, text in enumerate(letters) if len(text) >= _OVERLAP_LETTERS]
     bands = [_band_keys(block) for block in _blocks(letters, chosen)]
     edges = [np.empty((2, 0), dtype=np.int64)]
     if bands:
@@ -569,7 +577,8 @@ def _band_keys(block: _Block) -> NDArray[np.uint64]:
     starts = np.cumsum(counts) - counts
     keys = np.zeros((_BANDS, len(block.lengths)), dtype=np.uint64)
     for function in range(_BANDS * _BAND_ROWS):
-        least = np.minimum.reduceat(_mixed(gram ^ np.uint64(function + 1)), starts)
+        shuffle = _mixed(np.array([2 * function, 2 * function + 1], dtype=np.uint64)) | np.uint64(1)
+        least = np.minimum.reduceat((gram ^ shuffle[0]) * shuffle[1], starts)
         keys[function // _BAND_ROWS] = _mixed(keys[function // _BAND_ROWS] + least)
     return keys
 
