@@ -229,7 +229,7 @@ def draw(
     from matplotlib.figure import Figure
 
     texts = "".join([title, caption, groups.title, *groups.names[:SHOWN], *(p.title + p.note for p in panels)])
-    with _quiet_fonts(), mpl.rc_context({"font.family": fonts_for(texts, fonts)}):
+    with _quiet_fonts(), mpl.rc_context({"font.family": fonts_for(texts, fonts), "text.parse_math": False}):
         across, down = min(2, len(panels)), (len(panels) + 1) // 2
         figure = Figure(figsize=(across * PANEL + LEGEND, down * (PANEL + 0.35) + 1.25), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -390,7 +390,7 @@ def _draw_words(figure: Figure, groups: Groups, title: str, caption: str) -> Non
     width, height = figure.get_size_inches()
     figure.text(0.15 / width, 1 - 0.2 / height, shortened(title, 120), fontsize=15, fontweight="bold", va="top")
     figure.text(
-        0.15 / width, 0.14 / height, wrapped(caption, int(width * 12.5)), fontsize=9, color="#555555", va="bottom",
+        0.15 / width, 0.14 / height, wrapped(caption, int(width * 13.5)), fontsize=9, color="#555555", va="bottom",
         linespacing=1.45,
     )  # fmt: skip
     left, top = (width - LEGEND + 0.05) / width, 1 - 0.9 / height
