@@ -154,15 +154,30 @@ def test_precision_that_is_missing_is_float32_and_said(bert, monkeypatch, caplog
 
 def test_bfloat16_copies_the_model(bert, monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    encoder = Encoder(bert, precision="auto")
+    encoder = Encoder(bert, precision="auto", prompt="query: ")
     assert encoder.precision == "bfloat16"
     assert {weight.dtype for weight in encoder.model[0].parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in bert.parameters()} == {torch.float32}
-    found, wanted = encoder.encode(TEXTS), Encoder(bert, precision="float32").encode(TEXTS)
+    wanted = Encoder(bert, precision="float32", prompt="query: ").encode(TEXTS)
+    found = encoder.encode(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)  # normalised in float32
     assert (found * wanted).sum(axis=1).min() > 0.99
     assert not np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_short_texts_share_rows_in_bfloat16(bert, monkeypatch, include_prompt):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    bert.set_pooling_include_prompt(include_prompt)
+    packing = Encoder(bert, prompt="query: ")
+    padding = Encoder(bert, prompt="query: ")
+    padding._packed = None
+    texts = [TEXTS[i % 7 * 3] for i in range(60)]  # of very different lengths
+    found, wanted = packing.encode(texts), padding.encode(texts)
+    assert (found * wanted).sum(axis=1).min() > 0.999
+    assert packing.stats.tokens == padding.stats.tokens
+    assert packing.stats.slots != padding.stats.slots  # rows really were shared
 
 
 def test_float32_of_a_half_precision_model(tiny_bert):

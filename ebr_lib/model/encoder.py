@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebr_lib.logs import logger
+from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import evaluating
+from ebr_lib.model.packing import PackedForward, pack, packed_forward, row_length_for
 from ebr_lib.model.precision import choose_precision
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ Vectors = NDArray[np.float32]
 
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 32768
+PACKED_LENGTH = 64  # in bfloat16 on a CPU, packed rows were 1.2 times as fast up to here and slower beyond
 SIMILAR = 0.75  # a text this much of the longest, or more, fits its batch
 FAIR_TOKENS = 512
 TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
@@ -151,6 +154,9 @@ class Encoder:
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
         self.stats = EncodeStats()
         self._tokenizer = _tokenizer_of(self.model, prompt)
+        packs = self._tokenizer is not None and self.precision == "bfloat16" and model.device.type == "cpu"
+        self._packed = packed_forward(self.model) if packs else None
+        self._prompt_length = self._tokenizer and self._tokenizer.prompt_length
 
     @property
     def dim(self) -> int:
@@ -193,14 +199,30 @@ class Encoder:
 
     def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
         """Vectors of one batch, on the device."""
-        features = self._features(tokens.of(texts), tokens.lengths[texts])
+        ids, lengths = tokens.of(texts), tokens.lengths[texts]
+        if self._packed is not None and lengths.max() <= PACKED_LENGTH:
+            vectors = self._pack(self._packed, ids, lengths)
+        else:
+            vectors = self._pad(ids, lengths)
+        vectors = vectors.float()[:, : self.truncate_dim]
+        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+
+    def _pad(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
+        """Sentence embeddings of a padded batch."""
         transformer, *rest = self.model
-        features = transformer(features)
+        features = transformer(self._features(ids, lengths))
         features["token_embeddings"] = features["token_embeddings"].float()
         for module in rest:
             features = module(features)
-        vectors = features["sentence_embedding"].float()[:, : self.truncate_dim]
-        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+        return features["sentence_embedding"]
+
+    def _pack(self, packed: PackedForward, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
+        """Sentence embeddings of a batch that shares rows."""
+        layout = pack(lengths, row_length_for(lengths))
+        self.stats.slots += layout.slots
+        with attention(self.model, "eager"):
+            states = packed.states(torch.from_numpy(ids), layout)
+        return packed.pool(states.float(), torch.from_numpy(lengths), self._prompt_length)
 
     def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:
         """What the model's own tokenizer would make of a batch, padded on the tokenizer's side."""
@@ -218,8 +240,8 @@ class Encoder:
         }
         if "token_type_ids" in tokenizer.model_input_names:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        if self._tokenizer is not None and self._tokenizer.prompt_length is not None:
-            features["prompt_length"] = self._tokenizer.prompt_length
+        if self._prompt_length is not None:
+            features["prompt_length"] = self._prompt_length
         return features
 
     def _sent(self, values: NDArray[np.int64]) -> Tensor:

@@ -40,6 +40,11 @@ class Layout:
     row_length: int
 
     @property
+    def slots(self) -> int:
+        """Token places, those of padding included."""
+        return self.row_count * self.row_length
+
+    @property
     def places(self) -> NDArray[np.int64]:
         """Places (tokens,) in the flattened rows of all tokens, text after text."""
         return np.repeat(self.rows * self.row_length + self.starts, self.lengths) + self.offsets
@@ -95,23 +100,22 @@ class PackedForward:
             ids.append(column["input_ids"][seen])
             lengths.append(seen.sum(dim=1))
         counts = torch.cat(lengths).cpu().numpy()
-        states = self.states(torch.cat(ids), counts)
+        states = self.states(torch.cat(ids), pack(counts, row_length_for(counts)))
         parts = states.split([int(part.sum()) for part in lengths])
         prompts = [column.get("prompt_length") for column in columns]
         return [self.pool(*part) for part in zip(parts, lengths, prompts, strict=True)]
 
-    def states(self, ids: Tensor, lengths: NDArray[np.integer]) -> Tensor:
+    def states(self, ids: Tensor, layout: Layout) -> Tensor:
         """Token states (tokens, width) of texts that follow each other in `ids` (tokens,)."""
-        layout = pack(lengths, row_length_for(lengths))
         shape = (layout.row_count, layout.row_length)
         device = ids.device
         places = torch.from_numpy(layout.places).to(device)
 
         def spread(values: Tensor, rest: int) -> Tensor:
-            return torch.full((shape[0] * shape[1],), rest, device=device).index_put((places,), values).view(shape)
+            return torch.full((layout.slots,), rest, device=device).index_put((places,), values).view(shape)
 
         offsets = torch.from_numpy(layout.offsets).to(device)
-        texts = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+        texts = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(device)
         features = {
             "input_ids": spread(ids.long(), self._pad),
             "position_ids": spread(offsets + self._first_position, self._first_position),
