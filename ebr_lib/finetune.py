@@ -107,6 +107,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if trainer.is_world_process_zero():
         _save(config, data, model, result)
         logger.info("%s", result.table.text())
+        _say_if_worse(config, before, after)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result
 
@@ -161,14 +162,14 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
 
     from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
     from ebr_lib.model.loading import load_model
-    from ebr_lib.model.training import device_type
+    from ebr_lib.model.training import training_device
 
     bf16 = _precision(config) == "bfloat16"
     model = load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
         max_seq_length=config.max_seq_length,
-        device=device_type(),
+        device=training_device(),
         dtype=torch.bfloat16 if bf16 else torch.float32,
         trainable=True,
     )
@@ -192,9 +193,9 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
 
 def _precision(config: FinetuneConfig) -> str:
     from ebr_lib.model.precision import choose_precision
-    from ebr_lib.model.training import device_type
+    from ebr_lib.model.training import training_device
 
-    chosen = choose_precision("float16" if config.fp16 else "bfloat16" if config.bf16 else "float32", device_type())
+    chosen = choose_precision("float16" if config.fp16 else "bfloat16" if config.bf16 else "float32", training_device())
     logger.info("精度 precision: %s%s", chosen.dtype, f" ({chosen.why})" if chosen.why else "")
     return chosen.dtype
 
@@ -329,9 +330,12 @@ def _noise(config: FinetuneConfig) -> Any:
 
 def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
     """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds."""
+    from accelerate.utils import broadcast_object_list
+
     from ebr_lib.model.training import KeepBest, fly_longest_batch
 
-    checkpoint = _last_checkpoint(config, data)
+    checkpoint = _last_checkpoint(config, data) if trainer.is_world_process_zero() else None
+    checkpoint = broadcast_object_list([checkpoint])[0]  # one process tidies up, all go on from the same place
     flown = fly_longest_batch(trainer)
     logger.info("预检 preflight, longest batch: %.2f s, memory %.0f MB", flown.seconds, flown.peak_mb)
     start = time.perf_counter()
@@ -340,6 +344,7 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
         where = _place(config, CHECKPOINTS_SUFFIX)
         logger.warning("已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", where)
         raise KeyboardInterrupt
+    trainer.accelerator.wait_for_everyone()  # the first process has written the best weights by then
     for callback in trainer.callback_handler.callbacks:  # a resumed run has its own copy, restored from the checkpoint
         if isinstance(callback, KeepBest):
             callback.restore(trainer.model)
@@ -359,11 +364,11 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
         _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
         logger.info("从检查点继续 going on from %s", last)
         return last
-    if folder.is_dir():
+    if note.is_file():
         aside = folder.with_name(folder.name + ".previous")
         replace_folder(folder, aside)
         logger.warning("上次中断的检查点已移到 checkpoints of an unfinished run were moved to %s", aside)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(note, run)
     return None
 
@@ -399,6 +404,18 @@ def _before_after(before: Means, after: Means) -> Table:
     ]
     columns = ("documents", "queries", "metric", "before", "after", "change")
     return Table("微调前后 before and after, on the held-out anchors", columns, rows)
+
+
+def _say_if_worse(config: FinetuneConfig, before: Means, after: Means) -> None:
+    metric = config.best_metric if config.best_metric != "loss" else "ndcg@10"
+    if before and after["all"][metric] <= before["all"][metric]:
+        logger.warning(
+            "没有超过基座模型 no better than the base model: %s %.4f before, %.4f after; see the data table above, and "
+            "try configs/finetune/small_data.yaml or more data",
+            metric,
+            before["all"][metric],
+            after["all"][metric],
+        )
 
 
 def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, result: FinetuneResult) -> None:

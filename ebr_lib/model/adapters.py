@@ -29,12 +29,15 @@ def add_lora(
     from peft import LoraConfig, TaskType
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    # sentence embeddings pool token states: nothing flows through BERT's own pooler
+    has_pooler = any(name.split(".")[0] == "pooler" for name, _ in model.transformers_model.named_modules())
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
+        exclude_modules=r"pooler\..*" if has_pooler else None,
         use_dora=dora,
         use_rslora=rslora,
     )

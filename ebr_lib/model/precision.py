@@ -30,9 +30,11 @@ def choose_precision(asked: Literal["float32", "bfloat16", "float16", "auto"], d
     """The type that the device has and that is nearest to what was asked for.
 
     :param asked: "auto" takes bfloat16 where the hardware has it, else float32.
-    :param device: torch device type, "cuda" or "cpu"; any other is given what was asked for.
+    :param device: a torch device, "cuda:0" or "cpu"; one of another type is given what was asked for.
     """
     import torch
+
+    device = device.partition(":")[0]
 
     if device not in ("cuda", "cpu") or asked == "float32":
         return Precision("float32" if asked == "auto" else asked)

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.model.losses import ContrastiveLoss
 
+# the library still calls activation checkpointing by its old name
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
+
 Noise = Callable[[str, int, int, str], str]
 """(text, epoch, row, column) to the text with noise."""
 
@@ -39,9 +43,9 @@ MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_c
 LOWER_IS_BETTER = "loss"
 
 
-def device_type() -> str:
-    """Where training runs: "cuda" or "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def training_device() -> str:
+    """Where this process trains: its own GPU ("cuda:0", "cuda:1" …), or "cpu"."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def world_size() -> int:
@@ -171,7 +175,7 @@ def training_arguments(
         logging_first_step=True,
         # a batch that differs in size between processes could not be gathered
         dataloader_drop_last=world_size() > 1,
-        use_cpu=device_type() == "cpu",
+        use_cpu=training_device() == "cpu",
         report_to=[],
         **others,
     )

@@ -1,0 +1,458 @@
+"""Fine-tuning from the outside: what goes in, what is saved, what happens when something goes wrong."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ebr_lib import train_sentence_transformer
+from ebr_lib.config import FinetuneConfig
+from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
+from ebr_lib.model.adapters import ADAPTER_FILE
+from ebr_lib.model.contract import CONTRACT_FILE
+from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.losses import ContrastiveLoss
+from ebr_lib.model.training import EbrTrainer, KeepBest
+
+ROOT = Path(__file__).parent.parent
+THINGS = ["blanket", "pan", "kettle", "lamp", "tent", "kite", "scarf", "mug"]
+THINGS += ["热水器", "书籍", "手机壳", "洗发水", "rope", "chair", "bowl", "clock"]
+WANTS = ["warm", "cheap", "small", "red", "strong", "nice"]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """48 pairs: three queries for each of 16 things."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"anchor": f"{want} {thing}", "positive": f"this {thing} is what shops sell as {thing} number {i}"}
+        for i, thing in enumerate(THINGS)
+        for want in (WANTS[i % 6], WANTS[(i + 1) % 6], WANTS[(i + 2) % 6])
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def settings(tiny_bert, pairs, tmp_path) -> dict:
+    return {
+        "model_name": str(tiny_bert),
+        "data_path": str(pairs),
+        "output_dir": str(tmp_path / "out"),
+        "train_batch_size": 8,
+        "max_seq_length": 32,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "learning_rate": 2e-3,
+        "eval_ratio": 0.25,
+    }
+
+
+def train(settings: dict, **more):
+    return train_sentence_transformer(settings | more)
+
+
+def adapter(result) -> dict[str, torch.Tensor]:
+    return load_file(Path(result.model_path) / ADAPTER_FILE)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_bert, pairs, tmp_path_factory):
+    """One plain run that several tests look at."""
+    return train_sentence_transformer(
+        {
+            "model_name": str(tiny_bert),
+            "data_path": str(pairs),
+            "output_dir": str(tmp_path_factory.mktemp("trained")),
+            "train_batch_size": 8,
+            "max_seq_length": 32,
+            "learning_rate": 2e-3,
+            "num_epochs": 3,
+            "eval_ratio": 0.25,
+            "prompt": {"anchor": "query: ", "positive": "passage: "},
+            "merge_adapter": True,
+        }
+    )
+
+
+def test_the_folder_is_complete(trained):
+    folder = Path(trained.model_path)
+    assert folder.name == "tiny-bert-peft-lora"
+    wanted = {
+        ADAPTER_FILE, CONTRACT_FILE, "adapter_config.json", "modules.json", "tokenizer.json", "README.md",
+        "finetune_config.yaml", "training_log.jsonl", "loss_curve.png", "heldout.jsonl", "corpus.jsonl",
+    }  # fmt: skip
+    assert wanted <= {path.name for path in folder.iterdir()}
+    assert not list(folder.parent.glob("*checkpoints*"))
+    assert not list(folder.rglob("*.bin"))  # no pickles
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert {"loss", "learning_rate", "masked_share"} <= set().union(*log)
+    assert trained.steps == 3 * -(-trained.train_rows // 8)
+
+
+def test_training_lowers_the_loss(trained):
+    log = [json.loads(line) for line in (Path(trained.model_path) / "training_log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert trained.before["all"]["queries"] == sum(
+        trained.before[g]["queries"] for g in ("seen", "unseen") if g in trained.before
+    )
+
+
+def test_the_saved_config_repeats_the_run(trained, tmp_path):
+    config = FinetuneConfig.resolve({"output_dir": str(tmp_path)}, [Path(trained.model_path) / "finetune_config.yaml"])
+    again = train_sentence_transformer(config)
+    assert same(adapter(again), adapter(trained))
+
+
+def test_prompts_and_length_travel_with_the_model(trained):
+    model = load_model(trained.model_path, device="cpu")
+    assert prompt_of(model, "query") == "query: "
+    assert prompt_of(model, "document") == "passage: "
+    assert prompt_of(model, "query", told="other: ") == "other: "
+    assert model.max_seq_length == 32
+
+
+def test_sentence_transformers_loads_the_folder_too(trained):
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(trained.model_path, device="cpu").encode(["red kite 书籍"])
+    ours = load_model(trained.model_path, device="cpu").encode(["red kite 书籍"])
+    np.testing.assert_allclose(theirs, ours, atol=1e-6)
+
+
+def test_the_merged_model_is_the_adapted_one(trained):
+    assert trained.merged_path is not None
+    adapted = load_model(trained.model_path, device="cpu").encode(["red kite 书籍"])
+    merged = load_model(trained.merged_path, device="cpu").encode(["red kite 书籍"])
+    np.testing.assert_allclose(merged, adapted, atol=1e-5)
+    assert not (Path(trained.merged_path) / ADAPTER_FILE).exists()
+
+
+def test_loading_says_so_when_the_vectors_are_not_those_saved(trained, tmp_path, caplog):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(trained.model_path, broken)
+    weights = load_file(broken / ADAPTER_FILE)
+    from safetensors.torch import save_file
+
+    save_file({name: weight + torch.randn_like(weight) for name, weight in weights.items()}, broken / ADAPTER_FILE)
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        load_model(str(broken), device="cpu")
+    assert "NOT THE VECTORS THAT WERE SAVED" in caplog.text
+
+
+def test_an_adapter_refuses_another_base(trained, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(trained.model_path, other)
+    contract = json.loads((other / CONTRACT_FILE).read_text())
+    (other / CONTRACT_FILE).write_text(json.dumps(contract | {"base_sha256": "0" * 64}))
+    with pytest.raises(ModelError, match="put the original base model there"):
+        load_model(str(other), device="cpu")
+
+
+def test_training_goes_on_from_an_adapter(trained, settings):
+    result = train(settings, model_name=trained.model_path, learning_rate=1e-9)
+    assert Path(result.model_path).name == "tiny-bert-peft-lora"
+    before, after = adapter(trained), adapter(result)
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+
+
+# --- knobs that must bite -----------------------------------------------------------------------------------------
+
+
+def test_off_is_bit_equal_to_never_heard_of(settings, tmp_path):
+    plain = adapter(train(settings))
+    off = {
+        "l1_regularization": 0.0, "label_smoothing": 0.0, "noise_enabled": True, "noise_prob": 0.0, "use_dora": False,
+        "warmup_ratio": 0.0, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    assert same(plain, adapter(train(settings, **off, output_dir=str(tmp_path / "off"))))
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"l1_regularization": 1e-2},
+        {"label_smoothing": 0.1},
+        {"noise_enabled": True, "noise_prob": 1.0, "noise_strength": 0.5},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"lora_dropout": 0.4},
+        {"warmup_ratio": 0.5},
+        {"temperature": 0.2},
+        {"lr_scheduler_type": "cosine"},
+        {"seed": 1},
+        {"max_seq_length": 8},
+        {"prompt": "query: "},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"matryoshka_dims": [32, 8]},
+        {"gradient_accumulation_steps": 2},
+        {"balanced_batches": False},
+        {"adapter_side": "query"},
+    ],
+    ids=lambda knob: next(iter(knob)),
+)
+def test_every_knob_changes_the_weights(settings, plain_adapter, knob):
+    other = adapter(train(settings, **knob))
+    assert not same(plain_adapter, other)
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(tiny_bert, pairs, tmp_path_factory):
+    settings = {
+        "model_name": str(tiny_bert), "data_path": str(pairs), "output_dir": str(tmp_path_factory.mktemp("plain")),
+        "train_batch_size": 8, "max_seq_length": 32, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3,
+        "eval_ratio": 0.25,
+    }  # fmt: skip
+    return adapter(train_sentence_transformer(settings))
+
+
+def test_the_mask_bites_where_documents_repeat_in_a_batch(settings, tmp_path):
+    masked = adapter(train(settings, balanced_batches=False))
+    plain = adapter(train(settings, balanced_batches=False, mask_known_positives=False, output_dir=str(tmp_path / "p")))
+    assert not same(masked, plain)
+
+
+def test_checkpointing_and_workers_change_nothing(settings, tmp_path):
+    # packed rows cannot be recomputed layer by layer, so both runs are padded
+    plain = adapter(train(settings, packed_rows=False, lora_dropout=0.0))
+    other = train(
+        settings, packed_rows=False, lora_dropout=0.0, gradient_checkpointing=True, output_dir=str(tmp_path / "c")
+    )
+    found = adapter(other)
+    assert all((plain[name] - found[name]).abs().max() < 1e-5 for name in plain)
+    workers = train(
+        settings, packed_rows=False, lora_dropout=0.0, dataloader_num_workers=1, output_dir=str(tmp_path / "w")
+    )
+    assert same(adapter(workers), plain)
+
+
+def test_noise_is_the_same_with_and_without_workers(settings, tmp_path):
+    noisy = {"noise_enabled": True, "noise_prob": 0.8, "noise_strength": 0.5, "num_epochs": 2}
+    one = adapter(train(settings, **noisy))
+    other = adapter(train(settings, **noisy, dataloader_num_workers=1, output_dir=str(tmp_path / "w")))
+    assert same(one, other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+    ],
+)  # fmt: skip
+def test_every_scheduler_runs(settings, name):
+    result = train(settings, lr_scheduler_type=name, num_epochs=2, warmup_ratio=0.2)
+    log = [json.loads(line) for line in (Path(result.model_path) / "training_log.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert max(rates) <= 2e-3 + 1e-9
+    if name in ("linear", "cosine", "polynomial"):
+        assert rates[-1] < max(rates)
+
+
+def test_fp16_without_the_hardware_says_what_it_took(settings, caplog):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has float16")
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        train(settings, fp16=True)
+    assert "is the nearest" in caplog.text
+
+
+def test_the_adapter_is_float32_on_a_bfloat16_base(tiny_bert):
+    from ebr_lib.model.adapters import add_lora
+
+    model = load_model(str(tiny_bert), device="cpu", dtype=torch.bfloat16)
+    add_lora(model, r=4, alpha=8, dropout=0.0)
+    assert {w.dtype for w in model.parameters() if w.requires_grad} == {torch.float32}
+    assert {w.dtype for w in model.parameters() if not w.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["xlm-r", "modernbert", "qwen2", "kalm"])
+def test_every_shape_trains(settings, tiny_models, kind):
+    result = train(settings, model_name=str(tiny_models(kind)), trust_remote_code=kind == "kalm")
+    weights = adapter(result)
+    assert all(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+    model = load_model(result.model_path, trust_remote_code=kind == "kalm", device="cpu")
+    assert model.encode(["a"]).shape == (1, 32)
+
+
+# --- query-only ---------------------------------------------------------------------------------------------------
+
+
+def test_query_only_documents_are_the_base_model_exactly(settings, tiny_bert):
+    result = train(settings, adapter_side="query", num_epochs=2)
+    base = load_model(str(tiny_bert), device="cpu", max_seq_length=32).encode(["red kite", "书籍"])
+    documents = load_model(result.model_path, device="cpu", side="document").encode(["red kite", "书籍"])
+    queries = load_model(result.model_path, device="cpu", side="query").encode(["red kite", "书籍"])
+    assert np.array_equal(documents, base)
+    assert np.abs(queries - base).max() > 1e-4
+
+
+# --- best weights, early stopping ---------------------------------------------------------------------------------
+
+
+def test_keep_best_counts_as_documented():
+    keeper = KeepBest("ndcg@10", patience=2, threshold=0.01, folder="unused")
+    assert [keeper.offer(v, i) for i, v in enumerate([0.5, 0.505, 0.52, 0.52, 0.51])] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert (keeper.best, keeper.best_step, keeper.waited) == (0.52, 2, 2)
+    loss = KeepBest("loss", patience=1, threshold=0.0, folder="unused")
+    assert [loss.offer(v, i) for i, v in enumerate([2.0, 1.0, 1.5])] == [True, True, False]
+
+
+def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch):
+    kept: dict[int, dict] = {}
+    keep = KeepBest._keep
+
+    def spy(self, model):
+        keep(self, model)
+        from ebr_lib.model.adapters import adapter_weights
+
+        kept[self.best_step] = adapter_weights(model)
+
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    offer = KeepBest.offer
+    monkeypatch.setattr(KeepBest, "_keep", spy)
+    monkeypatch.setattr(KeepBest, "offer", lambda self, value, step: offer(self, next(scores), step))
+    result = train(settings, num_epochs=6, early_stopping_patience=3)
+    assert list(kept) == [5, 10]
+    assert result.steps == 25  # evaluations at 5, 10, and three without a better one
+    best = kept[10]
+    found = {name.removeprefix("base_model.model."): weight for name, weight in adapter(result).items()}
+    assert same(found, best)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(settings, monkeypatch, caplog):
+    seen: list[int] = []
+    forward = ContrastiveLoss.forward
+
+    def tight(self, features, labels):
+        rows = self.mini_batch_size or len(labels)
+        if self.model.training:
+            seen.append(rows)
+            if rows > 2:
+                raise torch.OutOfMemoryError("injected")
+        return forward(self, features, labels)
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", tight)
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        result = train(settings, lora_dropout=0.0)
+    steps = -(-result.train_rows // 8)
+    assert result.steps == steps  # as many steps, as large batches
+    assert seen[:3] == [8, 4, 2]
+    assert set(seen[3:]) == {2}
+    assert len(seen) == 3 + steps  # the preflight found out, no step was made twice
+    assert "micro-batch 8 → 4" in caplog.text
+    assert "gradient_accumulation_steps" in caplog.text
+
+
+def test_a_row_that_fits_nowhere_is_an_error(settings, monkeypatch):
+    def never(self, features, labels):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", never)
+    with pytest.raises(ModelError, match="one row at a time"):
+        train(settings, eval_ratio=0.0)
+
+
+def test_a_memory_limit_counts_as_out_of_memory(settings, monkeypatch, caplog):
+    from ebr_lib.model import training
+
+    readings = iter([900.0, 100.0])
+    monkeypatch.setattr(training, "peak_memory_mb", lambda: next(readings, 100.0))
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        train(settings, memory_limit_gb=0.5)
+    assert "micro-batch 8 → 4" in caplog.text
+
+
+# --- interrupted --------------------------------------------------------------------------------------------------
+
+
+def test_after_a_kill_the_run_goes_on_to_the_same_adapter(settings, tmp_path):
+    long = settings | {"num_epochs": 3, "save_steps": 2, "noise_enabled": True, "noise_prob": 0.5}
+    whole = adapter(train(long, output_dir=str(tmp_path / "whole")))
+    code = (
+        "import os, signal, sys, json\n"
+        "from ebr_lib import train_sentence_transformer\n"
+        "from ebr_lib.model import training\n"
+        "from transformers import TrainerCallback\n"
+        "class Kill(training.TrainingBar):\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "training.TrainingBar = Kill\n"
+        "train_sentence_transformer(json.loads(sys.argv[1]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, json.dumps(long)], cwd=ROOT, capture_output=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+    resumed = train(long, resume_from_checkpoint="auto")
+    assert same(adapter(resumed), whole)
+    log = [json.loads(line) for line in (Path(resumed.model_path) / "training_log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == sorted(set(steps))  # no step is logged twice
+
+
+def test_sigterm_saves_and_says_how_to_go_on(settings, monkeypatch, caplog):
+    step = EbrTrainer.training_step
+
+    def signalled(self, model, inputs, num=None):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, model, inputs, num)
+
+    monkeypatch.setattr(EbrTrainer, "training_step", signalled)
+    with caplog.at_level(logging.WARNING, "ebr_lib"), pytest.raises(KeyboardInterrupt):
+        train(settings, num_epochs=3)
+    assert "resume_from_checkpoint: auto" in caplog.text
+    assert list(Path(settings["output_dir"]).glob("*-checkpoints/checkpoint-4"))
+    assert not list(Path(settings["output_dir"]).glob("*-peft-lora"))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"learning_rate: was 0.002, is 0.001"):
+        train(settings, num_epochs=3, resume_from_checkpoint="auto", learning_rate=1e-3)
+    assert train(settings, num_epochs=3, resume_from_checkpoint="auto").steps == 15
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_wrong_input_loses_nothing(settings, trained, tmp_path):
+    result = train(settings)
+    before = {path: path.stat().st_mtime_ns for path in Path(result.model_path).rglob("*")}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a", "positiv": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2.*positiv"):
+        train(settings, data_path=str(bad))
+    with pytest.raises(MissingError, match="there is no such file or folder"):
+        train(settings, data_path=str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match=r"no \*.json"):
+        train(settings, data_path=str(tmp_path / "empty"))
+    with pytest.raises(ConfigError):
+        train(settings, lora_r=0)
+    with pytest.raises(MissingError, match="no such folder"):
+        train(settings, model_name="./no/model/here")
+    assert {path: path.stat().st_mtime_ns for path in Path(result.model_path).rglob("*")} == before
