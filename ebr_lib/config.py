@@ -326,6 +326,19 @@ class InferenceConfig(Config):
     num_processes: Count = knob(
         0, "Processes that encode; 0 takes one a GPU, one on a CPU.", "编码进程数；0 表示每块 GPU 一个，CPU 一个。"
     )
+    engine: Literal["local", "ray"] = knob(
+        "local",
+        "This machine, or a Ray cluster: input files are shards, the output is a folder of part files.",
+        "本机运行，或在 Ray 集群上运行（每个输入文件为一个分片，输出为分片文件目录）。",
+    )
+    num_actors: Count = knob(
+        0,
+        "Workers of the Ray cluster; 0 takes one a GPU, or one on CPUs.",
+        "Ray 工作进程数；0 表示每块 GPU 一个，无 GPU 时一个。",
+    )
+    ray_address: str | None = knob(
+        None, "An existing cluster (`auto`, `ray://…`); null starts one here.", "已有集群的地址；null 在本机启动。"
+    )
     window_rows: Positive = knob(
         16384,
         "Rows held in memory at once, sorted by length, encoded and brought to the disk together.",
@@ -333,6 +346,10 @@ class InferenceConfig(Config):
     )
 
     def conflicts(self) -> Iterator[str]:
+        yield from self._format_conflicts()
+        yield from self._engine_conflicts()
+
+    def _format_conflicts(self) -> Iterator[str]:
         if len(delimiter_byte(self.delimiter)) != 1:
             yield f"delimiter: {self.delimiter!r} is not one ASCII character"
         elif delimiter_byte(self.delimiter) in (b"\n", b"\r"):
@@ -345,8 +362,16 @@ class InferenceConfig(Config):
             yield "columns: a name is there twice"
         if "vector" in self.output_columns:
             yield "output_columns: `vector` is the name of the column that is written; rename the input's"
+
+    def _engine_conflicts(self) -> Iterator[str]:
         if self.append and self.restart:
             yield "append and restart: choose one"
+        if self.engine == "ray" and self.append:
+            yield "append: engine ray writes a part a file; run the new files into another output_path"
+        if self.engine == "ray" and self.num_processes:
+            yield "num_processes: engine ray is told num_actors"
+        if self.engine == "local" and (self.num_actors or self.ray_address):
+            yield "num_actors, ray_address: only engine ray reads them"
 
 
 def delimiter_byte(text: str) -> bytes:

@@ -13,12 +13,13 @@ from typing import Any
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
 from ebr_lib.data.vectors import VECTOR, manifest_path, read_manifest
-from ebr_lib.engines.job import Job, Outcome, TextEncoder, changed_settings, clean_up, run_job
-from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder, ProcessEncoder, open_encoder
+from ebr_lib.engines.job import Job, Outcome, changed_settings
+from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEngine
+from ebr_lib.engines.ray_cluster import RayEngine
 from ebr_lib.errors import DataError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import ModelIdentity, identify
+from ebr_lib.model.loading import ModelIdentity, find_model, identify
 from ebr_lib.tables import Table
 
 COUNTS = (
@@ -76,11 +77,11 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     kept = _kept_columns(config, sources)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
     identity = identify(config.model_name)
-    with _loaded(config) as encoder:
-        job = _job(config, sources, layout, _settings(config, encoder.facts, identity, kept))
-        outcome = _run(job, encoder)
-    write_json(manifest_path(job.output), _manifest(job, identity, outcome))
-    clean_up(job)
+    with _engine(config) as engine:
+        job = _job(config, sources, layout, _settings(config, engine.facts, identity, kept))
+        outcome = _run(job, engine)
+        write_json(manifest_path(job.output), _manifest(job, identity, outcome))
+        engine.finish(job)
     return _result(job, outcome, time.perf_counter() - started)
 
 
@@ -124,10 +125,15 @@ def _hashed(sources: list[Source]) -> tuple[dict[str, Any], ...]:
 
 
 @contextlib.contextmanager
-def _loaded(config: InferenceConfig) -> Iterator[LocalEncoder | ProcessEncoder]:
+def _engine(config: InferenceConfig) -> Iterator[LocalEngine | RayEngine]:
     names = EncoderRecipe.__dataclass_fields__
-    encoder = open_encoder(EncoderRecipe(**{name: getattr(config, name) for name in names}), config.num_processes)
-    facts = encoder.facts
+    recipe = EncoderRecipe(**{name: getattr(config, name) for name in names})
+    if config.engine == "ray":
+        recipe = replace(recipe, model_name=find_model(recipe.model_name))  # workers have another current folder
+        engine: LocalEngine | RayEngine = RayEngine(recipe, config.num_actors, config.ray_address)
+    else:
+        engine = LocalEngine(recipe, config.num_processes)
+    facts = engine.facts
     logger.info("模型: %s, %d 维, %s (model, dimensions, precision)", config.model_name, facts.dim, facts.precision)
     if config.prompt is not None and config.prompt != facts.trained_prompt:
         logger.warning(
@@ -139,9 +145,9 @@ def _loaded(config: InferenceConfig) -> Iterator[LocalEncoder | ProcessEncoder]:
     if config.truncate_dim is not None and config.truncate_dim > facts.dim:
         logger.warning("truncate_dim %d: the model has only %d dimensions", config.truncate_dim, facts.dim)
     try:
-        yield encoder
+        yield engine
     finally:
-        encoder.close()
+        engine.close()
 
 
 def _settings(
@@ -216,7 +222,7 @@ def _appended(job: Job) -> Job:
     return replace(job, sources=sources, inputs=inputs, before=before)
 
 
-def _run(job: Job, encoder: TextEncoder) -> Outcome:
+def _run(job: Job, engine: LocalEngine | RayEngine) -> Outcome:
     from tqdm.auto import tqdm
 
     with tqdm(desc="编码 encode", unit="row", unit_scale=True) as bar:
@@ -225,7 +231,7 @@ def _run(job: Job, encoder: TextEncoder) -> Outcome:
             bar.total = round((bar.n + rows) / share) if share else None
             bar.update(rows)
 
-        return run_job(job, encoder, progress)
+        return engine.run(job, progress)
 
 
 def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, Any]:
@@ -250,7 +256,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
 
 def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
     counts = {name: outcome.counts[name] for name in COUNTS}
-    table = Table(str(job.output), ("", "value"), list(_summary(counts, job.output.stat().st_size)))
+    table = Table(str(job.output), ("", "value"), list(_summary(counts, _size(job.output))))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
     for reason, number in outcome.reasons.most_common():
         logger.warning("%d rows rejected: %s (see %s)", number, reason, job.rejects)
@@ -264,6 +270,12 @@ def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
         seconds=seconds,
         table=table,
     )
+
+
+def _size(output: Path) -> int:
+    """Bytes of the embedding file, or of the part files of a folder."""
+    parts = output.iterdir() if output.is_dir() else [output]
+    return sum(part.stat().st_size for part in parts)
 
 
 def _summary(counts: dict[str, int], size: int) -> Iterator[tuple[str, Any]]:

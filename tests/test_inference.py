@@ -19,6 +19,7 @@ from ebr_lib import inference
 from ebr_lib.config import InferenceConfig
 from ebr_lib.data.vectors import read_embeddings
 from ebr_lib.engines import job as jobs
+from ebr_lib.engines import local
 from ebr_lib.engines.job import EncodeReport
 from ebr_lib.engines.local import EncoderFacts
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
@@ -53,7 +54,7 @@ class FakeEncoder:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, encoder: FakeEncoder) -> FakeEncoder:
-    monkeypatch.setattr(inference, "open_encoder", lambda recipe, processes: encoder)
+    monkeypatch.setattr(local, "open_encoder", lambda recipe, processes: encoder)
     monkeypatch.setattr(
         inference, "identify", lambda name: ModelIdentity(name, f"/models/{name}", encoder.sha, name, encoder.sha)
     )
@@ -304,6 +305,9 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
         ({"columns": ["description", "description"]}, "twice"),
         ({"output_columns": ["vector"]}, "`vector` is the name"),
         ({"append": True, "restart": True}, "choose one"),
+        ({"engine": "ray", "append": True}, "a part a file"),
+        ({"engine": "ray", "num_processes": 2}, "num_actors"),
+        ({"num_actors": 2}, "only engine ray"),
     ],
 )
 def test_knobs_that_cannot_go_together(knobs: dict, words: str):

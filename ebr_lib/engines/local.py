@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.engines.job import EXAMPLES, EncodeReport, TextEncoder
+from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, clean_up, run_job
 from ebr_lib.errors import ModelError
 
 Vectors = NDArray[np.float32]
@@ -119,6 +119,25 @@ def open_encoder(recipe: EncoderRecipe, processes: int = 0) -> LocalEncoder | Pr
     if len(devices) == 1:
         return LocalEncoder(replace(recipe, device=devices[0]))
     return ProcessEncoder(recipe, devices)
+
+
+class LocalEngine:
+    """Runs jobs on this machine."""
+
+    def __init__(self, recipe: EncoderRecipe, processes: int = 0) -> None:
+        self._encoder = open_encoder(recipe, processes)
+        self.facts = self._encoder.facts
+
+    def run(self, job: Job, progress: Progress) -> Outcome:
+        """Encode all that is left of a job; see `run_job`."""
+        return run_job(job, self._encoder, progress)
+
+    def finish(self, job: Job) -> None:
+        """Take the work folder away."""
+        clean_up(job)
+
+    def close(self) -> None:
+        self._encoder.close()
 
 
 class ProcessEncoder:

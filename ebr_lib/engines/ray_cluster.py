@@ -1,0 +1,137 @@
+"""Encoding on a Ray cluster: input files are shards, an actor holds a model and takes one shard after another.
+
+Plain actors and not Ray Data: a shard is a job like any other, with its own part file and work folder, so a worker
+that is lost is started again by Ray and goes on from the shard's last window, without a missing or a double row.
+All machines must see the input, the model and the output under the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ebr_lib
+from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, clean_up, run_job
+from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder
+from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
+from ebr_lib.files import written_whole
+
+RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
+
+
+class ShardWorker:
+    """What runs in an actor: an encoder, and shards for it."""
+
+    def __init__(self, recipe: EncoderRecipe) -> None:
+        self._encoder = LocalEncoder(recipe)
+
+    def facts(self) -> EncoderFacts:
+        return self._encoder.facts
+
+    def run(self, shard: Job) -> Outcome:
+        return run_job(shard, self._encoder, lambda rows, share: None)
+
+
+class RayEngine:
+    """A pool of actors, on the cluster at `address`, or on one that is started on this machine."""
+
+    def __init__(self, recipe: EncoderRecipe, actors: int = 0, address: str | None = None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError("engine ray: Ray is not installed; pip install -r requirements-ray.txt") from error
+        self._ray = ray
+        self._began = not ray.is_initialized()
+        if self._began:
+            # on a cluster the workers get this package from here; on this machine they import the same files
+            package = {"py_modules": [str(Path(ebr_lib.__file__).parent)]} if address else None
+            ray.init(address or "local", runtime_env=package, include_dashboard=False, log_to_driver=False)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        options: dict[str, Any] = {"num_gpus": min(gpus, 1), "max_restarts": -1, "max_task_retries": RETRIES}
+        worker = ray.remote(num_cpus=1, **options)(ShardWorker)
+        self.actors: list[Any] = [worker.remote(recipe) for _ in range(actors or gpus or 1)]
+        self.facts: EncoderFacts = self._answer(self.actors[0].facts.remote())
+
+    def _answer(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UserError) else error from error
+        except self._ray.exceptions.RayActorError as error:
+            raise ModelError(
+                f"a Ray worker was lost {RETRIES + 1} times, most likely for want of memory ({error}); what was "
+                "written stays. Lower batch_tokens or num_actors and run the same call again: it continues"
+            ) from error
+
+    def run(self, job: Job, progress: Progress) -> Outcome:
+        """Encode every input file into a part file; parts that an interrupted run has finished are kept."""
+        if job.output.is_file():
+            raise DataError(
+                f"{job.output} is a file; engine ray writes a folder of part files: give another output_path"
+            )
+        shards = list(_shards(job))
+        outcomes: dict[int, Outcome] = {}
+        waiting = list(enumerate(shards))[::-1]
+        idle, busy = list(self.actors), dict[Any, tuple[int, Any]]()
+        while waiting or busy:
+            while waiting and idle:
+                number, shard = waiting.pop()
+                actor = idle.pop()
+                busy[actor.run.remote(shard)] = number, actor
+            (ready, *_), _ = self._ray.wait(list(busy), num_returns=1)
+            number, actor = busy.pop(ready)
+            outcomes[number] = outcome = self._answer(ready)
+            idle.append(actor)
+            progress(outcome.counts["read"], len(outcomes) / len(shards))
+        return _added([outcomes[number] for number in range(len(shards))])
+
+    def finish(self, job: Job) -> None:
+        """Collect the rejects into one file and put the folder of parts in its place."""
+        shards = list(_shards(job))
+        _collect_rejects(job, shards)
+        for shard in shards:
+            clean_up(shard)
+            shard.rejects.unlink(missing_ok=True)
+        with written_whole(job.output) as new:
+            os.replace(job.folder, new)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self._ray.kill(actor)
+        if self._began:
+            self._ray.shutdown()
+
+
+def _shards(job: Job) -> Iterator[Job]:
+    """A job a file, whose part lies in the work folder until all are done."""
+    for number, (source, entry) in enumerate(zip(job.sources, job.inputs, strict=True)):
+        output = (job.folder / f"part-{number:05}{job.output.suffix}").resolve()
+        source = replace(source, path=source.path.resolve())  # noqa: PLW2901 - workers have another current folder
+        yield replace(job, sources=(source,), inputs=(entry,), output=output)
+
+
+def _added(outcomes: list[Outcome]) -> Outcome:
+    counts, reasons = Counter[str](), Counter[str]()
+    for outcome in outcomes:
+        counts.update(outcome.counts)
+        reasons.update(outcome.reasons)
+    examples = [example for outcome in outcomes for example in outcome.examples]
+    return Outcome(counts, reasons, examples[:EXAMPLES], any(outcome.resumed for outcome in outcomes))
+
+
+def _collect_rejects(job: Job, shards: list[Job]) -> None:
+    parts = [shard.rejects for shard in shards if shard.rejects.exists()]
+    if not parts:
+        job.rejects.unlink(missing_ok=True)
+        return
+    with written_whole(job.rejects) as new, open(new, "wb") as out:
+        out.write(REJECT_HEADER)
+        for part in parts:
+            with open(part, "rb") as rows:
+                rows.readline()
+                shutil.copyfileobj(rows, out)

@@ -1,0 +1,215 @@
+"""A run that is killed at any moment is continued by the same call and ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebr_lib.errors import DataError
+from tests.test_inference import FakeEncoder, catalogue, run, use
+
+ATTEMPTS = {".txt": 10, ".parquet": 1, ".npy": 1}  # each is killed twice
+WINDOW = 6
+
+# One process loads torch and the model once, then forks a child a run. The child counts the calls that the library
+# makes, to Python and to C, and kills itself with SIGKILL at the one it was told: any moment between two of them.
+SERVER = """
+import json, os, signal, sys, threading
+import torch
+torch.set_num_threads(1)  # threads do not survive a fork
+os.fsync = lambda file: None  # a kill loses nothing that was written; only a power cut would
+from ebr_lib import inference
+from ebr_lib.engines import local
+from ebr_lib.model import encoder as encoders
+
+import polars, pyarrow.parquet, orjson  # what a run would import, so that children need not
+
+def child(knobs, log, at):
+    calls = 0
+    def count(frame, event, argument):
+        nonlocal calls
+        if "ebr_lib" not in frame.f_code.co_filename:
+            return
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    real = local.LocalEncoder.encode
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    prepare = local.LocalEncoder.prepare
+    def prepared(self, texts):
+        return texts
+    def encode(self, texts):
+        os.write(file, (json.dumps(texts) + "\\n").encode())
+        return real(self, prepare(self, texts))
+    local.LocalEncoder.prepare, local.LocalEncoder.encode = prepared, encode
+    threading.setprofile(count)
+    sys.setprofile(count)
+    inference.run_batch_inference(knobs)
+    sys.setprofile(None)
+    os.write(file, (str(calls) + "\\n").encode())
+
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            child(**order)
+            code = 0
+        except BaseException as error:
+            sys.stderr.write(repr(error))
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Server:
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", SERVER]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TQDM_DISABLE": "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, knobs: dict, log: Path, at: int = -1) -> int:
+        """Run the stage; returns the child's exit status: 0, or -9 when it was killed."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"knobs": knobs, "log": str(log), "at": at}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def some_rows() -> list[str]:
+    rows = []
+    for i in range(60):
+        text = f"{'warm ' * (i % 6)}blanket 毯子 {i % 40}" if i % 9 else ""
+        rows.append(f"{i}\x01{text}\x01label {i % 3}" if i % 11 else f"broken {i}")
+    return rows
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Output, rejects and manifest: all that a run leaves."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    tmp_path: Path, tiny_bert: Path, server: Server, ending: str
+):
+    catalogue(tmp_path, some_rows()[:35])
+    catalogue(tmp_path, some_rows()[35:], "b.csv")
+    knobs = {
+        "model_name": str(tiny_bert),
+        "data_path": str(tmp_path / "in"),
+        "window_rows": WINDOW,
+        "precision": "float32",
+        "device": "cpu",
+    }
+
+    def at(folder: str) -> dict:
+        return knobs | {"output_path": str(tmp_path / folder / f"e{ending}")}
+
+    log = tmp_path / "log"
+    assert server.run(at("whole"), log) == 0
+    *windows, calls = log.read_text().splitlines()
+    wanted = files_of(tmp_path / "whole")
+    texts = [text for window in windows for text in json.loads(window)]
+    assert len(texts) == len(set(texts))
+    generator = random.Random(ending)
+    killed = 0
+    for attempt in range(ATTEMPTS[ending]):
+        folder, log = f"out{attempt}", tmp_path / f"log{attempt}"
+        unfinished = 0
+        for _ in range(2):
+            killed += server.run(at(folder), log, generator.randrange(1, int(calls))) == -9
+            # a run that came to its end leaves no work folder, and the same call is a new run
+            unfinished += 1 if (tmp_path / folder / f"e{ending}.work" / "state.sqlite").exists() else 100
+        assert server.run(at(folder), log) == 0
+        assert files_of(tmp_path / folder) == wanted
+        encoded = [t for line in log.read_text().splitlines() if line[0] == "[" for t in json.loads(line)]
+        assert len(encoded) - len(texts) <= unfinished * WINDOW
+    assert killed >= ATTEMPTS[ending]
+
+
+# --- what a resume refuses ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose run stopped after some windows."""
+    encoder = use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows())
+    real = encoder.encode
+
+    def stops(prepared: list[str]):
+        if len(encoder.asked) > 12:
+            raise KeyboardInterrupt
+        return real(prepared)
+
+    monkeypatch.setattr(encoder, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, window_rows=WINDOW)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("encoder", "knobs", "words"),
+    [
+        (FakeEncoder(sha="b" * 64), {}, "model: 'aaaa"),
+        (FakeEncoder(prompt="item: "), {}, "prompt: '' then, 'item: ' now"),
+        (FakeEncoder(), {"on_empty_text": "empty"}, "on_empty_text: 'skip' then, 'empty' now"),
+        (FakeEncoder(), {"output_columns": ["id"]}, "output_columns"),
+        (FakeEncoder(), {"normalize": False}, "normalize: True then, False now"),
+    ],
+)
+def test_a_resume_with_other_settings_names_them(interrupted: Path, monkeypatch, encoder, knobs, words):
+    use(monkeypatch, encoder)
+    with pytest.raises(DataError) as error:
+        run(interrupted, window_rows=WINDOW, **knobs)
+    assert words in str(error.value)
+    assert "restart: true" in str(error.value)
+    assert run(interrupted, window_rows=WINDOW, restart=True, **knobs).counts["read"] == 60
+
+
+def test_a_resume_with_other_precision_is_refused(interrupted: Path, monkeypatch):
+    from dataclasses import replace
+
+    encoder = use(monkeypatch, FakeEncoder())
+    encoder.facts = replace(encoder.facts, precision="bfloat16")
+    with pytest.raises(DataError, match="precision: 'float32' then, 'bfloat16' now"):
+        run(interrupted)
+
+
+def test_a_resume_with_other_input_is_refused_and_new_files_are_appended(interrupted: Path, monkeypatch):
+    encoder = use(monkeypatch, FakeEncoder())
+    new = catalogue(interrupted, ["x\x01new\x01y"], "0.csv")
+    with pytest.raises(DataError, match=r"input 0\.csv: new"):
+        run(interrupted, window_rows=WINDOW)
+    result = run(interrupted, window_rows=WINDOW, append=True)
+    assert result.output.read_bytes().splitlines()[-1].startswith(b"x\x01new")
+    assert result.counts["read"] == 61
+    assert len(encoder.asked) < result.counts["encoded"]  # it went on
+    new.unlink()
+
+
+def test_speed_may_change_between_the_runs(interrupted: Path, monkeypatch):
+    use(monkeypatch, FakeEncoder())
+    assert run(interrupted, window_rows=50, batch_tokens=64).counts["read"] == 60

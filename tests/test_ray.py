@@ -1,0 +1,84 @@
+"""The Ray engine on a local two-CPU cluster: the rows and vectors of the local engine, also when a worker is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ebr_lib.data.vectors import read_embeddings
+from ebr_lib.errors import DataError
+from tests.test_inference import catalogue, rejects_of, run
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def kill_worker_once_it_has_begun(work: Path, engine_run):
+    """Wrap the engine's run: a thread waits for a shard's first state, then kills the process that holds it."""
+
+    def wrapped(self, job, progress):
+        stop = threading.Event()
+
+        def kill() -> None:
+            pid = ray.get(self.actors[0].__ray_call__.remote(lambda worker: os.getpid()))
+            while not stop.wait(0.01):
+                if any(work.glob("part-*.work/vectors.f32")):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    return
+
+        killed: list[int] = []
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            return engine_run(self, job, progress)
+        finally:
+            stop.set()
+            killer.join()
+            assert killed
+
+    return wrapped
+
+
+@pytest.mark.slow
+def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+    from ebr_lib.engines.ray_cluster import RayEngine
+
+    for number in range(3):
+        rows = [f"{number}-{i}\x01{'warm ' * (i % 5)}blanket 毯子 {i}\x01x" for i in range(60)]
+        catalogue(tmp_path, [*rows, f"broken {number}"], f"{number}.csv")
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "window_rows": 4}
+    local = run(tmp_path, **knobs)
+    out = tmp_path / "parts.txt"
+    wrapped = kill_worker_once_it_has_begun(tmp_path / "parts.txt.work", RayEngine.run)
+    monkeypatch.setattr(RayEngine, "run", wrapped)
+    result = run(tmp_path, **knobs, engine="ray", num_actors=1, output_path=str(out))
+    assert sorted(path.name for path in out.iterdir()) == [f"part-0000{i}.txt" for i in range(3)]
+    one, many = read_embeddings(local.output), read_embeddings(out)
+    assert one.columns == many.columns
+    assert np.abs(one.vectors - many.vectors).max() < 1e-6
+    assert [row[4] for row in rejects_of(result.rejects)] == [b"broken 0", b"broken 1", b"broken 2"]
+    assert result.counts["read"] == local.counts["read"] == 183
+    assert result.counts["written"] == 180
+    assert not (tmp_path / "parts.txt.work").exists()
+
+
+def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: Path, cluster):
+    catalogue(tmp_path, ["1\x01\x01x"])
+    knobs = {"model_name": str(tiny_bert), "engine": "ray", "output_path": str(tmp_path / "parts.txt")}
+    with pytest.raises(DataError, match=r"line 2: empty text"):
+        run(tmp_path, **knobs, on_empty_text="error")
+    (tmp_path / "parts.txt").write_text("a file")
+    with pytest.raises(DataError, match="is a file"):
+        run(tmp_path, **knobs)
