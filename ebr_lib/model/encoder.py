@@ -92,7 +92,7 @@ class Tokenizer:
         for start in range(0, len(texts), TOKENIZER_CHUNK):
             chunk = [self.prompt + text for text in texts[start : start + TOKENIZER_CHUNK]]
             found = backend.encode_batch_fast(chunk)
-            ids += [np.asarray(text.ids, dtype=np.int32) for text in found]
+            ids.append(np.concatenate([np.asarray(text.ids, dtype=np.int32) for text in found]))
             lengths += [len(text) for text in found]
             lost += [sum(len(rest) - special for rest in text.overflowing) for text in found]
         return Tokens(np.concatenate(ids), np.asarray(lengths, np.int64), np.asarray(lost, np.int64))
