@@ -1,0 +1,209 @@
+"""The documents say what the program does: tables, commands, links, presets and examples are held to the code."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import ebr_lib
+from ebr_lib import cli
+from ebr_lib.config import FinetuneConfig, InferenceConfig, VisConfig
+from ebr_lib.data.pairs import read_pairs
+from ebr_lib.knobs import from_flags, with_tables
+from ebr_lib.notebook import inject, parse_parameters
+
+ROOT = Path(__file__).parent.parent
+GUIDES = ["README.md", "README.zh-CN.md"]
+DOCUMENTS = [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md"]
+STAGE_CONFIGS = {name: stage.config for name, stage in cli.STAGES.items()}
+STAGE_OF_FOLDER = {name: name for name in STAGE_CONFIGS} | {"inference": "infer"}
+PICTURE = "docs/embedding_scatter.png"  # a run's result, put there when it is
+TYPO = "noise_porb"  # which the guide shows the error message of
+NOTEBOOK_CONFIGS = {"FINETUNE_CONFIG": FinetuneConfig, "INFERENCE_CONFIG": InferenceConfig, "VIS_CONFIG": VisConfig}
+SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ebr_lib").rglob("*.py")))
+FILES = " ".join(p.name for place in (".", "tests", "configs", "configs/*") for p in ROOT.glob(f"{place}/*"))
+PRESETS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # commands and presets name paths as seen from there
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(document), re.DOTALL | re.MULTILINE)
+
+
+def prose(document: str) -> str:
+    """A document without its fenced blocks and generated tables."""
+    without_tables = re.sub(r"<!-- knobs:.*?<!-- /knobs -->", "", text_of(document), flags=re.DOTALL)
+    return re.sub(r"^```.*?^```$", "", without_tables, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(document: str) -> list[str]:
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if shlex.split(line, comments=True)]
+
+
+ALL_COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def check_command(words: list[str]) -> None:
+    """Fail unless a command line would start: programs, flags, values, presets and files are those that there are."""
+    if "ebr_finetune.py" in words:
+        return check_stage(["finetune", *words[words.index("ebr_finetune.py") + 1 :]])
+    if words[:3] == ["python", "-m", "ebr_lib"]:
+        return check_stage(words[3:])
+    if words[0] == "make":
+        makefile = text_of("Makefile")
+        assert len(words) == 2 and re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+    elif words[:2] == ["pip", "install"]:
+        assert words[2] in text_of("requirements.txt").split() or (ROOT / words[-1]).is_file()
+    elif words[:3] == ["python", "-m", "pytest"] or words[:2] == ["jupyter", "notebook"]:
+        assert (ROOT / words[-1]).is_file()
+    else:
+        assert words in (["python3.11", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
+    return None
+
+
+def check_stage(words: list[str]) -> None:
+    arguments, unknown = cli._parser().parse_known_args(words)
+    assert not unknown
+    if words[0] == "notebook":
+        check_parameters(arguments.notebook, arguments.set)
+    elif words[0] == "knobs":
+        assert all((ROOT / name).is_file() for name in arguments.write)
+    else:
+        from_flags(arguments.stage_config, vars(arguments))
+
+
+def check_parameters(notebook: str, settings: list[str]) -> None:
+    parameters = parse_parameters(settings)
+    inject(nbformat.read(notebook, as_version=4), parameters)
+    for name, kind in NOTEBOOK_CONFIGS.items():
+        kind.resolve(parameters.get(name, {}))
+
+
+@pytest.mark.parametrize(("document", "command"), ALL_COMMANDS)
+def test_every_command_parses(document, command):
+    check_command(shlex.split(command, comments=True))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python ebr_finetune.py --noise_porb 0.1",
+        "python -m ebr_lib notebook --set RUN_FINETUNING=false",
+        "python -m ebr_lib knobs --write NONE.md",
+        "make tea",
+        "rm -rf saved_model",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(command):
+    with pytest.raises((AssertionError, ValueError)):
+        check_command(shlex.split(command))
+
+
+def test_the_guide_commands_are_there():
+    for guide in GUIDES:
+        found = [command for command in commands(guide) if command.startswith("python ebr_finetune.py --")]
+        for flag in ("--noise_type random_delete", "--train_batch_size 2 --eval_batch_size 1", "--fp16",
+                     "--l1_regularization 1e-4", "--eval_steps 100", "--lr_scheduler_type cosine --num_epochs 3",
+                     "--l1_regularization 5e-5"):  # fmt: skip
+            assert any(flag in command for command in found), flag
+
+
+# --- tables, links, names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_knob_tables_are_what_the_code_generates(guide):
+    text = text_of(guide)
+    stale = "stale: run `make docs`"
+    assert text == with_tables(text, STAGE_CONFIGS), stale
+    language = ":zh" if "zh" in guide else ""
+    assert [name for name in STAGE_CONFIGS if f"<!-- knobs:{name}{language} -->" not in text] == []
+
+
+def anchors(document: str) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_pictures_are_there(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        place, _, anchor = target.partition("#")
+        if place.startswith(("http://", "https://")):
+            continue
+        assert not place or place == PICTURE or (ROOT / place).exists(), target
+        assert not anchor or anchor in anchors(place or document), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_in_prose_are_in_the_code(document):
+    spans = re.findall(r"`([^`\n]+)`", prose(document))
+    names = {name for span in spans for name in re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b", span)}
+    assert [name for name in sorted(names - {TYPO}) if name not in SOURCES and name not in FILES] == []
+    for preset in re.findall(r"configs/[\w/]+\.yaml", text_of(document)):
+        assert (ROOT / preset).is_file(), preset
+
+
+def test_listed_presets_are_there():
+    listed = re.findall(r"^\| `(\w+\.yaml)` \|", text_of("README.md"), re.MULTILINE)
+    assert listed
+    assert [name for name in listed if not (ROOT / "configs/finetune" / name).is_file()] == []
+
+
+def test_log_lines_of_the_guide_are_in_the_code():
+    lines = re.findall(
+        r"^\| `([^`]+)` \|", text_of("README.zh-CN.md").split("### 日志里看什么")[1].split("###")[0], re.M
+    )
+    assert len(lines) >= 8
+    assert [line for line in lines if re.split(r"[:…]", line)[0] not in SOURCES] == []
+
+
+# --- examples and presets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_python_examples_hold(document):
+    for code in blocks(document, "python"):
+        for statement in ast.parse(code).body:
+            if isinstance(statement, ast.ImportFrom) and statement.module == "ebr_lib":
+                assert {alias.name for alias in statement.names} <= set(ebr_lib.__all__)
+            if isinstance(statement, ast.Assign):
+                NOTEBOOK_CONFIGS[ast.unparse(statement.targets[0])].resolve(ast.literal_eval(statement.value))
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_json_examples_are_read(document, tmp_path):
+    for i, rows in enumerate(blocks(document, "json")):
+        (tmp_path / f"{i}.jsonl").write_text(rows, encoding="utf-8")
+        assert len(read_pairs(tmp_path / f"{i}.jsonl")) == len(rows.splitlines())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_opens_with_its_command(preset):
+    kind = STAGE_CONFIGS[STAGE_OF_FOLDER[Path(preset).parent.name]]
+    kind.resolve(None, [preset])
+    comments = []
+    for line in text_of(preset).splitlines():
+        if not line.startswith("#"):
+            break
+        comments.append(line.removeprefix("#").strip())
+    found = [line for line in comments if line.startswith("python ")]
+    assert found and any(preset in command for command in found)
+    for command in found:
+        check_command(shlex.split(command, comments=True))
