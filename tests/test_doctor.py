@@ -102,7 +102,16 @@ def test_false_negatives_of_a_click_log():
     error = np.std(drawn) / np.sqrt(len(drawn))
     assert abs(np.mean(drawn) - report.false_negatives) < 4 * error
     assert report.false_negatives_balanced < report.false_negatives
-    assert any("balanced_batches" in line for line in report.advice)
+
+
+def test_advice_names_the_knob_that_helps():
+    """Balanced batches help where many documents repeat a little, the mask alone where one document is everywhere."""
+    spread = [TrainingRow(f"query {i}", f"document {i % 40}") for i in range(2000)]
+    (line,) = look(spread, 32).advice[-1:]
+    assert line.endswith("Keep on, as is the default: balanced_batches, mask_known_positives.")
+    lumped = [TrainingRow(f"query {i}", f"document {max(0, i - 1500)}") for i in range(2000)]
+    (line,) = look(lumped, 32).advice[-1:]
+    assert line.endswith("Keep on, as is the default: mask_known_positives.")
 
 
 def test_few_rows_are_warned_about_in_both_languages():

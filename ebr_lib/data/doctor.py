@@ -368,11 +368,14 @@ def _popular_documents(report: DoctorReport) -> str | None:
         return None
     random = _percent(report.false_negatives, report.negatives)
     balanced = _percent(report.false_negatives_balanced, report.negatives)
+    if report.false_negatives_balanced < report.false_negatives / 2:
+        knobs = "balanced_batches, mask_known_positives"
+    else:  # a few documents hold most rows: no dealing keeps them apart
+        knobs = "mask_known_positives"
     return (
-        f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。"
-        "请保持 balanced_batches 与 mask_known_positives 开启（默认）。 "
+        f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。请保持 {knobs} 开启（默认）。 "
         f"Documents repeat: {random} of a random batch's negatives are known positives, {balanced} of a balanced "
-        "one's. Keep balanced_batches and mask_known_positives on (the default)."
+        f"one's. Keep on, as is the default: {knobs}."
     )
 
 

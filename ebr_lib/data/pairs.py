@@ -483,8 +483,8 @@ def _equal(texts: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _sharing(keys: NDArray[np.uint64], owners: NDArray[np.int64], gap: int = 1) -> NDArray[np.int64]:
-    """Edges between the owners of equal keys that stand `gap` apart when sorted by key and owner."""
-    order = np.lexsort((owners, keys))
+    """Edges between the owners of equal keys that stand `gap` apart in sorted order."""
+    order = np.argsort(keys)
     keys, owners = keys[order], owners[order]
     same = (keys[gap:] == keys[:-gap]) & (owners[gap:] != owners[:-gap])
     return np.stack([owners[:-gap][same], owners[gap:][same]])
@@ -555,32 +555,41 @@ def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]
 
 def _overlapping(letters: Sequence[str]) -> NDArray[np.int64]:
     """Edges between texts that are not short and share most of their 4-grams."""
-    chosen = [i for i, text in enumerate(letters) if len(text) >= _OVERLAP_LETTERS]
-    bands = [_band_keys(block) for block in _blocks(letters, chosen)]
-    edges = [np.empty((2, 0), dtype=np.int64)]
-    if bands:
-        owners = np.array(chosen)
-        for keys in np.concatenate(bands, axis=1):
-            edges += [_sharing(keys, owners, gap) for gap in (1, 2)]
+    chosen = np.array([i for i, text in enumerate(letters) if len(text) >= _OVERLAP_LETTERS], dtype=np.int64)
+    if not len(chosen):
+        return np.empty((2, 0), dtype=np.int64)
+    hashes = np.concatenate([_min_hashes(block) for block in _blocks(letters, chosen.tolist())], axis=1)
+    edges = [_sharing(key, np.arange(len(chosen)), gap) for key in _band_keys(hashes) for gap in (1, 2)]
     candidates = np.unique(np.concatenate(edges, axis=1), axis=1)
+    # the share of equal hashes estimates the overlap: most candidates need no exact look
+    likely = (hashes[:, candidates[0]] == hashes[:, candidates[1]]).mean(axis=0) >= _OVERLAP - 0.3
+    candidates = chosen[candidates[:, likely]]
     near = [_overlap(letters[a], letters[b]) >= _OVERLAP for a, b in candidates.T.tolist()]
     return candidates[:, np.array(near, dtype=bool)]
 
 
-def _band_keys(block: _Block) -> NDArray[np.uint64]:
-    """MinHash of every text's 4-grams, shape (bands, texts)."""
+def _min_hashes(block: _Block) -> NDArray[np.uint32]:
+    """MinHash of every text's 4-grams, shape (hash functions, texts)."""
     begins = np.delete(np.arange(len(block.letters)), (block.starts + block.lengths)[:, None] - np.arange(1, _GRAM))
     gram = block.letters[begins]
     for step in range(1, _GRAM):
         gram = _mixed(gram + block.letters[begins + step])
     counts = block.lengths - (_GRAM - 1)
     starts = np.cumsum(counts) - counts
-    keys = np.zeros((_BANDS, len(block.lengths)), dtype=np.uint64)
-    for function in range(_BANDS * _BAND_ROWS):
-        shuffle = _mixed(np.array([2 * function, 2 * function + 1], dtype=np.uint64)) | np.uint64(1)
-        least = np.minimum.reduceat((gram ^ shuffle[0]) * shuffle[1], starts)
-        keys[function // _BAND_ROWS] = _mixed(keys[function // _BAND_ROWS] + least)
-    return keys
+    hashes = np.empty((_BANDS * _BAND_ROWS, len(block.lengths)), dtype=np.uint32)
+    for function in range(len(hashes)):
+        flip, factor = _mixed(np.array([2 * function, 2 * function + 1], dtype=np.uint64)) | np.uint64(1)
+        hashes[function] = np.minimum.reduceat((gram ^ flip) * factor, starts) >> np.uint64(32)
+    return hashes
+
+
+def _band_keys(hashes: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
+    """One key a text (texts,) for each band: equal where all hashes of the band are."""
+    for band in hashes.reshape(_BANDS, _BAND_ROWS, -1):
+        key = np.zeros(band.shape[1], dtype=np.uint64)
+        for row in band:
+            key = _mixed(key + row)
+        yield key
 
 
 def _overlap(one: str, other: str) -> float:
