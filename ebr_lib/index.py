@@ -20,6 +20,7 @@ from ebr_lib.logs import logger
 from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.contenders import EncoderSettings, one_sided
 from ebr_lib.retrieval.faiss_index import (
+    INDEX_FILE,
     MANIFEST_FILE,
     ROW,
     ROWS_FILE,
@@ -395,18 +396,20 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
             f"{maker.name}; encode the new rows with the index's model"
         )
     columns = held.rows.column_names[1:]
-    batches = list(iter_embeddings(embedding_path, columns))
-    wrong = {batch.vectors.shape[1] for batch in batches if len(batch)} - {held.index.d}
-    if wrong:
-        raise DataError(f"{embedding_path} holds vectors of {wrong.pop()} dimensions, the index {held.index.d}")
     with written_whole(held.folder) as folder:
-        shutil.copytree(held.folder, folder)
+        shutil.copytree(held.folder, folder, ignore=shutil.ignore_patterns(INDEX_FILE, ROWS_FILE))
         sidecar = RowsWriter(folder / ROWS_FILE, columns)
         for part in held.rows.to_batches():
             sidecar.add_batch(part)
-        for batch in (batch for batch in batches if len(batch)):
-            held.index.add(unit(batch.vectors))
-            sidecar.add(batch.rows, batch.columns)
+        first = held.rows.column(ROW)[-1].as_py() + 1  # row numbers go on, so that each stands for one row
+        for batch in iter_embeddings(embedding_path, columns):
+            if len(batch) and batch.vectors.shape[1] != held.index.d:
+                raise DataError(
+                    f"{embedding_path} holds vectors of {batch.vectors.shape[1]} dimensions, the index {held.index.d}"
+                )
+            if len(batch):
+                held.index.add(unit(batch.vectors))
+                sidecar.add(batch.rows + first, batch.columns)
         sidecar.close()
         size = save_vectors(folder, held.index)
         write_json(folder / MANIFEST_FILE, held.manifest | {"rows": int(held.index.ntotal), "index_bytes": size})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from ebr_lib.cli import main
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.vectors import manifest_path, write_embeddings
-from ebr_lib.errors import DataError, MissingError
+from ebr_lib.errors import DataError, MissingError, ModelError
 from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.compare import changed_most, compare, holm_corrected
@@ -274,6 +275,50 @@ def test_embedding_file_without_texts(beir, tiny_bert, tmp_path):
         evaluate_retrieval(common)
 
 
+def test_columns_can_be_named(tmp_path):
+    rows = [
+        {"sku": "a", "id": "1", "text": "no", "words": "shoes"},
+        {"sku": "b", "id": "2", "text": "no", "words": "pan"},
+    ]
+    corpus = jsonl(tmp_path / "c.jsonl", [{"sku": f"d{r['id']}", "text": "same", "body": r["words"]} for r in rows])
+    (tmp_path / "qrels.tsv").write_text("a\td1\t1\nb\td2\t1\n")
+    queries = jsonl(tmp_path / "q.jsonl", rows)
+    columns = Columns(query="words", corpus="body", id="sku")
+    task = task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=columns)
+    assert task.queries == task.corpus.texts == ["shoes", "pan"] and task.query_ids == ["a", "b"]
+    with pytest.raises(DataError, match="no column nowhere; its columns are sku"):
+        task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=Columns(query="nowhere", id="sku"))
+    with pytest.raises(DataError, match="no column mood"):
+        task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=columns, slices=["mood"])
+
+
+def test_report_knobs_bite(beir, tiny_bert, tmp_path):
+    base = {"models": [str(tiny_bert)], "data_path": str(beir), "resamples": 100, "output_dir": str(tmp_path / "o")}
+    base |= {"truncate_dim": 1}  # a model bad enough to lose against BM25
+
+    def report(**knobs):
+        return json.loads(evaluate_retrieval(base | knobs).report_json.read_text())
+
+    plain = report(slice_columns=["city"])
+    assert {part["kind"] for part in plain["slices"]} >= {"city", "language"}
+    duel = plain["duels"][0]
+    assert duel["won"] or duel["lost"]
+    none = report(examples=0, seed=7)
+    assert not (none["duels"][0]["won"] or none["duels"][0]["lost"])
+    assert "city" not in {part["kind"] for part in none["slices"]}
+    assert [d["low"] for d in duel["differences"]] != [d["low"] for d in none["duels"][0]["differences"]]
+    other = report(resamples=3000)
+    assert [d["p"] for d in duel["differences"]] != [d["p"] for d in other["duels"][0]["differences"]]
+
+
+def test_modelling_code_runs_only_when_allowed(beir, tiny_models, tmp_path):
+    config = {"models": [str(tiny_models("kalm"))], "data_path": str(beir), "bm25": False, "resamples": 100}
+    config |= {"output_dir": str(tmp_path / "o")}
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        evaluate_retrieval(config)
+    assert evaluate_retrieval(config | {"trust_remote_code": True, "device": "cpu", "precision": "float32"}).metrics
+
+
 def test_leakage_is_reported(beir, tmp_path, caplog):
     train = jsonl(tmp_path / "train.jsonl", [{"anchor": "Shoes for  running", "positive": "透明手机壳"}])
     config = {"models": [], "data_path": str(beir), "train_data_path": str(train), "resamples": 100}
@@ -339,7 +384,7 @@ def test_cranfield_equals_the_library_on_the_same_vectors(tmp_path):
     place = {row["id"]: i for i, row in enumerate(docs)}
     evaluator = InformationRetrievalEvaluator(
         {q["id"]: q["text"] for q in queries}, {d["id"]: d["text"] for d in docs}, relevant,
-        precision_recall_at_k=[1, 5, 10, 50, 100], main_score_function="dot",
+        precision_recall_at_k=[1, 5, 10, 50, 100], accuracy_at_k=[1, 5, 10, 50, 100], main_score_function="dot",
         score_functions={"dot": lambda a, b: a @ b.T}, write_csv=False,
     )  # fmt: skip
     theirs = evaluator(Fixed())
@@ -356,6 +401,10 @@ def test_cranfield_equals_the_library_on_the_same_vectors(tmp_path):
 
 
 def _hashed(text: str) -> np.ndarray:
-    words = [int.from_bytes(word.encode()[:6]) for word in text.split()] or [0]
-    vector = sum(np.random.default_rng(word).normal(size=64) for word in words)
+    vector = np.sum([_word_vector(word) for word in text.split() or [""]], axis=0)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@functools.cache
+def _word_vector(word: str) -> np.ndarray:
+    return np.random.default_rng(int.from_bytes(word.encode()[:6])).normal(size=64)

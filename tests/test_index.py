@@ -132,7 +132,13 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
     other = embedding_file(tmp_path / "other.txt", tiny_models("xlm-r"))
     with pytest.raises(ModelError, match="encode the new rows with the index's model"):
         add_rows(folder, other)
-    assert len(open_index(folder)) == 5
+    narrow = tmp_path / "narrow.npy"
+    write_embeddings(narrow, {name: ["x"] for name in ("id", "description", "kind")}, np.ones((1, 8), np.float32))
+    manifest_path(narrow).write_text(manifest_path(more).read_text().replace('"written": 2', '"written": 1'))
+    with pytest.raises(DataError, match="8 dimensions, the index 32"):
+        add_rows(folder, narrow)
+    assert delete_rows(folder, ["7"], "_row") == 4  # the numbers of added rows go on
+    assert len(open_index(folder)) == 4
     build_faiss_index({"preset": str(folder / "index_config.yaml")})
     assert len(open_index(folder)) == 6  # a build starts afresh
 
@@ -181,9 +187,10 @@ def test_knobs_bite(embeds, tmp_path):
     assert careful.points[0].recall > plain.points[0].recall
     eager = build_faiss_index(base | {"target_recall": 0.5})
     assert eager.chosen.setting < plain.chosen.setting
-    assert build_faiss_index(base | {"seed": 7}).points[0].recall != plain.points[0].recall
+    other = build_faiss_index(base | {"seed": 7})
+    assert other.points[0].recall != plain.points[0].recall
     manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
-    assert manifest["search"]["setting"] == plain.chosen.setting
+    assert manifest["search"]["setting"] == other.chosen.setting
 
 
 def test_command_line(folder, capsys, tmp_path):
