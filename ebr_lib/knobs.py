@@ -248,7 +248,11 @@ def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
 def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
     """The sentence for a flag, or another word, that no knob has."""
     names = [field.name for field in dataclasses.fields(config_class)] if config_class else []
-    return "--" + _unknown(flag.removeprefix("--"), names) if flag.startswith("--") else f"{flag}: what is this for?"
+    return (
+        "--" + _unknown(flag.removeprefix("--"), names)
+        if flag.startswith("--")
+        else f"{flag}: unexpected; a knob is given as --name value"
+    )
 
 
 def _parsed(value: str | list[str], kind: Any) -> Any:

@@ -175,6 +175,7 @@ def training_arguments(
         logging_first_step=True,
         # a batch that differs in size between processes could not be gathered
         dataloader_drop_last=world_size() > 1,
+        ddp_find_unused_parameters=False,
         use_cpu=training_device() == "cpu",
         report_to=[],
         **others,
