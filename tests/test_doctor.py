@@ -70,7 +70,7 @@ def test_tokens_are_those_of_the_tokenizer(tiny_bert):
 texts = st.text("ab", min_size=1, max_size=2)
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
+@settings(derandomize=True, max_examples=30, deadline=None)
 @given(
     st.lists(st.builds(TrainingRow, texts, texts, st.lists(texts, max_size=2).map(tuple)), min_size=1, max_size=7),
     st.integers(1, 5),
