@@ -146,6 +146,16 @@ def umap(x, **changes):
     return projection.umap_map(x, projection.exact_neighbours(x, 30), projection.pca_map(x), **given)
 
 
+def test_tsne_of_many_points_repeats_to_the_bit(monkeypatch):
+    monkeypatch.setattr(projection, "FFT_FROM", 100)
+    monkeypatch.setattr(projection, "STEPS", ((30, 12.0, 0.5), (30, 1.0, 0.8)))
+    x, codes = grouped(150)
+    coords = tsne(x)
+    near = projection._near_on_map(coords, np.arange(150), 5)
+    assert (codes[near] == codes[:, None]).mean() > 0.95
+    np.testing.assert_array_equal(coords, tsne(x))
+
+
 @pytest.mark.parametrize("draw", [tsne, umap])
 def test_maps_keep_groups_apart_and_repeat_to_the_bit(draw):
     x, codes = grouped(150)

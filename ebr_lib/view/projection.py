@@ -27,6 +27,8 @@ FEWEST = 5  # with fewer points than this there are no neighbourhoods to preserv
 BLOCK = 4096
 MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on
 JUDGED = 5000  # points on which a map is judged
+FFT_FROM = 3000  # points from which interpolation is faster than Barnes-Hut
+GRID = 2  # its coarseness: half of openTSNE's grid takes 0.4 of the time for 0.6 % of the neighbours kept
 STEPS = ((250, 12.0, 0.5), (500, 1.0, 0.8))  # iterations, exaggeration, momentum: van der Maaten 2014, openTSNE
 
 
@@ -208,8 +210,10 @@ def tsne_map(
     index = PrecomputedNeighbors(neighbours.indices[:, :k], neighbours.distances[:, :k].astype(np.float64))
     affinities = PerplexityBasedNN(perplexity=perplexity, knn_index=index, n_jobs=-1)
     tiny = start / (start[:, 0].std() or 1.0) * 1e-4
-    method = "bh" if n < 10_000 else "fft"
-    drawn = TSNEEmbedding(tiny, affinities, negative_gradient_method=method, n_jobs=-1, random_state=seed)
+    method = "bh" if n < FFT_FROM else "fft"
+    drawn = TSNEEmbedding(
+        tiny, affinities, negative_gradient_method=method, ints_in_interval=GRID, n_jobs=-1, random_state=seed
+    )
     every = 50
     with tqdm(total=sum(step[0] for step in STEPS), desc="t-SNE", delay=3, leave=False) as bar:
         for iterations, exaggeration, momentum in STEPS:
