@@ -42,7 +42,7 @@ class InferenceResult:
     """What an inference run wrote and counted.
 
     :param output: the embedding file.
-    :param manifest: JSON beside it: model, prompt, inputs, counts.
+    :param manifest: JSON beside it: model, prompt, inputs, counts. The config lies there too, as `<output>.yaml`.
     :param rejects: the rows that are not in the output, with the reason; None when there are none.
     :param counts: rows read, written, rejected, duplicates and so on, by name.
     :param seconds: what the run took, loading the model included.
@@ -81,6 +81,7 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
         job = _job(config, sources, layout, _settings(config, engine.facts, identity, kept))
         outcome = _run(job, engine)
         write_json(manifest_path(job.output), _manifest(job, identity, outcome))
+        config.save(Path(f"{job.output}.yaml"))
         engine.finish(job)
     return _result(job, outcome, time.perf_counter() - started)
 
@@ -225,11 +226,13 @@ def _appended(job: Job) -> Job:
 def _run(job: Job, engine: LocalEngine | RayEngine) -> Outcome:
     from tqdm.auto import tqdm
 
+    began = time.perf_counter()
     with tqdm(desc="编码 encode", unit="row", unit_scale=True) as bar:
 
-        def progress(rows: int, share: float) -> None:
-            bar.total = round((bar.n + rows) / share) if share else None
-            bar.update(rows)
+        def progress(rows: int, texts: int, share: float) -> None:
+            bar.total = round(rows / share) if share else None
+            bar.set_postfix_str(f"{texts / (time.perf_counter() - began):.0f} texts/s", refresh=False)
+            bar.update(rows - bar.n)
 
         return engine.run(job, progress)
 

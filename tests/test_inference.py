@@ -44,7 +44,7 @@ class FakeEncoder:
     def prepare(self, texts: list[str]) -> list[str]:
         return texts
 
-    def encode(self, prepared: list[str]):
+    def encode(self, prepared: list[str], told):
         self.asked += prepared
         counts = Counter(texts=len(prepared), tokens=10 * len(prepared), slots=16 * len(prepared))
         return np.stack([fake_vector(text) for text in prepared]), EncodeReport(counts)
@@ -118,6 +118,8 @@ def test_without_knobs_it_reads_and_writes_where_the_guide_says(
     assert result.output == Path("faiss/embeds_2.txt")
     assert Path("faiss/embeds_2.txt").read_bytes().startswith(b"id\x01description\x01vector\n1\x01a\x01")
     assert result.rejects is None
+    again = run_batch_inference({"preset": "faiss/embeds_2.txt.yaml"})  # the saved config is a preset
+    assert again.output.read_bytes() == Path("faiss/embeds_2.txt").read_bytes()
 
 
 @pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
@@ -248,7 +250,7 @@ def test_another_prompt_than_the_models_is_warned_of(tmp_path: Path, monkeypatch
 
 def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, ["1\x01a\x01x", "2\x01b\x01x"])
-    monkeypatch.setattr(encoder, "encode", lambda texts: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
+    monkeypatch.setattr(encoder, "encode", lambda texts, told: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
     with pytest.raises(ModelError, match=r"2 texts, the first in a\.csv, line 2"):
         run(tmp_path)
 
@@ -290,6 +292,25 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
     two = run(tmp_path, **knobs, num_processes=2, output_path=str(tmp_path / "two.txt"))
     assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
     assert one.counts["truncated"] == two.counts["truncated"] > 0
+
+
+def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypatch):
+    told = []
+    real = local.LocalEncoder.encode
+
+    def encode(self, prepared, tell):
+        return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
+
+    monkeypatch.setattr(local, "BATCHES_AT_ONCE", 2)
+    monkeypatch.setattr(local.LocalEncoder, "encode", encode)
+    catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(60)])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
+    small = run(tmp_path, **knobs, batch_tokens=64)
+    assert len(told) > 3
+    assert told == sorted(told)
+    assert told[-1] == 60
+    whole = run(tmp_path, **knobs, output_path=str(tmp_path / "whole.txt"))
+    assert np.allclose(read_embeddings(small.output).vectors, read_embeddings(whole.output).vectors, atol=1e-6)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
@@ -360,9 +381,9 @@ def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: Fake
     whole, real = path.read_bytes(), encoder.encode
 
     def while_encoding(change):
-        def encode(prepared):
+        def encode(prepared, told):
             change()
-            return real(prepared)
+            return real(prepared, told)
 
         return encode
 
@@ -385,10 +406,10 @@ def test_two_runs_on_one_output_are_refused(tmp_path: Path, encoder: FakeEncoder
     catalogue(tmp_path, ["1\x01a\x01x"])
     real = encoder.encode
 
-    def encode(prepared):
+    def encode(prepared, told):
         with pytest.raises(DataError, match="another run is writing this output"):
             run(tmp_path)
-        return real(prepared)
+        return real(prepared, told)
 
     monkeypatch.setattr(encoder, "encode", encode)
     assert run(tmp_path).counts["written"] == 1
@@ -398,7 +419,7 @@ def test_windows_end_at_many_bytes_too(tmp_path: Path, encoder: FakeEncoder, mon
     monkeypatch.setattr(jobs, "WINDOW_BYTES", 1000)
     sizes = []
     real = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda texts: sizes.append(len(texts)) or real(texts))
+    monkeypatch.setattr(encoder, "encode", lambda texts, told: sizes.append(len(texts)) or real(texts, told))
     catalogue(tmp_path, [f"{i}\x01{i}{'long' * 100}\x01x" for i in range(10)])
     run(tmp_path)
     assert sizes == [3, 3, 3, 1]

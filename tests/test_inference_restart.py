@@ -44,9 +44,9 @@ def child(knobs, log, at):
     prepare = local.LocalEncoder.prepare
     def prepared(self, texts):
         return texts
-    def encode(self, texts):
+    def encode(self, texts, told):
         os.write(file, (json.dumps(texts) + "\\n").encode())
-        return real(self, prepare(self, texts))
+        return real(self, prepare(self, texts), told)
     local.LocalEncoder.prepare, local.LocalEncoder.encode = prepared, encode
     threading.setprofile(count)
     sys.setprofile(count)
@@ -105,8 +105,8 @@ def some_rows() -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Output, rejects and manifest: all that a run leaves."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Output, rejects and manifest: all that a run leaves, but for the config, which names the folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".yaml"}
 
 
 @pytest.mark.slow
@@ -159,10 +159,10 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     catalogue(tmp_path, some_rows())
     real = encoder.encode
 
-    def stops(prepared: list[str]):
+    def stops(prepared: list[str], told):
         if len(encoder.asked) > 12:
             raise KeyboardInterrupt
-        return real(prepared)
+        return real(prepared, told)
 
     monkeypatch.setattr(encoder, "encode", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -34,7 +35,8 @@ WRITE_ROWS = 1 << 12
 EXAMPLES = 5
 
 Vectors = NDArray[np.float32]
-Progress = Callable[[int, float], None]
+Told = Callable[[int], None]
+Progress = Callable[[int, int, float], None]  # rows done, texts encoded in this run, share of the input
 
 
 class TextEncoder(Protocol):
@@ -46,8 +48,8 @@ class TextEncoder(Protocol):
     def prepare(self, texts: list[str]) -> Any:
         """What can be done while other texts are encoded: tokens, say."""
 
-    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
-        """Vectors (texts, dim) of texts that `prepare` was given."""
+    def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) of texts that `prepare` was given; `told` hears now and then how many are done."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Window(NamedTuple):
 def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
     """Encode all sources of a job, going on where an interrupted run stopped.
 
-    :param progress: told the rows of each window that is done, and what share of the input that makes in all.
+    :param progress: told how many rows are done, how many texts this run encoded, and what share of the input is done.
     :raises DataError: a setting or an input is not what the interrupted run had; the disk is full; an input changed
         while it was read; or a text is empty and `on_empty_text` says error.
     """
@@ -156,7 +158,6 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
     job = _continued(job, state)
     if not state["done"]:
         store.begin(encoder.dim, state["first"])
-        progress(state["counts"].get("read", 0), state["share"])
         state = _write_all(job, store, encoder, state, progress)
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
@@ -365,21 +366,41 @@ def _write_all(
 
 def _pump(windows: Iterator[Window], encoder: TextEncoder, writer: _Writer, progress: Progress) -> None:
     """Encode window after window, while one other thread reads the next and writes the last."""
+    meter = _Meter(progress, writer.state)
     with ThreadPoolExecutor(1, "ebr-files") as files:
         coming: Future[Window | None] = files.submit(next, windows, None)
         writing: Future[None] | None = None
         while (window := coming.result()) is not None:
             coming = files.submit(next, windows, None)
             if window.prepared is not None:
-                vectors, report = encoder.encode(window.prepared)
+                vectors, report = encoder.encode(window.prepared, partial(meter.within, window))
                 _check_finite(window, vectors)
                 files.submit(writer.keep, window, vectors, report).result()
             if writing is not None:
                 writing.result()
             writing = files.submit(writer.write, window)
-            progress(window.counts["read"], window.share)
+            meter.after(window)
         if writing is not None:
             writing.result()
+
+
+class _Meter:
+    """Tells how far a job is, within windows too."""
+
+    def __init__(self, progress: Progress, state: dict[str, Any]) -> None:
+        self._progress = progress
+        self._rows, self._texts, self._share = state["counts"].get("read", 0), 0, state["share"]
+        progress(self._rows, 0, self._share)
+
+    def within(self, window: Window, texts: int) -> None:
+        part = texts / len(window.fresh)
+        share = self._share + part * (window.share - self._share)
+        self._progress(self._rows + round(part * window.counts["read"]), self._texts + texts, share)
+
+    def after(self, window: Window) -> None:
+        self._rows, self._share = self._rows + window.counts["read"], window.share
+        self._texts += len(window.fresh) if window.prepared is not None else 0
+        self._progress(self._rows, self._texts, self._share)
 
 
 def _check_finite(window: Window, vectors: Vectors) -> None:

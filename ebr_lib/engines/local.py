@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, clean_up, run_job
+from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
 from ebr_lib.errors import ModelError
 
 Vectors = NDArray[np.float32]
+
+BATCHES_AT_ONCE = 16  # between two movements of the bar
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class LocalEncoder:
     def prepare(self, texts: list[str]) -> Any:
         return self._encoder.tokenize(texts)
 
-    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
+    def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
         before = Counter(asdict(self._encoder.stats))
-        vectors = self._encoder.embed(prepared)
+        vectors = self._embedded(prepared, told)
         counts = Counter(asdict(self._encoder.stats))
         counts.subtract(before)
         if isinstance(prepared, list):
@@ -95,6 +97,21 @@ class LocalEncoder:
         kept = prepared.lengths[cut]
         tokens = kept + prepared.lost[cut]
         return vectors, EncodeReport(counts, list(zip(cut.tolist(), tokens.tolist(), kept.tolist(), strict=True)))
+
+    def _embedded(self, prepared: Any, told: Told) -> Vectors:
+        """Vectors of a window: some batches at a time, longest texts first, so that the bar moves within a window."""
+        if isinstance(prepared, list):
+            return self._encoder.embed(prepared)
+        vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
+        order = np.argsort(-prepared.lengths, kind="stable")
+        ends = np.cumsum(prepared.lengths[order]) // (BATCHES_AT_ONCE * self._encoder.batch_tokens)
+        done = 0
+        for texts in np.split(order, np.flatnonzero(np.diff(ends)) + 1):
+            part = replace(prepared, ids=prepared.of(texts), lengths=prepared.lengths[texts], lost=prepared.lost[texts])
+            vectors[texts] = self._encoder.embed(part)
+            done += len(texts)
+            told(done)
+        return vectors
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -162,7 +179,7 @@ class ProcessEncoder:
     def prepare(self, texts: list[str]) -> Any:
         return texts
 
-    def encode(self, prepared: Any) -> tuple[Vectors, EncodeReport]:
+    def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
         order = sorted(range(len(prepared)), key=lambda i: (len(prepared[i]), i))
         shares = [order[i :: len(self._pools)] for i in range(len(self._pools))]
         futures = [
@@ -211,4 +228,4 @@ def _facts() -> EncoderFacts:
 
 def _encode(texts: list[str]) -> tuple[Vectors, EncodeReport]:
     assert _worker is not None
-    return _worker.encode(_worker.prepare(texts))
+    return _worker.encode(_worker.prepare(texts), lambda texts: None)

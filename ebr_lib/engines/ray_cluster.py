@@ -34,7 +34,7 @@ class ShardWorker:
         return self._encoder.facts
 
     def run(self, shard: Job) -> Outcome:
-        return run_job(shard, self._encoder, lambda rows, share: None)
+        return run_job(shard, self._encoder, lambda rows, texts, share: None)
 
 
 class RayEngine:
@@ -85,9 +85,10 @@ class RayEngine:
                 busy[actor.run.remote(shard)] = number, actor
             (ready, *_), _ = self._ray.wait(list(busy), num_returns=1)
             number, actor = busy.pop(ready)
-            outcomes[number] = outcome = self._answer(ready)
+            outcomes[number] = self._answer(ready)
             idle.append(actor)
-            progress(outcome.counts["read"], len(outcomes) / len(shards))
+            counts = _added(list(outcomes.values())).counts
+            progress(counts["read"], counts["encoded"], len(outcomes) / len(shards))
         return _added([outcomes[number] for number in range(len(shards))])
 
     def finish(self, job: Job) -> None:
