@@ -22,7 +22,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
-	$(OFFLINE) $(BIN)/python -m ebr_lib notebook
+	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests
 	$(OFFLINE) $(BIN)/python -m pytest
