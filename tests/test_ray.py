@@ -19,7 +19,9 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -r re
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Ray gives its workers niceness 15, which on a busy machine means that they never run
+    nice = {"worker_niceness": 0}
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=nice)
     yield
     ray.shutdown()
 

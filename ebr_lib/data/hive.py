@@ -75,10 +75,13 @@ class Source:
         """Check that the file is still the one that was opened.
 
         :raises DataError: its size or time of change is another.
+        :raises MissingError: it is no longer there.
         """
-        if stamp_of(self.path) != self.stamp:
+        with _readable(self.path):
+            now = stamp_of(self.path)
+        if now != self.stamp:
             raise DataError(
-                f"{self.path} changed while it was read ({self.size} bytes then, {stamp_of(self.path)[0]} now); what "
+                f"{self.path} changed while it was read ({self.size} bytes then, {now[0]} now); what "
                 "was written stays. Put the file back and run the same call again, or set restart: true"
             )
 

@@ -434,7 +434,7 @@ class _Writer:
             vectors[valid] = self._store.vectors(window.places[part][valid])
             self._sink.append(window.rows[part], vectors, valid)
         self._rejects.writelines(window.rejects)
-        report = self._store.report_of(window.first_place)
+        report = self._store.report_of(window.first_place) if window.fresh else {}
         changes = {
             "file": window.file,
             "position": list(window.after),
