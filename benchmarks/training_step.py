@@ -62,7 +62,7 @@ def adapted_model(dropout: bool) -> SentenceTransformer:
 
 
 def contenders_of(model: SentenceTransformer) -> dict[str, Contender]:
-    from ebr_lib.model.cpu_speed import attention, fast_training
+    from ebr_lib.model.cpu_speed import fast_training
     from ebr_lib.model.packing import packed_forward
 
     def padded(columns: Columns) -> list[Tensor]:
@@ -74,7 +74,6 @@ def contenders_of(model: SentenceTransformer) -> dict[str, Contender]:
         BASE: (padded, nullcontext),
         "padded, fast_training": (padded, lambda: fast_training(model)),
         "packed": (packed, nullcontext),
-        "packed, eager attention": (packed, lambda: attention(model, "eager")),
         "packed, fast_training": (packed, lambda: fast_training(model)),
     }
 

@@ -70,11 +70,9 @@ def test_checkpointing_finds_the_same_draws():
 def test_all_is_as_before_afterwards(tiny_bert):
     model = load_model(str(tiny_bert), device="cpu")
     config = model.transformers_model.config
-    with pytest.raises(KeyboardInterrupt), fast_training(model):
+    with pytest.raises(KeyboardInterrupt), fast_training(model), attention(model, "eager"):
         assert config._attn_implementation == "eager"
         assert functional.dropout is not STOCK
         raise KeyboardInterrupt
     assert config._attn_implementation == "sdpa"
     assert functional.dropout is STOCK
-    with attention(model, "eager"):
-        assert config._attn_implementation == "eager"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from torch.nn.functional import normalize
 
 from ebr_lib.model import packing
 from ebr_lib.model.adapters import add_lora
-from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.packing import PackedForward, pack, packed_forward
 
@@ -78,6 +78,22 @@ def test_no_text_sees_its_neighbours(tiny_models, kind):
             torch.testing.assert_close(together[i], alone[0], atol=1e-6, rtol=0)
 
 
+@contextmanager
+def attention_seen(model):
+    """Which attention implementations the layers ran with, in training."""
+    seen = set()
+    config = model[0].model.config
+    hook = (
+        model[0]
+        .model.get_input_embeddings()
+        .register_forward_pre_hook(lambda *_: seen.add(config._attn_implementation))
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def gradients(model, vectors):
     anchors, positives = (normalize(part, dim=1) for part in vectors)
     loss = torch.nn.functional.cross_entropy(anchors @ positives.T / 0.05, torch.arange(len(anchors)))
@@ -88,7 +104,7 @@ def gradients(model, vectors):
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-r", "qwen2"])
 @pytest.mark.parametrize("attention_kind", ["sdpa", "eager"])
-def test_gradients_of_an_adapter_are_those_of_padded_batches(tiny_models, kind, attention_kind):
+def test_gradients_of_an_adapter_are_those_of_padded_batches(tiny_models, monkeypatch, kind, attention_kind):
     model = load(tiny_models, kind).eval()  # no dropout: its draws differ
     torch.manual_seed(1)
     add_lora(model, r=4, alpha=8, dropout=0.0)
@@ -97,8 +113,12 @@ def test_gradients_of_an_adapter_are_those_of_padded_batches(tiny_models, kind, 
             weight.data.normal_(std=0.1)
     columns = columns_of(model, TEXTS, [text + " too" for text in TEXTS])
     padded_loss, wanted = gradients(model, [model(dict(column))["sentence_embedding"] for column in columns])
-    with attention(model, attention_kind):
-        packed_loss, found = gradients(model, packed_forward(model)(columns))
+    monkeypatch.setattr(packing, "EAGER_ROW", 10_000 if attention_kind == "eager" else 0)
+    packed = packed_forward(model)
+    with attention_seen(model) as seen:
+        packed_loss, found = gradients(model, packed(columns))
+    assert seen == {attention_kind}
+    assert model[0].model.config._attn_implementation == "sdpa"
     assert packed_loss == pytest.approx(padded_loss, abs=1e-5)
     assert len(found) == len(wanted) > 0
     for one, other in zip(found, wanted, strict=True):

@@ -1,9 +1,9 @@
-"""What makes training fast on a CPU, beside packing: attention by plain matrix products, and cheap dropout."""
+"""What makes models fast on a CPU, beside packing: attention by plain matrix products, and cheap dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,16 +20,12 @@ _stock_dropout = functional.dropout
 
 @contextmanager
 def fast_training(model: SentenceTransformer) -> Iterator[None]:
-    """Train on a CPU in the faster way; anywhere else this does nothing.
+    """Train on a CPU with cheap dropout; anywhere else this does nothing.
 
     Hold it around the whole run, not each step: with gradient checkpointing, backward runs the forward again and has
-    to find the same attention and the same dropout.
+    to find the same dropout.
     """
-    if model.device.type != "cpu":
-        yield
-        return
-    # the backward of scaled_dot_product_attention's CPU kernel took half of a bfloat16 step
-    with attention(model, "eager"), quick_dropout():
+    with quick_dropout() if model.device.type == "cpu" else nullcontext():
         yield
 
 

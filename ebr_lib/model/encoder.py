@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebr_lib.logs import logger
-from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, pack, packed_forward, row_length_for
 from ebr_lib.model.precision import choose_precision
@@ -220,8 +219,7 @@ class Encoder:
         """Sentence embeddings of a batch that shares rows."""
         layout = pack(lengths, row_length_for(lengths))
         self.stats.slots += layout.slots
-        with attention(self.model, "eager"):
-            states = packed.states(torch.from_numpy(ids), layout)
+        states = packed.states(torch.from_numpy(ids), layout)
         return packed.pool(states.float(), torch.from_numpy(lengths), self._prompt_length)
 
     def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:

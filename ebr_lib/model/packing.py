@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ebr_lib.logs import logger
+from ebr_lib.model.cpu_speed import attention
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -25,6 +27,7 @@ Features = dict[str, Any]
 Ids = NDArray[np.int32]
 
 MIN_ROW = 64  # shorter rows make the matrix products of attention too small; measured on a CPU
+EAGER_ROW = 128  # plain attention keeps a number for each pair of places in a row
 PROBE_LENGTHS = (2, 3, 5, 9, 17, 40, 150)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a component of a unit vector
 
@@ -121,8 +124,16 @@ class PackedForward:
             "position_ids": spread(offsets + self._first_position, self._first_position),
             "attention_mask": self._mask(spread(texts, -1)),
         }
-        out = self._transformer(features)["token_embeddings"]
+        with self._attention(layout.row_length, device):
+            out = self._transformer(features)["token_embeddings"]
         return out.flatten(0, 1).index_select(0, places)
+
+    def _attention(self, row_length: int, device: torch.device) -> AbstractContextManager[None]:
+        # On a CPU, plain products over short rows beat the fused kernel, whose backward took half of a bfloat16 step.
+        # Backward under gradient checkpointing runs the layers again, outside of this context: nothing may differ.
+        if device.type != "cpu" or row_length > EAGER_ROW or self.model.transformers_model.is_activation_checkpointing:
+            return nullcontext()
+        return attention(self.model, "eager")
 
     def _mask(self, texts: Tensor) -> Tensor:
         """Additive mask (rows, 1, length, length) of the text each place holds; padding (−1) sees padding."""
