@@ -2,7 +2,8 @@
 
     python benchmarks/inference.py --data DIR                          # short and long English texts, packaged MiniLM
     python benchmarks/inference.py --data DIR --sets chinese --model M # Chinese texts, a multilingual model
-    python benchmarks/inference.py --data DIR --quick
+    python benchmarks/inference.py --data DIR --quick                  # few texts: to see that it runs
+    python benchmarks/inference.py --data DIR --threads 1 --cpu-time   # processor seconds: fair on a busy machine
 
 DIR holds banking77/, cranfield/ and online_shopping/. Contenders take turns within a round, so that what disturbs the
 machine disturbs all of them; a rate is the median over the rounds, a ratio the median of the rounds' ratios.
@@ -62,10 +63,10 @@ def stock(model: SentenceTransformer, texts: Sequence[str]) -> Vectors:
     return np.asarray(vectors, dtype=np.float32)
 
 
-def load_seconds(make: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def load_seconds(make: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     make()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def through_files(model_name: str, texts: Sequence[str], precision: str, folder: Path) -> Path:
@@ -80,7 +81,9 @@ def through_files(model_name: str, texts: Sequence[str], precision: str, folder:
     return output
 
 
-def contenders_of(model_name: str, texts: Sequence[str], folder: Path) -> dict[str, tuple[Contender, float]]:
+def contenders_of(
+    model_name: str, texts: Sequence[str], folder: Path, clock: Callable[[], float]
+) -> dict[str, tuple[Contender, float]]:
     """Name to (what to time, seconds of it that are the loading of the model)."""
     import torch
 
@@ -97,12 +100,14 @@ def contenders_of(model_name: str, texts: Sequence[str], folder: Path) -> dict[s
     for precision in ("float32", "bfloat16") if has_bf16 else ("float32",):
         encoder = Encoder(model, precision=precision)
         found[f"Encoder, {precision}"] = (partial(encoder.encode, texts), 0.0)
-        load = median(load_seconds(partial(load_model, model_name)) for _ in range(3))
+        load = median(load_seconds(partial(load_model, model_name), clock) for _ in range(3))
         found[f"Files, {precision}"] = (partial(through_files, model_name, texts, precision, folder), load)
     return found
 
 
-def measure(contenders: dict[str, tuple[Contender, float]], rounds: int) -> dict[str, tuple[list[float], float]]:
+def measure(
+    contenders: dict[str, tuple[Contender, float]], rounds: int, clock: Callable[[], float]
+) -> dict[str, tuple[list[float], float]]:
     """Name to (seconds of each round, smallest cosine to the base's vectors)."""
     from ebr_lib.data.vectors import read_embeddings
 
@@ -111,9 +116,9 @@ def measure(contenders: dict[str, tuple[Contender, float]], rounds: int) -> dict
     cosines = {}
     for turn in range(rounds + 1):
         for name, (run, load) in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             result = run()
-            elapsed = time.perf_counter() - start - load
+            elapsed = clock() - start - load
             vectors = read_embeddings(result).vectors if isinstance(result, Path) else result
             cosines[name] = float((vectors * reference).sum(axis=1).min())
             if turn:  # the first turn warms up
@@ -158,14 +163,21 @@ def main() -> None:
     parser.add_argument("--model", default="all-MiniLM-L6-v2")
     parser.add_argument("--sets", nargs="+", choices=list(COUNTS), default=["short", "long"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few texts, two rounds: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="few texts")
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(machine())
     for name in args.sets:
         texts = texts_of(name, args.data)[: COUNTS[name][args.quick]]
         with tempfile.TemporaryDirectory() as folder:
-            contenders = contenders_of(args.model, texts, Path(folder))
-            print(markdown(name, texts, measure(contenders, 2 if args.quick else args.rounds)), flush=True)
+            contenders = contenders_of(args.model, texts, Path(folder), clock)
+            print(markdown(name, texts, measure(contenders, args.rounds, clock)), flush=True)
 
 
 if __name__ == "__main__":
