@@ -10,7 +10,7 @@ import pytest
 
 import ebr_lib
 from ebr_lib import cli
-from ebr_lib.config import FinetuneConfig, InferenceConfig, VisConfig
+from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig
 from ebr_lib.data.pairs import read_pairs
 from ebr_lib.knobs import from_flags, with_tables
 from ebr_lib.notebook import inject, parse_parameters
@@ -22,8 +22,17 @@ STAGE_CONFIGS = {name: stage.config for name, stage in cli.STAGES.items()}
 STAGE_OF_FOLDER = {name: name for name in STAGE_CONFIGS} | {"inference": "infer"}
 PICTURE = "docs/embedding_scatter.png"  # a run's result, put there when it is
 TYPO = "noise_porb"  # which the guide shows the error message of
-NOTEBOOK_CONFIGS = {"FINETUNE_CONFIG": FinetuneConfig, "INFERENCE_CONFIG": InferenceConfig, "VIS_CONFIG": VisConfig}
-SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ebr_lib").rglob("*.py")))
+NOTEBOOK_CONFIGS = {
+    "FINETUNE_CONFIG": FinetuneConfig,
+    "INFERENCE_CONFIG": InferenceConfig,
+    "VIS_CONFIG": VisConfig,
+    "EVAL_CONFIG": EvalConfig,
+    "INDEX_CONFIG": IndexConfig,
+}
+SOURCES = "\n".join(
+    path.read_text(encoding="utf-8")
+    for path in [*sorted((ROOT / "ebr_lib").rglob("*.py")), ROOT / "EBR_workflow.ipynb"]
+)
 FILES = " ".join(p.name for place in (".", "tests", "configs", "configs/*") for p in ROOT.glob(f"{place}/*"))
 PRESETS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
@@ -90,8 +99,8 @@ def check_stage(words: list[str]) -> None:
 def check_parameters(notebook: str, settings: list[str]) -> None:
     parameters = parse_parameters(settings)
     inject(nbformat.read(notebook, as_version=4), parameters)
-    for name, kind in NOTEBOOK_CONFIGS.items():
-        kind.resolve(parameters.get(name, {}))
+    for name in parameters.keys() & NOTEBOOK_CONFIGS:
+        NOTEBOOK_CONFIGS[name].resolve(parameters[name])
 
 
 @pytest.mark.parametrize(("document", "command"), ALL_COMMANDS)
