@@ -20,7 +20,7 @@ from ebr_lib.retrieval.contenders import BM25_NAME, EncoderSettings, labels, ran
 from ebr_lib.retrieval.metrics import Ranking, Values, measure
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
 from ebr_lib.retrieval.task import Columns, RetrievalTask, find_sources, query_slices, read_task
-from ebr_lib.tables import Table
+from ebr_lib.tables import Shown, Table
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
 SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
@@ -28,7 +28,7 @@ CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE = "eval_config.yaml", "report.html
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class EvalResult(Shown):
     """What an evaluation wrote and found.
 
     `metrics` maps contender to measure to mean; `differences` holds every pair of contenders on every measure.

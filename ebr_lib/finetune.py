@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from ebr_lib.data.doctor import DoctorReport
-    from ebr_lib.data.pairs import TrainingRow
+    from ebr_lib.data.pairs import Pair, TrainingRow
     from ebr_lib.model.heldout import HeldoutTask, Means
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.training import EbrTrainer
@@ -129,7 +129,9 @@ def _read(config: FinetuneConfig) -> _Data:
     rejects = Path(config.output_dir) / REJECTS_FILE if config.on_bad_row == "skip" else None
     pairs = read_pairs(config.data_path, config.on_bad_row, rejects)
     if config.eval_data_path is not None:
-        train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row)
+        more = rejects.with_name(f"heldout_{REJECTS_FILE}") if rejects else None
+        train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row, more)
+        _say_what_leaks(train, heldout)
     else:
         train, heldout = split_by_anchor(pairs, config.eval_ratio, config.seed)
     train_rows, heldout_rows = expand(train), expand(heldout)
@@ -143,11 +145,24 @@ def _read(config: FinetuneConfig) -> _Data:
     return _Data(train_rows, heldout_rows, task)
 
 
+def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
+    """A held-out anchor that training has seen, or nearly, measures memory."""
+    from ebr_lib.data.pairs import near_duplicate_groups, normalised
+
+    groups = near_duplicate_groups([normalised(pair.anchor) for pair in (*train, *heldout)]).tolist()
+    known = set(groups[: len(train)])
+    leaked = sum(group in known for group in groups[len(train) :])
+    if leaked:
+        logger.warning("验证集泄漏: %d 条 held-out anchors are in the training data, or near-duplicates of it", leaked)
+
+
 def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
     from ebr_lib.data.doctor import examine
 
-    batch = config.contrastive_batch_size or config.train_batch_size
-    report = examine(rows, model.tokenizer, max_seq_length=config.max_seq_length, batch_size=batch)
+    batch = _batch_size(config)
+    prompts = _column_prompts(config, model, 1)
+    prompts["negative"] = prompts.pop("negative_1")
+    report = examine(rows, model.tokenizer, max_seq_length=config.max_seq_length, batch_size=batch, prompts=prompts)
     logger.info("%s", report.table.text())
     for advice in report.advice:
         logger.warning("%s", advice)

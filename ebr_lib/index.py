@@ -48,7 +48,7 @@ from ebr_lib.retrieval.faiss_index import (
     write_deleted,
 )
 from ebr_lib.retrieval.task import read_queries
-from ebr_lib.tables import Table
+from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
@@ -57,7 +57,7 @@ CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 
 
 @dataclass(frozen=True)
-class IndexResult:
+class IndexResult(Shown):
     """What was built and measured. `points` are the settings tried, `chosen` the one that is saved."""
 
     folder: Path
@@ -78,7 +78,7 @@ class IndexResult:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """What a query found; `rows` hold rank, score and the kept columns. `milliseconds` include the query's encoding."""
 
     query: str

@@ -20,7 +20,7 @@ from ebr_lib.errors import DataError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import ModelIdentity, find_model, identify
-from ebr_lib.tables import Table
+from ebr_lib.tables import Shown, Table
 
 COUNTS = (
     "read",
@@ -38,7 +38,7 @@ COUNTS = (
 
 
 @dataclass(frozen=True)
-class InferenceResult:
+class InferenceResult(Shown):
     """What an inference run wrote and counted.
 
     :param output: the embedding file.

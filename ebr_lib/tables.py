@@ -19,7 +19,10 @@ def _width(text: str) -> int:
 
 
 class Shown:
-    """What a stage returns: a notebook's plain text of it is its `str`, not every field of it."""
+    """What a stage returns: as text it is its table (or its own `str`), not every field of it."""
+
+    def __str__(self) -> str:
+        return str(self.table)  # type: ignore[attr-defined] # a field of every result
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))

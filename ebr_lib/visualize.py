@@ -21,7 +21,7 @@ from ebr_lib.data.vectors import iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.files import write_json
 from ebr_lib.logs import logger
-from ebr_lib.tables import Table
+from ebr_lib.tables import Shown, Table
 from ebr_lib.view import clusters as measure
 from ebr_lib.view import explorer, figure, projection
 from ebr_lib.view.figure import Groups, Panel, shortened
@@ -54,7 +54,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class VisResult:
+class VisResult(Shown):
     """What the stage wrote and measured.
 
     :param picture: the PNG.
