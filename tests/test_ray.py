@@ -19,9 +19,10 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -r re
 
 @pytest.fixture(scope="module")
 def cluster():
-    # Ray gives its workers niceness 15, which on a busy machine means that they never run
-    nice = {"worker_niceness": 0}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=nice)
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray gives its workers niceness 15, with which they hardly ever run beside anything else
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
