@@ -224,6 +224,14 @@ def test_texts_are_cut_by_what_they_take():
     assert figure.columns_of(figure.shortened("长" * 100, 30)) <= 30
 
 
+def test_labels_that_begin_alike_stay_apart():
+    names = ["balance_not_updated_after_bank_transfer", "balance_not_updated_after_cheque_or_cash", "余额" * 30 + "末"]
+    cut = [figure.squeezed(name, 24) for name in names]
+    assert cut == ["balance_not_upd…transfer", "balance_not_upd…_or_cash", cut[2]]
+    assert all(figure.columns_of(name) <= 24 for name in cut) and cut[2].endswith("末")
+    assert figure.squeezed("short", 24) == "short"
+
+
 def test_lines_break_at_spaces_and_inside_chinese():
     lines = figure.wrapped("some words and " + "长" * 30 + " more", 20).split("\n")
     assert all(figure.columns_of(line) <= 20 for line in lines)

@@ -331,7 +331,7 @@ def _name_groups(axes: Axes, coords: Floats, groups: Groups) -> None:
             continue
         x, y = _medoid(points)
         text = axes.text(
-            x, y, shortened(groups.names[code], 24), fontsize=10.5, ha="center", va="center",
+            x, y, squeezed(groups.names[code], 24), fontsize=10.5, ha="center", va="center",
             color=_darker(colour), path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5,
         )  # fmt: skip
         if not _find_room(text, axes, renderer, frame, taken):
@@ -383,6 +383,17 @@ def shortened(text: str, columns: int) -> str:
     return text.rstrip() + "…"
 
 
+def squeezed(text: str, columns: int) -> str:
+    """A label cut in its middle: labels that begin alike often end apart."""
+    text = " ".join(text.split())
+    if columns_of(text) <= columns:
+        return text
+    tail = text[-columns // 3 :]
+    while columns_of(tail) > columns // 3:
+        tail = tail[1:]
+    return shortened(text, columns - columns_of(tail)) + tail
+
+
 # --- legend and caption -------------------------------------------------------------------------------------------
 
 
@@ -398,7 +409,7 @@ def _draw_words(figure: Figure, groups: Groups, title: str, caption: str) -> Non
     for i, (colour, name, count) in enumerate(_legend(groups)):
         y = top - (0.17 + 0.29 * i) / height
         figure.text(left, y, "●", color=colour, fontsize=11, va="center", family=LATIN)
-        figure.text(left + 0.2 / width, y, shortened(name, 25), fontsize=9.5, va="center")
+        figure.text(left + 0.2 / width, y, squeezed(name, 25), fontsize=9.5, va="center")
         figure.text((width - 0.15) / width, y, f"{count:,}", fontsize=9, color="#555555", va="center", ha="right")
 
 
