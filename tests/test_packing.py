@@ -83,11 +83,8 @@ def attention_seen(model):
     """Which attention implementations the layers ran with, in training."""
     seen = set()
     config = model[0].model.config
-    hook = (
-        model[0]
-        .model.get_input_embeddings()
-        .register_forward_pre_hook(lambda *_: seen.add(config._attn_implementation))
-    )
+    tokens = model[0].model.get_input_embeddings()
+    hook = tokens.register_forward_pre_hook(lambda *_: seen.add(config._attn_implementation))
     try:
         yield seen
     finally:
