@@ -44,9 +44,9 @@ from ebr_lib.retrieval.faiss_index import (
     stamp_of,
     sweep,
     train,
-    unit,
     write_deleted,
 )
+from ebr_lib.retrieval.metrics import unit
 from ebr_lib.retrieval.task import read_queries
 from ebr_lib.tables import Shown, Table
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IndexResult(Shown):
     """What was built and measured. `points` are the settings tried, `chosen` the one that is saved."""
 
@@ -77,7 +77,7 @@ class IndexResult(Shown):
         return self.table.html()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult(Shown):
     """What a query found; `rows` hold rank, score and the kept columns. `milliseconds` include the query's encoding."""
 

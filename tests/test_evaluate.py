@@ -366,7 +366,7 @@ def test_cranfield_equals_the_library_on_the_same_vectors(tmp_path):
     from ebr_lib.retrieval.metrics import evaluate_vectors
 
     docs = [json.loads(line) for line in (DATA / "cranfield" / "docs.jsonl").open()]
-    queries = [json.loads(line) for line in (DATA / "cranfield" / "queries.jsonl").open()]
+    queries = [json.loads(line) for line in (DATA / "cranfield" / "queries.jsonl").open()][:80]
     vectors = {row["text"]: _hashed(row["text"]) for row in docs + queries}
 
     class Fixed:

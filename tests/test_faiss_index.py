@@ -20,8 +20,8 @@ from ebr_lib.retrieval.faiss_index import (
     recall_of,
     sweep,
     train,
-    unit,
 )
+from ebr_lib.retrieval.metrics import unit
 
 KINDS = ("Flat", "HNSW16", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs,Refine(SQ8)", "PCA12,IVF8,Flat", "SQ8")
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.vectors import Embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import written_whole
-from ebr_lib.retrieval.metrics import rank_vectors
+from ebr_lib.retrieval.metrics import rank_vectors, unit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,11 +94,6 @@ def _pieces(dim: int) -> int:
 
 
 # --- building -----------------------------------------------------------------------------------------------------
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Vectors scaled to length 1; zero vectors stay what they are."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:

@@ -197,6 +197,11 @@ def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
 # --- from vectors -------------------------------------------------------------------------------------------------
 
 
+def unit(vectors: Floats) -> Floats:
+    """Vectors scaled to length 1; zero vectors stay what they are."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
 def rank_vectors(
     queries: Floats, documents: Floats | Iterable[Floats], relevant: Grades, depth: int = max(KS)
 ) -> Ranking:

@@ -20,6 +20,7 @@ from ebr_lib.data.pairs import is_blank, normalised
 from ebr_lib.data.vectors import VECTOR, iter_embeddings
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
+from ebr_lib.retrieval.metrics import unit
 
 QUERY_TEXTS = ("text", "query", "question", "anchor")
 DOCUMENT_TEXTS = ("text", "description", "document", "passage", "positive", "content")
@@ -77,10 +78,11 @@ class Corpus:
     def vector_batches(self) -> Iterator[NDArray[np.float32]]:
         """The documents' vectors out of the embedding file, of length 1, a batch at a time."""
         assert self.vectors is not None and self.first_rows is not None
-        for batch in iter_embeddings(self.vectors, ()):
-            vectors = batch.vectors[np.isin(batch.rows, self.first_rows, assume_unique=True)]
-            if len(vectors):
-                yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        for batch in (batch for batch in iter_embeddings(self.vectors, ()) if len(batch)):
+            # both are sorted: documents are numbered in the order of their rows
+            low, high = np.searchsorted(self.first_rows, (batch.rows[0], batch.rows[-1] + 1))
+            if high > low:
+                yield unit(batch.vectors[np.searchsorted(batch.rows, self.first_rows[low:high])])
 
 
 @dataclass(frozen=True)
