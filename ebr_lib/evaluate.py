@@ -27,7 +27,7 @@ SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrie
 CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE = "eval_config.yaml", "report.html", "report.json", "qrels.trec"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvalResult(Shown):
     """What an evaluation wrote and found.
 

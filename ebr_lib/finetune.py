@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import html
 import json
@@ -34,7 +35,7 @@ HELDOUT_FILE, CORPUS_FILE, REJECTS_FILE = "heldout.jsonl", "corpus.jsonl", "reje
 FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", "dataloader_num_workers", "save_steps")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinetuneResult(Shown):
     """What a run wrote and measured.
 
@@ -84,6 +85,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
 
     config = FinetuneConfig.resolve(config)
     data = _read(config)
+    config = _with_negatives(config, data.train)
     set_seed(config.seed)
     model = _model_with_adapter(config)
     report = _examine(config, data.train, model)
@@ -299,6 +301,24 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         prompts=_column_prompts(config, model, negatives),
         seed=config.seed,
     )
+
+
+def _with_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> FinetuneConfig:
+    """The config, or one that learns: a batch of one pair has no negatives, its loss is nothing.
+
+    Batches that were to be accumulated are then embedded one row at a time and compared together (GradCache), which
+    takes as little memory.
+    """
+    if _batch_size(config) > 1 or any(row.negatives for row in rows):
+        return config
+    pairs = max(config.gradient_accumulation_steps, 2)
+    logger.warning(
+        "批大小为 1 时没有负样本 a batch of 1 has no negatives: %d pairs are compared together, embedded one at a time "
+        "(contrastive_batch_size %d, gradient_accumulation_steps 1)",
+        pairs,
+        pairs,
+    )
+    return dataclasses.replace(config, contrastive_batch_size=pairs, gradient_accumulation_steps=1)
 
 
 def _batch_size(config: FinetuneConfig) -> int:

@@ -37,7 +37,7 @@ COUNTS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InferenceResult(Shown):
     """What an inference run wrote and counted.
 

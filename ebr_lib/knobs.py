@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -74,7 +75,8 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def _adapter(config_class: type[Config], name: str) -> TypeAdapter[Any]:
+@functools.cache
+def _adapter(config_class: Any, name: str) -> TypeAdapter[Any]:
     kind = get_type_hints(config_class, include_extras=True)[name]
     # strict: True is no int, "12" is no number. NaN passes `low <= x`, so it is refused outright.
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -87,7 +89,7 @@ def _frozen(value: Any) -> Any:
 
 def _field_errors(config_class: type[Config], name: str, value: Any) -> list[str]:
     try:
-        _adapter(config_class, name).validate_python(value)
+        _adapter(config_class, name).validate_python(value)  # type: ignore[arg-type] # a class is hashable
     except ValidationError as error:
         # a union reports every branch it tried; one line a knob is enough for a person
         reasons = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())

@@ -82,7 +82,7 @@ def headline(executed: str | Path) -> str:
         shown.data["text/plain"]
         for cell in notebook.cells
         for shown in cell.get("outputs", [])
-        if shown.output_type == "display_data" and "text/plain" in shown.data
+        if shown.output_type == "display_data" and not shown.data.get("text/plain", "<").startswith("<")
     ]
     return "\n\n".join([*shown, f"executed notebook: {executed}"])
 

@@ -24,11 +24,11 @@ class Shown:
     def __str__(self) -> str:
         return str(self.table)  # type: ignore[attr-defined] # a field of every result
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))
+    def __repr__(self) -> str:
+        return str(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table(Shown):
     """A titled table; cells are shown with `str`, floats with four decimals."""
 

@@ -32,6 +32,7 @@ Ints = NDArray[np.int64]
 NEAR = 10  # neighbours that purity, confusions and the explorer look at
 WIDE = 40  # neighbours to choose from where the explorer cannot draw all
 SCORED = 1000  # labels that are scored; a column with more values is rather an id
+LISTED = 20  # rows of a table that are shown
 NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 NO_LABEL_TITLE = "k-means cluster"
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
@@ -53,7 +54,7 @@ MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VisResult(Shown):
     """What the stage wrote and measured.
 
@@ -75,7 +76,7 @@ class VisResult(Shown):
 
     def __str__(self) -> str:
         written = [str(path) for path in (self.picture, self.explorer, self.numbers_path) if path]
-        return "\n\n".join([f"wrote {', '.join(written)}", *(table.text() for table in self.tables)])
+        return "\n\n".join([f"wrote {', '.join(written)}", *(_head(table).text() for table in self.tables)])
 
     def _repr_html_(self) -> str:
         picture = base64.b64encode(self.picture.read_bytes()).decode()
@@ -83,7 +84,14 @@ class VisResult(Shown):
         if self.explorer:
             link = html.escape(os.path.relpath(self.explorer), quote=True)
             parts.append(f'<p><a href="{link}" target="_blank">{link}</a></p>')
-        return "".join([*parts, *(table.html() for table in self.tables)])
+        return "".join([*parts, *(_head(table).html() for table in self.tables)])
+
+
+def _head(table: Table) -> Table:
+    """As much of a table as a person reads; the JSON has all of it."""
+    if len(table.rows) <= LISTED:
+        return table
+    return Table(f"{table.title}: the first {LISTED} of {len(table.rows)}", table.columns, table.rows[:LISTED])
 
 
 # --- the items ----------------------------------------------------------------------------------------------------
@@ -465,7 +473,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
         tables += _label_tables(numbers, items, labels)
     tables.insert(0, _short_table(numbers, then))
     for table in tables:
-        logger.info("%s", table)
+        logger.info("%s", _head(table))
 
     panels = list(_panels(maps, before))
     figure.draw(picture, panels, groups, title=_title(config), caption=_caption(items, maps, numbers, config),

@@ -371,6 +371,14 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(settings, monkeyp
     assert "gradient_accumulation_steps" in caplog.text
 
 
+def test_a_batch_of_one_still_learns(settings, caplog):
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        result = train(settings, train_batch_size=1, gradient_accumulation_steps=8)
+    assert "a batch of 1 has no negatives: 8 pairs are compared together" in caplog.text
+    assert all(weight.abs().sum() > 0 for name, weight in adapter(result).items() if "lora_B" in name)
+    assert result.steps == -(-result.train_rows // 8)
+
+
 def test_a_row_that_fits_nowhere_is_an_error(settings, monkeypatch):
     def never(self, features, labels):
         raise torch.OutOfMemoryError("injected")
