@@ -341,6 +341,13 @@ def test_a_failed_run_leaves_the_old_picture(see, tmp_path, monkeypatch, no_maps
     assert [p.read_bytes() for p in tmp_path.glob("out/*.png")] == [old]
 
 
+def test_long_tables_are_shown_in_part_and_kept_whole(see, no_maps, caplog):
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        result = see(label_column="id")
+    assert "Labels (id): the first 20 of 60" in caplog.text and "the first 20 of 60" in result._repr_html_()
+    assert [len(t["rows"]) for t in result.numbers["tables"] if t["title"] == "Labels (id)"] == [60]
+
+
 def test_presets_are_valid():
     from pathlib import Path
 
