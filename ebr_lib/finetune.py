@@ -367,14 +367,15 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
     """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds."""
     from accelerate.utils import broadcast_object_list
 
-    from ebr_lib.model.training import KeepBest, fly_longest_batch
+    from ebr_lib.model.cpu_speed import fast_training
+    from ebr_lib.model.training import KeepBest
 
     checkpoint = _last_checkpoint(config, data) if trainer.is_world_process_zero() else None
     checkpoint = broadcast_object_list([checkpoint])[0]  # one process tidies up, all go on from the same place
-    flown = fly_longest_batch(trainer)
-    logger.info("预检 preflight, longest batch: %.2f s, memory %.0f MB", flown.seconds, flown.peak_mb)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with fast_training(trainer.model):
+        _preflight(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop.received:
         where = _place(config, CHECKPOINTS_SUFFIX)
         logger.warning("已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", where)
@@ -384,6 +385,19 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
         if isinstance(callback, KeepBest):
             callback.restore(trainer.model)
     return time.perf_counter() - start
+
+
+def _preflight(trainer: EbrTrainer) -> None:
+    from ebr_lib.model.training import fly_longest_batch
+
+    flown = fly_longest_batch(trainer)
+    batches = len(trainer.train_dataset) / (trainer.args.train_batch_size * trainer.args.world_size)
+    logger.info(
+        "预检 preflight: longest batch %.2f s, memory %.0f MB; 预计 the run takes at most %.1f min",
+        flown.seconds,
+        flown.peak_mb,
+        flown.seconds * batches * trainer.args.num_train_epochs / 60,
+    )
 
 
 def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:

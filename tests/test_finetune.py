@@ -141,6 +141,14 @@ def test_the_merged_model_is_the_adapted_one(trained):
     assert not (Path(trained.merged_path) / ADAPTER_FILE).exists()
 
 
+def test_an_adapter_can_be_folded_in_at_loading(trained):
+    apart = load_model(trained.model_path, device="cpu")
+    folded = load_model(trained.model_path, device="cpu", merged=True)
+    assert not any("lora" in name for name, _ in folded.named_parameters())
+    texts = ["red kite 书籍", "mug"]
+    np.testing.assert_allclose(folded.encode(texts), apart.encode(texts), atol=1e-6)
+
+
 def test_loading_says_so_when_the_vectors_are_not_those_saved(trained, tmp_path, caplog):
     import shutil
 

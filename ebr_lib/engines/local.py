@@ -61,6 +61,7 @@ class LocalEncoder:
             max_seq_length=recipe.max_seq_length,
             device=recipe.device,
             side="document",
+            merged=True,
         )
         prompt = prompt_of(model, "document", recipe.prompt)
         self._encoder = Encoder(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebr_lib.errors import ModelError
-from ebr_lib.logs import logger
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -101,4 +100,3 @@ def merge_adapter(model: SentenceTransformer) -> None:
     del inner.peft_config
     if hasattr(inner, "_weight_conversions"):
         del inner._weight_conversions  # on a reloaded adapter they would rename the merged weights on save
-    logger.info("adapter merged into the base weights")

@@ -48,6 +48,7 @@ class EncoderSettings:
             max_seq_length=self.max_seq_length,
             device=self.device,
             side=side,
+            merged=True,
         )
         return self._wrapped(model, side)
 
