@@ -152,7 +152,7 @@ class FinetuneConfig(Config):
         "warmup_stable_decay",
         "greedy",
     ] = knob("linear", "How the learning rate moves.", "学习率调度方式。")
-    warmup_ratio: Share = knob(
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.0, "Share of the steps in which the learning rate rises.", "学习率预热占总步数的比例。"
     )
     gradient_accumulation_steps: Positive = knob(

@@ -214,7 +214,11 @@ def _settings(points: int, config: VisConfig) -> dict[str, dict[str, Any]]:
             found[method] = {}
         elif method == "tsne":
             perplexity = projection.fitting_perplexity(config.tsne_perplexity, points)
-            found[method] = {"perplexity": perplexity, "learning_rate": config.tsne_learning_rate, "seed": config.seed}
+            found[method] = {
+                "perplexity": perplexity,
+                "learning_rate": config.tsne_learning_rate or "auto",
+                "seed": config.seed,
+            }
         else:
             neighbors = projection.fitting_neighbors(config.umap_neighbors, points)
             seed = None if config.fast else config.seed
@@ -327,7 +331,7 @@ class _Numbers:
             found["ARI"], found["NMI"] = self.agreement
         found["mean cosine"] = self.health.mean_cosine
         found["pairs above 0.99"] = self.health.near_pairs
-        found["repeated vectors"] = float(self.health.repeated)
+        found["repeated vectors"] = self.health.repeated
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
