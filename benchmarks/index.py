@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ebr_lib.data.vectors import BATCH_ROWS, manifest_path, write_embeddings
 from ebr_lib.index import build_faiss_index, search
