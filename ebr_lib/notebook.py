@@ -115,6 +115,20 @@ def _assigned(source: str) -> set[str]:
 def _settle_bars(notebook: NotebookNode) -> None:
     """Of a progress bar, keep what it showed last: a copy with every update of every bar would be megabytes."""
     for cell in notebook.cells:
-        for shown in cell.get("outputs", []):
-            if shown.output_type == "stream":
-                shown.text = re.sub(r"[^\n]*\r(?!\n)", "", shown.text)
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
+            for shown in cell.outputs:
+                if shown.output_type == "stream":
+                    shown.text = re.sub(r"[^\n]*\r(?!\n)", "", shown.text)
+
+
+def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Pieces of one stream that follow each other, as one."""
+    joined: list[NotebookNode] = []
+    for shown in outputs:
+        last = joined[-1] if joined else None
+        if last is not None and shown.output_type == last.output_type == "stream" and shown.name == last.name:
+            last.text += shown.text
+        else:
+            joined.append(shown)
+    return joined

@@ -51,9 +51,10 @@ def test_a_failing_cell_is_named_and_its_outputs_kept(tmp_path):
 
 
 def test_bars_are_kept_as_they_ended(tmp_path):
-    path = small_notebook(tmp_path, "x = 1", "print('10%\\r50%\\r100%', flush=True)")
-    run_notebook(path, tmp_path / "out.ipynb")
-    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs[0].text == "100%\n"
+    bar = "import sys\nfor share in (10, 50, 100):\n    print(f'\\r{share}%', end='', file=sys.stderr, flush=True)"
+    run_notebook(small_notebook(tmp_path, "x = 1", bar), tmp_path / "out.ipynb")
+    (shown,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
+    assert shown.text == "100%"
 
 
 def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
