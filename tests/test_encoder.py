@@ -85,7 +85,7 @@ def test_the_limit_may_change_and_the_model_may_be_used_in_between(bert):
 
 
 def test_padding_share_by_hand(bert):
-    encoder = Encoder(bert)
+    encoder = Encoder(bert, precision="float32")
     a, b = "pan", "pan " * 6
     encoder.encode([a, b])
     short, long = (len(ids) for ids in bert.tokenizer([a, b])["input_ids"])

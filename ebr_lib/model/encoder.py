@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebr_lib.logs import logger
 from ebr_lib.model.losses import evaluating
-from ebr_lib.model.packing import PackedForward, pack, packed_forward, row_length_for
+from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.precision import choose_precision
 
 if TYPE_CHECKING:
@@ -154,9 +154,14 @@ class Encoder:
         self.batch_tokens = batch_tokens or fastest
         self.stats = EncodeStats()
         self._tokenizer = _tokenizer_of(self.model, prompt)
-        packs = self._tokenizer is not None and self.precision == "bfloat16" and model.device.type == "cpu"
-        self._packed = packed_forward(self.model) if packs else None
+        packs = self._tokenizer is not None and self.precision != "float32"
+        self._packed = self._packs() if packs else None
         self._prompt_length = self._tokenizer and self._tokenizer.prompt_length
+
+    def _packs(self) -> PackedForward | None:
+        """Packed rows where they are faster than padded batches: on a CPU, and in one row on a GPU."""
+        packed = packed_forward(self.model)
+        return packed if packed and (packed.one_row or self.model.device.type == "cpu") else None
 
     @property
     def dim(self) -> int:
@@ -200,7 +205,7 @@ class Encoder:
     def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
         """Vectors of one batch, on the device."""
         ids, lengths = tokens.of(texts), tokens.lengths[texts]
-        if self._packed is not None and lengths.max() <= PACKED_LENGTH:
+        if self._packed is not None and (self._packed.one_row or lengths.max() <= PACKED_LENGTH):
             vectors = self._pack(self._packed, ids, lengths)
         else:
             vectors = self._pad(ids, lengths)
@@ -218,10 +223,10 @@ class Encoder:
 
     def _pack(self, packed: PackedForward, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
         """Sentence embeddings of a batch that shares rows."""
-        layout = pack(lengths, row_length_for(lengths))
+        layout = packed.layout(lengths)
         self.stats.slots += layout.slots
-        states = packed.states(torch.from_numpy(ids), layout)
-        return packed.pool(states.float(), torch.from_numpy(lengths), self._prompt_length)
+        states = packed.states(self._sent(ids), layout)
+        return packed.pool(states.float(), self._sent(lengths), self._prompt_length)
 
     def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:
         """What the model's own tokenizer would make of a batch, padded on the tokenizer's side."""
@@ -243,7 +248,7 @@ class Encoder:
             features["prompt_length"] = self._prompt_length
         return features
 
-    def _sent(self, values: NDArray[np.int64]) -> Tensor:
+    def _sent(self, values: NDArray[np.integer]) -> Tensor:
         tensor = torch.from_numpy(values)
         # from pinned memory the copy runs beside the computation
         device = self.model.device

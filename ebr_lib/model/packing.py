@@ -1,14 +1,15 @@
 """Several texts in one row: short texts share a row under a block-diagonal mask, so that little is padding.
 
 Positions restart with every text and no text sees another, so each gets the vector it would get alone
-(Krell et al. 2021, arXiv 2107.02027). Used by training (differentiable) and by encoding.
+(Krell et al. 2021, arXiv 2107.02027). On a GPU in half precision all texts lie in one row, and nothing is padding.
+Used by training (differentiable) and by encoding.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import attention
+from ebr_lib.model.varlen import VARLEN, attention_dropout, has_varlen, register
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -77,6 +79,12 @@ def pack(lengths: Sequence[int] | NDArray[np.integer], row_length: int) -> Layou
     return Layout(rows, starts, sizes, row_count, row_length)
 
 
+def one_row(lengths: NDArray[np.integer]) -> Layout:
+    """Texts one after another in a single row, in their order."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    return Layout(np.zeros_like(sizes), np.cumsum(sizes) - sizes, sizes, 1, int(sizes.sum()))
+
+
 class PackedForward:
     """Embeds texts through packed rows; the vectors are those of padded batches.
 
@@ -84,9 +92,17 @@ class PackedForward:
     token states. Gradients flow; dropout works, with other random draws than in padded batches.
     """
 
-    def __init__(self, model: SentenceTransformer, *, causal: bool = False) -> None:
+    def __init__(self, model: SentenceTransformer, *, causal: bool = False, one_row: bool = False) -> None:
+        """Make a packed forward.
+
+        :param causal: texts see what comes before only. (In one row the model's own attention decides.)
+        :param one_row: lay all texts in one row where the device has a kernel for it; see `model.varlen`.
+        """
         self.model = model
         self.causal = causal
+        self.one_row = one_row
+        if one_row:
+            register()
         self._transformer, *self._after = list(model)
         self._pad = model.tokenizer.pad_token_id or 0
         self._first_position = _first_position(model)
@@ -103,13 +119,23 @@ class PackedForward:
             ids.append(column["input_ids"][seen])
             lengths.append(seen.sum(dim=1))
         counts = torch.cat(lengths).cpu().numpy()
-        states = self.states(torch.cat(ids), pack(counts, row_length_for(counts)))
+        states = self.states(torch.cat(ids), self.layout(counts))
         parts = states.split([int(part.sum()) for part in lengths])
         prompts = [column.get("prompt_length") for column in columns]
         return [self.pool(*part) for part in zip(parts, lengths, prompts, strict=True)]
 
+    def layout(self, lengths: NDArray[np.integer]) -> Layout:
+        """Where texts of these lengths shall lie."""
+        return one_row(lengths) if self._in_one_row() else pack(lengths, row_length_for(lengths))
+
+    def _in_one_row(self) -> bool:
+        drops = self.model.training and attention_dropout(self.model) > 0
+        return self.one_row and not drops
+
     def states(self, ids: Tensor, layout: Layout) -> Tensor:
-        """Token states (tokens, width) of texts that follow each other in `ids` (tokens,)."""
+        """Token states (tokens, width) of texts that follow each other in `ids` (tokens,), laid out by `layout`."""
+        if self._in_one_row():
+            return self._states_in_one_row(ids, layout)
         shape = (layout.row_count, layout.row_length)
         device = ids.device
         places = torch.from_numpy(layout.places).to(device)
@@ -127,6 +153,17 @@ class PackedForward:
         with self._attention(layout.row_length, device):
             out = self._transformer(features)["token_embeddings"]
         return out.flatten(0, 1).index_select(0, places)
+
+    def _states_in_one_row(self, ids: Tensor, layout: Layout) -> Tensor:
+        ends = np.concatenate([layout.starts, [layout.slots]]).astype(np.int32)
+        features = {
+            "input_ids": ids.long()[None],
+            "position_ids": torch.from_numpy(layout.offsets + self._first_position).to(ids.device)[None],
+            "cu_seq_lens_q": torch.from_numpy(ends).to(ids.device),
+            "max_length_q": int(layout.lengths.max()),
+        }
+        with passing_all(self._transformer), attention(self.model, VARLEN):
+            return self._transformer(features)["token_embeddings"][0]
 
     def _attention(self, row_length: int, device: torch.device) -> AbstractContextManager[None]:
         # On a CPU, plain products over short rows beat the fused kernel, whose backward took half of a bfloat16 step.
@@ -155,6 +192,18 @@ class PackedForward:
         return features["sentence_embedding"]
 
 
+@contextmanager
+def passing_all(transformer: Any) -> Iterator[None]:
+    """Let the module hand on what its model's signature does not name: where texts start is for the attention."""
+    before = transformer.model_forward_params
+    if before is not None:
+        transformer.model_forward_params = before | {"cu_seq_lens_q", "max_length_q"}
+    try:
+        yield
+    finally:
+        transformer.model_forward_params = before
+
+
 def row_length_for(lengths: NDArray[np.integer]) -> int:
     """The longest text, at least MIN_ROW, up to a multiple of eight."""
     return max(MIN_ROW, -(-int(lengths.max()) // 8) * 8)
@@ -173,18 +222,34 @@ def packed_forward(model: SentenceTransformer) -> PackedForward | None:
     """A PackedForward whose vectors were just compared with padded batches, or None, and the log says why."""
     reason = "its first module is no transformer that reads tokens"
     if hasattr(model[0], "model") and hasattr(model.tokenizer, "pad_token_id"):
-        try:
-            for causal in (False, True):
-                packed = PackedForward(model, causal=causal)
-                if not (reason := _difference(packed)):
-                    return packed
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        for causal in (False, True):
+            packed = PackedForward(model, causal=causal)
+            if not (reason := _difference(packed)):
+                return _one_row_if_right(packed)
     logger.info("texts are padded, not packed: %s", reason)
     return None
 
 
+def _one_row_if_right(packed: PackedForward) -> PackedForward:
+    """In one row where the device has the kernel and its vectors are right; else rows under a mask, as given."""
+    if not has_varlen(packed.model):
+        return packed
+    better = PackedForward(packed.model, causal=packed.causal, one_row=True)
+    reason = _difference(better)
+    if reason:
+        logger.info("texts share rows of their own length, not one: %s", reason)
+    return packed if reason else better
+
+
 def _difference(packed: PackedForward) -> str:
+    """Why packed vectors are not those of padded batches; empty when they are."""
+    try:
+        return _gap(packed)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _gap(packed: PackedForward) -> str:
     """Why packed vectors are not those of padded batches; empty when they are."""
     model = packed.model
     if "sliding_attention" in (getattr(model[0].model.config, "layer_types", None) or ()):
