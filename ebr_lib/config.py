@@ -422,10 +422,10 @@ class VisConfig(Config):
         "Perplexity of t-SNE; lowered where the points are too few.",
         "t-SNE 的困惑度；点数太少时自动降低。",
     )
-    tsne_learning_rate: MoreThanZero | None = knob(
-        None,
-        "Learning rate of t-SNE; null chooses it by the number of points.",
-        "t-SNE 的学习率；null 按点数自动选择。",
+    tsne_learning_rate: Literal["auto"] | MoreThanZero = knob(
+        "auto",
+        "Learning rate of t-SNE, as openTSNE defines it; auto chooses it by the number of points.",
+        "t-SNE 的学习率（openTSNE 的定义）；auto 按点数自动选择。",
     )
     umap_neighbors: Annotated[int, Field(ge=2)] = knob(
         15,

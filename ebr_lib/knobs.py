@@ -280,10 +280,14 @@ def _takes_text(kind: Any) -> bool:
     if get_origin(kind) is typing.Annotated:
         return _takes_text(get_args(kind)[0])
     if get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_takes_text(k) for k in get_args(kind))
+        return any(_takes_text(k) for k in get_args(kind)) and not any(_is_number(k) for k in get_args(kind))
     if get_origin(kind) is typing.Literal:
         return all(isinstance(v, str) for v in get_args(kind))
     return kind is str
+
+
+def _is_number(kind: Any) -> bool:
+    return (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) in (int, float)
 
 
 # --- documents ----------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def _settings(points: int, config: VisConfig) -> dict[str, dict[str, Any]]:
             perplexity = projection.fitting_perplexity(config.tsne_perplexity, points)
             found[method] = {
                 "perplexity": perplexity,
-                "learning_rate": config.tsne_learning_rate or "auto",
+                "learning_rate": config.tsne_learning_rate,
                 "seed": config.seed,
             }
         else:

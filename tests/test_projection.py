@@ -137,7 +137,7 @@ def test_pca_of_few_points(n):
 
 
 def tsne(x, **changes):
-    given = {"perplexity": 10.0, "learning_rate": None, "seed": 0} | changes
+    given = {"perplexity": 10.0, "learning_rate": "auto", "seed": 0} | changes
     return projection.tsne_map(projection.exact_neighbours(x, 30), projection.pca_map(x), **given)
 
 

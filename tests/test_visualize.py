@@ -11,6 +11,7 @@ import pytest
 from ebr_lib import VisConfig, visualize_embeddings
 from ebr_lib.data.vectors import write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
+from ebr_lib.knobs import from_flags
 from ebr_lib.view import projection
 
 LABELS = ["书籍", "热水器", "shoes"]
@@ -228,9 +229,22 @@ def test_configs_that_cannot_be():
         VisConfig(id_column="id")
     with pytest.raises(ConfigError, match="compare_path"):
         VisConfig(compare_path="./faiss/embeds_2.txt")
-    for bad in ({"tsne_perplexity": 0.5}, {"umap_neighbors": 1}, {"method": "pca"}, {"max_points": 2}, {"clusters": 0}):
+    for bad in (
+        {"tsne_perplexity": 0.5},
+        {"tsne_learning_rate": "fast"},
+        {"tsne_learning_rate": 0.0},
+        {"umap_neighbors": 1},
+        {"method": "pca"},
+        {"max_points": 2},
+        {"clusters": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             VisConfig(**bad)
+
+
+@pytest.mark.parametrize("flag, value", [("auto", "auto"), ("200", 200), ("2e2", 200.0)])
+def test_the_learning_rate_is_a_number_or_auto(flag, value):
+    assert from_flags(VisConfig, {"tsne_learning_rate": flag}).tsne_learning_rate == value
 
 
 # --- data that are no picture book --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,14 +193,14 @@ def tsne_map(
     start: NDArray[np.float64],
     *,
     perplexity: float,
-    learning_rate: float | None,
+    learning_rate: float | Literal["auto"],
     seed: int,
 ) -> Coords:
     """Draw a t-SNE map from ready neighbours (openTSNE: Barnes-Hut when small, FFT interpolation when large).
 
     :param start: n × 2, where the points start; its shape is kept, its scale is not.
     :param perplexity: below (n - 1) / 3.
-    :param learning_rate: openTSNE's; None chooses n / exaggeration (Belkina et al. 2019).
+    :param learning_rate: openTSNE's; "auto" is n / exaggeration (Belkina et al. 2019).
     """
     from openTSNE import TSNEEmbedding
     from openTSNE.affinity import PerplexityBasedNN
@@ -223,7 +223,7 @@ def tsne_map(
                 inplace=True,
                 exaggeration=exaggeration,
                 momentum=momentum,
-                learning_rate=learning_rate or "auto",
+                learning_rate=learning_rate,
                 callbacks=lambda *_: bar.update(every) and None,
                 callbacks_every_iters=every,
             )
