@@ -1,14 +1,18 @@
-"""How fast maps are drawn and numbers computed, beside umap-learn, openTSNE and scikit-learn; prints a Markdown table.
+"""How fast maps are drawn and numbers computed, beside umap-learn, openTSNE and scikit-learn; prints Markdown tables.
 
-    python benchmarks/projection.py                       # 5,000, 20,000 and 100,000 vectors
-    python benchmarks/projection.py --quick               # 2,000, one run each
-    python benchmarks/projection.py --sizes 20000 --only umap tsne --rounds 3
+    python benchmarks/projection.py                            # 5,000, 20,000 and 100,000 vectors: about 40 minutes
+    python benchmarks/projection.py --quick                    # 2,000, one round
+    python benchmarks/projection.py --sizes 20000 --only umap  # contenders whose name holds the word
+    python benchmarks/projection.py --stage 1000000            # the whole stage on a million vectors: time and memory
 
 The vectors are those that MiniLM gives to real sentences: the documentation of the Python packages that are installed
-here. Every contender runs in a process of its own, imports and compilation included, as somebody waits for it once.
-Trustworthiness and the share of the 15 nearest neighbours kept are judged after the clock has stopped. Contenders
-take turns within a round; times are medians, ratios medians of the rounds' ratios. CPU is the processor's time, which
-other work on the machine disturbs less than the clock's.
+here, each sentence once. Every contender runs in a process of its own, imports and compilation included, as somebody
+waits for it once. Trustworthiness and the share of the 15 nearest neighbours kept are judged by the same functions
+after the clock has stopped, both against neighbours among the 384-dimensional vectors. Contenders take turns within a
+round; times are medians, ratios medians of the rounds' ratios.
+
+Each run is a line of `runs.jsonl` in the cache folder, and a run that is there is not made again: an interrupted
+benchmark goes on where it was. `--again` makes the chosen ones anew.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,15 +40,19 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
 Vectors = NDArray[np.float32]
-KEPT = Path(tempfile.gettempdir()) / "ebr-benchmark-projection"
+Run = dict[str, Any]
+CACHE = Path(tempfile.gettempdir()) / "ebr-benchmark-projection"
 SEED = 42
+WHOLE = 100_000  # vectors that are encoded; smaller sizes take the first of them
+ROUNDS = {2000: 1, 5000: 5, 20_000: 3}  # above: one
+PATIENCE = 1200  # seconds after which a contender is given up
 
 
 # --- real vectors -------------------------------------------------------------------------------------------------
 
 
 def sentences(most: int) -> list[str]:
-    """Sentences of the docstrings of installed packages, each once, in an order that is always the same."""
+    """Sentences of the docstrings of installed packages, each once, shuffled."""
     places = [Path(sysconfig.get_paths()[name]) for name in ("purelib", "stdlib")]
     files = sorted({file for place in places for file in place.rglob("*.py")})
     random.Random(0).shuffle(files)
@@ -52,7 +61,9 @@ def sentences(most: int) -> list[str]:
         found |= dict.fromkeys(_of_file(file))
         if len(found) >= most:
             break
-    return list(found)[:most]
+    chosen = list(found)[:most]
+    random.Random(1).shuffle(chosen)
+    return chosen
 
 
 def _of_file(file: Path) -> Iterator[str]:
@@ -67,18 +78,20 @@ def _of_file(file: Path) -> Iterator[str]:
                     yield sentence
 
 
-def vectors_file(rows: int) -> Path:
-    """Encode so many sentences once; the file is kept for the next run."""
-    path = KEPT / f"minilm-{rows}.npy"
+def vectors_file(rows: int, cache: Path) -> Path:
+    """Unit vectors of so many sentences, encoded once, with the sentences beside them."""
+    path = cache / f"minilm-{rows}.npy"
     if not path.is_file():
+        from ebr_lib.data.vectors import write_embeddings
+        from ebr_lib.model.encoder import Encoder
         from ebr_lib.model.loading import load_model
 
-        KEPT.mkdir(exist_ok=True)
-        model = load_model("all-MiniLM-L6-v2", max_seq_length=64)
+        cache.mkdir(parents=True, exist_ok=True)
         texts = sentences(rows)
-        print(f"encoding {len(texts)} sentences once", file=sys.stderr)
-        found = model.encode(texts, batch_size=256, normalize_embeddings=True, show_progress_bar=True)
-        np.save(path, found.astype(np.float32))
+        if len(texts) < rows:
+            raise SystemExit(f"the packages here hold {len(texts):,} sentences, fewer than --sizes {rows:,}")
+        vectors = Encoder(load_model("all-MiniLM-L6-v2"), precision="float32").encode(texts, show_bar=True)
+        write_embeddings(path, {"description": texts}, vectors)
     return path
 
 
@@ -91,113 +104,190 @@ def _pca50(x: Vectors) -> Vectors:
     return PCA(50, random_state=SEED).fit_transform(x)
 
 
-def umap_learn(x: Vectors) -> dict[str, Any]:
+def umap_learn(x: Vectors, seed: int | None = None) -> Run:
     import umap
 
-    return {"umap": umap.UMAP().fit_transform(_pca50(x))}
+    return {"umap": umap.UMAP(random_state=seed).fit_transform(_pca50(x))}
 
 
-def umap_learn_seeded(x: Vectors) -> dict[str, Any]:
-    import umap
-
-    return {"umap": umap.UMAP(random_state=SEED).fit_transform(_pca50(x))}
+def umap_learn_seeded(x: Vectors) -> Run:
+    return umap_learn(x, SEED)
 
 
-def open_tsne(x: Vectors) -> dict[str, Any]:
+def open_tsne(x: Vectors) -> Run:
     import openTSNE
 
-    return {"tsne": openTSNE.TSNE(n_jobs=-1, random_state=SEED).fit(_pca50(x))}
+    return {"tsne": openTSNE.TSNE(n_jobs=-1, random_state=SEED).fit(x)}
 
 
-def sklearn_tsne(x: Vectors) -> dict[str, Any]:
+def open_tsne_pca50(x: Vectors) -> Run:
+    return open_tsne(_pca50(x))
+
+
+def sklearn_tsne(x: Vectors) -> Run:
     from sklearn.manifold import TSNE
 
     return {"tsne": TSNE(n_jobs=-1, random_state=SEED).fit_transform(_pca50(x))}
 
 
-def _ours(x: Vectors, *, tsne: bool, umap: bool, seed: int | None = SEED) -> dict[str, Any]:
+def _ours(x: Vectors, *methods: str, seed: int | None = SEED) -> Run:
     from ebr_lib.view import projection
 
     start = time.perf_counter()
-    neighbours = projection.exact_neighbours(x, 90 if tsne else 15)
-    first, maps = projection.pca_map(x), {}
-    parts = {"neighbours_s": time.perf_counter() - start}
-    if tsne:
-        maps["tsne"] = projection.tsne_map(neighbours, first, perplexity=30, learning_rate=None, seed=SEED)
-        parts["tsne_s"] = time.perf_counter() - start - sum(parts.values())
-    if umap:
-        maps["umap"] = projection.umap_map(x, neighbours, first, n_neighbors=15, min_dist=0.1, seed=seed)
-        parts["umap_s"] = time.perf_counter() - start - sum(parts.values())
-    return maps | {"parts": parts}
+    neighbours = projection.exact_neighbours(x, 90 if "tsne" in methods else 15)
+    first, found = projection.pca_map(x), {}
+    parts = {"neighbours": time.perf_counter() - start}
+    if "tsne" in methods:
+        found["tsne"] = projection.tsne_map(neighbours, first, perplexity=30, learning_rate="auto", seed=SEED)
+        parts["t-SNE"] = time.perf_counter() - start - sum(parts.values())
+    if "umap" in methods:
+        found["umap"] = projection.umap_map(x, neighbours, first, n_neighbors=15, min_dist=0.1, seed=seed)
+        parts["UMAP"] = time.perf_counter() - start - sum(parts.values())
+    return found | {"parts": parts}
 
 
-def ours_umap(x: Vectors) -> dict[str, Any]:
-    return _ours(x, tsne=False, umap=True)
+def ours_umap(x: Vectors) -> Run:
+    return _ours(x, "umap")
 
 
-def ours_umap_fast(x: Vectors) -> dict[str, Any]:
-    return _ours(x, tsne=False, umap=True, seed=None)
+def ours_umap_fast(x: Vectors) -> Run:
+    return _ours(x, "umap", seed=None)
 
 
-def ours_tsne(x: Vectors) -> dict[str, Any]:
-    return _ours(x, tsne=True, umap=False)
+def ours_tsne(x: Vectors) -> Run:
+    return _ours(x, "tsne")
 
 
-def ours_both(x: Vectors) -> dict[str, Any]:
-    return _ours(x, tsne=True, umap=True)
+def ours_both(x: Vectors) -> Run:
+    return _ours(x, "tsne", "umap")
 
 
-CONTENDERS: dict[str, Callable[[Vectors], dict[str, Any]]] = {
-    "umap-learn, PCA 50": umap_learn,
+BASE = "umap-learn, PCA 50"
+CONTENDERS: dict[str, Callable[[Vectors], Run]] = {
+    BASE: umap_learn,
     "umap-learn, PCA 50, seeded": umap_learn_seeded,
-    "ours: umap": ours_umap,
-    "ours: umap, fast": ours_umap_fast,
-    "ours: tsne": ours_tsne,
+    "ours: UMAP": ours_umap,
+    "ours: UMAP, fast": ours_umap_fast,
+    "ours: t-SNE": ours_tsne,
     "ours: both": ours_both,
-    "openTSNE, PCA 50": open_tsne,
+    "openTSNE": open_tsne,
+    "openTSNE, PCA 50": open_tsne_pca50,
     "scikit-learn t-SNE, PCA 50": sklearn_tsne,
 }
-BASE = "umap-learn, PCA 50"
-SLOW = {"scikit-learn t-SNE, PCA 50": 20_000}  # rows from which it is not waited for
+SLOW = {"scikit-learn t-SNE, PCA 50": 20_000}  # rows beyond which it is not waited for
 
 
-def run_one(name: str, rows: int, whole: int) -> None:
-    """The child process: draw, stop the clock, judge, print one line of JSON."""
-    x = np.load(vectors_file(whole))[:rows]
-    before = time.process_time()
-    start = time.perf_counter()
+# --- the processes ------------------------------------------------------------------------------------------------
+
+
+def run_one(name: str, rows: int, vectors: Path) -> None:
+    """A map's process: draw, stop the clock, judge, print one line of JSON."""
+    x = np.load(vectors)[:rows]
+    before, start = time.process_time(), time.perf_counter()
     drawn = CONTENDERS[name](x)
-    found: dict[str, Any] = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before}
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found |= drawn.pop("parts", {})
+    found: Run = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": _peak_mb()}
+    found["parts"] = drawn.pop("parts", {})
     from ebr_lib.view import projection
 
-    ready = KEPT / f"neighbours-{whole}-{rows}.npy"
-    if not ready.is_file():
-        np.save(ready, projection.exact_neighbours(x, 15).indices)
-    neighbours = projection.Neighbours(np.load(ready), np.empty(0, np.float32))
+    neighbours = projection.Neighbours(np.load(_judge_file(rows, vectors)), np.empty(0, np.float32))
     for kind, coords in drawn.items():
         quality = projection.map_quality(x, neighbours, np.asarray(coords, np.float32), SEED)
-        found |= {f"{kind}_trust": quality.trustworthiness, f"{kind}_kept": quality.neighbours_kept}
+        found |= {f"{kind} trust": quality.trustworthiness, f"{kind} kept": quality.neighbours_kept}
     print(json.dumps(found))
 
 
-def _cold(name: str, rows: int, whole: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", name, "--sizes", str(rows), "--whole", str(whole)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_stage(rows: int, vectors: Path) -> None:
+    """The whole stage's process: read, measure, project, place, draw, write; print one line of JSON."""
+    from ebr_lib import visualize_embeddings
+
+    place = vectors.parent / f"stage-{rows}"
+    before, start = time.process_time(), time.perf_counter()
+    config = {"embedding_path": str(many(rows, vectors)), "output_path": str(place / "scatter.png"), "cache": False}
+    result = visualize_embeddings(config | {"label_column": "group"})
+    found = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": _peak_mb()}
+    print(json.dumps(found | {"projected": result.numbers["projected"]}))
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _judge_file(rows: int, vectors: Path) -> Path:
+    """The 15 nearest of the first rows, which every map of them is judged by."""
+    path = vectors.parent / f"near-{vectors.stem}-{rows}.npy"
+    if not path.is_file():
+        from ebr_lib.view import projection
+
+        np.save(path, projection.exact_neighbours(np.load(vectors)[:rows], 15).indices)
+    return path
+
+
+def many(rows: int, vectors: Path, spread: float = 0.5) -> Path:
+    """A file of many rows: each real vector again and again, moved by noise of half its length; labels by k-means."""
+    path = vectors.parent / f"many-{rows}.npy"
+    if not path.is_file():
+        from ebr_lib.view.clusters import find_clusters
+
+        x, noise = np.load(vectors), np.random.default_rng(SEED)
+        codes = find_clusters(x, 60, 0, SEED).codes
+        texts = (vectors.with_suffix(".ids.txt")).read_text(encoding="utf-8").split("\n")[1:]
+        source = np.arange(rows) % len(x)
+        out = np.lib.format.open_memmap(path, "w+", np.float32, (rows, x.shape[1]))
+        for start in range(0, rows, 50_000):
+            part = x[source[start : start + 50_000]]
+            part = part + noise.normal(scale=spread / x.shape[1] ** 0.5, size=part.shape)
+            out[start : start + 50_000] = part / np.linalg.norm(part, axis=1, keepdims=True)
+        lines = (f"group {codes[i]}\x01{texts[i]}\n" for i in source)
+        path.with_suffix(".ids.txt").write_text("group\x01description\n" + "".join(lines), encoding="utf-8")
+    return path
+
+
+class Runs:
+    """The runs in a file of JSON lines: those that are there are not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[tuple[int, str, int], Run] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            run = json.loads(line)
+            self.found[run["rows"], run["name"], run["round"]] = run
+
+    def of(self, rows: int, name: str) -> list[Run]:
+        """Rounds of a contender that came to an end, in their order."""
+        return [run for (r, n, _), run in sorted(self.found.items()) if (r, n) == (rows, name) and "s" in run]
+
+    def make(self, rows: int, name: str, turn: int, vectors: Path, *, again: bool) -> None:
+        if (rows, name, turn) in self.found and not again:
+            return
+        print(f"{rows:,} rows, round {turn + 1}: {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--one", name, "--sizes", str(rows), "--vectors", str(vectors)]
+        run = {"rows": rows, "name": name, "round": turn} | _outcome(command)
+        self.found[rows, name, turn] = run
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
+
+
+def _outcome(command: Sequence[str]) -> Run:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {PATIENCE} s"}
     if done.returncode:
-        raise SystemExit(f"{name} at {rows}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return {"failed": (done.stderr.strip() or f"ended with {done.returncode}")[-500:]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def maps_table(rows: int, names: list[str], rounds: int, whole: int) -> None:
-    print(f"\n### {rows:,} vectors\n")
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def maps_table(rows: int, names: Sequence[str], runs: Runs) -> None:
+    print(f"\n### Maps of {rows:,} vectors\n")
     columns = [
         "contender",
+        "runs",
         "s",
         "CPU s",
-        "x umap-learn",
-        "x CPU",
+        "× umap-learn",
         "peak MB",
         "t-SNE trust",
         "kept",
@@ -205,86 +295,102 @@ def maps_table(rows: int, names: list[str], rounds: int, whole: int) -> None:
         "kept",
     ]
     print("| " + " | ".join([*columns, "parts"]) + " |\n|" + " --- |" * (len(columns) + 1))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            runs[name].append(_cold(name, rows, whole))
-    for name, found in runs.items():
-        print("| " + " | ".join(_cells(name, found, runs.get(BASE))) + " |", flush=True)
+    base = {run["round"]: run for run in runs.of(rows, BASE)}
+    for name in names:
+        found = runs.of(rows, name)
+        cells = _cells(found, base) if found else ["0", "failed or not run"]
+        print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
-def _cells(name: str, found: list[dict[str, float]], base: list[dict[str, float]] | None) -> list[str]:
+def _cells(found: Sequence[Run], base: dict[int, Run]) -> list[str]:
     def mid(key: str, form: str) -> str:
         return format(median(run[key] for run in found), form) if key in found[0] else ""
 
-    def ratio(key: str) -> str:
-        return f"{median(a[key] / b[key] for a, b in zip(found, base, strict=True)):.2f}" if base else ""
-
-    parts = ", ".join(
-        f"{key[:-2]} {mid(key, '.1f')}" for key in ("neighbours_s", "tsne_s", "umap_s") if key in found[0]
-    )
-    shares = [mid(f"{kind}_{what}", ".3f") for kind in ("tsne", "umap") for what in ("trust", "kept")]
+    ratios = [run["s"] / base[run["round"]]["s"] for run in found if run["round"] in base]
+    parts = [f"{part} {median(run['parts'][part] for run in found):.1f}" for part in found[0]["parts"]]
     return [
-        name,
+        str(len(found)),
         mid("s", ".1f"),
         mid("cpu_s", ".1f"),
-        ratio("s"),
-        ratio("cpu_s"),
+        f"{median(ratios):.2f}" if ratios else "",
         mid("peak_mb", ".0f"),
-        *shares,
-        parts,
+        *(mid(f"{kind} {what}", ".3f") for kind in ("tsne", "umap") for what in ("trust", "kept")),
+        ", ".join(parts),
     ]
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def numbers_table(x: Vectors, rounds: int) -> None:
+def numbers_table(x: Vectors, rounds: int = 5) -> None:
     """The exact cosine silhouette beside scikit-learn's, on 50 k-means clusters."""
     from sklearn.metrics import silhouette_score
 
     from ebr_lib.view import clusters
 
     codes = clusters.find_clusters(x, 50, 0, SEED).codes
-    times: dict[str, list[float]] = {"ours": [], "scikit-learn": []}
-    values = {}
     contenders: dict[str, Callable[[], float]] = {
         "ours": lambda: clusters.separation(x, codes).silhouette,  # type: ignore[union-attr]
-        "scikit-learn": lambda: float(silhouette_score(x, codes, metric="cosine")),
+        "scikit-learn": lambda: float(silhouette_score(x.astype(np.float64), codes, metric="cosine")),
     }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    values = {}
     for _ in range(rounds):
         for name, score in contenders.items():
             start = time.perf_counter()
             values[name] = score()
             times[name].append(time.perf_counter() - start)
     gain = median(b / a for a, b in zip(times["ours"], times["scikit-learn"], strict=True))
-    print(f"\n### Cosine silhouette of {len(x):,} vectors in 50 clusters (ours with two more scores)\n")
+    print(
+        f"\n### Cosine silhouette of {len(x):,} vectors in 50 clusters, {rounds} rounds (ours with two more scores)\n"
+    )
     print("| | s | value |\n| --- | --- | --- |")
     for name, spent in times.items():
-        print(f"| {name} | {median(spent):.3f} | {values[name]:.9f} |")
-    print(f"\nfaster by a factor of {gain:.0f}")
+        print(f"| {name} | {median(spent):.3f} | {values[name]:.12f} |")
+    print(f"\nfaster by a factor of {gain:.0f}", flush=True)
+
+
+def stage_table(rows: int, vectors: Path) -> None:
+    many(rows, vectors)
+    run = _outcome([sys.executable, __file__, "--one", "stage", "--sizes", str(rows), "--vectors", str(vectors)])
+    if "failed" in run:
+        raise SystemExit(run["failed"])
+    print(f"\n### The whole stage on {rows:,} vectors, {run['projected']:,} of them projected\n")
+    print("| s | CPU s | peak MB |\n| --- | --- | --- |")
+    print(f"| {run['s']:.0f} | {run['cpu_s']:.0f} | {run['peak_mb']:.0f} |", flush=True)
+
+
+def maps(sizes: Sequence[int], given: argparse.Namespace, vectors: Path) -> None:
+    runs = Runs(given.cache / f"runs-{vectors.stem}.jsonl")
+    for rows in sizes:
+        names = [n for n in CONTENDERS if any(w in n for w in given.only) and rows <= SLOW.get(n, rows)]
+        _judge_file(rows, vectors)
+        for turn in range(given.rounds or ROUNDS.get(rows, 1)):
+            for name in names:
+                runs.make(rows, name, turn, vectors, again=given.again)
+        maps_table(rows, names, runs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 20_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, help="default: 5 at 5,000, 3 at 20,000, else 1")
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name holds one of these words")
     parser.add_argument("--quick", action="store_true", help="2,000 vectors, one round")
-    parser.add_argument("--no-numbers", action="store_true", help="maps only")
-    parser.add_argument("--one", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    parser.add_argument("--whole", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, metavar="ROWS", help="only the whole stage, on so many rows")
+    parser.add_argument("--numbers", action="store_true", help="only the silhouette")
+    parser.add_argument("--again", action="store_true", help="make runs anew that are in the cache")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the vectors and runs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--vectors", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        run_one(given.one, given.sizes[0], given.whole)
-        return
-    sizes, rounds = ([2000], 1) if given.quick else (given.sizes, given.rounds)
-    x = np.load(vectors_file(whole := max(sizes)))
-    if not given.no_numbers:
-        numbers_table(x[:20_000], 3)
-    for rows in sizes:
-        names = [n for n in CONTENDERS if any(word in n for word in given.only) and rows <= SLOW.get(n, rows)]
-        maps_table(rows, names, rounds, whole)
+        run = run_stage if given.one == "stage" else partial(run_one, given.one)
+        return run(given.sizes[0], given.vectors)
+    sizes = [2000] if given.quick else given.sizes
+    vectors = vectors_file(2000 if given.quick else max(WHOLE, *sizes), given.cache)
+    if given.stage:
+        return stage_table(given.stage, vectors)
+    numbers_table(np.load(vectors)[:20_000])
+    if not given.numbers:
+        maps(sizes, given, vectors)
 
 
 if __name__ == "__main__":
