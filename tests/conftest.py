@@ -1,14 +1,27 @@
-"""Fixtures that every test may use: tiny models (built once a run) and the packaged MiniLM."""
+"""Fixtures that every test may use: tiny models (built once a run), the packaged MiniLM, a browser."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +50,16 @@ def minilm() -> Path:
     from ebr_lib.model.loading import packaged_model
 
     return packaged_model()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; for one module at a time, since its event loop would hinder the notebook's."""
+    if not CHROMIUM or importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs chromium and the playwright package")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()

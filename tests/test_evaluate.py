@@ -17,8 +17,9 @@ from ebr_lib.data.vectors import manifest_path, write_embeddings
 from ebr_lib.errors import DataError, MissingError, ModelError
 from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.model.loading import identify
-from ebr_lib.retrieval.compare import changed_most, compare, holm_corrected
+from ebr_lib.retrieval.compare import Difference, changed_most, compare, holm_corrected
 from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels
+from ebr_lib.retrieval.report import Duel, Example, Report, Slice
 from ebr_lib.retrieval.task import Columns, find_sources, query_slices, read_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -226,6 +227,25 @@ def test_page_is_whole_offline_and_escaped(result):
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;pan &amp; lid&lt;/b&gt;" in page
     assert not re.search(r"(src|href|url)\s*[=(]|https?://|@import", page)
     assert 'name="viewport"' in page
+
+
+def test_on_a_phone_wide_tables_scroll_and_the_page_does_not(browser, tmp_path):
+    names = [f"a-contender-with-a-long-name-{i}" for i in range(6)]
+    means = {name: {"recall@1": 0.25, "recall@100": 0.5} for name in names}
+    difference = Difference(names[0], names[1], "recall@1", 0.25, 0.25, 0.0, -0.1, 0.1, 1.0, 1.0)
+    example = Example("一" * 300, 0.0, 1.0, ["w" * 300], [("v" * 300, True)], [])
+    duel = Duel(names[0], names[1], "recall@1", [difference], [example], [example])
+    slices = [Slice("city", "b" * 100, 3, means)]
+    place = tmp_path / "report.html"
+    place.write_text(Report("r", {"queries": 3}, means, [duel], slices, ["recall@1"]).html(), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(place.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    table = page.locator(".wide").first
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth && (e.scrollLeft = 999) && e.scrollLeft > 100")
+    # the measure's name stays in sight
+    assert table.locator("td").first.bounding_box()["x"] == table.bounding_box()["x"]
 
 
 def test_trec_export_gives_the_same_numbers(result):

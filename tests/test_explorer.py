@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,16 +12,6 @@ import pytest
 from ebr_lib.view import explorer
 from ebr_lib.view.figure import Groups, Panel
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'> </script><!-- 热水器"
 TEXTS = [HOSTILE, "蓝色 热水器", "red shoes", "Red hat", "青苹果", "书籍 book", None, "𠮷野家 🍜"]
 NEAR = np.array([[(i + step) % 8 for step in (1, 2, 3)] for i in range(8)])
@@ -72,18 +60,6 @@ def test_no_text_can_leave_its_element(tmp_path):
 def test_long_texts_are_cut(tmp_path):
     page = write_page(tmp_path / "page.html", ["长" * 5000] * 8).read_text(encoding="utf-8")
     assert all(len(text) <= explorer.TEXT_COLUMNS for text in embedded(page)["texts"])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM or importlib.util.find_spec("playwright") is None:
-        pytest.skip("needs chromium and the playwright package")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -18,21 +18,23 @@ STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif;
   max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; text-wrap: balance; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-p, .note { color: var(--ink2); margin: .3rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+h4 { font-size: .85rem; margin: .5rem 0 0; color: var(--ink2); font-weight: 600; }
+p { color: var(--ink2); margin: .3rem 0 .6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 th { font-weight: 600; vertical-align: bottom; }
 .best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
+.change { white-space: nowrap; }
 svg { display: block; width: 7rem; height: 1.4rem; }
 details { border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .7rem; margin: .5rem 0; }
 summary { cursor: pointer; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .2rem 1.2rem; }
-.two h4 { margin: .5rem 0 0; font-size: .85rem; color: var(--ink2); font-weight: 600; }
 ol { margin: .2rem 0; padding-left: 1.5rem; font-size: .9rem; }
 li.hit { color: var(--good); font-weight: 600; }
 """
@@ -117,8 +119,8 @@ _NOTES = """<p>Recall@k: share of a query's relevant documents among the first k
 one there. nDCG takes the grades as gains. Equal texts are one document. Equal scores count by expectation over their
 orders, so that a model which tells nothing apart gets what chance gives. Intervals: 95 % bootstrap over queries. p:
 paired permutation test, two-sided, Holm-corrected over the measures of a pair.</p>
-<p>Recall@k：前 k 个结果覆盖的相关文档比例；Hit@k：前 k 个结果至少命中一个的查询比例。文本相同视为同一文档；分数相同时按
-随机次序取期望。区间为按查询自助重采样的 95% 区间；p 为配对置换检验（双侧），经 Holm 校正。</p>"""
+<p>Recall@k：前 k 个结果覆盖的相关文档比例；Hit@k：前 k 个结果至少命中一个的查询比例。文本相同视为同一文档；
+分数相同时按随机次序取期望。区间为按查询自助重采样的 95% 区间；p 为配对置换检验（双侧），经 Holm 校正。</p>"""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -196,8 +198,9 @@ def _examples(title: str, examples: Sequence[Example], duel: Duel) -> str:
     parts = [f"<h3>{escape(title)} ({escape(duel.metric)})</h3>"]
     for e in examples:
         sign = "up" if e.after > e.before else "down"
+        change = f'<span class="change {sign}">{e.before:.3f} → {e.after:.3f}</span>'
         parts.append(
-            f'<details><summary>{escape(e.query)} <span class="{sign}">{e.before:.3f} → {e.after:.3f}</span></summary>'
+            f"<details><summary>{escape(e.query)} {change}</summary>"
             f"<h4>relevant 相关</h4><ol>{''.join(f'<li>{escape(text)}</li>' for text in e.wanted)}</ol>"
             f'<div class="two"><div><h4>{escape(duel.baseline)}</h4>{_retrieved(e.retrieved_before)}</div>'
             f"<div><h4>{escape(duel.contender)}</h4>{_retrieved(e.retrieved_after)}</div></div></details>"
