@@ -100,7 +100,8 @@ class Store:
         for start in range(0, len(rest), ASKED_AT_ONCE):
             part = rest[start : start + ASKED_AT_ONCE]
             marks = ",".join("?" * len(part))
-            known.update(self._database.execute(f"SELECT digest, place FROM seen WHERE digest IN ({marks})", part))
+            query = f"SELECT digest, place FROM seen WHERE digest IN ({marks})"  # noqa: S608 - question marks
+            known.update(self._database.execute(query, part))
         return known
 
     def keep(self, digests: Sequence[bytes], first: int, vectors: NDArray[np.float32], report: dict[str, Any]) -> None:
