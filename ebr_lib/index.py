@@ -32,6 +32,7 @@ from ebr_lib.retrieval.faiss_index import (
     SearchIndex,
     Truth,
     Vectors,
+    adding,
     cells_of,
     draw_curve,
     exact_neighbours,
@@ -401,6 +402,7 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
         sidecar = RowsWriter(folder / ROWS_FILE, columns)
         for part in held.rows.to_batches():
             sidecar.add_batch(part)
+        add = adding(held.index)
         first = held.rows.column(ROW)[-1].as_py() + 1  # row numbers go on, so that each stands for one row
         for batch in iter_embeddings(embedding_path, columns):
             if len(batch) and batch.vectors.shape[1] != held.index.d:
@@ -408,7 +410,7 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
                     f"{embedding_path} holds vectors of {batch.vectors.shape[1]} dimensions, the index {held.index.d}"
                 )
             if len(batch):
-                held.index.add(unit(batch.vectors))
+                add(unit(batch.vectors))
                 sidecar.add(batch.rows + first, batch.columns)
         sidecar.close()
         size = save_vectors(folder, held.index)

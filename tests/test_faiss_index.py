@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -113,7 +115,8 @@ def test_truth_is_the_same_from_the_index_and_from_the_stream(vectors, tmp_path)
     held = build("HNSW16", vectors, tmp_path)[1]
     own = np.arange(30)
     inside = exact_neighbours(held.index, iter(()), vectors[:30], own)
-    stream = exact_neighbours(object(), np.array_split(vectors, 5), vectors[:30], own)
+    compressed = build("SQ8", vectors, tmp_path)[1]
+    stream = exact_neighbours(compressed.index, np.array_split(vectors, 5), vectors[:30], own)
     np.testing.assert_allclose(np.sort(inside.scores), np.sort(stream.scores), atol=1e-6)
     assert (inside.ids == stream.ids).mean() > 0.99
 
@@ -123,3 +126,43 @@ def test_a_higher_setting_finds_no_less(vectors, tmp_path):
     truth = exact_neighbours(held.index, [vectors], vectors[:100], np.arange(100))
     recalls = [measure_point(held.index, truth, plan.knob, n).recall for n in (1, 4, 8)]
     assert recalls == sorted(recalls) and recalls[-1] == 1
+
+
+@pytest.fixture
+def gpu_work(monkeypatch):
+    """Faiss as if it had a GPU, each index there being a copy on the CPU; how many vectors each search asked for."""
+    import faiss
+
+    asked = []
+
+    class OnGpu(faiss.IndexFlat):
+        def search(self, queries, k, **rest):
+            asked.append(len(queries))
+            return super().search(queries, k, **rest)
+
+    def copied(index, co=None, ngpu=-1):
+        copy = OnGpu(index.d, index.metric_type)
+        if index.ntotal:
+            copy.add(index.reconstruct_n(0, index.ntotal))
+        return copy
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", copied)
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", SimpleNamespace, raising=False)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["IVF8,Flat", "IVF8,SQ8", "PCA12,IVF8,Flat", "HNSW16", "Flat"])
+def test_a_gpu_changes_nothing_but_the_time(kind, vectors, tmp_path, gpu_work, monkeypatch):
+    import faiss
+
+    held = build(kind, vectors, tmp_path)[1]
+    added_on_gpu = sum(gpu_work)
+    assert added_on_gpu == (len(vectors) if kind.startswith("IVF") else 0)
+    truth = exact_neighbours(held.index, np.array_split(vectors, 3), vectors[:40], np.arange(40))
+    assert sum(gpu_work) > added_on_gpu
+    monkeypatch.undo()
+    alone = build(kind, vectors, tmp_path)[1]
+    np.testing.assert_array_equal(faiss.serialize_index(held.index), faiss.serialize_index(alone.index))
+    on_cpu = exact_neighbours(alone.index, np.array_split(vectors, 3), vectors[:40], np.arange(40))
+    np.testing.assert_allclose(truth.scores, on_cpu.scores, atol=1e-6)

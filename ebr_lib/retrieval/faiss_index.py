@@ -2,6 +2,9 @@
 
 Sizes follow the Faiss wiki's "Guidelines to choose an index": exact up to 50,000 vectors, a graph to a million, cells
 with compressed vectors above. A folder holds the index, the kept columns row for row, and a manifest.
+
+A GPU build of Faiss, where installed, trains cells, assigns vectors to them and searches exactly for the measurement;
+the index itself stays on the CPU, so that every machine can load it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.vectors import Embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import written_whole
-from ebr_lib.retrieval.metrics import rank_vectors, unit
+from ebr_lib.retrieval.metrics import CHUNK, unit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,8 +132,8 @@ def train(index: Any, sample: Vectors, seed: int) -> None:
         ivf = faiss.extract_index_ivf(index)
         ivf.cp.seed = seed
         ivf.cp.min_points_per_centroid = 1  # the sample's size is ours to choose; Faiss would print a warning
-        if getattr(faiss, "get_num_gpus", int)():
-            gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
+        if faiss.get_num_gpus():
+            gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
             ivf.clustering_index = gpu
     index.train(sample)
     if gpu is not None:
@@ -142,6 +145,23 @@ def cells_of(index: Any) -> int:
     faiss = _faiss()
     ivf = faiss.try_extract_index_ivf(index)
     return ivf.nlist if ivf is not None else 0
+
+
+def adding(index: Any) -> Callable[[Vectors], None]:
+    """How unit vectors are added to the index: their cells are found on the GPUs, where Faiss has any and the index is
+    a plain inverted file."""
+    faiss = _faiss()
+    if not (faiss.get_num_gpus() and isinstance(index, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer)):
+        return index.add
+    from faiss.contrib.ivf_tools import add_preassigned
+
+    centroids = faiss.index_cpu_to_all_gpus(faiss.downcast_index(index.quantizer))
+
+    def add(vectors: Vectors) -> None:
+        _, cells = centroids.search(vectors, 1)
+        add_preassigned(index, vectors, cells[:, 0])
+
+    return add
 
 
 class RowsWriter:
@@ -173,14 +193,14 @@ def fill(index: Any, batches: Iterable[Embeddings], rows_file: Path, gather: Int
     :param gather: numbers, sorted, of the vectors to return.
     """
     gathered = [np.empty((0, index.d), np.float32)]
-    sidecar = None
+    sidecar, add = None, adding(index)
     for batch in batches:
         sidecar = sidecar or RowsWriter(rows_file, list(batch.columns))
         if len(batch):
             vectors = unit(batch.vectors)
             low, high = np.searchsorted(gather, (index.ntotal, index.ntotal + len(vectors)))
             gathered.append(vectors[gather[low:high] - index.ntotal])
-            index.add(vectors)
+            add(vectors)
             sidecar.add(batch.rows, batch.columns)
     if sidecar is not None:
         sidecar.close()
@@ -215,17 +235,25 @@ class Truth:
 
 
 def exact_neighbours(index: Any, batches: Iterable[Vectors], queries: Vectors, own: Ints) -> Truth:
-    """Search exactly: in the vectors that the index itself holds, else in the batches."""
+    """Search exactly, on GPUs where Faiss has any: in the vectors that the index itself holds, else in the batches."""
+    from faiss.contrib.exhaustive_search import knn_ground_truth
+
+    flat = _flat_of(index)
+    vectors = batches if flat is None else _stored(flat)
+    scores, ids = knn_ground_truth(queries, vectors, TRUTH_DEPTH + 1, _faiss().METRIC_INNER_PRODUCT)
+    return Truth(queries, own, ids, np.where((ids < 0) | (ids == own[:, None]), np.float32("-inf"), scores))
+
+
+def _flat_of(index: Any) -> Any:
+    """The part of an index that holds the vectors as they are; None where there is none."""
     faiss = _faiss()
-    depth = TRUTH_DEPTH + 1
-    flat = index if isinstance(index, faiss.IndexFlat) else getattr(index, "storage", None)
-    if flat is not None and isinstance(stored := faiss.downcast_index(flat), faiss.IndexFlat):
-        scores, ids = stored.search(queries, depth)
-        scores = np.where(ids < 0, np.float32("-inf"), scores)
-    else:
-        ranking = rank_vectors(queries, batches, [{}] * len(queries), depth)
-        scores, ids = ranking.scores, ranking.ids
-    return Truth(queries, own, ids, np.where(ids == own[:, None], np.float32("-inf"), scores))
+    held = faiss.downcast_index(getattr(index, "storage", index))
+    return held if isinstance(held, faiss.IndexFlat) else None
+
+
+def _stored(flat: Any) -> Iterator[Vectors]:
+    for start in range(0, flat.ntotal, CHUNK):
+        yield flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start))
 
 
 def recall_of(found: Ints, truth: Truth) -> float:
