@@ -38,11 +38,11 @@ NO_LABEL_TITLE = "k-means cluster"
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
 
 MEANINGS = {
-    "same label @1": ("higher", "share of nearest neighbours with the row's own label"),
+    "same label @1": ("higher", "share of nearest neighbours, among projected rows, with the row's own label"),
     "same label @5": ("higher", "the same among the 5 nearest"),
     "same label @10": ("higher", "the same among the 10 nearest"),
     "chance": ("", "what vectors without meaning would reach in the three above"),
-    "silhouette": ("higher", "-1 to 1: nearer to the own label than to the next one (cosine, all labelled rows)"),
+    "silhouette": ("higher", "-1 to 1: nearer to the own label than to the next one (cosine)"),
     "Davies-Bouldin": ("lower", "spread of labels against the gaps between their centres (Euclidean)"),
     "Calinski-Harabasz": ("higher", "variance between labels over within; grows with rows: compare equal files only"),
     "k-means silhouette": ("higher", "-1 to 1: whether the vectors fall into clusters by themselves"),
@@ -306,6 +306,14 @@ def _everywhere(unit: Vectors, rows: Ints, drawn: NDArray[np.float32]) -> NDArra
 
 
 @dataclass(frozen=True)
+class _Number:
+    """A number, and from how many rows it is."""
+
+    value: float
+    rows: int
+
+
+@dataclass(frozen=True)
 class _Numbers:
     """All that is measured on one embedding file."""
 
@@ -317,22 +325,25 @@ class _Numbers:
     confusions: list[measure.Confusion]
     agreement: tuple[float, float] | None
 
-    def short(self) -> dict[str, float]:
+    def short(self) -> dict[str, _Number]:
         """The numbers of the short table, by name; those that are undefined are left out."""
-        found: dict[str, float] = {}
+        n, labelled = len(self.clusters.codes), sum(score.rows for score in self.labels)
+        found: dict[str, _Number] = {}
         if self.purity:
-            found |= {f"same label @{k}": share for k, share in self.purity.at.items()} | {"chance": self.purity.chance}
+            judged = int(np.isfinite(self.purity.per_row).sum())
+            found |= {f"same label @{k}": _Number(share, judged) for k, share in self.purity.at.items()}
+            found["chance"] = _Number(self.purity.chance, judged)
         if self.separation:
-            found["silhouette"] = self.separation.silhouette
-            found["Davies-Bouldin"] = self.separation.davies_bouldin
-            found["Calinski-Harabasz"] = self.separation.calinski_harabasz
-        found["k-means silhouette"] = self.clusters.silhouette
+            found["silhouette"] = _Number(self.separation.silhouette, labelled)
+            found["Davies-Bouldin"] = _Number(self.separation.davies_bouldin, labelled)
+            found["Calinski-Harabasz"] = _Number(self.separation.calinski_harabasz, labelled)
+        found["k-means silhouette"] = _Number(self.clusters.silhouette, n)
         if self.agreement:
-            found["ARI"], found["NMI"] = self.agreement
-        found["mean cosine"] = self.health.mean_cosine
-        found["pairs above 0.99"] = self.health.near_pairs
-        found["repeated vectors"] = self.health.repeated
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+            found |= {name: _Number(v, labelled) for name, v in zip(("ARI", "NMI"), self.agreement, strict=True)}
+        found["mean cosine"] = _Number(self.health.mean_cosine, n)
+        found["pairs above 0.99"] = _Number(self.health.near_pairs, min(n, measure.PAIRED))
+        found["repeated vectors"] = _Number(self.health.repeated, n)
+        return {name: number for name, number in found.items() if not math.isnan(number.value)}
 
 
 def _health(items: _Items, config: VisConfig) -> measure.Health:
@@ -370,11 +381,16 @@ def _short_table(numbers: _Numbers, before: _Numbers | None) -> Table:
     now = numbers.short()
     title = "Numbers, in the original space"
     if before is None:
-        rows = [(name, value, *MEANINGS[name]) for name, value in now.items()]
-        return Table(title, ("number", "value", "better", "meaning"), rows)
+        rows = [(name, n.value, n.rows, *MEANINGS[name]) for name, n in now.items()]
+        return Table(title, ("number", "value", "rows", "better", "meaning"), rows)
     then = before.short()
-    both = [(name, then[name], now[name], now[name] - then[name], *MEANINGS[name]) for name in now if name in then]
-    return Table(f"{title}: before and after", ("number", "before", "after", "change", "better", "meaning"), both)
+    both = [
+        (name, then[name].value, n.value, n.value - then[name].value, n.rows, *MEANINGS[name])
+        for name, n in now.items()
+        if name in then
+    ]
+    columns = ("number", "before", "after", "change", "rows", "better", "meaning")
+    return Table(f"{title}: before and after", columns, both)
 
 
 def _map_table(maps: _Maps) -> Table:
@@ -393,9 +409,10 @@ def _map_table(maps: _Maps) -> Table:
     )
 
 
-def _label_tables(numbers: _Numbers, items: _Items, labels: Groups) -> Iterator[Table]:
+def _label_tables(numbers: _Numbers, items: _Items, labels: Groups, projected: int) -> Iterator[Table]:
+    among = f": neighbours among the {projected:,} projected rows" if projected < len(items) else ""
     scores = [(shortened(labels.names[s.code], 40), s.rows, s.purity, s.silhouette) for s in numbers.labels]
-    yield Table(f"Labels ({labels.title})", ("label", "rows", f"same label @{NEAR}", "silhouette"), scores)
+    yield Table(f"Labels ({labels.title}){among}", ("label", "rows", f"same label @{NEAR}", "silhouette"), scores)
     pairs = [
         (
             shortened(labels.names[c.first], 30),
@@ -407,7 +424,7 @@ def _label_tables(numbers: _Numbers, items: _Items, labels: Groups) -> Iterator[
         for c in numbers.confusions
     ]
     columns = ("label", "taken for", "share of its neighbours", "and back", "example", "and its neighbour")
-    yield Table("Most confused pairs of labels", columns, pairs)
+    yield Table(f"Most confused pairs of labels{among}", columns, pairs)
 
 
 def _cluster_table(found: measure.Clusters, items: _Items) -> Table:
@@ -474,7 +491,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
         shared = measure.neighbours_shared(before.near[:, :NEAR], maps.near[:, :NEAR])
         tables.append(_moved_table(shared, items, maps, before))
     if labels and labels.names:
-        tables += _label_tables(numbers, items, labels)
+        tables += _label_tables(numbers, items, labels, len(rows))
     tables.insert(0, _short_table(numbers, then))
     for table in tables:
         logger.info("%s", _head(table))
@@ -551,7 +568,7 @@ def _caption(items: _Items, maps: _Maps, numbers: _Numbers, config: VisConfig) -
         "Neighbours kept: share of the 15 nearest in the original space that are among the 15 nearest on the map. "
         "Distances between groups on a map mean little; the numbers are from the original space."
     )
-    shown = [f"{name} {value:.3f}" for name, value in numbers.short().items() if name in CAPTIONED]
+    shown = [f"{name} {number.value:.3f}" for name, number in numbers.short().items() if name in CAPTIONED]
     return f"{sample} {trust}\n" + ("In the original space: " + ", ".join(shown) + "." if shown else "")
 
 
@@ -584,9 +601,9 @@ def _table_content(table: Table) -> dict[str, Any]:
     return {"title": table.title, "rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}
 
 
-def _with_meaning(name: str, value: float) -> dict[str, Any]:
+def _with_meaning(name: str, number: _Number) -> dict[str, Any]:
     better, meaning = MEANINGS[name]
-    return {"value": value, "better": better, "meaning": meaning}
+    return {"value": number.value, "rows": number.rows, "better": better, "meaning": meaning}
 
 
 def _plain(value: Any) -> Any:

@@ -155,6 +155,10 @@ def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
     result = see(max_points=30)
     assert (result.numbers["projected"], result.numbers["rows"]) == (30, 60)
     assert numbers_of(result)["silhouette"] == numbers_of(see())["silhouette"]  # on all rows, sample or not
+    rows = {name: entry["rows"] for name, entry in result.numbers["numbers"].items()}
+    assert rows["same label @1"] == 30 and rows["silhouette"] == rows["k-means silhouette"] == 60
+    assert {row[0]: row[2] for row in result.table.rows} == rows
+    assert "among the 30 projected rows" in table_of(result, "Labels").title
 
 
 def test_explorer_can_be_left_out(see, no_maps):
@@ -189,6 +193,7 @@ def test_before_and_after_are_one_pair(see, tmp_path):
     result = see(compare_path=before)
     table = result.table
     assert table.columns[:4] == ("number", "before", "after", "change")
+    assert {row[4] for row in table.rows} == {60}  # rows that a number is from
     change = {row[0]: row[3] for row in table.rows}
     assert change["same label @1"] > 0.3 and change["silhouette"] > 0.1
     assert result.numbers["before"]["silhouette"]["value"] < result.numbers["numbers"]["silhouette"]["value"]
