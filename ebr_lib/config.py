@@ -117,6 +117,25 @@ class FinetuneConfig(Config):
     matryoshka_dims: tuple[Positive, ...] = knob(
         [], "Also train the vectors cut to these dimensions.", "同时训练截断到这些维度的向量（Matryoshka）。"
     )
+    # hard negatives
+    mine_hard_negatives: Count = knob(
+        0,
+        "Hard negatives to find for every row before training, among the documents of the training data, with the model "
+        "as it is then; 0 finds none. The rows are saved as `mined_negatives.jsonl`.",
+        "训练前用当前模型在训练数据的文档中为每行挖掘的难负例个数；0 不挖掘。结果另存为 `mined_negatives.jsonl`。",
+    )
+    mining_rank_min: Positive = knob(
+        1,
+        "First rank that may be mined; 1 is the nearest document not known to answer the anchor.",
+        "从第几名开始挖掘；1 为最近的、未知能回答该 anchor 的文档。",
+    )
+    mining_rank_max: Positive = knob(50, "Last rank that may be mined.", "挖掘到第几名为止。")
+    mining_margin: Share | None = knob(
+        0.05,
+        "Against false negatives: a mined document's cosine stays below its anchor's positive by this share of the "
+        "positive's; null takes any.",
+        "防止误伤：挖到的文档与 anchor 的余弦须比正例低这一比例；null 不限制。",
+    )
     # optimisation
     num_epochs: MoreThanZero = knob(1, "Passes over the training data; may be a fraction.", "训练轮数，可以是小数。")
     train_batch_size: Positive = knob(6, "Pairs a device and step.", "每个设备每步的样本对数。")
@@ -227,6 +246,11 @@ class FinetuneConfig(Config):
             yield "fp16 and bf16: choose one"
         if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):
             yield "early_stopping_patience needs held-out data: set eval_ratio above 0, or eval_data_path"
+        if self.mine_hard_negatives > max(0, self.mining_rank_max - self.mining_rank_min + 1):
+            yield (
+                f"mine_hard_negatives: {self.mine_hard_negatives} do not fit the ranks from mining_rank_min "
+                f"{self.mining_rank_min} to mining_rank_max {self.mining_rank_max}"
+            )
         if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - {"anchor", "positive", "negative"}):
             yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are anchor, positive, negative"
 

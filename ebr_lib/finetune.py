@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
 CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
 HELDOUT_FILE, CORPUS_FILE, REJECTS_FILE = "heldout.jsonl", "corpus.jsonl", "rejected_rows.jsonl"
+MINED_FILE = "mined_negatives.jsonl"
 # knobs that say where, how often and how to go on; a resumed run may change them
 FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", "dataloader_num_workers", "save_steps")
 
@@ -65,11 +66,15 @@ class FinetuneResult(Shown):
 
 @dataclass(frozen=True)
 class _Data:
-    """Rows as the run uses them, and the held-out ones as a retrieval task (None when nothing is held out)."""
+    """Rows as the run uses them, and the held-out ones as a retrieval task (None when nothing is held out).
+
+    `sha256` is that of the rows as they were read.
+    """
 
     train: Sequence[TrainingRow]
     heldout: Sequence[TrainingRow]
     task: HeldoutTask | None
+    sha256: str
 
 
 def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None = None) -> FinetuneResult:
@@ -85,9 +90,10 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
 
     config = FinetuneConfig.resolve(config)
     data = _read(config)
-    config = _with_negatives(config, data.train)
     set_seed(config.seed)
     model = _model_with_adapter(config)
+    data = _mine(config, data, model)
+    config = _with_negatives(config, data.train)
     report = _examine(config, data.train, model)
     before = _measure(config, data.task, model)
     trainer = _trainer(config, data, model, report)
@@ -139,12 +145,13 @@ def _read(config: FinetuneConfig) -> _Data:
     train_rows, heldout_rows = expand(train), expand(heldout)
     logger.info("训练集大小: %d (training rows)", len(train_rows))
     logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
+    sha256 = _fingerprint([*train_rows, *heldout_rows])
     if not heldout_rows:
-        return _Data(train_rows, heldout_rows, None)
+        return _Data(train_rows, heldout_rows, None, sha256)
     answers = [(row.anchor, row.positive) for row in heldout_rows]
     documents = [row.positive for row in train_rows]
     task = build_task(answers, documents, normalised, config.eval_corpus_size, config.seed)
-    return _Data(train_rows, heldout_rows, task)
+    return _Data(train_rows, heldout_rows, task, sha256)
 
 
 def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
@@ -156,6 +163,34 @@ def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
     leaked = sum(group in known for group in groups[len(train) :])
     if leaked:
         logger.warning("验证集泄漏: %d 条 held-out anchors are in the training data, or near-duplicates of it", leaked)
+
+
+def _fingerprint(rows: Sequence[TrainingRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.anchor, row.positive, row.negatives)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _mine(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> _Data:
+    """The data, with hard negatives for the training rows; nothing that is held out is looked at."""
+    if not config.mine_hard_negatives:
+        return data
+    from ebr_lib.data.mining import mine_hard_negatives
+    from ebr_lib.model.heldout import encoders_of
+
+    mined = mine_hard_negatives(
+        data.train,
+        *encoders_of(model, config.adapter_side == "query", show_bar=True),
+        count=config.mine_hard_negatives,
+        first_rank=config.mining_rank_min,
+        last_rank=config.mining_rank_max,
+        margin=config.mining_margin,
+    )
+    logger.info("%s", mined.table.text())
+    if not mined.counts.any():
+        logger.warning("没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_margin")
+    return dataclasses.replace(data, train=mined.rows)
 
 
 def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
@@ -406,7 +441,7 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
 
     folder = _place(config, CHECKPOINTS_SUFFIX)
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
-    run["data_sha256"] = _fingerprint(data)
+    run["data_sha256"] = data.sha256
     note = folder / "run.json"
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if config.resume_from_checkpoint == "auto" and last and note.is_file():
@@ -430,13 +465,6 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: P
             f"resume_from_checkpoint: the interrupted run was another one ({note}): {shown}. "
             "Set these back, or start anew with resume_from_checkpoint: no"
         )
-
-
-def _fingerprint(data: _Data) -> str:
-    digest = hashlib.sha256()
-    for row in (*data.train, *data.heldout):
-        digest.update(repr((row.anchor, row.positive, row.negatives)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -484,6 +512,8 @@ def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, resul
         shutil.copy(checkpoints / LOG_FILE, folder / LOG_FILE)
         draw_curve(folder / LOG_FILE, folder / CURVE_FILE, config.best_metric)
         _save_heldout(data, folder)
+        if config.mine_hard_negatives:
+            _write_lines(folder / MINED_FILE, map(_as_line, data.train))
         tables = {"Before and after": result.table.text(), "Data": result.doctor.table.text()}
         card = saving.model_card(result.model_path, base, contract, _facts(config, result), tables)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -504,6 +534,10 @@ def _save_heldout(data: _Data, folder: Path) -> None:
     seen = dict.fromkeys(row.positive for row in data.train)
     documents = seen | dict.fromkeys(row.positive for row in data.heldout)
     _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": text in seen} for text in documents))
+
+
+def _as_line(row: TrainingRow) -> dict[str, Any]:
+    return {"anchor": row.anchor, "positive": row.positive, "negative": list(row.negatives)}
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

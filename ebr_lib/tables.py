@@ -18,6 +18,12 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def shortened(text: str, letters: int = 30) -> str:
+    """A text on one line, cut to so many letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= letters else line[: letters - 1] + "…"
+
+
 class Shown:
     """What a stage returns: as text it is its table (or its own `str`), not every field of it."""
 

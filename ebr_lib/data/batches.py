@@ -244,9 +244,14 @@ class KnownPositives:
         """Shape of `columns`: does that document answer the anchor of its own row? True for all positives."""
         return self._known(torch.from_numpy(self.anchors)[:, None], torch.from_numpy(self.columns)).numpy()
 
+    def pairs(self) -> tuple[Ints, Ints]:
+        """All known pairs of text numbers, both ways and each text with itself, sorted: (pairs,) and (pairs,)."""
+        one, other = np.divmod(self._pairs.numpy(force=True), self._base)
+        return one, other
+
     def answers_among(self, anchors: Ints, documents: Ints) -> int:
         """How many of the q · d combinations of text numbers (q,) and (d,) are known positives; builds no matrix."""
-        one, other = np.divmod(self._pairs.numpy(force=True), self._base)
+        one, other = self.pairs()
         asked, offered = (np.bincount(side, minlength=self._base) for side in (anchors, documents))
         offered[0] = 0
         return int((asked[one] * offered[other]).sum())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.noise import HAN
 from ebr_lib.data.pairs import TrainingRow, is_blank
 from ebr_lib.errors import DataError
-from ebr_lib.tables import Table
+from ebr_lib.tables import Table, shortened
 
 if TYPE_CHECKING:
     from ebr_lib.data.batches import KnownPositives
@@ -275,7 +275,7 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
     for text, count in report.popular:
-        table.append((f"热门文档 popular: {_short(text)}", f"{count:,}", _percent(count, report.rows)))
+        table.append((f"热门文档 popular: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
     for name, value in (
         (f"每批假负例 false negatives, random batch of {report.batch_size}", report.false_negatives),
         (f"每批假负例 false negatives, balanced batch of {report.batch_size}", report.false_negatives_balanced),
@@ -288,11 +288,6 @@ def _token_row(column: ColumnTokens, limit: int) -> tuple[str, str, str]:
     name = f"{column.column} 超过 over {limit} tokens (mean {column.mean:.0f}, longest {column.longest})"
     lost = f", 丢失 lost {_percent(column.lost_share, 1)}" if column.over else ""
     return name, f"{column.over:,}", _percent(column.over, column.texts) + lost
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 30 else line[:29] + "…"
 
 
 # --- advice -------------------------------------------------------------------------------------------------------

@@ -44,18 +44,7 @@ class HeldoutTask:
 
     def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> Means:
         """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
-        from ebr_lib.model.encoder import Encoder
-        from ebr_lib.model.loading import prompt_of
-        from ebr_lib.model.losses import base_model_only
-
-        def encode(texts: Sequence[str], prompt: str) -> np.ndarray[Any, Any]:
-            return Encoder(model, prompt=prompt).encode(texts)
-
-        def encode_documents(texts: Sequence[str]) -> np.ndarray[Any, Any]:
-            with base_model_only(model) if query_only else nullcontext():
-                return encode(texts, prompt_of(model, "document"))
-
-        return self.means(self.measure(lambda texts: encode(texts, prompt_of(model, "query")), encode_documents))
+        return self.means(self.measure(*encoders_of(model, query_only)))
 
     def means(self, values: Mapping[str, np.ndarray[Any, Any]]) -> Means:
         """Means over all queries, and over those whose documents training has seen and has not."""
@@ -67,6 +56,22 @@ class HeldoutTask:
             for group, chosen in groups.items()
             if chosen.any()
         }
+
+
+def encoders_of(model: SentenceTransformer, query_only: bool, show_bar: bool = False) -> tuple[Encode, Encode]:
+    """How a model encodes queries and documents, each with its prompt; `query_only` leaves documents to the base."""
+    from ebr_lib.model.encoder import Encoder
+    from ebr_lib.model.loading import prompt_of
+    from ebr_lib.model.losses import base_model_only
+
+    def encode_queries(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return Encoder(model, prompt=prompt_of(model, "query")).encode(texts, show_bar)
+
+    def encode_documents(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        with base_model_only(model) if query_only else nullcontext():
+            return Encoder(model, prompt=prompt_of(model, "document")).encode(texts, show_bar)
+
+    return encode_queries, encode_documents
 
 
 def build_task(
