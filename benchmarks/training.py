@@ -1,0 +1,288 @@
+"""How fast LoRA training is, beside the library's own trainer; prints Markdown tables.
+
+    python benchmarks/training.py --data DIR                  # packaged MiniLM, dropout off and on
+    python benchmarks/training.py --data DIR --parts shape    # a Qwen2 of four layers, of the 0.5B model's widths
+    python benchmarks/training.py --data DIR --quick          # a step or two: to see that it runs
+
+DIR holds banking77/ and online_shopping/. Every contender lives in a process of its own; they take turns within a
+round, so that what disturbs the machine disturbs all of them. A rate is the median over the rounds, a ratio the median
+of the rounds' ratios. On a CUDA machine `shape` is the whole 24 layers, in batches of 128. Quality is measured by
+quality.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
+
+STOCK, STOCK_BF16, OURS, OURS_FP32 = (
+    "sentence-transformers, float32",
+    "sentence-transformers, bf16 autocast",
+    "ours, bfloat16 weights",
+    "ours, float32",
+)
+CHECKPOINTED, PADDED = "ours, bfloat16, gradient checkpointing", "ours, bfloat16, padded"
+LEARNING_RATE, RANK, DECAY, TEMPERATURE = 2e-4, 16, 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, the same for every contender."""
+
+    model: str
+    pairs: str
+    batch_size: int
+    lora_dropout: float
+    max_seq_length: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run took: seconds of the trainer's loop, the loss of each step, and how far memory grew, in MB."""
+
+    seconds: float
+    losses: list[float] = field(repr=False)
+    grown_mb: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--parts", nargs="+", choices=["minilm", "shape"], default=["minilm"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--quick", action="store_true", help="one round of two steps: only to see that it runs")
+    args = parser.parse_args()
+    rounds, steps = (1, 2) if args.quick else (args.rounds, args.steps)
+    from inference import machine
+
+    print(machine(), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if "minilm" in args.parts:
+            measure_minilm(args.data, Path(folder), rounds, steps)
+        if "shape" in args.parts:
+            measure_shape(args.data, Path(folder), rounds, max(2, steps // 4))
+
+
+def measure_minilm(data: Path, folder: Path, rounds: int, steps: int) -> None:
+    """Two texts of one intent are a pair, 32 a batch: 16 tokens a text on average."""
+    pairs = write_pairs(folder / "banking.jsonl", banking_pairs(data)[: 32 * steps])
+    for name, rate in (("off", 0.0), ("0.1, in the model and the adapter", 0.1)):
+        job = Job(minilm(folder / f"minilm{rate}", rate), pairs, 32, rate, 128)
+        runs = measure([STOCK, STOCK_BF16, OURS_FP32, OURS], job, rounds)
+        print(markdown(f"MiniLM, banking77, batches of 32, {steps} steps, dropout {name}", job, runs), flush=True)
+
+
+def measure_shape(data: Path, folder: Path, rounds: int, steps: int) -> None:
+    """The first half of a review and the rest are a pair."""
+    import torch
+    from shapes import build_qwen2, reviews
+
+    layers, batch = (24, 128) if torch.cuda.is_available() else (4, 16)
+    texts = reviews(data)
+    model = str(build_qwen2(folder / "qwen2", texts, layers))
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts if len(text) > 3]
+    pairs = write_pairs(folder / "reviews.jsonl", halves[: batch * steps])
+    job = Job(model, pairs, batch, 0.1, 512)
+    runs = measure([STOCK, STOCK_BF16, OURS_FP32, PADDED, CHECKPOINTED, OURS], job, rounds)
+    print(markdown(f"Qwen2, {layers} layers of 0.5B's widths, batches of {batch}", job, runs), flush=True)
+
+
+# --- data and models ----------------------------------------------------------------------------------------------
+
+
+def banking_pairs(data: Path) -> list[tuple[str, str]]:
+    """Pairs of texts of one intent, shuffled; each text stands in one pair."""
+    by_intent: dict[str, list[str]] = {}
+    with open(data / "banking77" / "train.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            by_intent.setdefault(row["category"], []).append(row["text"])
+    pairs = [pair for texts in by_intent.values() for pair in zip(texts[::2], texts[1::2], strict=False)]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def write_pairs(path: Path, pairs: Sequence[tuple[str, str]]) -> str:
+    rows = (json.dumps({"anchor": anchor, "positive": positive}, ensure_ascii=False) for anchor, positive in pairs)
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def minilm(folder: Path, dropout: float) -> str:
+    """The packaged model with another dropout rate."""
+    from ebr_lib.model.loading import load_model
+
+    model = load_model("all-MiniLM-L6-v2")
+    config = model[0].model.config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    model.save_pretrained(str(folder), create_model_card=False)
+    return str(folder)
+
+
+# --- contenders ---------------------------------------------------------------------------------------------------
+
+
+def stock_trainer(job: Job, folder: str, *, bf16: bool = False, epochs: int = 1) -> Any:
+    """The library's trainer and loss on the same pairs, in the same order, with the same adapter."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback, set_seed
+
+    from ebr_lib.model.adapters import add_lora
+    from ebr_lib.model.loading import load_model
+    from ebr_lib.model.training import training_device
+
+    set_seed(job.seed)
+    model = load_model(job.model, max_seq_length=job.max_seq_length)
+    add_lora(model, r=RANK, alpha=2 * RANK, dropout=job.lora_dropout)
+    rows = [json.loads(line) for line in Path(job.pairs).read_text(encoding="utf-8").splitlines()]
+    args = SentenceTransformerTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=job.batch_size,
+        num_train_epochs=epochs,
+        learning_rate=LEARNING_RATE,
+        weight_decay=DECAY,
+        bf16=bf16,
+        use_cpu=training_device() == "cpu",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=job.seed,
+    )
+    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), loss=loss)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def stock(job: Job, bf16: bool) -> Run:
+    """One run of the library's trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = stock_trainer(job, folder, bf16=bf16)
+        before = memory_mb()
+        trainer.train()
+    return run_of(trainer.state.log_history, memory_mb() - before)
+
+
+def ours(job: Job, **knobs: Any) -> Run:
+    """The finetuning stage, as a user calls it, in the library's order of rows."""
+    from ebr_lib import train_sentence_transformer
+    from ebr_lib.model import training
+
+    before: list[float] = []
+
+    class Weighed(training.EbrTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            before.append(memory_mb())
+            super().__init__(**kwargs)
+
+    training.EbrTrainer, kept = Weighed, training.EbrTrainer  # type: ignore[misc]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = {
+                "model_name": job.model,
+                "data_path": job.pairs,
+                "output_dir": folder,
+                "eval_ratio": 0.0,
+                "max_seq_length": job.max_seq_length,
+                "lora_r": RANK,
+                "lora_alpha": 2 * RANK,
+                "lora_dropout": job.lora_dropout,
+                "learning_rate": LEARNING_RATE,
+                "weight_decay": DECAY,
+                "temperature": TEMPERATURE,
+                "train_batch_size": job.batch_size,
+                "balanced_batches": False,
+                "seed": job.seed,
+            }
+            result = train_sentence_transformer(config | knobs)
+            grown = memory_mb() - before[0]
+            lines = (Path(result.model_path) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    finally:
+        training.EbrTrainer = kept  # type: ignore[misc]
+    return run_of([json.loads(line) for line in lines], grown)
+
+
+def run_of(log: Sequence[dict[str, Any]], grown_mb: float) -> Run:
+    seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry)
+    return Run(seconds, [float(entry["loss"]) for entry in log if "loss" in entry], grown_mb)
+
+
+def memory_mb() -> float:
+    """The most memory held so far: of the GPU where there is one, else of this process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train(contender: str, job: Job) -> Run:
+    """Runs in the contender's process."""
+    knobs: dict[str, dict[str, Any]] = {
+        OURS: {"bf16": True},
+        OURS_FP32: {},
+        PADDED: {"bf16": True, "packed_rows": False},
+        CHECKPOINTED: {"bf16": True, "gradient_checkpointing": True},
+    }
+    if contender in (STOCK, STOCK_BF16):
+        return stock(job, bf16=contender == STOCK_BF16)
+    return ours(job, **knobs[contender])
+
+
+def measure(contenders: Sequence[str], job: Job, rounds: int) -> dict[str, list[Run]]:
+    """Runs of every contender. A round before them warms up; its memory counts, for then a process has grown."""
+    pools = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in contenders}
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    grown: dict[str, float] = {}
+    for turn in range(rounds + 1):
+        for name, pool in pools.items():
+            run = pool.submit(train, name, job).result()
+            grown.setdefault(name, run.grown_mb)
+            if turn:
+                runs[name].append(replace(run, grown_mb=grown[name]))
+    for pool in pools.values():
+        pool.shutdown()
+    return runs
+
+
+def markdown(title: str, job: Job, runs: dict[str, list[Run]]) -> str:
+    base = runs[STOCK]
+    pairs = len(Path(job.pairs).read_text(encoding="utf-8").splitlines())
+    lines = [
+        f"\n{title}; {len(base)} rounds\n",
+        "| contender | pairs/s (median) | slowest–fastest | × library | memory grows by | largest gap of the loss |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in runs.items():
+        rates = sorted(pairs / run.seconds for run in found)
+        ratio = median(b.seconds / run.seconds for b, run in zip(base, found, strict=True))
+        gap = max(abs(a - b) for a, b in zip(base[0].losses, found[0].losses, strict=True))
+        lines.append(
+            f"| {name} | {median(rates):.1f} | {rates[0]:.1f}–{rates[-1]:.1f} | {ratio:.2f} "
+            f"| {found[0].grown_mb:.0f} MB | {gap:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
