@@ -71,6 +71,15 @@ def test_beir_folder(beir):
     assert query_slices(task)["city"]["a"].tolist() == [True, False, True]
 
 
+def test_ids_of_the_documents_may_have_a_name_that_the_queries_have_not(tmp_path):
+    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "q0", "text": "a"}])
+    corpus = jsonl(tmp_path / "c.jsonl", [{"item_id": "7", "text": "x"}, {"item_id": "8", "text": "y"}])
+    qrels = tmp_path / "qrels.tsv"
+    qrels.write_text("q0\t8\t1\n")
+    task = task_of(None, queries, corpus, qrels=qrels, columns=Columns(id="item_id"))
+    assert (task.query_ids, task.corpus.ids, task.relevant) == (["q0"], ["7", "8"], [{1: 1}])
+
+
 def test_heldout_folder(tmp_path):
     jsonl(tmp_path / "heldout.jsonl", [
         {"anchor": "a", "positive": ["x", "y"]}, {"anchor": "b", "positive": "z"}, {"anchor": "A", "positive": "z"},
@@ -293,6 +302,12 @@ def test_embedding_file_without_texts(beir, tiny_bert, tmp_path):
     write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))]}, np.eye(len(DOCS), 8, dtype=np.float32))
     with pytest.raises(ValueError, match="8 dimensions, the queries' have 32"):
         evaluate_retrieval(common)
+
+
+def test_bm25_finds_nothing_where_no_document_has_a_word(beir, tmp_path):
+    jsonl(beir / "corpus.jsonl", [{"_id": f"d{i}", "text": "…" * i} for i in range(6)])
+    result = evaluate_retrieval({"models": [], "data_path": str(beir), "output_dir": str(tmp_path), "resamples": 100})
+    assert set(result.metrics["BM25"].values()) == {0}
 
 
 def test_columns_can_be_named(tmp_path):

@@ -44,7 +44,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read; None takes the first of the usual names that is there."""
+    """Names of the columns to read; None takes the first of the usual names that is there.
+
+    `id` is that of the documents, and of the queries where their file has it too.
+    """
 
     query: str | None = None
     corpus: str | None = None
@@ -164,7 +167,7 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
     corpus = _read_corpus(sources.corpus, columns, answers or [], trained)
     if answers is None:
         assert sources.qrels is not None
-        ids = _ids(sources.queries, records, columns.id)
+        ids = _ids(sources.queries, records, columns.id if columns.id in records[0] else None)
         judged = _read_qrels(sources.qrels, {query: i for i, query in enumerate(ids)}, corpus.number)
     else:
         ids = [str(i) for i in range(len(records))]

@@ -1,0 +1,156 @@
+"""Every command of the users' guides runs, as it stands there, in a copy of a small shop.
+
+The shop has the guides' folders with a few rows each, and tiny models where all-MiniLM-L6-v2 and KaLM would be; it is
+what "the whole way from a shell" leaves. Not run are commands under a comment that says they need a download, a GPU or
+a cluster (`test_docs` parses those), and `make test`, which runs this. A notebook's cells run here, without a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebr_lib import cli, notebook
+from tests.test_docs import GUIDES, ROOT, blocks
+
+NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|下载|集群)")
+WHOLE_WAY = "ebr_finetune.py --eval_data_path"  # how the block begins that leads from training to a search
+TRAIN_ROWS, HELDOUT_ROWS, ITEMS = 20, 6, 20
+
+
+def marked_commands(block: str) -> Iterator[tuple[str, bool]]:
+    """The commands of a block, and whether the comment above says that they need what a test has not."""
+    needs = False
+    for line in block.splitlines():
+        if line.startswith("#"):
+            needs = bool(NEEDS.search(line))
+        elif command := shlex.join(shlex.split(line, comments=True)):
+            yield command, needs
+
+
+ALL = [found for guide in GUIDES for block in blocks(guide, "bash") for found in marked_commands(block)]
+HERE = sorted({command for command, needs in ALL if not needs and not command.startswith("make ")})
+EXAMPLES = sorted({code for guide in GUIDES for code in blocks(guide, "python") if "import" in code})
+
+
+def run(command: str) -> int:
+    program, *words = shlex.split(command)
+    assert program == "python"
+    if words[0] == "ebr_finetune.py":
+        return cli.main_finetune(words[1:])
+    assert words[:2] == ["-m", "ebr_lib"]
+    return cli.main(words[2:])
+
+
+# --- the shop -----------------------------------------------------------------------------------------------------
+
+
+def some_lines(name: str, folder: Path, count: int, header: int = 0) -> None:
+    """Copy a file's first rows, to the same place in another folder."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    lines = (ROOT / name).read_bytes().splitlines(keepends=True)
+    (folder / name).write_bytes(b"".join(lines[: count + header]))
+
+
+def fields(name: str) -> list[list[bytes]]:
+    return [line.split(b"\x01") for line in (ROOT / name).read_bytes().splitlines()[: ITEMS + 1]]
+
+
+def write_exports(folder: Path) -> None:
+    """The catalogue as Hive's own part, and as a file split by tabs."""
+    (folder / "export").mkdir()
+    header, *rows = fields("infer_data/catalogue_000.csv")
+    chosen = [header.index(name) for name in (b"item_id", b"title", b"description")]
+    for name, sign, lines in (("export/000000_0", b"\x01", rows), ("items.tsv", b"\t", [header, *rows])):
+        text = b"".join(sign.join(line[i] for i in chosen) + b"\n" for line in lines)
+        (folder / name).write_bytes(text)
+
+
+def write_judged_queries(folder: Path) -> None:
+    """Queries and judgements: for the catalogue by its item ids, and as a BEIR folder."""
+    rows = fields("infer_data/catalogue_000.csv")[1:4]
+    ids, texts = [row[0].decode() for row in rows], [row[-1].decode() for row in rows]
+    queries = [f'q{i},"{text.split(".")[0]}"\n' for i, text in enumerate(texts)]
+    qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{id_}\t1\n" for i, id_ in enumerate(ids))
+    (folder / "queries.csv").write_text("_id,text\n" + "".join(queries), encoding="utf-8")
+    (folder / "qrels.tsv").write_text(qrels, encoding="utf-8")
+    beir = folder / "beir" / "scifact"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "qrels" / "test.tsv").write_text(qrels, encoding="utf-8")
+    for name, keys in (("queries", [f"q{i}" for i in range(len(ids))]), ("corpus", ids)):
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in zip(keys, texts, strict=True)]
+        (beir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_bert, tmp_path_factory) -> Path:
+    """The shop after the whole way from a shell, whose commands are run here in the guide's order."""
+    folder = tmp_path_factory.mktemp("guide") / "shop"
+    for model in ("all-MiniLM-L6-v2", "model/KaLM-embedding-multilingual-mini-instruct-v2.5"):
+        shutil.copytree(tiny_bert, folder / model)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copy(ROOT / "EBR_workflow.ipynb", folder)
+    some_lines("train_text/queries.jsonl", folder, TRAIN_ROWS)
+    some_lines("train_text/heldout/queries.jsonl", folder, HELDOUT_ROWS)
+    for name in ("catalogue_000.csv", "catalogue_001.csv"):
+        some_lines(f"infer_data/{name}", folder, ITEMS, header=1)
+    write_exports(folder)
+    write_judged_queries(folder)
+    (way,) = [block for block in blocks("README.md", "bash") if WHOLE_WAY in block.splitlines()[0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        failed = [command for command, _ in marked_commands(way) if run(command)]
+        assert not failed
+        assert not run("python -m ebr_lib infer --data_path infer_data/catalogue_001.csv --model_name "
+                       "saved_model/all-MiniLM-L6-v2-peft-lora --output_path faiss/new_items.txt")  # fmt: skip
+        assert not run("python -m ebr_lib infer --output_path faiss/embeds_base.txt")
+    return folder
+
+
+@pytest.fixture
+def in_shop(shop, tmp_path, monkeypatch) -> Path:
+    """A copy of the shop of one's own, as the current folder."""
+    copy = tmp_path / "shop"
+    shutil.copytree(shop, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def run_cells(client: notebook._Live) -> None:
+    scope = {"display": lambda shown: shown._repr_html_()}
+    for cell in client.nb.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, scope)
+
+
+# --- what the guides say ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_every_command_runs(command, in_shop, monkeypatch, capsys):
+    monkeypatch.setattr(notebook._Live, "execute", run_cells)
+    assert run(command) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_every_python_example_runs(code, in_shop):
+    exec(code, {})
+
+
+def test_make_demo_is_a_command_that_runs_here():
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
+    assert f"python{shown.stdout.strip().splitlines()[-1].partition('/python')[2]}" in HERE
+
+
+def test_marks_are_understood():
+    block = "a\n# needs a download\nb\n# 有两块 GPU 才有收益\nc\n# then\nd  # why\n"
+    assert list(marked_commands(block)) == [("a", False), ("b", True), ("c", True), ("d", False)]
+    assert {command for command, needs in ALL if needs} & set(HERE) == set()
