@@ -24,6 +24,17 @@ FLAGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _log_as_it_was():
+    """A test that shows the log, as every command does, leaves it as it found it: caplog hears it again."""
+    from ebr_lib.logs import logger
+
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory):
     """A function: kind (bert, xlm-r, modernbert, qwen2, kalm) to the folder of a tiny model."""
