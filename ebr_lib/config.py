@@ -678,7 +678,7 @@ class SearchConfig(Config):
     query: Name = knob("warm blanket", "What to look for.", "查询文本。")
     index_dir: Name = knob("./faiss/index", "Folder of the index.", "索引目录。")
     k: Positive = knob(10, "How many rows to show.", "返回条数。")
-    where: tuple[Annotated[str, Field(pattern="^[^=]+=")], ...] = knob(
+    where: tuple[Name, ...] = knob(
         [],
         "Filters `column=value` on kept columns; several values of a column are alternatives.",
         "按保留列过滤，写作 `列=值`；同一列的多个值为“或”。",
@@ -696,6 +696,11 @@ class SearchConfig(Config):
         "Put before the query; null takes what the model was trained with.",
         "加在查询前的提示词；null 使用模型训练时的提示词。",
     )
+
+    def conflicts(self) -> Iterator[str]:
+        for condition in self.where:
+            if condition.find("=") < 1:
+                yield f"where: {condition!r} is no filter; wanted column=value"
 
 
 @dataclass(frozen=True)

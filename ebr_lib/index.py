@@ -104,6 +104,8 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     if not made_by:
         logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
     rows, dim = _size(config.embedding_path, made_by)
+    if config.id_column is not None:
+        next(iter_embeddings(config.embedding_path, [config.id_column]))  # a column that is not kept is told now
     plan = plan_index(rows, dim, config.kind, config.compression)
     logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
     real = _real_queries(config, made_by, dim)
@@ -147,7 +149,7 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
         chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
         texts = [texts[i] for i in sorted(chosen)]
     settings = _settings(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
-    return _encoder(settings, _Maker.of(made_by), str(config.embedding_path)).encode(texts, show_bar=True)
+    return _encoder(settings, _Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
 def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int], real: Vectors | None) -> _Built:
@@ -265,7 +267,10 @@ class _Maker:
 def _settings(
     manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: bool
 ) -> EncoderSettings:
-    """How to encode queries for an index: with the model that made it, cut to its dimension."""
+    """How to encode queries for an index: with the model that made it, cut to its dimension.
+
+    Where the maker is not known nothing is cut: another dimension then most likely means another model.
+    """
     maker = _Maker.of(manifest)
     moved = maker.path is None or not Path(maker.path).is_dir()
     name = model_name or (maker.name if moved else maker.path)
@@ -275,17 +280,18 @@ def _settings(
         model_name=name,
         query_prompt=query_prompt,
         max_seq_length=manifest.get("settings", {}).get("max_seq_length"),
-        truncate_dim=dim,
+        truncate_dim=dim if maker.sha256 else None,
         trust_remote_code=trust_remote_code,
     )
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(settings: EncoderSettings, maker: _Maker, where: str) -> Encoder:
+def _encoder(settings: EncoderSettings, maker: _Maker, dim: int, where: str) -> Encoder:
     """The query encoder of an index; remembered, so that a search need not load the model again.
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
     """
+    encoder = settings.encoder("query")
     identity = identify(settings.model_name)
     known = {identity.sha256, identity.base_sha256 if one_sided(settings.model_name) else None}
     if maker.sha256 is None:
@@ -296,10 +302,9 @@ def _encoder(settings: EncoderSettings, maker: _Maker, where: str) -> Encoder:
             f"{settings.model_name} has {str(identity.sha256)[:12]}…: their vectors cannot be compared; "
             "give the model that made them, or encode and index again with this one"
         )
-    encoder = settings.encoder("query")
-    if encoder.dim != settings.truncate_dim:
+    if encoder.dim != dim:
         raise ModelError(
-            f"{where} holds vectors of {settings.truncate_dim} dimensions, {settings.model_name} makes {encoder.dim}; "
+            f"{where} holds vectors of {dim} dimensions, {settings.model_name} makes {encoder.dim}; "
             "give the model that made them, or encode and index again with this one"
         )
     return encoder
@@ -334,7 +339,7 @@ def search(
         raise DataError(f"k is {k}; wanted 1 or more")
     held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
     settings = _settings(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
-    encoder = _encoder(settings, _Maker.of(held.manifest), str(held.folder))
+    encoder = _encoder(settings, _Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
     allowed = {name: (values,) if isinstance(values, str) else values for name, values in (where or {}).items()}

@@ -75,6 +75,9 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
+_PYDANTIC_LEAD = re.compile("^(Input should be|String should have) ")
+
+
 @functools.cache
 def _adapter(config_class: Any, name: str) -> TypeAdapter[Any]:
     kind = get_type_hints(config_class, include_extras=True)[name]
@@ -92,7 +95,7 @@ def _field_errors(config_class: type[Config], name: str, value: Any) -> list[str
         _adapter(config_class, name).validate_python(value)  # type: ignore[arg-type] # a class is hashable
     except ValidationError as error:
         # a union reports every branch it tried; one line a knob is enough for a person
-        reasons = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())
+        reasons = dict.fromkeys(_PYDANTIC_LEAD.sub("", e["msg"]) for e in error.errors())
         return [f"{name}: {value!r} is not allowed; wanted {' or '.join(reasons)}"]
     return []
 

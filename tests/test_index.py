@@ -108,6 +108,19 @@ def test_a_model_of_fewer_dimensions_is_refused(tmp_path, tiny_bert):
         search(folder, "pan", model_name=str(tiny_bert))
 
 
+def test_vectors_of_an_unknown_maker_are_not_matched_by_cutting(tmp_path, tiny_bert):
+    place = tmp_path / "narrow.npy"
+    write_embeddings(place, {"id": ["a", "b"]}, np.eye(2, dtype=np.float32))
+    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    with pytest.raises(ModelError, match=r"2 dimensions, .* makes 32"):
+        search(folder, "pan", model_name=str(tiny_bert))
+
+
+def test_a_model_that_is_not_there_is_told_as_such(folder):
+    with pytest.raises(ModelError, match="no-such-model is no folder here"):
+        search(folder, "pan", model_name="no-such-model")
+
+
 def test_measured_on_real_queries(embeds, tmp_path):
     queries = tmp_path / "q.csv"
     queries.write_text("question,n\nfrying pan,1\nfrying pan,2\nwool,3\n")
@@ -146,10 +159,12 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
 def test_a_failed_build_loses_nothing(folder, tmp_path):
     before = (folder / "index.faiss").read_bytes()
     config = {"embedding_path": str(tmp_path / "embeds.txt"), "output_dir": str(folder)}
-    with pytest.raises(ConfigError, match="no Faiss factory string"):
+    with pytest.raises(ConfigError, match=r"dimensions \(could not parse index string nonsense\); use auto"):
         build_faiss_index(config | {"kind": "nonsense"})
     with pytest.raises(DataError, match="cannot train 64 cells"):
         build_faiss_index(config | {"kind": "IVF64,Flat"})
+    with pytest.raises(DataError, match="sku"):
+        build_faiss_index(config | {"id_column": "sku"})
     assert (folder / "index.faiss").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -201,4 +216,5 @@ def test_command_line(folder, capsys, tmp_path):
     assert main(["search", "pan", "--index_dir", str(tmp_path / "none")]) == 2
     assert "build the index first" in capsys.readouterr().err
     assert main(["search", "pan", "--where", "kitchen"]) == 2
+    assert "wanted column=value" in capsys.readouterr().err
     assert main(["index", "--embedding_path", str(tmp_path / "none.txt")]) == 2

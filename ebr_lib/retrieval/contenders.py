@@ -160,8 +160,11 @@ def rank_with_bm25(task: RetrievalTask) -> Ranking:
     stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
     documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
     index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-    index.index([bm25_tokens(text, stopwords) for text in documents], show_progress=False)
+    words = [bm25_tokens(text, stopwords) for text in documents]
     ranking = Ranking(task.relevant)
+    if not any(words):
+        return ranking
+    index.index(words, show_progress=False)
     for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
         tokens = [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]
         if tokens:

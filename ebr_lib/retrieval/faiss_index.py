@@ -108,7 +108,7 @@ def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:
     try:
         index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().rpartition(": ")[2]  # what stands before it is a place in Faiss's source
         raise ConfigError(
             f"kind {plan.factory!r} is no Faiss factory string for {dim} dimensions ({reason}); "
             "use auto, Flat, HNSW32, IVF4096,SQ8 or the like"
