@@ -90,7 +90,7 @@ def vectors_file(rows: int, cache: Path) -> Path:
         texts = sentences(rows)
         if len(texts) < rows:
             raise SystemExit(f"the packages here hold {len(texts):,} sentences, fewer than --sizes {rows:,}")
-        vectors = Encoder(load_model("all-MiniLM-L6-v2"), precision="float32").encode(texts, show_bar=True)
+        vectors = Encoder(load_model("all-MiniLM-L6-v2")).encode(texts, show_bar=True)
         write_embeddings(path, {"description": texts}, vectors)
     return path
 
@@ -133,16 +133,22 @@ def sklearn_tsne(x: Vectors) -> Run:
 def _ours(x: Vectors, *methods: str, seed: int | None = SEED) -> Run:
     from ebr_lib.view import projection
 
-    start = time.perf_counter()
-    neighbours = projection.exact_neighbours(x, 90 if "tsne" in methods else 15)
-    first, found = projection.pca_map(x), {}
-    parts = {"neighbours": time.perf_counter() - start}
+    start, found, parts = time.perf_counter(), {}, {}
+
+    def lap(part: str) -> None:
+        parts[part] = time.perf_counter() - start - sum(parts.values())
+
+    first = projection.pca_map(x)
     if "tsne" in methods:
+        neighbours = projection.exact_neighbours(x, 90)
+        lap("neighbours")
         found["tsne"] = projection.tsne_map(neighbours, first, perplexity=30, learning_rate="auto", seed=SEED)
-        parts["t-SNE"] = time.perf_counter() - start - sum(parts.values())
+        lap("t-SNE")
     if "umap" in methods:
-        found["umap"] = projection.umap_map(x, neighbours, first, n_neighbors=15, min_dist=0.1, seed=seed)
-        parts["UMAP"] = time.perf_counter() - start - sum(parts.values())
+        neighbours = projection.component_neighbours(x, 14)
+        lap("neighbours on PCA 50")
+        found["umap"] = projection.umap_map(neighbours, first, n_neighbors=15, min_dist=0.1, seed=seed)
+        lap("UMAP")
     return found | {"parts": parts}
 
 
@@ -209,7 +215,11 @@ def run_stage(rows: int, vectors: Path) -> None:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process alone: getrusage would count what its parent held when it was forked."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024  # type: ignore[index]
 
 
 def _judge_file(rows: int, vectors: Path) -> Path:

@@ -38,6 +38,11 @@ NO_LABEL_TITLE = "k-means cluster"
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
 
 MEANINGS = {
+    "shortest vector": ("", "least length in the file; 0 is a text that was not encoded, 1 a normalised vector"),
+    "longest vector": ("", "greatest length in the file"),
+    "repeated vectors": ("lower", "rows whose vector a row before them has"),
+    "pairs above 0.99": ("lower", "share of pairs of rows that are nearly the same vector"),
+    "mean cosine": ("lower", "of two different rows; near 1 the model is collapsed"),
     "same label @1": ("higher", "share of nearest neighbours, among projected rows, with the row's own label"),
     "same label @5": ("higher", "the same among the 5 nearest"),
     "same label @10": ("higher", "the same among the 10 nearest"),
@@ -48,9 +53,6 @@ MEANINGS = {
     "k-means silhouette": ("higher", "-1 to 1: whether the vectors fall into clusters by themselves"),
     "ARI": ("higher", "agreement of k-means with the labels, 0 by chance, 1 equal"),
     "NMI": ("higher", "information that k-means shares with the labels, 0 to 1"),
-    "mean cosine": ("lower", "of two different rows; near 1 the model is collapsed"),
-    "pairs above 0.99": ("lower", "share of pairs of rows that are nearly the same vector"),
-    "repeated vectors": ("lower", "rows whose vector another row has too"),
 }
 
 
@@ -99,17 +101,22 @@ def _head(table: Table) -> Table:
 
 @dataclass(frozen=True)
 class _Items:
-    """Rows that have a direction: unit vectors, labels and texts of each."""
+    """Rows that have a direction: unit vectors, labels, texts and lengths of each; and how many have none."""
 
     unit: Vectors
     labels: list[str | None]
     texts: list[str | None]
     keys: list[Any]
     norms: NDArray[np.float64]
+    zero: int
     without_vector: int
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    @property
+    def rows_of_file(self) -> int:
+        return len(self) + self.zero + self.without_vector
 
     def chosen(self, rows: Ints) -> _Items:
         return dataclasses.replace(
@@ -118,6 +125,7 @@ class _Items:
             labels=[self.labels[r] for r in rows],
             texts=[self.texts[r] for r in rows],
             keys=[self.keys[r] for r in rows],
+            norms=self.norms[rows],
         )
 
 
@@ -147,6 +155,7 @@ def _read(path: str, config: VisConfig, *, labelled: bool = True) -> _Items:
         data.columns[text] if text else nothing,
         data.columns[config.id_column] if config.id_column else data.rows.tolist(),
         norms,
+        len(norms) - len(rows),
         data.total - len(data),
     )
     return items if len(rows) == len(norms) else items.chosen(rows)
@@ -157,10 +166,10 @@ def _matched(now: _Items, before: _Items, config: VisConfig) -> tuple[_Items, _I
     places = {key: row for row, key in enumerate(before.keys)}
     if config.id_column and len(places) < len(before):
         raise DataError(f"{config.compare_path}: {config.id_column} is not unique; name a column that is in id_column")
-    if not config.id_column and len(now) + now.without_vector != len(before) + before.without_vector:
+    if not config.id_column and now.rows_of_file != before.rows_of_file:
         raise DataError(
-            f"{config.embedding_path} has {len(now) + now.without_vector} rows, {config.compare_path} has "
-            f"{len(before) + before.without_vector}: name the column that says which are the same in id_column"
+            f"{config.embedding_path} has {now.rows_of_file} rows, {config.compare_path} has {before.rows_of_file}: "
+            "name the column that says which are the same in id_column"
         )
     rows = np.array([row for row, key in enumerate(now.keys) if key in places], dtype=np.int64)
     if not len(rows):
@@ -254,7 +263,7 @@ def _project(
 def _neighbours(
     distinct: Vectors, settings: Mapping[str, Mapping[str, Any]], cache: projection.Cache
 ) -> projection.Neighbours:
-    """One table for both maps, their judgement, purity and the explorer."""
+    """One table in the original space for the maps, their judgement, purity and the explorer."""
     wanted = [NEAR if len(distinct) <= explorer.MOST else WIDE, projection.MAP_NEIGHBOURS]
     wanted += [int(3 * chosen["perplexity"]) for chosen in settings.values() if "perplexity" in chosen]
     wanted += [chosen["n_neighbors"] for chosen in settings.values() if "n_neighbors" in chosen]
@@ -287,7 +296,10 @@ def _drawn(
             return start.astype(np.float32)
         if method == "tsne":
             return projection.tsne_map(neighbours, start, **chosen)
-        return projection.umap_map(distinct, neighbours, start, **chosen)
+        near = neighbours
+        if distinct.shape[1] > projection.COMPONENTS:
+            near = projection.component_neighbours(distinct, chosen["n_neighbors"] - 1)
+        return projection.umap_map(near, start, **chosen)
 
     return cache.get(projection.fingerprint(distinct, method, dict(chosen), start.tobytes()), make)
 
@@ -328,7 +340,13 @@ class _Numbers:
     def short(self) -> dict[str, _Number]:
         """The numbers of the short table, by name; those that are undefined are left out."""
         n, labelled = len(self.clusters.codes), sum(score.rows for score in self.labels)
-        found: dict[str, _Number] = {}
+        found = {
+            "shortest vector": _Number(self.health.norm_min, n),
+            "longest vector": _Number(self.health.norm_max, n),
+            "repeated vectors": _Number(self.health.repeated, n),
+            "pairs above 0.99": _Number(self.health.near_pairs, min(n, measure.PAIRED)),
+            "mean cosine": _Number(self.health.mean_cosine, n),
+        }
         if self.purity:
             judged = int(np.isfinite(self.purity.per_row).sum())
             found |= {f"same label @{k}": _Number(share, judged) for k, share in self.purity.at.items()}
@@ -340,16 +358,18 @@ class _Numbers:
         found["k-means silhouette"] = _Number(self.clusters.silhouette, n)
         if self.agreement:
             found |= {name: _Number(v, labelled) for name, v in zip(("ARI", "NMI"), self.agreement, strict=True)}
-        found["mean cosine"] = _Number(self.health.mean_cosine, n)
-        found["pairs above 0.99"] = _Number(self.health.near_pairs, min(n, measure.PAIRED))
-        found["repeated vectors"] = _Number(self.health.repeated, n)
         return {name: number for name, number in found.items() if not math.isnan(number.value)}
 
 
 def _health(items: _Items, config: VisConfig) -> measure.Health:
     distinct = len(projection.distinct_rows(items.unit)[0])
     found = measure.health(
-        items.unit, items.norms, distinct=distinct, without_vector=items.without_vector, seed=config.seed
+        items.unit,
+        items.norms,
+        distinct=distinct,
+        zero=items.zero,
+        without_vector=items.without_vector,
+        seed=config.seed,
     )
     for sentence in found.warnings():
         logger.warning("%s", sentence)
@@ -357,9 +377,8 @@ def _health(items: _Items, config: VisConfig) -> measure.Health:
 
 
 def _measure(
-    items: _Items, labels: Groups | None, clusters: measure.Clusters, maps: _Maps, config: VisConfig
+    items: _Items, labels: Groups | None, clusters: measure.Clusters, maps: _Maps, health: measure.Health
 ) -> _Numbers:
-    health = _health(items, config)
     if labels is None or not labels.names:
         return _Numbers(health, clusters, None, None, [], [], None)
     codes = np.where(labels.codes < SCORED, labels.codes, -1)
@@ -466,6 +485,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     old = None
     if config.compare_path is not None:
         items, old = _matched(items, _read(config.compare_path, config, labelled=False), config)
+    health = _health(items, config)
     labels = _groups(items.labels, config.label_column) if config.label_column else None
     if labels and len(labels.names) > SCORED:
         logger.warning(
@@ -482,12 +502,12 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     before = _project(old.unit, rows, config, cache) if old else None
     maps = _project(items.unit, rows, config, cache, before)
     cache.save()
-    numbers = _measure(items, labels, clusters, maps, config)
+    numbers = _measure(items, labels, clusters, maps, health)
     tables = [_map_table(maps), _cluster_table(clusters, items)]
     then = None
     if old and before:
         old_clusters = measure.find_clusters(old.unit, clusters.k, 0, config.seed)
-        then = _measure(old, labels, old_clusters, before, config)
+        then = _measure(old, labels, old_clusters, before, _health(old, config))
         shared = measure.neighbours_shared(before.near[:, :NEAR], maps.near[:, :NEAR])
         tables.append(_moved_table(shared, items, maps, before))
     if labels and labels.names:

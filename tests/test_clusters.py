@@ -150,8 +150,8 @@ def test_few_vectors_make_one_cluster_or_two(n):
 def test_health_counts_what_is_wrong():
     x = unit_vectors(100, 16)
     x[50:] = x[0]
-    norms = np.concatenate([np.ones(100), [0.0, 0.0]])
-    found = measure.health(x, norms, distinct=50, without_vector=3, seed=0)
+    found = measure.health(x, np.linspace(1, 3, 100), distinct=50, zero=2, without_vector=3, seed=0)
+    assert (found.norm_min, found.norm_median, found.norm_max) == (0, 2, 3)
     assert (found.rows, found.without_vector, found.zero, found.repeated) == (105, 3, 2, 50)
     assert found.near_pairs == pytest.approx(51 * 50 / (100 * 99), abs=1e-3)
     products = x @ x.T
@@ -162,7 +162,7 @@ def test_health_counts_what_is_wrong():
 
 def test_collapsed_vectors_are_said_to_be_the_same():
     x = np.repeat(unit_vectors(1, 4), 9, axis=0)
-    found = measure.health(x, np.ones(9), distinct=1, without_vector=0, seed=0)
+    found = measure.health(x, np.ones(9), distinct=1)
     assert any("all 9 vectors are the same" in sentence for sentence in found.warnings())
 
 

@@ -143,7 +143,7 @@ def tsne(x, **changes):
 
 def umap(x, **changes):
     given = {"n_neighbors": 10, "min_dist": 0.1, "seed": 0} | changes
-    return projection.umap_map(x, projection.exact_neighbours(x, 30), projection.pca_map(x), **given)
+    return projection.umap_map(projection.exact_neighbours(x, 30), projection.pca_map(x), **given)
 
 
 def test_tsne_of_many_points_repeats_to_the_bit(monkeypatch):
@@ -164,6 +164,22 @@ def test_maps_keep_groups_apart_and_repeat_to_the_bit(draw):
     near = projection._near_on_map(coords, np.arange(150), 5)
     assert (codes[near] == codes[:, None]).mean() > 0.95
     np.testing.assert_array_equal(coords, draw(x))
+
+
+@pytest.mark.parametrize("block", [100, 4096])
+def test_neighbours_in_principal_components(monkeypatch, block):
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import NearestNeighbors
+
+    monkeypatch.setattr(projection, "BLOCK", block)
+    monkeypatch.setattr(projection, "COMPONENTS", 5)
+    x, _ = grouped(400)
+    found = projection.component_neighbours(x, 60)  # more than the nearest lists of an inverted file may hold
+    expected = NearestNeighbors(n_neighbors=60).fit(z := PCA(5).fit_transform(x)).kneighbors()[0]
+    apart = np.linalg.norm(z[:, None] - z[found.indices], axis=2)
+    np.testing.assert_allclose(found.distances, apart, atol=1e-4)
+    assert (np.abs(found.distances - expected) < 1e-4).mean() > (0.9 if block == 100 else 0.999)
+    assert (found.indices != np.arange(400)[:, None]).all()
 
 
 def test_knobs_of_tsne_bite():

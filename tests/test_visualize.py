@@ -95,6 +95,11 @@ def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
     assert "data:image/png;base64," in shown and "scatter.html" in shown and "热水器" in shown
 
 
+def test_what_is_wrong_with_the_vectors_is_reported_first(see, no_maps):
+    first = [row[0] for row in see().table.rows[:5]]
+    assert first == ["shortest vector", "longest vector", "repeated vectors", "pairs above 0.99", "mean cosine"]
+
+
 def test_every_number_has_a_meaning_and_a_direction(see, no_maps):
     for entry in see().numbers["numbers"].values():
         assert entry["meaning"] and entry["better"] in ("higher", "lower", "")
@@ -214,7 +219,7 @@ def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         result = see(compare_path=before, id_column="id")
     assert "50 of 60" in caplog.text and result.numbers["rows"] == 50
-    assert all(row[3] == 0 for row in result.table.rows if row[0] != "repeated vectors")
+    assert all(row[3] == 0 for row in result.table.rows)
 
 
 def test_unequal_files_want_an_id(see, tmp_path, no_maps):

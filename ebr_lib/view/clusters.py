@@ -68,17 +68,19 @@ class Health:
             yield f"{self.near_pairs:.1%} of pairs have a cosine above {NEAR}: near-duplicates, or a collapsing model"
 
 
-def health(unit: Vectors, norms: Floats, *, distinct: int, without_vector: int, seed: int) -> Health:
-    """Look at the vectors; `unit` are those that are not zero, `norms` the lengths of all before normalisation."""
+def health(
+    unit: Vectors, norms: Floats, *, distinct: int, zero: int = 0, without_vector: int = 0, seed: int = 0
+) -> Health:
+    """Look at the vectors that are not zero: `norms` are their lengths before normalisation."""
     n = len(unit)
     total = unit.sum(axis=0, dtype=np.float64)
     return Health(
-        rows=len(norms) + without_vector,
+        rows=n + zero + without_vector,
         without_vector=without_vector,
-        zero=int((norms == 0).sum()),
+        zero=zero,
         dimensions=unit.shape[1],
         distinct=distinct,
-        norm_min=float(norms.min()),
+        norm_min=0.0 if zero else float(norms.min()),
         norm_median=float(np.median(norms)),
         norm_max=float(norms.max()),
         mean_cosine=float((total @ total - n) / (n * (n - 1))) if n > 1 else 1.0,
