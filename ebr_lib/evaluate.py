@@ -13,7 +13,7 @@ import numpy as np
 
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.pairs import normalised, read_pairs
-from ebr_lib.files import write_json, written_whole
+from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
 from ebr_lib.retrieval.contenders import BM25_NAME, EncoderSettings, labels, rank_with_bm25, rank_with_model
@@ -61,7 +61,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     """Measure models and BM25 on the same queries; write `report.html`, `report.json`, runs and qrels.
 
     :param config: an EvalConfig, a dict of its knobs, or None for the defaults.
-    :raises ConfigError: a knob is unknown or out of range (all are listed).
+    :raises ConfigError: a knob is unknown or out of range (all are listed), or `output_dir` cannot be made.
     :raises DataError: the data is broken: an empty corpus, queries without text, judgements of unknown ids.
     :raises ModelError: a model cannot be loaded.
     :raises MissingError: data or a model is not there.
@@ -69,9 +69,9 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     config = EvalConfig.resolve(config)
     task, leaked = _read(config)
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
+    folder = make_folder(Path(config.output_dir))
     contenders = dict(_contenders(config, task))
     report = _report(config, task, contenders, task.facts() | leaked)
-    folder = Path(config.output_dir)
     runs = _write(config, folder, task, contenders, report)
     table = _summary(report)
     logger.info("%s\n报告已保存: %s", table.text(), folder / HTML_FILE)
@@ -200,7 +200,6 @@ def _interval(d: Difference) -> str:
 def _write(
     config: EvalConfig, folder: Path, task: RetrievalTask, contenders: Mapping[str, _Contender], report: Report
 ) -> dict[str, Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / HTML_FILE) as new:
         new.write_text(report.html(), encoding="utf-8")
     seconds = {name: round(c.seconds, 3) for name, c in contenders.items()}

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+
+from ebr_lib.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -27,6 +29,35 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _move_in(beside, path)
     finally:
         _remove(beside)
+
+
+def make_folder(folder: Path) -> Path:
+    """Make an output folder where it is missing.
+
+    :raises ConfigError: it cannot be made: a file stands there, say.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output folder {folder} cannot be made ({error.strerror}); give another place") from error
+    return folder
+
+
+def check_replaceable(folder: Path, own: Collection[str]) -> None:
+    """Make sure that a folder, if it is there, can be replaced without loss: it holds nothing but `own` files.
+
+    :raises ConfigError: it is a file, or holds others.
+    """
+    make_folder(folder.parent)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output folder {folder} is a file; give another place")
+    found = [place.name for place in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in found if name not in own and not name.startswith("."))
+    if others:
+        raise ConfigError(
+            f"output folder {folder} is replaced as a whole and holds other files ({', '.join(others[:5])}); "
+            "give a folder of its own"
+        )
 
 
 def _move_in(new: Path, place: Path) -> None:

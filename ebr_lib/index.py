@@ -15,11 +15,12 @@ import numpy as np
 from ebr_lib.config import IndexConfig, SearchConfig
 from ebr_lib.data.vectors import iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, ModelError
-from ebr_lib.files import write_json, written_whole
+from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.contenders import EncoderSettings, one_sided
 from ebr_lib.retrieval.faiss_index import (
+    DELETED_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     ROW,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
+OWN_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, CONFIG_FILE, CURVE_FILE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,11 +97,13 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     """Build an index over an embedding file, measure it, choose its setting; written to `output_dir` when whole.
 
     :param config: an IndexConfig, a dict of its knobs, or None for the defaults.
-    :raises ConfigError: a knob is unknown or out of range (all are listed), or `kind` is no factory string.
+    :raises ConfigError: a knob is unknown or out of range (all are listed), `kind` is no factory string, or
+        `output_dir` holds other files than an index.
     :raises DataError: the embedding file is broken, or the queries' model is not the one that made it.
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
+    check_replaceable(Path(config.output_dir), OWN_FILES)
     made_by = read_manifest(config.embedding_path) or {}
     if not made_by:
         logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)

@@ -14,7 +14,7 @@ import pytest
 from ebr_lib.cli import main
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.vectors import manifest_path, write_embeddings
-from ebr_lib.errors import DataError, MissingError, ModelError
+from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.compare import Difference, changed_most, compare, holm_corrected
@@ -308,6 +308,11 @@ def test_bm25_finds_nothing_where_no_document_has_a_word(beir, tmp_path):
     jsonl(beir / "corpus.jsonl", [{"_id": f"d{i}", "text": "…" * i} for i in range(6)])
     result = evaluate_retrieval({"models": [], "data_path": str(beir), "output_dir": str(tmp_path), "resamples": 100})
     assert set(result.metrics["BM25"].values()) == {0}
+
+
+def test_an_output_folder_that_cannot_be_is_told(beir):
+    with pytest.raises(ConfigError, match=r"corpus\.jsonl cannot be made"):
+        evaluate_retrieval({"models": [], "data_path": str(beir), "output_dir": str(beir / "corpus.jsonl")})
 
 
 def test_columns_can_be_named(tmp_path):

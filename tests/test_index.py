@@ -169,6 +169,16 @@ def test_a_failed_build_loses_nothing(folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_no_folder_with_other_files_is_replaced(embeds, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds other files \(embeds\.txt, embeds\.txt\.json"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match="is a file"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(embeds)})
+    with pytest.raises(ConfigError, match="cannot be made"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(embeds / "index")})
+    assert embeds.is_file()
+
+
 @pytest.mark.parametrize("name", ["index.faiss", "rows.arrow", "manifest.json"])
 def test_a_truncated_file_is_named(folder, name):
     whole = (folder / name).read_bytes()
