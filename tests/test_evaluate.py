@@ -159,6 +159,8 @@ def test_missing_files_are_named(tmp_path, beir):
         task_of(beir)
     with pytest.raises(DataError, match="no judgements"):
         task_of(beir / "queries.jsonl")
+    with pytest.raises(MissingError, match="give the file that holds them as corpus_path"):
+        task_of(beir / "queries.jsonl", qrels=beir / "qrels" / "dev.tsv")
 
 
 def test_answers_must_be_in_a_given_corpus(tmp_path):

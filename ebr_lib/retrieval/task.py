@@ -115,7 +115,7 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
 
     :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus.jsonl`,
         `queries.jsonl`, `qrels/test.tsv`), or a file of queries with their answers.
-    :raises MissingError: a file is not there, or a folder is neither.
+    :raises MissingError: a file is not there, or not given, or a folder is neither.
     """
     found = _found(Path(data_path)) if data_path and not queries else None
     sources = Sources(
@@ -126,6 +126,10 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
     for path in (sources.queries, sources.corpus, sources.qrels):
         if path is not None and not path.exists():
             raise MissingError(f"evaluation data {path}: there is no such file")
+    if sources.qrels and not sources.corpus:
+        raise MissingError(
+            f"{sources.qrels} names documents by their ids; give the file that holds them as corpus_path"
+        )
     return sources
 
 
