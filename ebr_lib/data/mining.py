@@ -125,6 +125,9 @@ class _Found(NamedTuple):
     document: Ints
     cosine: NDArray[np.float64]
 
+    def at(self, places: NDArray[Any]) -> _Found:
+        return _Found(self.anchor[places], self.document[places], self.cosine[places])
+
 
 def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
     """The documents of the ranks `first` to `last` of each anchor, known positives left out, that keep the margin."""
@@ -133,9 +136,8 @@ def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin:
         return _Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     groups = _groups(np.bincount(pairs.anchor), last)
     parts = [_searched(vectors, _of_anchors(pairs, group), first, last, margin) for group in groups]
-    found = _Found(*map(np.concatenate, zip(*parts, strict=True)))
-    order = np.argsort(found.anchor, kind="stable")
-    return _Found(*(column[order] for column in found))
+    anchor, document, cosine = map(np.concatenate, zip(*parts, strict=True))
+    return _Found(anchor, document, cosine).at(np.argsort(anchor, kind="stable"))
 
 
 def _groups(positives: Ints, window: int) -> Iterator[Ints]:
@@ -161,8 +163,8 @@ def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: f
     # its formats, n-tuple drops every row that lacks a negative
     ranked: Any = library_miner(
         Dataset.from_dict({"anchor": pairs.anchor, "document": pairs.document}),
-        vectors,  # type: ignore[arg-type] # all that it asks of a model
-        corpus=list(range(len(vectors.documents))),  # type: ignore[arg-type]
+        vectors,
+        corpus=list(range(len(vectors.documents))),
         range_min=first - 1,
         range_max=last,
         num_negatives=last - first + 1,
@@ -174,8 +176,7 @@ def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: f
     found = _Found(ranked["anchor"][:], ranked["document"][:], ranked["score"][:].astype(np.float64))
     width = len(vectors.documents)
     answers = np.isin(found.anchor * width + found.document, pairs.anchor * width + pairs.document)
-    kept = ~answers & (found.cosine <= _highest_allowed(found, answers, margin)[found.anchor])
-    return _Found(*(column[kept] for column in found))
+    return found.at(~answers & (found.cosine <= _highest_allowed(found, answers, margin)[found.anchor]))
 
 
 def _highest_allowed(found: _Found, answers: NDArray[np.bool_], margin: float | None) -> NDArray[np.float64]:
