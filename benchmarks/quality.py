@@ -39,12 +39,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
 Pairs = list[tuple[str, str]]
 
 RANDOM, NO_DUPLICATES, OURS = "random batches", "no duplicates", "ours, defaults"
+SCALE_ONLY, BATCHES_ONLY = "random batches, rsLoRA", "ours, without rsLoRA"
 MASK_ONLY, LIBRARY = "random batches, known positives masked", "random batches, the library's own trainer, one seed"
+STOCK = {"balanced_batches": False, "mask_known_positives": False, "use_rslora": False}
 CONTENDERS: dict[str, dict[str, Any]] = {
     LIBRARY: {},
-    RANDOM: {"balanced_batches": False, "mask_known_positives": False},
-    NO_DUPLICATES: {"balanced_batches": False, "mask_known_positives": False},
-    MASK_ONLY: {"balanced_batches": False},
+    RANDOM: STOCK,
+    NO_DUPLICATES: STOCK,
+    MASK_ONLY: STOCK | {"mask_known_positives": True},
+    SCALE_ONLY: STOCK | {"use_rslora": True},
+    BATCHES_ONLY: {"use_rslora": False},
     OURS: {},
 }
 
@@ -233,7 +237,7 @@ def judged(task: Set, model: str) -> dict[str, float]:
     loaded = load_model(model, max_seq_length=int(task.knobs.get("max_seq_length", 128)), merged=True)
     told = task.knobs.get("prompt", {})
     queries, documents = (
-        Encoder(loaded, prompt=prompt_of(loaded, side) or told.get(column, ""), precision="float32").encode(texts)
+        Encoder(loaded, prompt=prompt_of(loaded, side) or told.get(column, ""), precision="auto").encode(texts)
         for side, column, texts in (("query", "anchor", task.queries), ("document", "positive", task.documents))
     )
     ranked = np.argsort(-(queries @ documents.T), axis=1)[:, :10]

@@ -205,6 +205,7 @@ def ours(job: Job, **knobs: Any) -> Run:
                 "lora_r": RANK,
                 "lora_alpha": 2 * RANK,
                 "lora_dropout": job.lora_dropout,
+                "use_rslora": False,  # as the library's own adapter
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": DECAY,
                 "temperature": TEMPERATURE,

@@ -72,13 +72,19 @@ class FinetuneConfig(Config):
     # LoRA
     lora_r: Annotated[int, Field(ge=1, le=1024)] = knob(16, "Rank of the adapter.", "LoRA 的秩。")
     lora_alpha: Annotated[int, Field(ge=1)] = knob(
-        32, "The adapter is scaled by alpha / r.", "LoRA 缩放系数，实际缩放为 alpha / r。"
+        32,
+        "The adapter is scaled by alpha / √r, or by alpha / r without `use_rslora`.",
+        "LoRA 缩放系数，实际缩放为 alpha / √r；关闭 `use_rslora` 时为 alpha / r。",
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.1, "Dropout on the adapter's input, in training.", "训练时 LoRA 输入上的 dropout。"
     )
     use_dora: bool = knob(False, "Weight-decomposed adapter (DoRA).", "使用 DoRA（权重分解的 LoRA）。")
-    use_rslora: bool = knob(False, "Scale the adapter by alpha / √r (rsLoRA).", "使用 rsLoRA，缩放为 alpha / √r。")
+    use_rslora: bool = knob(
+        True,
+        "Scale the adapter by alpha / √r (rsLoRA) instead of alpha / r: it learns faster at the same learning rate.",
+        "使用 rsLoRA，缩放为 alpha / √r 而不是 alpha / r：学习率相同时学得更快。",
+    )
     adapter_side: Literal["both", "query"] = knob(
         "both",
         "query: train and apply the adapter to queries only; documents keep the base model's vectors, so that an "

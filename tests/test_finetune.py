@@ -208,7 +208,7 @@ def test_off_is_bit_equal_to_never_heard_of(settings, tmp_path):
         {"seed": 1},
         {"max_seq_length": 8},
         {"prompt": "query: "},
-        {"use_rslora": True},
+        {"use_rslora": False},
         {"use_dora": True},
         {"matryoshka_dims": [32, 8]},
         {"gradient_accumulation_steps": 2},
