@@ -1,12 +1,13 @@
 # make demo: the whole workflow on the sample data. make test: everything that CI checks.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+DATA ?= ./data
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # percent of the library's lines that the tests run; Ray's, which few install, are among those they need not
 FLOOR := 95
 
-.PHONY: demo test lint audit docs clean help
+.PHONY: demo test lint audit bench docs clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +34,9 @@ lint: $(VENV)/installed-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed ## benchmarks/RESULTS.md: about 20 minutes; DATA=folder of the data sets, ARGS=--quick to try
+	$(OFFLINE) $(BIN)/python benchmarks/run.py --data $(DATA) $(ARGS)
 
 audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI
 	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt
