@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,6 +267,10 @@ class _Maker:
         model = manifest.get("model") or {}
         return cls(model.get("asked_for") or model.get("name"), model.get("path"), model.get("sha256"))
 
+    @property
+    def said(self) -> str:
+        return f"model {self.name}" if self.name else "a model that no manifest names"
+
 
 def _settings(
     manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: bool
@@ -322,7 +326,7 @@ def search(
     query: str,
     k: int = 10,
     *,
-    where: Mapping[str, str | Sequence[str]] | None = None,
+    where: Mapping[str, object] | None = None,
     model_name: str | None = None,
     query_prompt: str | None = None,
     trust_remote_code: bool = False,
@@ -330,7 +334,7 @@ def search(
     """Find the k rows nearest to a query. Index and model stay loaded for the next search.
 
     :param index: an index folder, or an opened one (`open_index`).
-    :param where: filter on kept columns: column to the value, or values, allowed.
+    :param where: filter on kept columns: column to the value, or values, allowed; numbers stand for their texts.
     :param model_name: the model, where it is not at the place that the index remembers.
     :param query_prompt: put before the query; None takes what the model was trained with.
     :raises ModelError: the model is not the one that made the index's vectors.
@@ -346,11 +350,17 @@ def search(
     encoder = _encoder(settings, _Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
-    allowed = {name: (values,) if isinstance(values, str) else values for name, values in (where or {}).items()}
-    found = held.find(vector, k, allowed)
+    found = held.find(vector, k, {name: _texts(values) for name, values in (where or {}).items()})
     milliseconds = 1000 * (time.perf_counter() - start)
     rows = tuple({"rank": i, "score": score} | row for i, (score, row) in enumerate(found, 1))
     return SearchResult(query, rows, milliseconds, _shown(query, held, rows))
+
+
+def _texts(values: object) -> list[str]:
+    """One value or several, as texts; a text is one value, not its letters."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return [str(values)]
+    return [str(value) for value in values]
 
 
 def _shown(query: str, held: SearchIndex, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -397,15 +407,17 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
 
     :raises ModelError: another model made the new vectors.
     :raises DataError: another dimension, or a kept column is missing.
+    :raises MissingError: there is no index, or no embedding file, at its place.
     """
     held = open_index(index_dir)
-    made_by, maker = read_manifest(embedding_path) or {}, _Maker.of(held.manifest)
-    if maker.sha256 != _Maker.of(made_by).sha256:
-        raise ModelError(
-            f"{embedding_path} holds vectors of model {_Maker.of(made_by).name}, the index {held.folder} of "
-            f"{maker.name}; encode the new rows with the index's model"
-        )
     columns = held.rows.column_names[1:]
+    next(iter_embeddings(embedding_path, columns))  # a file or column that is missing is told before the rest
+    maker, new = _Maker.of(held.manifest), _Maker.of(read_manifest(embedding_path) or {})
+    if maker.sha256 != new.sha256:
+        raise ModelError(
+            f"{embedding_path} holds vectors of {new.said}, the index {held.folder} of {maker.said}; "
+            "encode the new rows with the index's model"
+        )
     with written_whole(held.folder) as folder:
         shutil.copytree(held.folder, folder, ignore=shutil.ignore_patterns(INDEX_FILE, ROWS_FILE))
         sidecar = RowsWriter(folder / ROWS_FILE, columns)
@@ -427,13 +439,14 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
     return len(held)
 
 
-def delete_rows(index_dir: str | Path, ids: Sequence[str], column: str | None = None) -> int:
+def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -> int:
     """Hide rows from every search, until the index is built again; returns how many rows are left.
 
+    :param ids: one id or several.
     :param column: the kept column that holds the ids; None takes the index's `id_column`, else the row numbers.
     :raises DataError: an id is in no row, or the column is not kept.
     """
     held = open_index(index_dir)
-    numbers = held.numbers_of([str(id_) for id_ in ids], column or held.manifest["id_column"] or ROW)
+    numbers = held.numbers_of(_texts(ids), column or held.manifest["id_column"] or ROW)
     write_deleted(held, numbers)
     return int(held.index.ntotal) - len(np.union1d(held.deleted, numbers))

@@ -137,7 +137,7 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
     assert add_rows(folder, more) == 8
     assert search(folder, "cast iron pan").rows[0]["id"] == "p6"
     assert delete_rows(folder, ["p6", "p0"]) == 6
-    assert delete_rows(folder, ["p1"]) == 5
+    assert delete_rows(folder, "p1") == 5
     left = {row["id"] for row in search(folder, "cast iron pan", 99).rows}
     assert left == {"p2", "p3", "p4", "p5", "p7"}
     with pytest.raises(DataError, match=r"1 ids are not in column id \(p99\)"):
@@ -145,12 +145,17 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
     other = embedding_file(tmp_path / "other.txt", tiny_models("xlm-r"))
     with pytest.raises(ModelError, match="encode the new rows with the index's model"):
         add_rows(folder, other)
+    manifest_path(other).unlink()
+    with pytest.raises(ModelError, match="of a model that no manifest names, the index"):
+        add_rows(folder, other)
+    with pytest.raises(MissingError, match="there is no such file"):
+        add_rows(folder, tmp_path / "none.txt")
     narrow = tmp_path / "narrow.npy"
     write_embeddings(narrow, {name: ["x"] for name in ("id", "description", "kind")}, np.ones((1, 8), np.float32))
     manifest_path(narrow).write_text(manifest_path(more).read_text().replace('"written": 2', '"written": 1'))
     with pytest.raises(DataError, match="8 dimensions, the index 32"):
         add_rows(folder, narrow)
-    assert delete_rows(folder, ["7"], "_row") == 4  # the numbers of added rows go on
+    assert delete_rows(folder, 7, "_row") == 4  # the numbers of added rows go on
     assert len(open_index(folder)) == 4
     build_faiss_index({"preset": str(folder / "index_config.yaml")})
     assert len(open_index(folder)) == 6  # a build starts afresh
