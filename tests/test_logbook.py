@@ -1,0 +1,88 @@
+"""The training log, and the warning when the loss goes wrong: said once, with the causes that the numbers support."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts, draw_curve, read_log
+
+HARMLESS = RunFacts(rows=5000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000)
+STATE = SimpleNamespace(is_world_process_zero=True, global_step=7)
+OTHER_PROCESS = SimpleNamespace(is_world_process_zero=False, global_step=7)
+
+
+def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
+    watch = LossWatch(facts)
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        for entry in entries:
+            watch.on_log(None, state, None, entry)
+    return caplog.messages
+
+
+def test_a_loss_of_nothing_is_said_once(caplog):
+    (said,) = heard(caplog, [{"loss": x} for x in (2.0, 9e-4, 8e-4, 7e-4)])
+    assert "损失接近零" in said and "the data may be too easy" in said
+
+
+def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(caplog):
+    entries = [
+        e for train, held in ((1.0, 2.0), (0.8, 2.1), (0.6, 2.2)) for e in ({"loss": train}, {"eval_loss": held})
+    ]
+    (said,) = heard(caplog, entries)
+    assert "过拟合" in said
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"loss": 9e-4}],  # one step may be an easy batch
+        [{"loss": 9e-4}, {"loss": 0.5}, {"loss": 9e-4}],
+        [{"eval_loss": x} for x in (1.0, 2.0, 3.0)],  # training has not logged yet
+        [e for x in (1.0, 1.1, 1.2) for e in ({"loss": x}, {"eval_loss": x})],  # both rise
+        [e for x, y in ((1.0, 2.0), (0.9, 1.9), (0.8, 2.1)) for e in ({"loss": x}, {"eval_loss": y})],
+    ],
+)
+def test_what_is_no_trouble_is_not_said(caplog, entries):
+    assert heard(caplog, entries) == []
+
+
+def test_one_process_speaks(caplog):
+    assert heard(caplog, [{"loss": 1e-6}] * 3, state=OTHER_PROCESS) == []
+
+
+def test_the_causes_are_those_of_the_numbers():
+    assert HARMLESS.causes() == ["the data may be too easy: add hard negatives"]
+    few, duplicates, fast, large = RunFacts(99, 0.21, 3.1e-4, 99_001).causes()
+    assert "99 training rows" in few and "21%" in duplicates and "0.00031" in fast and "1,000 trainable" in large
+    assert RunFacts(100, 0.2, 3e-4, 100_000).causes() == HARMLESS.causes()  # on the line is not over it
+
+
+def test_the_log_is_one_entry_a_line_without_nan(tmp_path):
+    log = JsonLinesLog(tmp_path / "log" / "log.jsonl")
+    log.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+    log.on_log(None, STATE, None, {"loss": float("nan"), "grad_norm": float("inf"), "epoch": 0.5})
+    log.on_log(None, OTHER_PROCESS, None, {"loss": 1.0})
+    assert read_log(log.path) == [{"step": 7, "loss": "nan", "grad_norm": "inf", "epoch": 0.5}]
+
+
+def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "lo')
+    JsonLinesLog(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=4), None)
+    assert [entry["step"] for entry in read_log(path)] == [2, 4]
+    JsonLinesLog(path).on_train_begin(None, OTHER_PROCESS, None)
+    assert len(read_log(path)) == 2  # another process leaves it alone
+
+
+@pytest.mark.parametrize("metric", ["ndcg@10", "loss"])
+def test_the_curve_is_a_picture_of_what_was_logged(tmp_path, metric):
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.0, "eval_ndcg@10": 0.5}\n{"step": 3, "loss": "nan"}\n'
+    )
+    draw_curve(log, tmp_path / "curve.png", metric)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
