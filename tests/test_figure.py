@@ -195,6 +195,14 @@ def test_names_on_the_map_do_not_overlap(monkeypatch, tmp_path):
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+def test_a_name_lies_on_an_island_and_not_between_two():
+    """The point nearest to the median of both is a stray one."""
+    islands = np.concatenate([points(300) * 0.3 + [-5, 0], points(260, 1) * 0.3 + [5, 0], [[0, 0]]])
+    x, y = figure._medoid(islands.astype(np.float32))
+    assert abs(x + 5) < 0.3 and abs(y) < 0.3
+    assert (figure._medoid(np.ones((3, 2), np.float32)) == 1).all()
+
+
 def test_two_maps_before_and_after_make_four_panels(tmp_path):
     panels = [Panel(f"map {i}", points(30, i)) for i in range(4)]
     pixels = drawn(tmp_path / "a.png", panels, groups_of([0] * 30, ["x"]))

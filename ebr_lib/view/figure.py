@@ -338,10 +338,17 @@ def _name_groups(axes: Axes, coords: Floats, groups: Groups) -> None:
             text.remove()
 
 
-def _medoid(points: Floats) -> Floats:
-    """The point nearest to the median: it lies among the points, where a mean may lie between two islands."""
-    middle = np.median(points, axis=0)
-    return points[((points - middle) ** 2).sum(axis=1).argmin()]
+def _medoid(points: Floats, cells: int = 10) -> Floats:
+    """The point in the middle of where the points lie densest: a median of all may lie between two islands."""
+    from scipy.ndimage import uniform_filter
+
+    low, high = points.min(axis=0), points.max(axis=0)
+    cell = np.minimum((points - low) / np.maximum(high - low, 1e-12) * cells, cells - 1).astype(int)
+    counts = np.zeros((cells, cells))
+    np.add.at(counts, (cell[:, 0], cell[:, 1]), 1)
+    densest = np.unravel_index(uniform_filter(counts, 3, mode="constant").argmax(), counts.shape)
+    around = points[(np.abs(cell - densest) <= 1).all(axis=1)]
+    return around[((around - np.median(around, axis=0)) ** 2).sum(axis=1).argmin()]
 
 
 def _find_room(text: Any, axes: Axes, renderer: Any, frame: Any, taken: list[Any]) -> bool:
