@@ -1,4 +1,4 @@
-"""Two-dimensional maps of vectors, t-SNE and UMAP, from one table of exact neighbours; and how far to trust them.
+"""Two-dimensional maps of vectors, t-SNE and UMAP, from ready neighbours; and how far to trust them.
 
 Everything here takes unit vectors: on the sphere the order by Euclidean distance is the order by cosine similarity.
 """
