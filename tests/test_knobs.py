@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from ebr_lib.cli import main_finetune
+from ebr_lib.cli import main, main_finetune
 from ebr_lib.config import FinetuneConfig, InferenceConfig, check_configs
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, from_flags, knob, knob_table, read_yaml, with_tables
@@ -172,3 +172,32 @@ def test_help_is_instant_and_imports_no_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     assert "--early_stopping_patience" in run.stdout
+
+
+def test_the_tables_are_printed_or_written_into_documents(tmp_path, capsys):
+    assert main(["knobs"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("finetune\n\n| knob |") and "| `k` | int, ≥ 1 | `10` |" in printed
+    document = tmp_path / "a.md"
+    document.write_text("<!-- knobs:search -->\n<!-- /knobs -->\n")
+    assert main(["knobs", "--write", str(document)]) == 0
+    assert "| `index_dir` | str |" in document.read_text() and capsys.readouterr().out == ""
+
+
+def test_an_interrupted_command_exits_as_shells_expect(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ebr_lib.index.run_search", interrupted)
+    assert main(["search", "a"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_config_shows_what_differs_from_its_defaults():
+    shown = Small.resolve({"size": 7})._repr_html_()
+    assert "<td>size</td><td>7</td><td>4</td>" in shown and "<td>kind</td><td>a</td><td></td>" in shown
+
+
+def test_a_flag_that_is_no_yaml_is_said_to_be_out_of_range(capsys):
+    assert main_finetune(["--lora_r", "[1"]) == 2
+    assert "lora_r: '[1' is not allowed" in capsys.readouterr().err
