@@ -18,6 +18,25 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 MoreThanZero = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Length = Annotated[int, Field(ge=8, le=32768)]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# what the knobs do that several stages have
+REMOTE_CODE = (
+    "Run the modelling code that comes with the model. Read that code first.",
+    "允许执行模型自带的建模代码；请先阅读该代码。",
+)
+OWN_LENGTH = "Tokens a text is cut to; null keeps the model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
+PRECISION = (
+    "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
+    "计算精度；auto 在硬件支持时使用 bfloat16。",
+)
+DEVICE = "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
+QUERY_COLUMN = "Column of the query's text; null takes text, query, question or anchor.", "查询文本列；null 自动识别。"
+QUERY_PROMPT = (
+    "Put before every query; null takes what the model was trained with.",
+    "加在查询前的提示词；null 使用模型训练时的提示词。",
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +49,7 @@ class FinetuneConfig(Config):
         "Base model: the packaged all-MiniLM-L6-v2, a local folder, or a hub name.",
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
     )
-    trust_remote_code: bool = knob(
-        False,
-        "Run the modelling code that comes with the model. Read that code first.",
-        "允许执行模型自带的建模代码；请先阅读该代码。",
-    )
+    trust_remote_code: bool = knob(False, *REMOTE_CODE)
     data_path: Name = knob(
         "./train_text",
         "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders).",
@@ -61,7 +76,7 @@ class FinetuneConfig(Config):
         "Null keeps the model's own.",
         "加在每段文本前的提示词；也可按列给出：`{anchor: 'query: ', positive: 'passage: '}`。会存入模型。null 表示沿用模型自带的。",
     )
-    max_seq_length: Annotated[int, Field(ge=8, le=32768)] = knob(
+    max_seq_length: Length = knob(
         256, "Tokens a text is cut to, prompt included.", "文本截断长度（token 数，含提示词）。"
     )
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = knob(
@@ -270,11 +285,7 @@ class InferenceConfig(Config):
         "Model: a fine-tuned folder (`./saved_model/…-peft-lora`), the packaged name, a local folder or a hub name.",
         "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置名称、本地目录或 Hub 名称。",
     )
-    trust_remote_code: bool = knob(
-        False,
-        "Run the modelling code that comes with the model. Read that code first.",
-        "允许执行模型自带的建模代码；请先阅读该代码。",
-    )
+    trust_remote_code: bool = knob(False, *REMOTE_CODE)
     # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
@@ -329,30 +340,20 @@ class InferenceConfig(Config):
         "Put before every text; null takes what the model was trained with.",
         "加在每段文本前的提示词；null 使用模型训练时的提示词。",
     )
-    max_seq_length: Annotated[int, Field(ge=8, le=32768)] | None = knob(
-        None,
-        "Tokens a text is cut to; null keeps the model's own.",
-        "文本截断长度（token 数）；null 使用模型自带设置。",
-    )
+    max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     normalize: bool = knob(True, "Scale every vector to length 1.", "把向量归一化为单位长度。")
     truncate_dim: Positive | None = knob(
         None,
         "Keep the first dimensions of a Matryoshka model, normalised after the cut.",
         "只保留前若干维（Matryoshka 模型），截断后再归一化。",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = knob(
-        "auto",
-        "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
-        "计算精度；auto 在硬件支持时使用 bfloat16。",
-    )
+    precision: Precision = knob("auto", *PRECISION)
     batch_tokens: Annotated[int, Field(ge=16)] | None = knob(
         None,
         "Tokens a batch, padding included; null takes what measured fastest. Lower it when memory runs out.",
         "每批 token 数（含填充）；null 使用实测最快的值。显存不足时调小。",
     )
-    device: str | None = knob(
-        None, "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
-    )
+    device: str | None = knob(None, *DEVICE)
     num_processes: Count = knob(
         0, "Processes that encode; 0 takes one a GPU, one on a CPU.", "编码进程数；0 表示每块 GPU 一个，CPU 一个。"
     )
@@ -540,52 +541,34 @@ class EvalConfig(Config):
         "Training data, to measure queries with seen and unseen documents apart, and to report queries that training had.",
         "训练数据：用于区分见过与未见过的文档，并报告训练集中已有的查询。",
     )
-    query_column: Name | None = knob(
-        None, "Column of the query's text; null takes text, query, question or anchor.", "查询文本列；null 自动识别。"
-    )
+    query_column: Name | None = knob(None, *QUERY_COLUMN)
     corpus_column: Name | None = knob(
         None,
         "Column of the document's text; null takes text, description, document, passage, positive or content.",
         "文档文本列；null 自动识别。",
     )
     id_column: Name | None = knob(
-        None, "Column of ids in both files; null takes _id or id.", "两个文件中的 ID 列；null 取 _id 或 id。"
+        None,
+        "Column of the documents' ids, and of the queries' where their file has it; null takes _id or id.",
+        "文档的 ID 列（查询文件中也有该列时同样使用）；null 取 _id 或 id。",
     )
     slice_columns: tuple[Name, ...] = knob(
         [], "Columns of the query file whose values are measured apart.", "按这些查询列的取值分组评估。"
     )
     # encoding
-    query_prompt: str | None = knob(
-        None,
-        "Put before every query; null takes what each model was trained with.",
-        "加在查询前的提示词；null 使用模型训练时的提示词。",
-    )
+    query_prompt: str | None = knob(None, *QUERY_PROMPT)
     document_prompt: str | None = knob(
         None,
         "Put before every document; null takes what each model was trained with.",
         "加在文档前的提示词；null 使用模型训练时的提示词。",
     )
-    trust_remote_code: bool = knob(
-        False,
-        "Run the modelling code that comes with the models. Read that code first.",
-        "允许执行模型自带的建模代码；请先阅读该代码。",
-    )
-    max_seq_length: Annotated[int, Field(ge=8, le=32768)] | None = knob(
-        None,
-        "Tokens a text is cut to; null keeps each model's own.",
-        "文本截断长度（token 数）；null 使用模型自带设置。",
-    )
+    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = knob(
-        "auto",
-        "Arithmetic of the models; auto takes bfloat16 where the hardware has it.",
-        "计算精度；auto 在硬件支持时使用 bfloat16。",
-    )
-    device: str | None = knob(
-        None, "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
-    )
+    precision: Precision = knob("auto", *PRECISION)
+    device: str | None = knob(None, *DEVICE)
     # measures and report
     ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(
         [1, 5, 10, 50, 100], "Ranks at which recall and hit rate are taken.", "计算召回率与命中率的截断位置。"
@@ -650,24 +633,14 @@ class IndexConfig(Config):
         "File of real queries to measure with; null takes vectors of the index and leaves themselves out.",
         "用于测量的真实查询文件；null 使用索引内的向量（排除其自身）。",
     )
-    query_column: Name | None = knob(
-        None, "Column of the query's text; null takes text, query, question or anchor.", "查询文本列；null 自动识别。"
-    )
+    query_column: Name | None = knob(None, *QUERY_COLUMN)
     model_name: Name | None = knob(
         None,
         "Model that encodes the queries; null takes the one that the embedding file's manifest names.",
         "编码查询的模型；null 使用向量文件清单中的模型。",
     )
-    trust_remote_code: bool = knob(
-        False,
-        "Run the modelling code that comes with the model. Read that code first.",
-        "允许执行模型自带的建模代码；请先阅读该代码。",
-    )
-    query_prompt: str | None = knob(
-        None,
-        "Put before every query; null takes what the model was trained with.",
-        "加在查询前的提示词；null 使用模型训练时的提示词。",
-    )
+    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    query_prompt: str | None = knob(None, *QUERY_PROMPT)
     measure_queries: Positive = knob(1000, "At most so many queries measure.", "测量使用的查询数上限。")
     target_recall: Annotated[float, Field(gt=0, le=1)] = knob(
         0.98,
@@ -692,16 +665,8 @@ class SearchConfig(Config):
     model_name: Name | None = knob(
         None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"
     )
-    trust_remote_code: bool = knob(
-        False,
-        "Run the modelling code that comes with the model. Read that code first.",
-        "允许执行模型自带的建模代码；请先阅读该代码。",
-    )
-    query_prompt: str | None = knob(
-        None,
-        "Put before the query; null takes what the model was trained with.",
-        "加在查询前的提示词；null 使用模型训练时的提示词。",
-    )
+    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    query_prompt: str | None = knob(None, *QUERY_PROMPT)
 
     def conflicts(self) -> Iterator[str]:
         for condition in self.where:
