@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
@@ -21,6 +21,9 @@ from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import ModelIdentity, find_model, identify
 from ebr_lib.tables import Shown, Table
+
+if TYPE_CHECKING:
+    from ebr_lib.model.encoder import EncodeStats
 
 COUNTS = (
     "read",
@@ -251,7 +254,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
             "rows": counts["truncated"],
-            "token_share": counts["tokens_lost"] / max(1, counts["tokens"] + counts["tokens_lost"]),
+            "token_share": _stats(counts).lost_share,
             "examples": outcome.examples,
         },
     }
@@ -275,6 +278,12 @@ def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
     )
 
 
+def _stats(counts: Mapping[str, int]) -> EncodeStats:
+    from ebr_lib.model.encoder import EncodeStats
+
+    return EncodeStats(**{name: counts[name] for name in ("tokens", "slots", "truncated", "tokens_lost")})
+
+
 def _size(output: Path) -> int:
     """Bytes of the embedding file, or of the part files of a folder."""
     parts = output.iterdir() if output.is_dir() else [output]
@@ -290,7 +299,6 @@ def _summary(counts: dict[str, int], size: int) -> Iterator[tuple[str, Any]]:
     yield "texts encoded 编码", counts["encoded"]
     yield "duplicates 重复", counts["duplicates"]
     yield "truncated 截断", counts["truncated"]
-    lost = counts["tokens_lost"] / max(1, counts["tokens"] + counts["tokens_lost"])
-    yield "tokens lost 丢失 token", f"{lost:.2%}"
-    yield "padding 填充", f"{1 - counts['tokens'] / counts['slots']:.1%}" if counts["slots"] else "-"
+    yield "tokens lost 丢失 token", f"{_stats(counts).lost_share:.2%}"
+    yield "padding 填充", f"{_stats(counts).padding_share:.1%}" if counts["slots"] else "-"
     yield "MB", f"{size / 1e6:.1f}"

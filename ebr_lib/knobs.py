@@ -48,6 +48,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
+    """A YAML text's value: plain values only, and `3e-5` is a number."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
@@ -148,6 +149,7 @@ class Config:
         raise ConfigError(_listed(cls, errors))
 
     def to_dict(self) -> dict[str, Any]:
+        """Every knob and its value, as plain values that YAML and JSON hold."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:

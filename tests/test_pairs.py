@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ebr_lib.data import pairs as pairs_module
 from ebr_lib.data.pairs import (
     Pair,
-    documents_seen,
     expand,
     near_duplicate_groups,
     normalised,
@@ -361,8 +360,3 @@ def test_anchors_that_are_all_alike_are_still_split(caplog):
     train, held = split_by_anchor(pairs, 0.25, 0)
     assert (len(train), len(held)) == (6, 2)
     assert "all anchors are near-duplicates" in caplog.text
-
-
-def test_documents_seen():
-    train = [Pair("a", ("Doc One",), ("bad",))]
-    assert documents_seen(train, [Pair("b", ("ｄｏｃ  one", "new")), Pair("c", ("BAD",))]) == [(True, False), (True,)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,7 @@ class DoctorReport:
         return Table("数据检查 data doctor", ("检查 check", "数量 count", "占比 share"), _table_rows(self))
 
     def _repr_html_(self) -> str:
-        return self.table.html() + "".join(f"<p>{line}</p>" for line in self.advice)
+        return self.table.html() + "".join(f"<p>{html.escape(line)}</p>" for line in self.advice)
 
 
 def examine(

@@ -417,12 +417,6 @@ def split_by_anchor(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tupl
     return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held_out]
 
 
-def documents_seen(train: Sequence[Pair], heldout: Sequence[Pair]) -> list[tuple[bool, ...]]:
-    """For every held-out pair, one flag a positive: does training have that text (`normalised`), in any column?"""
-    known = {normalised(text) for pair in train for text in (pair.anchor, *pair.positives, *pair.negatives)}
-    return [tuple(normalised(text) in known for text in pair.positives) for pair in heldout]
-
-
 def _held_out_anchors(anchors: Sequence[str], eval_ratio: float, seed: int) -> set[str]:
     """Whole groups in a seeded order, as long as they fit."""
     groups = near_duplicate_groups(anchors)

@@ -50,6 +50,7 @@ class Contract:
     probes: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
+        """Write the contract into a model's folder."""
         write_json(folder / CONTRACT_FILE, asdict(self))
 
 
