@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 # part: (title, arguments of a full run, of a quick one); DIR stands for the folder of the data sets
 PARTS: dict[str, tuple[str, str, str]] = {
-    "training": ("Training", "training.py --data DIR", "training.py --data DIR --quick"),
+    "training": ("Training", "training.py --data DIR --steps 8", "training.py --data DIR --quick"),
     "shape": (
         "Training, 0.5B shape",
         "training.py --data DIR --parts shape --rounds 3",
