@@ -81,7 +81,11 @@ def check_command(words: list[str]) -> None:
     elif words[:3] == ["python", "-m", "pytest"] or words[:2] == ["jupyter", "notebook"]:
         assert (ROOT / words[-1]).is_file()
     else:
-        assert words in (["python3.11", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
+        assert words in (
+            [".venv/bin/pre-commit", "install"],
+            ["python3.11", "-m", "venv", ".venv"],
+            ["source", ".venv/bin/activate"],
+        )
     return None
 
 
