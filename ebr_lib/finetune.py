@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ebr_lib.data.pairs import Pair, TrainingRow
     from ebr_lib.model.heldout import HeldoutTask, Means
     from ebr_lib.model.losses import ContrastiveLoss
+    from ebr_lib.model.precision import Dtype, Precision
     from ebr_lib.model.training import EbrTrainer
 
 ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
@@ -216,13 +217,14 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     from ebr_lib.model.loading import load_model
     from ebr_lib.model.training import training_device
 
-    bf16 = _precision(config) == "bfloat16"
+    precision = _precision(config)
+    logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
     model = load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
         max_seq_length=config.max_seq_length,
         device=training_device(),
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32,
         trainable=True,
     )
     model.prompts |= _prompts(config)
@@ -243,13 +245,12 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     return model
 
 
-def _precision(config: FinetuneConfig) -> str:
+def _precision(config: FinetuneConfig) -> Precision:
     from ebr_lib.model.precision import choose_precision
     from ebr_lib.model.training import training_device
 
-    chosen = choose_precision("float16" if config.fp16 else "bfloat16" if config.bf16 else "float32", training_device())
-    logger.info("精度 precision: %s%s", chosen.dtype, f" ({chosen.why})" if chosen.why else "")
-    return chosen.dtype
+    asked: Dtype = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+    return choose_precision(asked, training_device())
 
 
 def _prompts(config: FinetuneConfig) -> dict[str, str]:
@@ -328,7 +329,7 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_ratio,
         activation_checkpointing=config.gradient_checkpointing,
-        fp16=_precision(config) == "float16",
+        fp16=_precision(config).dtype == "float16",
         dataloader_num_workers=config.dataloader_num_workers,
         dataloader_pin_memory=config.dataloader_pin_memory and model.device.type == "cuda",
         metric_for_best_model=f"eval_{config.best_metric}",

@@ -52,6 +52,7 @@ def test_the_metric_decides_which_weights_stay(settings, caplog):  # noqa: F811
         with caplog.at_level(logging.INFO, "ebr_lib"):
             train_sentence_transformer(settings | {"best_metric": metric})
         assert any("best weights" in line and metric in line for line in caplog.messages)
+        assert sum("精度 precision" in line for line in caplog.messages) == 1
         caplog.clear()
 
 
