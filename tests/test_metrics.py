@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebr_lib.retrieval.metrics import Ranking, evaluate_vectors, measure, rank_vectors
+from ebr_lib.retrieval.metrics import Ranking, evaluate_vectors, measure, rank_vectors, unit
 
 KS = (1, 2, 3, 5)
 
@@ -100,16 +100,30 @@ def test_a_constant_scorer_gets_what_chance_gives(documents):
     np.testing.assert_allclose(got["mrr@10"], sum(1 / i for i in range(1, 11)) / documents)
 
 
-def test_chunks_change_nothing():
+def test_chunks_and_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(1)
     queries, corpus = rng.normal(size=(7, 8)).astype(np.float32), rng.normal(size=(900, 8)).astype(np.float32)
     corpus = np.round(corpus)  # ties
     relevant = [{int(d): int(rng.integers(1, 4)) for d in rng.choice(900, 5)} for _ in queries]
     whole = rank_vectors(np.round(queries), corpus, relevant)
     parts = rank_vectors(np.round(queries), np.array_split(corpus, 13), relevant)
-    np.testing.assert_array_equal(whole.scores, parts.scores)
-    for name, value in measure(whole).items():
-        np.testing.assert_allclose(measure(parts)[name], value, err_msg=name)
+    monkeypatch.setattr("ebr_lib.retrieval.metrics.BLOCK", 3)
+    blocks = rank_vectors(np.round(queries), corpus, relevant)
+    for other in (parts, blocks):
+        np.testing.assert_array_equal(whole.scores, other.scores)
+        for name, value in measure(whole).items():
+            np.testing.assert_allclose(measure(other)[name], value, err_msg=name)
+
+
+def test_the_measures_that_are_asked_for_by_default():
+    ks = (1, 5, 10, 50, 100)
+    wanted = [*(f"recall@{k}" for k in ks), *(f"hit@{k}" for k in ks), "mrr@10", "ndcg@10", "map@100"]
+    assert list(measure(ranked(np.arange(3.0), [{0: 1}]))) == wanted
+
+
+def test_unit_vectors_have_length_1_and_zero_stays_zero():
+    vectors = np.array([[3, 4], [0, 0], [0, -0.5]], dtype=np.float32)
+    np.testing.assert_allclose(unit(vectors), [[0.6, 0.8], [0, 0], [0, -1]], atol=1e-7)
 
 
 def test_equals_trec_eval_without_ties():
