@@ -146,7 +146,14 @@ def test_every_python_example_runs(code, in_shop):
 
 
 def test_make_demo_is_a_command_that_runs_here():
-    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "-n", "demo"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"python{shown.stdout.strip().splitlines()[-1].partition('/python')[2]}" in HERE
 
 
