@@ -115,6 +115,25 @@ def test_chunks_and_blocks_change_nothing(monkeypatch):
             np.testing.assert_allclose(measure(other)[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 150, 400])
+def test_the_list_is_that_of_a_full_sort(chunk):
+    rng = np.random.default_rng(4)
+    scores = np.stack([rng.permutation(400) for _ in range(9)])
+    got = ranked(scores, [{}] * 9, depth=20, chunk=chunk)
+    np.testing.assert_array_equal(got.ids, np.argsort(-scores, axis=1)[:, :20])
+    np.testing.assert_array_equal(got.scores, -np.sort(-scores, axis=1)[:, :20])
+
+
+def test_a_list_longer_than_what_was_retrieved_ends_in_minus_one():
+    got = ranked([[0.5, -np.inf, 0.7], [-np.inf] * 3], [{}, {}], depth=5)
+    np.testing.assert_array_equal(got.ids, [[2, 0, -1, -1, -1], [-1] * 5])
+    assert np.isneginf(got.scores[0, 2:]).all() and np.isneginf(got.scores[1]).all()
+
+
+def test_a_relevant_document_that_was_never_scored_counts_as_missed():
+    assert set(one([3, 2, 1], {7: 1}).values()) == {0.0}
+
+
 def test_the_measures_that_are_asked_for_by_default():
     ks = (1, 5, 10, 50, 100)
     wanted = [*(f"recall@{k}" for k in ks), *(f"hit@{k}" for k in ks), "mrr@10", "ndcg@10", "map@100"]
