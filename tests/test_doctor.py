@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ebr_lib.data import doctor
 from ebr_lib.data.batches import KnownPositives
-from ebr_lib.data.doctor import SMALL_DATA_PRESET, ColumnTokens, examine, language_of
+from ebr_lib.data.doctor import SMALL_DATA_PRESET, STRONG_PRESET, ColumnTokens, examine, language_of
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import DataError
 
@@ -120,8 +120,9 @@ def test_few_rows_are_warned_about_in_both_languages():
     (line,) = look(rows[:99]).advice
     chinese, english = line.index("训练数据过少"), line.index("Only 99 training rows")
     assert chinese < english
-    assert line.count(SMALL_DATA_PRESET) == 2
-    assert (Path(doctor.__file__).parents[2] / SMALL_DATA_PRESET).is_file()
+    for preset in (STRONG_PRESET, SMALL_DATA_PRESET):
+        assert line.count(preset) == 2
+        assert (Path(doctor.__file__).parents[2] / preset).is_file()
 
 
 def test_each_fault_has_its_advice():

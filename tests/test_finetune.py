@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ebr_lib import train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
+from ebr_lib.model import precision
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
@@ -259,20 +260,11 @@ def test_noise_is_the_same_with_and_without_workers(settings, tmp_path):
     assert same(one, other)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-        "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
-    ],
-)  # fmt: skip
-def test_every_scheduler_runs(settings, name):
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])  # test_training_knobs has those with a formula
+def test_schedulers_that_follow_the_loss_run(settings, name):
     result = train(settings, lr_scheduler_type=name, num_epochs=2, warmup_ratio=0.2)
     log = [json.loads(line) for line in (Path(result.model_path) / "training_log.jsonl").read_text().splitlines()]
-    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
-    assert max(rates) <= 2e-3 + 1e-9
-    if name in ("linear", "cosine", "polynomial"):
-        assert rates[-1] < max(rates)
+    assert max(entry["learning_rate"] for entry in log if "learning_rate" in entry) <= 2e-3 + 1e-9
 
 
 def test_fp16_without_the_hardware_says_what_it_took(settings, caplog):
@@ -330,7 +322,9 @@ def test_keep_best_counts_as_documented():
     assert [loss.offer(v, i) for i, v in enumerate([2.0, 1.0, 1.5])] == [True, True, False]
 
 
-def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch, bf16):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # a base in bfloat16 must not round the adapter
     kept: dict[int, dict] = {}
     keep = KeepBest._keep
 
@@ -344,7 +338,7 @@ def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch):
     offer = KeepBest.offer
     monkeypatch.setattr(KeepBest, "_keep", spy)
     monkeypatch.setattr(KeepBest, "offer", lambda self, value, step: offer(self, next(scores), step))
-    result = train(settings, num_epochs=6, early_stopping_patience=3)
+    result = train(settings, num_epochs=6, early_stopping_patience=3, bf16=bf16)
     assert list(kept) == [5, 10]
     assert result.steps == 25  # evaluations at 5, 10, and three without a better one
     best = kept[10]
@@ -410,7 +404,13 @@ def test_a_memory_limit_counts_as_out_of_memory(settings, monkeypatch, caplog):
 
 
 def test_after_a_kill_the_run_goes_on_to_the_same_adapter(settings, tmp_path):
-    long = settings | {"num_epochs": 3, "save_steps": 2, "noise_enabled": True, "noise_prob": 0.5}
+    long = settings | {
+        "num_epochs": 3,
+        "save_steps": 2,
+        "noise_enabled": True,
+        "noise_prob": 0.5,
+        "mine_hard_negatives": 1,
+    }
     whole = adapter(train(long, output_dir=str(tmp_path / "whole")))
     code = (
         "import os, signal, sys, json\n"
@@ -432,12 +432,13 @@ def test_after_a_kill_the_run_goes_on_to_the_same_adapter(settings, tmp_path):
     assert steps == sorted(set(steps))  # no step is logged twice
 
 
-def test_sigterm_saves_and_says_how_to_go_on(settings, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, number):
     step = EbrTrainer.training_step
 
     def signalled(self, model, inputs, num=None):
         if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(self, model, inputs, num)
 
     monkeypatch.setattr(EbrTrainer, "training_step", signalled)

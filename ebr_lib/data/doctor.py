@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ebr_lib.data.batches import KnownPositives
 
 FEW_ROWS = 100
+STRONG_PRESET = "configs/finetune/strong_regularization.yaml"
 SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
 SAMPLE = 50_000
 _TOP_DOCUMENTS = 5
@@ -303,9 +304,9 @@ def _few_rows(report: DoctorReport) -> str | None:
         return None
     return (
         f"训练数据过少：只有 {report.rows} 条（少于 {FEW_ROWS} 条），模型容易过拟合。"
-        f"请补充数据，或使用更强的正则化：{SMALL_DATA_PRESET}。 "
+        f"请补充数据，或使用更强的正则化：{STRONG_PRESET}，或专为小数据准备的 {SMALL_DATA_PRESET}。 "
         f"Only {report.rows} training rows (under {FEW_ROWS}): the model will learn them by heart; add data, or use "
-        f"the stronger regularisation of {SMALL_DATA_PRESET}."
+        f"the stronger regularisation of {STRONG_PRESET}, or {SMALL_DATA_PRESET}, which is made for few rows."
     )
 
 

@@ -374,7 +374,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; when memory runs out, again in micro-batches of half the size."""
         accumulated = [weight.grad.clone() if weight.grad is not None else None for weight in self.loss.weights]
-        random_state = torch.get_rng_state()
+        states = _random_states()
         while True:
             try:
                 loss = super().training_step(model, dict(inputs), num_items_in_batch)
@@ -384,12 +384,22 @@ class EbrTrainer(SentenceTransformerTrainer):
                 self._halve(len(inputs["label"]), error)
             for weight, gradient in zip(self.loss.weights, accumulated, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
-            torch.set_rng_state(random_state)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _set_random_states(states)
+            torch.cuda.empty_cache()  # not before: the error held on to what the step had made
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The evaluation loss of a batch, likewise."""
+        while True:
+            try:
+                return super().prediction_step(model, dict(inputs), *args, **kwargs)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve(len(inputs["label"]), error)
+            torch.cuda.empty_cache()
 
     def _check_memory(self) -> None:
-        if self.memory_limit_mb and (now := peak_memory_mb()) > self.memory_limit_mb:
+        if not self.memory_limit_mb or self.model.device.type != "cpu":
+            return
+        if (now := peak_memory_mb()) > self.memory_limit_mb:
             raise MemoryError(f"{now:,.0f} MB in use, memory_limit_gb allows {self.memory_limit_mb:,.0f} MB")
 
     def _halve(self, rows: int, error: BaseException) -> None:
@@ -423,6 +433,17 @@ class EbrTrainer(SentenceTransformerTrainer):
         super().log(logs | ({} if share is None else {"masked_share": round(share, 5)}), start_time)
 
 
+def _random_states() -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of this process's own GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1])
+
+
 # --- preflight ----------------------------------------------------------------------------------------------------
 
 
@@ -439,11 +460,8 @@ def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
 
     Weights, gradients and random state are as before afterwards.
     """
-    columns = [name for name in trainer.train_dataset.column_names if name != "label"]
-    texts = (trainer.train_dataset[name] for name in columns)
-    lengths = [sum(map(len, row)) for row in zip(*texts, strict=True)]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-trainer.args.train_batch_size :]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    longest = longest_rows(trainer.train_dataset, trainer.model.tokenizer, trainer.args.train_batch_size)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
         start = time.perf_counter()
@@ -455,6 +473,25 @@ def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
     trainer.loss.take_masked_share()
     trainer.accum_loss_components = {"train": {}, "eval": {}}
     return Preflight(seconds, peak_memory_mb())
+
+
+def longest_rows(dataset: Dataset, tokenizer: Any, count: int) -> list[int]:
+    """Numbers of the `count` rows that take most as a batch: those with the longest text of a column, which decides
+    its padding, and then those with most tokens.
+
+    Tokens are counted for the rows with most bytes alone. Bytes tell tokens better than letters do: a Chinese letter,
+    about a token, is three bytes, an English word about five.
+    """
+    columns = [list(dataset[name]) for name in dataset.column_names if name != "label"]
+    size = np.array([[len(text.encode("utf-8", "replace")) for text in column] for column in columns])
+    likely = np.unique(np.concatenate([size.sum(axis=0).argsort()[-8 * count :], *size.argsort(axis=1)[:, -count:]]))
+    tokens = np.array([_token_counts(tokenizer, [column[row] for row in likely.tolist()]) for column in columns])
+    order = [*tokens.argmax(axis=1), *tokens.sum(axis=0).argsort(kind="stable")[::-1]]
+    return likely[list(dict.fromkeys(order))[:count]].tolist()
+
+
+def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
 
 def peak_memory_mb() -> float:
