@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebr_lib.logs import logger
+from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.precision import choose_precision
@@ -145,6 +146,8 @@ class Encoder:
         chosen = choose_precision(precision, model.device.type)
         if chosen.why:
             logger.info("precision: %s", chosen.why)
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self.precision: str = chosen.dtype
         self.model = _in_precision(model, getattr(torch, chosen.dtype))
         self.prompt = prompt

@@ -166,11 +166,11 @@ class PackedForward:
             return self._transformer(features)["token_embeddings"][0]
 
     def _attention(self, row_length: int, device: torch.device) -> AbstractContextManager[None]:
-        # On a CPU, plain products over short rows beat the fused kernel, whose backward took half of a bfloat16 step.
+        # On a CPU, the fused kernel's backward took half of a bfloat16 step; over short rows plain products beat it.
         # Backward under gradient checkpointing runs the layers again, outside of this context: nothing may differ.
-        if device.type != "cpu" or row_length > EAGER_ROW or self.model.transformers_model.is_activation_checkpointing:
-            return nullcontext()
-        return attention(self.model, "eager")
+        learns = torch.is_grad_enabled() and not self.model.transformers_model.is_activation_checkpointing
+        plain = learns and device.type == "cpu" and row_length <= EAGER_ROW
+        return attention(self.model, "eager") if plain else nullcontext()
 
     def _mask(self, texts: Tensor) -> Tensor:
         """Additive mask (rows, 1, length, length) of the text each place holds; padding (−1) sees padding."""
