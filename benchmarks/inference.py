@@ -38,8 +38,8 @@ Vectors = NDArray[np.float32]
 Contender = Callable[[], Vectors | Path]
 
 BASE = "SentenceTransformer.encode, float32, batch 32"
-# texts a set: (full run, quick run); one contender takes 2 to 6 seconds of a full run
-COUNTS = {"short": (1024, 128), "long": (144, 24), "chinese": (384, 48)}
+# texts a set: (full run, quick run); one contender takes 2 to 10 seconds of a full run on two cores with AMX
+COUNTS = {"short": (4096, 128), "long": (480, 24), "chinese": (1024, 48)}
 
 
 def texts_of(name: str, data: Path) -> list[str]:

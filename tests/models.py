@@ -73,6 +73,7 @@ def _config(kind: str, vocabulary: int, hidden: int, layers: int) -> PretrainedC
         return XLMRobertaConfig(**common, max_position_embeddings=514)
     if kind == "modernbert":
         return ModernBertConfig(**common, max_position_embeddings=512, cls_token_id=1, sep_token_id=2)
+    assert kind == "qwen2", kind
     return Qwen2Config(**common, num_key_value_heads=2, max_position_embeddings=512)
 
 

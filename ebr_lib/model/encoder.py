@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import keep_freed_memory
+from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.precision import choose_precision
@@ -293,9 +294,11 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTra
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
     if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):
         return model
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})  # copying a vocabulary took half a second
     twin.float()
     twin[0].to(dtype)
+    if hasattr(transformer, "model"):
+        fuse(twin)
     return twin
 
 

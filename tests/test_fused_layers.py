@@ -1,0 +1,63 @@
+"""BERT's layers for encoding: the vectors of the layers they stand for, or those layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ebr_lib.model import fused_layers
+from ebr_lib.model.fused_layers import FusedLayer, fuse
+from ebr_lib.model.loading import load_model
+from ebr_lib.model.packing import PackedForward
+
+TEXTS = ["one", "two words and some more of them", "书籍 和 热水器", ""]
+
+
+def _half(folder):
+    return load_model(str(folder), device="cpu", dtype=torch.bfloat16).eval()
+
+
+def _kinds(model):
+    return {type(layer).__name__ for layer in model.transformers_model.encoder.layer}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("kind", ["bert", "xlm-r"])
+def test_vectors_are_those_of_the_layers_they_stand_for(tiny_models, kind):
+    model = _half(tiny_models(kind))
+    with torch.inference_mode():
+        exact = torch.from_numpy(load_model(str(tiny_models(kind)), device="cpu").encode(TEXTS))
+        before = torch.from_numpy(model.encode(TEXTS))
+        fuse(model)
+        assert _kinds(model) == {"FusedLayer"}
+        padded = torch.from_numpy(model.encode(TEXTS))
+        (packed,) = PackedForward(model)([model.preprocess(TEXTS)])
+    for found in (padded, packed.float()):
+        assert float((found - exact).norm()) < 1.5 * float((before - exact).norm())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "modernbert"])
+def test_models_of_other_parts_are_left_alone(tiny_models, kind):
+    model = _half(tiny_models(kind))
+    before = [type(module) for module in model.modules()]
+    fuse(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_float32_is_left_alone(tiny_bert):
+    model = load_model(str(tiny_bert), device="cpu")
+    fuse(model)
+    assert _kinds(model) == {"BertLayer"}
+
+
+@pytest.mark.parametrize("wrong", [0.9, float("nan")])
+def test_layers_with_wrong_vectors_are_taken_back(tiny_bert, monkeypatch, wrong):
+    right = FusedLayer.forward
+
+    def forward(self, x, attention_mask=None, *args, **kwargs):
+        return right(self, x, attention_mask, **kwargs) * torch.linspace(wrong, 1, x.shape[-1], dtype=x.dtype)
+
+    monkeypatch.setattr(fused_layers.FusedLayer, "forward", forward)
+    model = _half(tiny_bert)
+    fuse(model)
+    assert _kinds(model) == {"BertLayer"}
