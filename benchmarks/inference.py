@@ -5,9 +5,10 @@
     python benchmarks/inference.py --data DIR --quick                  # few texts: to see that it runs
     python benchmarks/inference.py --data DIR --threads 1 --cpu-time   # processor seconds: fair on a busy machine
 
-DIR holds banking77/, cranfield/ and online_shopping/. Contenders take turns within a round, so that what disturbs the
-machine disturbs all of them; a rate is the median over the rounds, a ratio the median of the rounds' ratios.
-"Files" reads a file and writes an embedding file, everything but loading the model included.
+DIR holds banking77/, cranfield/ and online_shopping/. Every contender lives in a process of its own; they take turns
+within a round, so that what disturbs the machine disturbs all of them. A rate is the median over the rounds, a ratio
+the median of the rounds' ratios. "Files" reads a file and writes an embedding file; everything but loading the model
+counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,9 +39,9 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
 Vectors = NDArray[np.float32]
-Contender = Callable[[], Vectors | Path]
 
 BASE = "SentenceTransformer.encode, float32, batch 32"
+BASE_BF16 = "SentenceTransformer.encode, bfloat16, batch 32"
 # texts a set: (full run, quick run); one contender takes 2 to 10 seconds of a full run on two cores with AMX
 COUNTS = {"short": (4096, 128), "long": (480, 24), "chinese": (1024, 48)}
 
@@ -63,12 +67,6 @@ def stock(model: SentenceTransformer, texts: Sequence[str]) -> Vectors:
     return np.asarray(vectors, dtype=np.float32)
 
 
-def load_seconds(make: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    make()
-    return clock() - start
-
-
 def through_files(model_name: str, texts: Sequence[str], precision: str, folder: Path) -> Path:
     """The inference stage on a two-column file; returns the embedding file."""
     from ebr_lib.inference import run_batch_inference
@@ -81,49 +79,96 @@ def through_files(model_name: str, texts: Sequence[str], precision: str, folder:
     return output
 
 
-def contenders_of(
-    model_name: str, texts: Sequence[str], folder: Path, clock: Callable[[], float]
-) -> dict[str, tuple[Contender, float]]:
-    """Name to (what to time, seconds of it that are the loading of the model)."""
+class Contest:
+    """The contenders, each in a process of its own, for memory that one gave back is not the next one's."""
+
+    def __init__(self, model_name: str, texts: Sequence[str], *, threads: int | None, cpu_time: bool) -> None:
+        task = Task(model_name, tuple(texts), threads, cpu_time)
+        spawn = get_context("spawn")
+        self.pools = {name: ProcessPoolExecutor(1, spawn, prepare, (name, task)) for name in names_of_contenders()}
+
+    def measure(self, rounds: int) -> dict[str, tuple[list[float], float]]:
+        """Name to (seconds of each round, smallest cosine to the base's vectors)."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.pools}
+        vectors: dict[str, Vectors] = {}
+        for turn in range(rounds + 1):
+            for name, pool in self.pools.items():
+                elapsed, vectors[name] = pool.submit(take_turn).result()
+                if turn:  # the first turn warms up
+                    seconds[name].append(elapsed)
+        for pool in self.pools.values():
+            pool.shutdown()
+        return {name: (seconds[name], float((vectors[name] * vectors[BASE]).sum(axis=1).min())) for name in self.pools}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender is told."""
+
+    model: str
+    texts: tuple[str, ...]
+    threads: int | None
+    cpu_time: bool
+
+
+def names_of_contenders() -> list[str]:
+    from ebr_lib.model.precision import choose_precision
+    from ebr_lib.model.training import training_device
+
+    if choose_precision("auto", training_device()).dtype != "bfloat16":
+        return [BASE, "Encoder, float32", "Files, float32"]
+    return [BASE, BASE_BF16, "Encoder, float32", "Files, float32", "Encoder, bfloat16", "Files, bfloat16"]
+
+
+_turn: Callable[[], tuple[float, Vectors]]  # of a contender's process
+
+
+def take_turn() -> tuple[float, Vectors]:
+    return _turn()
+
+
+def prepare(name: str, task: Task) -> None:
+    """In a contender's process: load its model and keep what a turn does."""
+    global _turn  # noqa: PLW0603 - a pool's initializer has no other way to hand over
     import torch
 
     from ebr_lib.model.encoder import Encoder
     from ebr_lib.model.loading import load_model
-    from ebr_lib.model.precision import choose_precision
 
-    model = load_model(model_name)
-    found: dict[str, tuple[Contender, float]] = {BASE: (partial(stock, model, texts), 0.0)}
-    has_bf16 = choose_precision("auto", model.device.type).dtype == "bfloat16"
-    if has_bf16:
-        half = load_model(model_name, dtype=torch.bfloat16)
-        found["SentenceTransformer.encode, bfloat16, batch 32"] = (partial(stock, half, texts), 0.0)
-    for precision in ("float32", "bfloat16") if has_bf16 else ("float32",):
-        encoder = Encoder(model, precision=precision)
-        found[f"Encoder, {precision}"] = (partial(encoder.encode, texts), 0.0)
-        load = median(load_seconds(partial(load_model, model_name), clock) for _ in range(3))
-        found[f"Files, {precision}"] = (partial(through_files, model_name, texts, precision, folder), load)
-    return found
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    clock = time.process_time if task.cpu_time else time.perf_counter
+    if name.startswith("Files"):
+        _turn = partial(files_turn, task, name.rpartition(" ")[2], clock)
+        return
+    if name.startswith("Encoder"):
+        precision: Any = name.rpartition(" ")[2]
+        run = partial(Encoder(load_model(task.model), precision=precision).encode, list(task.texts))
+    else:
+        model = load_model(task.model, dtype=torch.bfloat16 if name == BASE_BF16 else torch.float32)
+        run = partial(stock, model, task.texts)
+    _turn = partial(memory_turn, run, clock)
 
 
-def measure(
-    contenders: dict[str, tuple[Contender, float]], rounds: int, clock: Callable[[], float]
-) -> dict[str, tuple[list[float], float]]:
-    """Name to (seconds of each round, smallest cosine to the base's vectors)."""
+def memory_turn(run: Callable[[], Vectors], clock: Callable[[], float]) -> tuple[float, Vectors]:
+    start = clock()
+    vectors = run()
+    return clock() - start, vectors
+
+
+def files_turn(task: Task, precision: str, clock: Callable[[], float]) -> tuple[float, Vectors]:
+    """Seconds of the whole stage, less those of loading the model, which the others have loaded beforehand."""
     from ebr_lib.data.vectors import read_embeddings
+    from ebr_lib.model.loading import load_model
 
-    reference = contenders[BASE][0]()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    cosines = {}
-    for turn in range(rounds + 1):
-        for name, (run, load) in contenders.items():
-            start = clock()
-            result = run()
-            elapsed = clock() - start - load
-            vectors = read_embeddings(result).vectors if isinstance(result, Path) else result
-            cosines[name] = float((vectors * reference).sum(axis=1).min())
-            if turn:  # the first turn warms up
-                seconds[name].append(elapsed)
-    return {name: (seconds[name], cosines[name]) for name in contenders}
+    start = clock()
+    load_model(task.model)
+    loading = clock() - start
+    with tempfile.TemporaryDirectory() as folder:
+        start = clock()
+        output = through_files(task.model, task.texts, precision, Path(folder))
+        elapsed = clock() - start - loading
+        return elapsed, np.asarray(read_embeddings(output).vectors)
 
 
 def markdown(name: str, texts: Sequence[str], found: dict[str, tuple[list[float], float]]) -> str:
@@ -167,17 +212,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    import torch
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
     print(machine(), file=sys.stderr)
     for name in args.sets:
         texts = texts_of(name, args.data)[: COUNTS[name][args.quick]]
-        with tempfile.TemporaryDirectory() as folder:
-            contenders = contenders_of(args.model, texts, Path(folder), clock)
-            print(markdown(name, texts, measure(contenders, args.rounds, clock)), flush=True)
+        contest = Contest(args.model, texts, threads=args.threads, cpu_time=args.cpu_time)
+        print(markdown(name, texts, contest.measure(args.rounds)), flush=True)
 
 
 if __name__ == "__main__":
