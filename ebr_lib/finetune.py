@@ -480,6 +480,8 @@ def _before_after(before: Means, after: Means) -> Table:
         for name in METRICS
         for change in [f"{after[group][name] - before[group][name]:+.4f}"]
     ]
+    if not rows:
+        return Table("微调前后 before and after: 没有验证集 no rows were held out, so nothing was measured", (), ())
     columns = ("documents", "queries", "metric", "before", "after", "change")
     return Table("微调前后 before and after, on the held-out anchors", columns, rows)
 

@@ -49,7 +49,7 @@ class Table(Shown):
         shown = (
             "  ".join(c + " " * (w - _width(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
         )
-        return "\n".join([self.title, *shown])
+        return "\n".join([self.title, *shown]).rstrip()
 
     def html(self) -> str:
         """An HTML table; every cell is escaped, for cells hold users' texts."""

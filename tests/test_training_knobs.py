@@ -455,6 +455,22 @@ def test_the_preflight_leaves_no_trace(settings, monkeypatch, tmp_path):  # noqa
     assert same(flown, adapter(train(settings, noise_enabled=True, noise_prob=0.5, output_dir=str(tmp_path / "n"))))
 
 
+def test_the_log_says_what_the_longest_batch_took(settings, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(30.0, 1234.4))
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        found = train(settings)
+    line = next(record.getMessage() for record in caplog.records if "preflight" in record.getMessage())
+    assert "longest batch 30.00 s, memory 1234 MB" in line
+    minutes = float(line.split("at most ")[1].split()[0])
+    assert 30 * (found.steps - 1) / 60 < minutes <= 30 * found.steps / 60  # the last batch is a part of one
+
+
+def test_without_held_out_rows_the_table_says_so(settings):  # noqa: F811
+    result = train(settings, eval_ratio=0.0)
+    assert "no rows were held out" in str(result)
+    assert not result.table.rows
+
+
 def test_the_preflight_flies_the_rows_with_most_tokens(tiny_bert):
     tokenizer = load_model(str(tiny_bert), device="cpu").tokenizer
     words = [5, 3, 40, 7, 2, 9, 30, 1]
