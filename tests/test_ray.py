@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,37 @@ def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: 
     assert result.counts["read"] == local.counts["read"] == 183
     assert result.counts["written"] == 180
     assert not (tmp_path / "parts.txt.work").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+    from ebr_lib.engines import ray_cluster
+
+    for number in range(4):
+        catalogue(tmp_path, [f"{number}-{i}\x01blanket 毯子 {i}\x01x" for i in range(20)], f"{number}.csv")
+    met = tmp_path / "met"
+    met.mkdir()
+
+    class Meeting(ray_cluster.ShardWorker):
+        """Begins its first shard when another worker has begun one too."""
+
+        def run(self, shard):
+            (met / str(os.getpid())).touch()
+            deadline = time.monotonic() + 120
+            while len(list(met.iterdir())) < 2:
+                assert time.monotonic() < deadline, "no second worker came"
+                time.sleep(0.01)
+            return super().run(shard)
+
+    monkeypatch.setattr(ray_cluster, "ShardWorker", Meeting)
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
+    local = run(tmp_path, **knobs)
+    result = run(tmp_path, **knobs, engine="ray", num_actors=2, output_path=str(tmp_path / "parts.txt"))
+    one, many = read_embeddings(local.output), read_embeddings(tmp_path / "parts.txt")
+    assert one.columns == many.columns
+    assert np.abs(one.vectors - many.vectors).max() < 1e-6
+    assert result.counts["written"] == 80
+    assert len(list(met.iterdir())) == 2
 
 
 def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: Path, cluster):
