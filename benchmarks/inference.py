@@ -191,12 +191,13 @@ def machine() -> str:
     import torch
     import transformers
 
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line]
+    cpu = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0]
+    instructions = torch.backends.cpu.get_cpu_capability() + (" with AMX" if "amx_bf16" in cpu else "")
     load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     return (
-        f"{device}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{load}; "
+        f"{device}, {torch.get_num_threads()} threads, {instructions}{load}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"sentence-transformers {sentence_transformers.__version__}"
     )

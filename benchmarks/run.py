@@ -3,6 +3,7 @@
     python benchmarks/run.py --data DIR            # about 20 minutes on two cores
     python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: to see that all of it runs; writes nothing
     python benchmarks/run.py --data DIR --only training files
+    python benchmarks/run.py --data DIR --multilingual MODEL    # Chinese texts as well
 
 DIR holds banking77/, cranfield/ and online_shopping/. A part that was run replaces its section and leaves the others.
 On a machine with a GPU the same parts run on it. quality.py takes longer, and stands by itself.
@@ -20,15 +21,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
-# part: (title, arguments of a full run, of a quick one); DIR stands for the folder of the data sets
+# part: (title, arguments of a full run, of a quick one); DIR is the folder of the data sets, MODEL a multilingual model
 PARTS: dict[str, tuple[str, str, str]] = {
-    "training": ("Training", "training.py --data DIR --steps 8", "training.py --data DIR --quick"),
+    "training": ("Training", "training.py --data DIR --steps 16", "training.py --data DIR --quick"),
     "shape": (
         "Training, 0.5B shape",
         "training.py --data DIR --parts shape --rounds 3",
         "training.py --data DIR --parts shape --quick",
     ),
     "inference": ("Encoding", "inference.py --data DIR", "inference.py --data DIR --quick --rounds 1"),
+    "chinese": (
+        "Encoding, Chinese",
+        "inference.py --data DIR --sets chinese --model MODEL",
+        "inference.py --data DIR --sets chinese --model MODEL --quick --rounds 1",
+    ),
     "files": ("Files", "files.py", "files.py --quick"),
     "memory": ("Memory of encoding", "files.py --memory", "files.py --memory --quick"),
     "index": ("Index and search", "index.py", "index.py --rows 5000"),
@@ -41,15 +47,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--multilingual", type=Path, help="folder of a model that knows Chinese")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     failed = []
     for part in args.only:
         title, full, quick = PARTS[part]
         command = quick if args.quick else full
+        if "MODEL" in command and not args.multilingual:
+            continue
         print(f"--- python benchmarks/{command}", flush=True)
         start = time.perf_counter()
-        tables = run(command, args.data)
+        tables = run(command, {"DIR": args.data, "MODEL": args.multilingual})
         print(tables if tables is not None else f"{part} failed", f"\n{time.perf_counter() - start:.0f} s", flush=True)
         if tables is None:
             failed.append(part)
@@ -59,9 +68,9 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def run(command: str, data: Path) -> str | None:
+def run(command: str, places: dict[str, Path | None]) -> str | None:
     """What a benchmark prints to its standard output; None when it fails. Its log goes to the terminal."""
-    script, *rest = command.replace("DIR", str(data)).split()
+    script, *rest = (str(places.get(word, word)) for word in command.split())
     done = subprocess.run([sys.executable, str(HERE / script), *rest], stdout=subprocess.PIPE, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 

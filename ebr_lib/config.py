@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
+from ebr_lib.model.precision import Asked
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -19,7 +20,6 @@ NotNegative = Annotated[float, Field(ge=0)]
 MoreThanZero = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Length = Annotated[int, Field(ge=8, le=32768)]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 # what the knobs do that several stages have
 REMOTE_CODE = (
@@ -347,7 +347,7 @@ class InferenceConfig(Config):
         "Keep the first dimensions of a Matryoshka model, normalised after the cut.",
         "只保留前若干维（Matryoshka 模型），截断后再归一化。",
     )
-    precision: Precision = knob("auto", *PRECISION)
+    precision: Asked = knob("auto", *PRECISION)
     batch_tokens: Annotated[int, Field(ge=16)] | None = knob(
         None,
         "Tokens a batch, padding included; null takes what measured fastest. Lower it when memory runs out.",
@@ -567,7 +567,7 @@ class EvalConfig(Config):
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
     )
-    precision: Precision = knob("auto", *PRECISION)
+    precision: Asked = knob("auto", *PRECISION)
     device: str | None = knob(None, *DEVICE)
     # measures and report
     ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
 CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
-HELDOUT_FILE, CORPUS_FILE, REJECTS_FILE = "heldout.jsonl", "corpus.jsonl", "rejected_rows.jsonl"
+REJECTS_FILE = "rejected_rows.jsonl"
 MINED_FILE = "mined_negatives.jsonl"
 # knobs that say where, how often and how to go on; a resumed run may change them
 FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", "dataloader_num_workers", "save_steps")
@@ -271,7 +271,7 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
 
 
 def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
-    from ebr_lib.data.batches import known_positive_keys
+    from ebr_lib.data.batches import KnownPositives
     from ebr_lib.model import training
     from ebr_lib.model.adapters import trainable_counts
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
@@ -281,7 +281,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
     rows = training.with_equal_negatives([*data.train, *data.heldout], documents, config.seed)
     train = training.to_dataset(rows[: len(data.train)], 0)
     heldout = training.to_dataset(rows[len(data.train) :], len(data.train))
-    known = known_positive_keys(rows)
+    known = KnownPositives(rows)
     facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
     callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts)]
     if data.task:
@@ -311,7 +311,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
 
 
 def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int) -> Any:
-    from ebr_lib.model.training import training_arguments
+    from ebr_lib.model.training import LOWER_IS_BETTER, training_arguments
 
     return training_arguments(
         _place(config, CHECKPOINTS_SUFFIX),
@@ -333,7 +333,7 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         dataloader_num_workers=config.dataloader_num_workers,
         dataloader_pin_memory=config.dataloader_pin_memory and model.device.type == "cuda",
         metric_for_best_model=f"eval_{config.best_metric}",
-        greater_is_better=config.best_metric != "loss",
+        greater_is_better=config.best_metric != LOWER_IS_BETTER,
         prompts=_column_prompts(config, model, negatives),
         seed=config.seed,
     )
@@ -487,11 +487,14 @@ def _before_after(before: Means, after: Means) -> Table:
 
 
 def _say_if_worse(config: FinetuneConfig, before: Means, after: Means) -> None:
-    metric = config.best_metric if config.best_metric != "loss" else "ndcg@10"
+    from ebr_lib.data.doctor import SMALL_DATA_PRESET
+    from ebr_lib.model.training import LOWER_IS_BETTER
+
+    metric = config.best_metric if config.best_metric != LOWER_IS_BETTER else "ndcg@10"
     if before and after["all"][metric] <= before["all"][metric]:
         logger.warning(
             "没有超过基座模型 no better than the base model: %s %.4f before, %.4f after; see the data table above, and "
-            "try configs/finetune/small_data.yaml or more data",
+            f"try {SMALL_DATA_PRESET} or more data",
             metric,
             before["all"][metric],
             after["all"][metric],
@@ -530,6 +533,8 @@ def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, resul
 
 def _save_heldout(data: _Data, folder: Path) -> None:
     """The held-out anchors and every document of the data, for the evaluation stage."""
+    from ebr_lib.retrieval.task import CORPUS_FILE, HELDOUT_FILE
+
     answers: dict[str, list[str]] = {}
     for row in data.heldout:
         answers.setdefault(row.anchor, []).append(row.positive)

@@ -87,7 +87,9 @@ def _adapter(config_class: Any, name: str) -> TypeAdapter[Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists become tuples, so that a config stays what it was when it was checked."""
+    """Lists become tuples and dicts copies, so that a config stays what it was when it was checked."""
+    if isinstance(value, dict):
+        return {name: _frozen(inner) for name, inner in value.items()}
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 

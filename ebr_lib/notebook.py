@@ -40,7 +40,8 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
 
     :param parameters: names of the cell tagged `parameters` to new values; a dict updates the cell's dict.
     :returns: where the executed copy is; it is written when a cell fails, too.
-    :raises ConfigError: a name that the cell does not set.
+    :raises MissingError: there is no such notebook.
+    :raises ConfigError: a name that the cell does not set, or no such cell.
     :raises NotebookError: a cell raised; says which and what.
     """
     path, output = Path(path), Path(output)
@@ -61,7 +62,10 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
 
 
 def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
-    """`RUN_X=false` and `FINETUNE_CONFIG.num_epochs=1` as the names and values to inject; values are YAML."""
+    """`RUN_X=false` and `FINETUNE_CONFIG.num_epochs=1` as the names and values to inject; values are YAML.
+
+    :raises ConfigError: a setting without `=`, or whose value is no YAML.
+    """
     parameters: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -88,7 +92,10 @@ def headline(executed: str | Path) -> str:
 
 
 def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
-    """Put a cell tagged `injected-parameters` behind the parameters cell, in the stead of an earlier one."""
+    """Put a cell tagged `injected-parameters` behind the parameters cell, in the stead of an earlier one.
+
+    :raises ConfigError: there is not one parameters cell, or it does not set a name.
+    """
     notebook.cells = [cell for cell in notebook.cells if INJECTED not in _tags(cell)]
     if not parameters:
         return

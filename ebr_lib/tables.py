@@ -13,15 +13,20 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _width(text: str) -> int:
-    """Columns a text takes in a terminal: Chinese characters take two."""
+def columns_of(text: str) -> int:
+    """Width in half-width columns: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def shortened(text: str, letters: int = 30) -> str:
-    """A text on one line, cut to so many letters."""
-    line = " ".join(text.split())
-    return line if len(line) <= letters else line[: letters - 1] + "…"
+def shortened(text: str, columns: int = 40) -> str:
+    """A text on one line, cut to so many half-width columns."""
+    text = " ".join(text.split())
+    if columns_of(text[: columns + 1]) <= columns:
+        return text
+    text = text[:columns]
+    while columns_of(text) > columns - 1:
+        text = text[:-1]
+    return text.rstrip() + "…"
 
 
 class Shown:
@@ -45,9 +50,10 @@ class Table(Shown):
     def text(self) -> str:
         """Columns aligned by spaces, for logs and terminals."""
         lines = [list(self.columns), *([_cell(value) for value in row] for row in self.rows)]
-        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
+        widths = [max(columns_of(line[i]) for line in lines) for i in range(len(self.columns))]
         shown = (
-            "  ".join(c + " " * (w - _width(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+            "  ".join(c + " " * (w - columns_of(c)) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
         )
         return "\n".join([self.title, *shown]).rstrip()
 

@@ -21,10 +21,10 @@ from ebr_lib.data.vectors import iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.files import write_json
 from ebr_lib.logs import logger
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import Shown, Table, shortened
 from ebr_lib.view import clusters as measure
 from ebr_lib.view import explorer, figure, projection
-from ebr_lib.view.figure import Groups, Panel, shortened
+from ebr_lib.view.figure import Groups, Panel
 
 Vectors = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, deal, keep_anchors_apart, known_positive_keys
+from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, deal, keep_anchors_apart
 from ebr_lib.data.pairs import TrainingRow, normalised
 
 
@@ -151,7 +151,7 @@ def test_mask_by_hand():
         TrainingRow("Q0", "d1", ("q1",)),
         TrainingRow("d0", "z"),
     ]
-    known = known_positive_keys(rows)
+    known = KnownPositives(rows)
     assert known.anchors[0] == known.anchors[2] != known.anchors[1]
     assert known.documents[1] == known.documents[2]
     wanted = [

@@ -20,7 +20,7 @@ from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.compare import Difference, changed_most, compare, holm_corrected
 from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
-from ebr_lib.retrieval.task import Columns, find_sources, query_slices, read_task
+from ebr_lib.retrieval.task import Columns, find_sources, query_slices, read_records, read_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DOCS = [
@@ -52,6 +52,32 @@ def beir(tmp_path) -> Path:
     (folder / "qrels").mkdir()
     (folder / "qrels" / "test.tsv").write_text(QRELS)
     return folder
+
+
+def test_tables_are_read_as_hive_writes_them(tmp_path):
+    path = tmp_path / "queries.txt"
+    path.write_bytes('id\x01text\x01city\r\n1\x01左\r右\x01\\N\r\n2\x01red\u2028shoe "x\x01\r\n\r\n'.encode())
+    assert read_records(path) == [
+        {"id": "1", "text": "左\r右", "city": None},
+        {"id": "2", "text": 'red\u2028shoe "x', "city": ""},
+    ]
+    path.write_bytes("id\x01text\n1\x01透明手机壳\n2\x01红鞋\n".encode("gb18030"))
+    assert [row["text"] for row in read_records(path)] == ["透明手机壳", "红鞋"]
+    path.write_bytes(b"id\x01text\n1\x01a\n2\n")
+    with pytest.raises(DataError, match=r"line 3: 1 fields, wanted 2"):
+        read_records(path)
+
+
+def test_an_array_of_json_may_begin_after_white_space(tmp_path):
+    path = tmp_path / "queries.json"
+    path.write_text('\ufeff\n  [{"text": "a"}]', encoding="utf-8")
+    assert read_records(path) == [{"text": "a"}]
+
+
+def test_a_row_without_id_is_an_error(tmp_path, beir):
+    jsonl(tmp_path / "beir" / "corpus.jsonl", [{"_id": "d0", "text": "a"}, {"_id": None, "text": "b"}])
+    with pytest.raises(DataError, match=r"no id in column _id of rows 2"):
+        task_of(beir)
 
 
 def task_of(data_path=None, queries=None, corpus=None, *, qrels=None, columns=None, slices=(), trained=()):

@@ -9,6 +9,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 
+from ebr_lib.tables import columns_of, shortened
 from ebr_lib.view import figure
 from ebr_lib.view.figure import Groups, Panel
 
@@ -226,21 +227,21 @@ def test_dollars_and_markup_in_labels_are_letters(tmp_path):
 
 
 def test_texts_are_cut_by_what_they_take():
-    assert figure.shortened("short", 10) == "short"
-    assert figure.shortened("热水器洗发水", 9) == "热水器洗…"
-    assert figure.shortened("two\nlines\t here", 40) == "two lines here"
-    assert figure.columns_of(figure.shortened("长" * 100, 30)) <= 30
+    assert shortened("short", 10) == "short"
+    assert shortened("热水器洗发水", 9) == "热水器洗…"
+    assert shortened("two\nlines\t here", 40) == "two lines here"
+    assert columns_of(shortened("长" * 100, 30)) <= 30
 
 
 def test_labels_that_begin_alike_stay_apart():
     names = ["balance_not_updated_after_bank_transfer", "balance_not_updated_after_cheque_or_cash", "余额" * 30 + "末"]
     cut = [figure.squeezed(name, 24) for name in names]
     assert cut == ["balance_not_upd…transfer", "balance_not_upd…_or_cash", cut[2]]
-    assert all(figure.columns_of(name) <= 24 for name in cut) and cut[2].endswith("末")
+    assert all(columns_of(name) <= 24 for name in cut) and cut[2].endswith("末")
     assert figure.squeezed("short", 24) == "short"
 
 
 def test_lines_break_at_spaces_and_inside_chinese():
     lines = figure.wrapped("some words and " + "长" * 30 + " more", 20).split("\n")
-    assert all(figure.columns_of(line) <= 20 for line in lines)
+    assert all(columns_of(line) <= 20 for line in lines)
     assert "".join(lines).replace(" ", "") == "somewordsand" + "长" * 30 + "more"

@@ -61,3 +61,13 @@ def test_layers_with_wrong_vectors_are_taken_back(tiny_bert, monkeypatch, wrong)
     model = _half(tiny_bert)
     fuse(model)
     assert _kinds(model) == {"BertLayer"}
+
+
+def test_layers_that_only_bear_the_name_are_left_alone(tiny_bert):
+    model = _half(tiny_bert)
+    layer = model.transformers_model.encoder.layer[0]
+    layer.intermediate.dense = torch.nn.Sequential(layer.intermediate.dense)
+    before = model.encode(TEXTS)
+    fuse(model)
+    assert _kinds(model) == {"BertLayer"}
+    assert (model.encode(TEXTS) == before).all()

@@ -6,7 +6,9 @@ import errno
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ebr_lib.engines import job as jobs
 from ebr_lib.engines import local
 from ebr_lib.engines.job import EncodeReport
 from ebr_lib.engines.local import EncoderFacts
-from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
+from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, UserError
 from ebr_lib.inference import run_batch_inference
 from ebr_lib.model.loading import ModelIdentity
 
@@ -285,13 +287,36 @@ def manifest_tokens(manifest: dict) -> int:
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path):
+def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path, monkeypatch):
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(40)])
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "max_seq_length": 8}
     one = run(tmp_path, **knobs)
+    told = []
+    real = local.ProcessEncoder.encode
+
+    def encode(self, prepared, tell):
+        return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
+
+    monkeypatch.setattr(local.ProcessEncoder, "encode", encode)
     two = run(tmp_path, **knobs, num_processes=2, output_path=str(tmp_path / "two.txt"))
+    assert told == [20, 40]
     assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
     assert one.counts["truncated"] == two.counts["truncated"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path, tiny_bert: Path):
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_bert, broken)
+    (broken / "modules.json").unlink()
+    (broken / "config.json").unlink()
+    recipe = local.EncoderRecipe(str(broken), device="cpu")
+    with pytest.raises(UserError) as alone:
+        local.open_encoder(recipe)
+    with pytest.raises(UserError) as of_two:
+        local.open_encoder(recipe, processes=2)
+    assert (type(of_two.value), str(of_two.value)) == (type(alone.value), str(alone.value))
+    assert not multiprocessing.active_children()
 
 
 def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypatch):

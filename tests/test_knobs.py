@@ -81,6 +81,10 @@ def test_a_config_cannot_change_after_its_check():
     config = Small.resolve({"names": names})
     names.append("y")
     assert config.names == ("x",)
+    prompt = {"anchor": "q: "}
+    config = FinetuneConfig.resolve({"prompt": prompt})
+    prompt["anchor"] = "changed"
+    assert config.prompt == {"anchor": "q: "}
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.size = 1  # type: ignore[misc]
 

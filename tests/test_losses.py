@@ -6,7 +6,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
 
-from ebr_lib.data.batches import known_positive_keys
+from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.loading import load_model
@@ -82,7 +82,7 @@ def test_known_positives_leave_the_softmax():
         TrainingRow("q1", "another answer"),
         TrainingRow("q3", "third"),
     ]
-    known = known_positive_keys(rows)
+    known = KnownPositives(rows)
     reps = random_vectors(4, 2)
     loss = ContrastiveLoss(Still(), temperature=0.5, known_positives=known.mask)
     masked = {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1)}
@@ -96,7 +96,7 @@ def test_a_mask_that_finds_nothing_changes_no_bit():
     rows = [TrainingRow(a, p) for a, p in zip(ANCHORS, POSITIVES, strict=True)]
     reps = random_vectors(4, 2)
     plain = ContrastiveLoss(Still()).calculate_loss(reps, torch.arange(4))
-    masked = ContrastiveLoss(Still(), known_positives=known_positive_keys(rows).mask)
+    masked = ContrastiveLoss(Still(), known_positives=KnownPositives(rows).mask)
     assert torch.equal(masked.calculate_loss(reps, torch.arange(4)), plain)
 
 

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import get_scheduler, set_seed
 
-from ebr_lib.data.batches import known_positive_keys
+from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
 from ebr_lib.data.pairs import expand, read_pairs
 from ebr_lib.model import precision, training
@@ -174,7 +174,7 @@ def test_accumulation_steps_with_the_mean_gradient_of_its_batches(plain, watched
     torch.nn.utils.vector_to_parameters(watched.weights[0], weights)
     loss = ContrastiveLoss(model)  # each batch alone: negatives stay within it
     rows = expand(read_pairs(plain["data_path"]))
-    loss.known_positives = known_positive_keys(rows).mask
+    loss.known_positives = KnownPositives(rows).mask
     for _, labels in batches[:3]:
         columns = [[rows[i].anchor for i in labels], [rows[i].positive for i in labels]]
         (loss([model.preprocess(column) for column in columns], labels) / 3).backward()

@@ -260,8 +260,3 @@ class KnownPositives:
         codes = anchors * self._base + documents
         place = torch.searchsorted(self._pairs, codes).clamp_(max=len(self._pairs) - 1)
         return (self._pairs[place] == codes) & (documents != 0)
-
-
-def known_positive_keys(rows: Sequence[TrainingRow]) -> KnownPositives:
-    """Number the texts of all training rows and remember which pairs are positive; a million rows take seconds."""
-    return KnownPositives(rows)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebr_lib.data.batches import Ints, KnownPositives, known_positive_keys
+from ebr_lib.data.batches import Ints, KnownPositives
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.logs import logger
 from ebr_lib.tables import Shown, Table, shortened
@@ -55,7 +55,7 @@ def mine_hard_negatives(
 
     :param margin: None takes documents however near.
     """
-    known = known_positive_keys(rows)
+    known = KnownPositives(rows)
     anchors, first_row = np.unique(known.anchors, return_index=True)
     documents, texts = _different_documents(rows, known)
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(anchors), len(documents))

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.data.hive import BOM, NULL
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DELIMITER = b"\x01"
-NULL = b"\\N"
 VECTOR = "vector"
+PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
 ENDINGS = (".txt", ".csv", ".tsv", ".parquet", ".npy")
 BLOCK_BYTES = 1 << 24  # of text parsed at once
 BATCH_ROWS = 1 << 14
@@ -99,15 +100,21 @@ def read_embeddings(path: str | Path, columns: Sequence[str] | None = None, *, k
     """
     batches = list(iter_embeddings(path, columns, keep_empty=keep_empty))
     total = sum(batch.total for batch in batches)
-    if not any(batch.vectors.shape[1] for batch in batches):
+    if not any(batch.valid.any() for batch in batches):
         raise DataError(f"{path}: none of its {total} rows holds a vector; run the inference again")
     names = list(batches[0].columns)
+    dim = max(batch.vectors.shape[1] for batch in batches)
     return Embeddings(
-        vectors=np.concatenate([batch.vectors for batch in batches if len(batch)]),
+        vectors=np.concatenate([_of_width(batch.vectors, dim) for batch in batches if len(batch)]),
         columns={name: [value for batch in batches for value in batch.columns[name]] for name in names},
         rows=np.concatenate([batch.rows for batch in batches]),
         total=total,
     )
+
+
+def _of_width(vectors: Vectors, dim: int) -> Vectors:
+    """Rows that came before the file's first vector have no width yet; they are NaN."""
+    return vectors if vectors.shape[1] else np.full((len(vectors), dim), np.nan, dtype=np.float32)
 
 
 def iter_embeddings(
@@ -137,7 +144,7 @@ def iter_embeddings(
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    parts = sorted(p for p in path.glob("part-*") if p.suffix in ENDINGS and not p.name.endswith(".ids.txt"))
+    parts = sorted(p for p in path.glob(f"{PART_PREFIX}*") if p.suffix in ENDINGS and not p.name.endswith(".ids.txt"))
     if not parts:
         raise MissingError(f"embedding file {path}: there is no such file; run the inference stage first")
     return parts
@@ -207,7 +214,7 @@ class _Text:
             head = file.readline()
             if not head:
                 raise DataError(f"{path} is empty; run the inference again")
-            found = head.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").split("\x01")
+            found = head.rstrip(b"\r\n").removeprefix(BOM).decode("utf-8", "replace").split("\x01")
             place = _need_vector(path, found)
             wanted = [(name, found.index(name)) for name in _chosen(path, found, columns)]
             yield len(head), Embeddings(np.empty((0, dim or 0), np.float32), {n: [] for n, _ in wanted}, _no_rows(), 0)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
 from ebr_lib.errors import ModelError
+from ebr_lib.model.precision import Asked
 
 Vectors = NDArray[np.float32]
 
@@ -32,7 +33,7 @@ class EncoderRecipe:
     max_seq_length: int | None = None
     normalize: bool = True
     truncate_dim: int | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Asked = "auto"
     batch_tokens: int | None = None
     device: str | None = None
 
@@ -164,14 +165,17 @@ class ProcessEncoder:
     def __init__(self, recipe: EncoderRecipe, devices: Sequence[str | None]) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         threads = max(1, (os.cpu_count() or 1) // len(devices))
-        self._pools = [
-            ProcessPoolExecutor(1, context, _start, (replace(recipe, device=device), threads)) for device in devices
-        ]
-        futures = [pool.submit(_facts) for pool in self._pools]
+        recipes = [replace(recipe, device=device) for device in devices]
+        self._pools = [ProcessPoolExecutor(1, context) for _ in recipes]
         try:
+            futures = [pool.submit(_start, own, threads) for pool, own in zip(self._pools, recipes, strict=True)]
             self.facts, *_ = [future.result() for future in futures]
         except BrokenProcessPool as error:
+            self.close()
             raise self._broken() from error
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def dim(self) -> int:
@@ -190,12 +194,14 @@ class ProcessEncoder:
         ]
         vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
         counts: Counter[str] = Counter()
-        cut = []
+        cut, done = [], 0
         for future, share in zip(futures, shares, strict=False):
             try:
                 vectors[share], report = future.result()
             except BrokenProcessPool as error:
                 raise self._broken() from error
+            done += len(share)
+            told(done)
             counts += report.counts
             cut += [(share[i], tokens, kept) for i, tokens, kept in report.cut]
         return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES])
@@ -214,17 +220,15 @@ class ProcessEncoder:
 _worker: TextEncoder | None = None  # of a process that encodes; nowhere else
 
 
-def _start(recipe: EncoderRecipe, threads: int) -> None:
-    global _worker  # noqa: PLW0603 - a pool's initializer has no other way to hand over
+def _start(recipe: EncoderRecipe, threads: int) -> EncoderFacts:
+    """Load the model. (Not as the pool's initializer: what that raises does not come back.)"""
+    global _worker  # noqa: PLW0603 - what a process of a pool keeps between its tasks
     import torch
 
     torch.set_num_threads(threads)
-    _worker = LocalEncoder(recipe)
-
-
-def _facts() -> EncoderFacts:
-    assert isinstance(_worker, LocalEncoder)
-    return _worker.facts
+    encoder = LocalEncoder(recipe)
+    _worker = encoder
+    return encoder.facts
 
 
 def _encode(texts: list[str]) -> tuple[Vectors, EncodeReport]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ebr_lib
+from ebr_lib.data.vectors import PART_PREFIX
 from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, clean_up, run_job
 from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder
 from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
@@ -28,13 +29,19 @@ class ShardWorker:
     """What runs in an actor: an encoder, and shards for it."""
 
     def __init__(self, recipe: EncoderRecipe) -> None:
-        self._encoder = LocalEncoder(recipe)
+        self._recipe = recipe
+        self._loaded: LocalEncoder | None = None
+
+    def _encoder(self) -> LocalEncoder:
+        """Made by the first task, not with the actor: to Ray, an actor that cannot be made is one that was lost."""
+        self._loaded = self._loaded or LocalEncoder(self._recipe)
+        return self._loaded
 
     def facts(self) -> EncoderFacts:
-        return self._encoder.facts
+        return self._encoder().facts
 
     def run(self, shard: Job) -> Outcome:
-        return run_job(shard, self._encoder, lambda rows, texts, share: None)
+        return run_job(shard, self._encoder(), lambda rows, texts, share: None)
 
 
 class RayEngine:
@@ -55,7 +62,11 @@ class RayEngine:
         options: dict[str, Any] = {"num_gpus": min(gpus, 1), "max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(num_cpus=1, **options)(ShardWorker)
         self.actors: list[Any] = [worker.remote(recipe) for _ in range(actors or gpus or 1)]
-        self.facts: EncoderFacts = self._answer(self.actors[0].facts.remote())
+        try:
+            self.facts: EncoderFacts = self._answer(self.actors[0].facts.remote())
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self, reference: Any) -> Any:
         try:
@@ -69,7 +80,11 @@ class RayEngine:
             ) from error
 
     def run(self, job: Job, progress: Progress) -> Outcome:
-        """Encode every input file into a part file; parts that an interrupted run has finished are kept."""
+        """Encode every input file into a part file; parts that an interrupted run has finished are kept.
+
+        :raises DataError: the output is a file, or as `run_job`.
+        :raises ModelError: a worker was lost more than RETRIES times.
+        """
         if job.output.is_file():
             raise DataError(
                 f"{job.output} is a file; engine ray writes a folder of part files: give another output_path"
@@ -111,7 +126,7 @@ class RayEngine:
 def _shards(job: Job) -> Iterator[Job]:
     """A job a file, whose part lies in the work folder until all are done."""
     for number, (source, entry) in enumerate(zip(job.sources, job.inputs, strict=True)):
-        output = (job.folder / f"part-{number:05}{job.output.suffix}").resolve()
+        output = (job.folder / f"{PART_PREFIX}{number:05}{job.output.suffix}").resolve()
         source = replace(source, path=source.path.resolve())  # noqa: PLW2901 - workers have another current folder
         yield replace(job, sources=(source,), inputs=(entry,), output=output)
 

@@ -79,6 +79,7 @@ def check_probes(model: SentenceTransformer, contract: Contract, side: str, wher
     """Compare the model's probe vectors with the saved ones; warn loudly when they differ.
 
     :returns: the smallest cosine over the probes, 1.0 where the contract holds none.
+    :raises ModelError: the vectors have another dimension than the saved ones.
     """
     saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
     if not saved.size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
-from ebr_lib.model.precision import choose_precision
+from ebr_lib.model.precision import Asked, choose_precision
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -132,7 +132,7 @@ class Encoder:
         prompt: str = "",
         normalize: bool = True,
         truncate_dim: int | None = None,
-        precision: Literal["float32", "bfloat16", "auto"] = "auto",
+        precision: Asked = "auto",
         batch_tokens: int | None = None,
     ) -> None:
         """Make an encoder. A model of another precision than the chosen one is copied, never changed.
@@ -289,7 +289,10 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
 
 
 def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
-    """The model with its transformer in `dtype` and the rest in float32: itself, or a copy."""
+    """The model with its transformer in `dtype` and the rest in float32: itself, or a copy.
+
+    Only a copy's layers are fused: a model that has the right types is the caller's, and stays what it was.
+    """
     transformer, *rest = model
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
     if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):

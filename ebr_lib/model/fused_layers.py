@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ebr_lib.logs import logger
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -27,12 +29,17 @@ def fuse(model: SentenceTransformer) -> None:
     if not _fits(inner):
         return
     before = inner.encoder.layer
-    with torch.inference_mode():
-        wanted = _probe(inner)
-        inner.encoder.layer = nn.ModuleList(FusedLayer(layer) for layer in before)
-        gap = float((_probe(inner) - wanted).abs().max())
-    if not gap <= TOLERANCE:
+    try:
+        with torch.inference_mode():
+            wanted = _probe(inner)
+            inner.encoder.layer = nn.ModuleList(FusedLayer(layer) for layer in before)
+            gap = float((_probe(inner) - wanted).abs().max())
+        reason = "" if gap <= TOLERANCE else f"their vectors differ by {gap:.1e}"
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # layers that only bear the name
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
         inner.encoder.layer = before
+        logger.info("layers stay as they are, not fused: %s", reason)
 
 
 def _fits(inner: Any) -> bool:

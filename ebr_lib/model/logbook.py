@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ebr_lib.data.doctor import FEW_ROWS, SMALL_DATA_PRESET, STRONG_PRESET
 from ebr_lib.logs import logger
 
 
@@ -91,14 +92,12 @@ class RunFacts:
     def causes(self) -> list[str]:
         """The causes that these numbers support, and the preset that answers them."""
         causes = []
-        if self.rows < 100:
-            causes.append(f"样本太少 / only {self.rows} training rows (configs/finetune/small_data.yaml)")
+        if self.rows < FEW_ROWS:
+            causes.append(f"样本太少 / only {self.rows} training rows ({SMALL_DATA_PRESET})")
         if self.duplicate_share > 0.2:
             causes.append(f"重复样本 / {self.duplicate_share:.0%} of the rows are duplicates: remove them")
         if self.learning_rate > 3e-4:
-            causes.append(
-                f"学习率偏高 / learning rate {self.learning_rate:g} (configs/finetune/strong_regularization.yaml)"
-            )
+            causes.append(f"学习率偏高 / learning rate {self.learning_rate:g} ({STRONG_PRESET})")
         per_row = self.trainable_parameters / max(self.rows, 1)
         if per_row > 1000:
             causes.append(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Asked = Literal["auto", "float32", "bfloat16"]  # of encoding; float16 is for training on an older GPU
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -26,7 +27,7 @@ def cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
 
 
-def choose_precision(asked: Literal["float32", "bfloat16", "float16", "auto"], device: str) -> Precision:
+def choose_precision(asked: Asked | Dtype, device: str) -> Precision:
     """The type that the device has and that is nearest to what was asked for.
 
     :param asked: "auto" takes bfloat16 where the hardware has it, else float32.

@@ -27,7 +27,6 @@ def make_contract(
     *,
     adapter_side: str,
     matryoshka_dims: tuple[int, ...] = (),
-    merged: bool = False,
 ) -> Contract:
     """The contract of a model as it is now, probe vectors of both sides included."""
     kinds = [type(module).__name__ for module in model]
@@ -48,7 +47,7 @@ def make_contract(
         pooling=str(pooling.pooling_mode) if pooling is not None and hasattr(pooling, "pooling_mode") else "none",
         normalize="Normalize" in kinds,
         dimension=int(model.get_embedding_dimension() or 0),
-        merged=merged,
+        merged=False,
         adapter_side=adapter_side,
         matryoshka_dims=matryoshka_dims,
         probes=probes,

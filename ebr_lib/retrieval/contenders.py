@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from ebr_lib.data.vectors import read_manifest
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import Side, identify, load_model, local_folder, prompt_of
+from ebr_lib.model.precision import Asked
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
 from ebr_lib.retrieval.task import Corpus, RetrievalTask
 
@@ -36,7 +37,7 @@ class EncoderSettings:
     document_prompt: str | None = None
     max_seq_length: int | None = None
     truncate_dim: int | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Asked = "auto"
     device: str | None = None
     trust_remote_code: bool = False
 

@@ -118,6 +118,8 @@ def measure(ranking: Ranking, ks: Sequence[int] = KS) -> dict[str, Values]:
 
     nDCG takes the grade as the gain, and 1 / log2(rank + 1) as the discount, as trec_eval does. A query without a
     relevant document has NaN in all.
+
+    :raises ValueError: the ranking is not as deep as the measures look.
     """
     if max(*ks, MAP_CUT) > ranking.depth:
         raise ValueError(f"a ranking {ranking.depth} deep cannot tell about rank {max(*ks, MAP_CUT)}")

@@ -9,12 +9,15 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.data.doctor import language_of
+from ebr_lib.data.hive import Layout, open_source, read_rows
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import is_blank, normalised
 from ebr_lib.data.vectors import VECTOR, iter_embeddings
@@ -182,7 +185,7 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
     return RetrievalTask(
         query_ids=[ids[i] for i in kept],
         queries=[texts[i] for i in kept],
-        query_columns={name: [str(records[i].get(name, "")) for i in kept] for name in slice_columns},
+        query_columns={name: [_text(records[i].get(name)) for i in kept] for name in slice_columns},
         corpus=corpus,
         relevant=[judged[i] for i in kept],
         unjudged=len(records) - len(kept),
@@ -204,6 +207,8 @@ def read_records(path: Path) -> list[Record]:
         raise MissingError(f"{path}: there is no such file")
     try:
         records = list(_records(path))
+    except DataError:
+        raise
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
     if not records:
@@ -224,11 +229,11 @@ def _records(path: Path) -> Iterator[Record]:
 
 def _json_records(path: Path) -> Iterator[Record]:
     with open(path, encoding="utf-8-sig") as file:
-        if file.read(1) == "[":
-            file.seek(0)
+        first = next((letter for letter in iter(partial(file.read, 1), "") if not letter.isspace()), "")
+        file.seek(0)
+        if first == "[":
             rows = list(enumerate(json.load(file), 1))
         else:
-            file.seek(0)
             rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
     for number, row in rows:
         if not isinstance(row, dict):
@@ -237,19 +242,34 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 def _delimited_records(path: Path) -> Iterator[Record]:
+    with open(path, "rb") as raw:
+        is_hive = b"\x01" in raw.readline()
+    if is_hive:
+        yield from _hive_records(path)
+        return
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        if "\x01" in header:
-            rows: Any = (line.removesuffix("\n").split("\x01") for line in file)
-        else:
-            rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         names: list[str] = next(rows, [])
         for number, row in enumerate(rows, 2):
             if row and len(row) != len(names):
                 raise DataError(f"{path}: row {number} has {len(row)} fields, the header {len(names)}")
             if row:
                 yield dict(zip(names, row, strict=True))
+
+
+def _hive_records(path: Path) -> Iterator[Record]:
+    source = open_source(path, Layout())
+    for row in read_rows(source, source.columns, Layout()):
+        if not row.raw.strip():  # an empty last line
+            continue
+        if row.reason:
+            raise DataError(f"{path}: line {row.position.line}: {row.reason}")
+        values = [None if value is None else value.decode() for value in row.values]
+        yield dict(zip(source.columns, values, strict=True))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _need_column(path: Path, records: Sequence[Record], name: str) -> None:
@@ -292,7 +312,9 @@ def _ids(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
     if column is None:
         return [str(i) for i in range(len(records))]
     _need_column(path, records, column)
-    ids = [str(record.get(column)) for record in records]
+    ids = [_text(record.get(column)) for record in records]
+    if blank := [str(row) for row, id_ in enumerate(ids, 1) if not id_]:
+        raise DataError(f"{path}: no id in column {column} of rows {', '.join(blank[:5])}; every row needs one")
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
@@ -463,7 +485,7 @@ def _is_int(text: str) -> bool:
 
 def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
     """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns."""
-    slices = {"length": _by_length(task.queries), "language": _by_value([_language(text) for text in task.queries])}
+    slices = {"length": _by_length(task.queries), "language": _by_value([language_of(text) for text in task.queries])}
     if task.corpus.seen is not None:
         seen = task.corpus.seen
         known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
@@ -487,12 +509,3 @@ def _by_length(texts: Sequence[str]) -> dict[str, Mask]:
         f"over {high} words": words > max(low, high),
     }
     return {name: mask for name, mask in groups.items() if mask.any()}
-
-
-def _language(text: str) -> str:
-    """By script alone: which it is, not which language is written in it."""
-    han = sum("一" <= letter <= "鿿" for letter in text)
-    latin = sum(letter.isalpha() and letter.isascii() for letter in text)
-    if han and latin:
-        return "mixed"
-    return "Chinese" if han else "Latin script" if latin else "other"

@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 BLOCK = 16_384
-NEAR = 0.99  # cosine from which two vectors count as nearly equal
+NEARLY_EQUAL = 0.99  # cosine from which two vectors count as nearly equal
 PAIRED = 2000  # rows whose pairs are looked at
 CHOICES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # numbers of clusters that are tried
 TRIED_ON = 20_000
@@ -65,7 +65,10 @@ class Health:
         elif self.repeated > 0.05 * here:
             yield f"{self.repeated} of {here} vectors repeat another: their texts are duplicates"
         if self.near_pairs > 0.01 and self.distinct > 1:
-            yield f"{self.near_pairs:.1%} of pairs have a cosine above {NEAR}: near-duplicates, or a collapsing model"
+            yield (
+                f"{self.near_pairs:.1%} of pairs have a cosine above {NEARLY_EQUAL}: near-duplicates, or a collapsing "
+                "model"
+            )
 
 
 def health(
@@ -90,7 +93,7 @@ def health(
 
 def _near_pairs(unit: Vectors) -> float:
     n = len(unit)
-    above = int((unit @ unit.T > NEAR).sum()) - n
+    above = int((unit @ unit.T > NEARLY_EQUAL).sum()) - n
     return max(above, 0) / (n * (n - 1)) if n > 1 else 0.0
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.files import written_whole
-from ebr_lib.view.figure import PALE, Groups, Panel, shortened
+from ebr_lib.tables import shortened
+from ebr_lib.view.figure import PALE, Groups, Panel
 
 MOST = 50_000  # points that a browser draws without a pause
 TEXT_COLUMNS = 240  # of a text are shown, in half-width columns

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
+from ebr_lib.tables import columns_of, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -372,22 +373,6 @@ def _darker(colour: str) -> tuple[float, ...]:
     from matplotlib.colors import to_rgb
 
     return tuple(0.62 * c for c in to_rgb(colour))
-
-
-def columns_of(text: str) -> int:
-    """Width in half-width columns: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def shortened(text: str, columns: int) -> str:
-    """A text on one line, cut to so many half-width columns."""
-    text = " ".join(text.split())
-    if columns_of(text[: columns + 1]) <= columns:
-        return text
-    text = text[:columns]
-    while columns_of(text) > columns - 1:
-        text = text[:-1]
-    return text.rstrip() + "…"
 
 
 def squeezed(text: str, columns: int) -> str:
