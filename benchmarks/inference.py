@@ -75,7 +75,7 @@ def through_files(model_name: str, texts: Sequence[str], precision: str, folder:
     rows = (f"{number}\x01{text}\n" for number, text in enumerate(texts))
     source.write_text("id\x01description\n" + "".join(rows), encoding="utf-8")
     config = {"model_name": model_name, "data_path": str(source), "output_path": str(output), "precision": precision}
-    run_batch_inference(config)
+    run_batch_inference(config | {"prompt": ""})  # the model's own prompt would be more tokens than the others have
     return output
 
 

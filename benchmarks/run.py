@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "training": ("Training", "training.py --data DIR --steps 16", "training.py --data DIR --quick"),
     "shape": (
         "Training, 0.5B shape",
-        "training.py --data DIR --parts shape --rounds 3",
+        "training.py --data DIR --parts shape",
         "training.py --data DIR --parts shape --quick",
     ),
     "inference": ("Encoding", "inference.py --data DIR", "inference.py --data DIR --quick --rounds 1"),

@@ -93,7 +93,7 @@ def measure_shape(data: Path, folder: Path, rounds: int, steps: int) -> None:
     import torch
     from shapes import build_qwen2, reviews
 
-    layers, batch = (24, 128) if torch.cuda.is_available() else (4, 16)
+    layers, batch = (24, 128) if torch.cuda.is_available() else (4, 32)
     texts = reviews(data)
     model = str(build_qwen2(folder / "qwen2", texts, layers))
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts if len(text) > 3]

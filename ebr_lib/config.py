@@ -199,7 +199,9 @@ class FinetuneConfig(Config):
         1, "Batches a step; negatives stay within a batch.", "梯度累积步数；负样本仍只来自同一批。"
     )
     gradient_checkpointing: bool = knob(
-        False, "Recompute activations backward: less memory, more time.", "反向时重算激活：省显存，费时间。"
+        False,
+        "Recompute the activations of every other layer backward: less memory, a quarter more time.",
+        "反向时重算一半层的激活：省显存，多用约四分之一的时间。",
     )
     fp16: bool = knob(
         False,

@@ -377,7 +377,7 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> Con
     from ebr_lib.model.training import world_size
 
     # processes synchronise gradients in the wrapped model's forward, which packed rows go past
-    packs = config.packed_rows and not config.gradient_checkpointing and world_size() == 1
+    packs = config.packed_rows and world_size() == 1
     return ContrastiveLoss(
         model,
         temperature=config.temperature,
@@ -387,7 +387,7 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> Con
         known_positives=known if config.mask_known_positives else None,
         mini_batch_size=config.train_batch_size if config.contrastive_batch_size else None,
         query_only=config.adapter_side == "query",
-        packed=packed_forward(model) if packs else None,
+        packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
     )
 
 

@@ -239,17 +239,18 @@ def test_the_mask_bites_where_documents_repeat_in_a_batch(settings, tmp_path):
     assert not same(masked, plain)
 
 
-def test_checkpointing_and_workers_change_nothing(settings, tmp_path):
-    # packed rows cannot be recomputed layer by layer, so both runs are padded
-    plain = adapter(train(settings, packed_rows=False, lora_dropout=0.0))
-    other = train(
-        settings, packed_rows=False, lora_dropout=0.0, gradient_checkpointing=True, output_dir=str(tmp_path / "c")
-    )
-    found = adapter(other)
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_changes_nothing(settings, tmp_path, packed):
+    knobs = {"packed_rows": packed, "lora_dropout": 0.0}
+    plain = adapter(train(settings, **knobs))
+    found = adapter(train(settings, **knobs, gradient_checkpointing=True, output_dir=str(tmp_path / "c")))
     assert all((plain[name] - found[name]).abs().max() < 1e-5 for name in plain)
-    workers = train(
-        settings, packed_rows=False, lora_dropout=0.0, dataloader_num_workers=1, output_dir=str(tmp_path / "w")
-    )
+
+
+def test_workers_change_nothing(settings, tmp_path):
+    knobs = {"packed_rows": False, "lora_dropout": 0.0}
+    plain = adapter(train(settings, **knobs))
+    workers = train(settings, **knobs, dataloader_num_workers=1, output_dir=str(tmp_path / "w"))
     assert same(adapter(workers), plain)
 
 

@@ -455,6 +455,22 @@ def test_the_preflight_leaves_no_trace(settings, monkeypatch, tmp_path):  # noqa
     assert same(flown, adapter(train(settings, noise_enabled=True, noise_prob=0.5, output_dir=str(tmp_path / "n"))))
 
 
+def test_the_preflight_flies_with_checkpointing_as_the_run_does(settings, monkeypatch):  # noqa: F811
+    layers = []
+    fly = training.fly_longest_batch
+
+    def flown(trainer):
+        found = fly(trainer)
+        inner = trainer.model.transformers_model
+        layers.append([layer.gradient_checkpointing for layer in inner.encoder.layer])
+        return found
+
+    monkeypatch.setattr(training, "fly_longest_batch", flown)
+    train(settings, gradient_checkpointing=True)
+    train(settings)
+    assert layers == [[True, False], [False, False]]
+
+
 def test_the_log_says_what_the_longest_batch_took(settings, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(30.0, 1234.4))
     with caplog.at_level(logging.INFO, logger="ebr_lib"):

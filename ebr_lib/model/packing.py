@@ -166,11 +166,9 @@ class PackedForward:
             return self._transformer(features)["token_embeddings"][0]
 
     def _attention(self, row_length: int, device: torch.device) -> AbstractContextManager[None]:
-        # On a CPU, the fused kernel's backward took half of a bfloat16 step; over short rows plain products beat it.
-        # Backward under gradient checkpointing runs the layers again, outside of this context: nothing may differ.
+        # Backward under gradient checkpointing runs layers again, outside of this context: the trainer sets it then.
         learns = torch.is_grad_enabled() and not self.model.transformers_model.is_activation_checkpointing
-        plain = learns and device.type == "cpu" and row_length <= EAGER_ROW
-        return attention(self.model, "eager") if plain else nullcontext()
+        return attention(self.model, "eager") if learns and plain_is_faster(self.model, row_length) else nullcontext()
 
     def _mask(self, texts: Tensor) -> Tensor:
         """Additive mask (rows, 1, length, length) of the text each place holds; padding (−1) sees padding."""
@@ -204,6 +202,11 @@ def passing_all(transformer: Any) -> Iterator[None]:
         transformer.model_forward_params = before
 
 
+def plain_is_faster(model: SentenceTransformer, longest: int) -> bool:
+    """Whether plain attention beats the fused kernel, whose backward took half of a bfloat16 step on a CPU."""
+    return model.device.type == "cpu" and row_length_for(np.array([longest])) <= EAGER_ROW
+
+
 def row_length_for(lengths: NDArray[np.integer]) -> int:
     """The longest text, at least MIN_ROW, up to a multiple of eight."""
     return max(MIN_ROW, -(-int(lengths.max()) // 8) * 8)
@@ -218,14 +221,18 @@ def _first_position(model: SentenceTransformer) -> int:
     return 0
 
 
-def packed_forward(model: SentenceTransformer) -> PackedForward | None:
-    """A PackedForward whose vectors were just compared with padded batches, or None, and the log says why."""
+def packed_forward(model: SentenceTransformer, *, one_row: bool = True) -> PackedForward | None:
+    """A PackedForward whose vectors were just compared with padded batches, or None, and the log says why.
+
+    :param one_row: take one row where the device has the kernel. Not under gradient checkpointing: backward runs the
+        layers again when their attention is no longer the kernel's.
+    """
     reason = "its first module is no transformer that reads tokens"
     if hasattr(model[0], "model") and hasattr(model.tokenizer, "pad_token_id"):
         for causal in (False, True):
             packed = PackedForward(model, causal=causal)
             if not (reason := _difference(packed)):
-                return _one_row_if_right(packed)
+                return _one_row_if_right(packed) if one_row else packed
     logger.info("texts are padded, not packed: %s", reason)
     return None
 

@@ -31,7 +31,9 @@ from ebr_lib.errors import ModelError
 from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
+from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import ContrastiveLoss
+from ebr_lib.model.packing import plain_is_faster
 
 # the library still calls activation checkpointing by its old name
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
@@ -41,6 +43,8 @@ Noise = Callable[[str, int, int, str], str]
 
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
 LOWER_IS_BETTER = "loss"
+# of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
+CHECKPOINTED = 2
 
 
 def training_device() -> str:
@@ -177,6 +181,7 @@ def training_arguments(
         dataloader_drop_last=world_size() > 1,
         ddp_find_unused_parameters=False,
         use_cpu=training_device() == "cpu",
+        activation_checkpointing_kwargs={"every_n_layers": CHECKPOINTED},
         report_to=[],
         **others,
     )
@@ -377,7 +382,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         states = _random_states()
         while True:
             try:
-                loss = super().training_step(model, dict(inputs), num_items_in_batch)
+                with self._attention(inputs):
+                    loss = super().training_step(model, dict(inputs), num_items_in_batch)
                 self._check_memory()
                 return loss
             except (torch.OutOfMemoryError, MemoryError) as error:
@@ -386,6 +392,13 @@ class EbrTrainer(SentenceTransformerTrainer):
                 weight.grad = None if gradient is None else gradient.clone()
             _set_random_states(states)
             torch.cuda.empty_cache()  # not before: the error held on to what the step had made
+
+    def _attention(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """The attention of packed rows under checkpointing: backward runs layers again, and has to find the same."""
+        longest = max(ids.shape[1] for name, ids in inputs.items() if name.endswith("input_ids"))
+        again = self.args.activation_checkpointing and self.loss.packed is not None
+        plain = again and plain_is_faster(self.model, longest)
+        return attention(self.model, "eager") if plain else contextlib.nullcontext()
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The evaluation loss of a batch, likewise."""
@@ -460,6 +473,8 @@ def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
 
     Weights, gradients and random state are as before afterwards.
     """
+    if trainer.args.activation_checkpointing:  # the trainer does it when it begins to train, which is too late here
+        trainer.model.gradient_checkpointing_enable(**trainer.args.activation_checkpointing_kwargs)
     longest = longest_rows(trainer.train_dataset, trainer.model.tokenizer, trainer.args.train_batch_size)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
