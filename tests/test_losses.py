@@ -100,9 +100,10 @@ def test_a_mask_that_finds_nothing_changes_no_bit():
     assert torch.equal(masked.calculate_loss(reps, torch.arange(4)), plain)
 
 
-def test_matryoshka_is_the_mean_over_cut_vectors():
+@pytest.mark.parametrize("dims", [(4, 2), (8, 4, 2)])
+def test_matryoshka_is_the_mean_over_whole_and_cut_vectors(dims):
     reps = random_vectors(5, 2)
-    loss = ContrastiveLoss(Still(), temperature=0.5, matryoshka_dims=(8, 4, 2))
+    loss = ContrastiveLoss(Still(), temperature=0.5, matryoshka_dims=dims)
     wanted = np.mean([by_numpy(reps, 0.5, dims=d) for d in (8, 4, 2)])
     assert loss.calculate_loss(reps, torch.arange(5)).item() == pytest.approx(wanted, rel=1e-5)
 

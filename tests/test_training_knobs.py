@@ -16,6 +16,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import get_scheduler, set_seed
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
@@ -264,6 +265,39 @@ def with_negatives(plain, tmp_path) -> dict:
     rows = [{"anchor": f"warm {i}", "positive": f"pan {i}", "negative": [f"kite {i}"] * (i % 2)} for i in range(16)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return plain | {"data_path": str(path)}
+
+
+@pytest.mark.parametrize("knobs", [{}, {"packed_rows": False}, {"contrastive_batch_size": 8, "train_batch_size": 2}])
+def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkeypatch, knobs):  # noqa: F811
+    """float16 in bfloat16's place, which a CPU has too: in the preflight, in steps, and where GradCache embeds again."""
+    arguments, before = training.training_arguments, training.fly_longest_batch
+    layers: dict[str, set[torch.dtype]] = {"preflight": set(), "steps": set()}
+    logits: set[torch.dtype] = set()
+    now = ["preflight"]
+    forward, entropy = BertIntermediate.forward, ContrastiveLoss._cross_entropy
+
+    def fly(trainer):
+        flown = before(trainer)
+        now[0] = "steps"
+        return flown
+
+    def spy(self, states):
+        out = forward(self, states)
+        if self.training:
+            layers[now[0]].add(out.dtype)
+        return out
+
+    def spy_loss(self, queries, candidates, own, out):
+        logits.add((queries @ candidates.T).dtype)
+        return entropy(self, queries, candidates, own, out)
+
+    monkeypatch.setattr(training, "training_arguments", lambda folder, **more: arguments(folder, **more, bf16=True))
+    monkeypatch.setattr(training, "fly_longest_batch", fly)
+    monkeypatch.setattr(BertIntermediate, "forward", spy)
+    monkeypatch.setattr(ContrastiveLoss, "_cross_entropy", spy_loss)
+    train(settings, **knobs)
+    assert layers == {"preflight": {torch.bfloat16}, "steps": {torch.bfloat16}}
+    assert logits == {torch.float32}
 
 
 def test_prompts_stand_before_the_texts_of_their_column(with_negatives, batches, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,13 +39,17 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     - Documents known to answer an anchor, other than its own positive, leave the softmax (logit −∞).
     - Label smoothing ε: the target is 1 − ε on the positive and ε spread evenly over all documents that remain,
       the positive included (Szegedy et al. 2016, arXiv 1512.00567).
-    - Matryoshka dimensions: the mean of the losses of the vectors cut to each dimension (arXiv 2205.13147).
+    - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
+      (arXiv 2205.13147).
     - L1: `l1` · Σ|w| over the trainable weights, as a component of its own, in training only.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
       the same loss and gradients; None embeds the batch at once.
     - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
     Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
+
+    :ivar autocast: mixed precision that all embedding runs in, whichever way it is done and when; the loss of the
+        vectors is computed in float32.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.mini_batch_size: int | None = mini_batch_size
         self.query_only = query_only
         self.packed = packed
+        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.masked, self.negatives = 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
@@ -101,9 +106,15 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return loss
 
     def _embed(self, columns: list[Features]) -> list[Tensor]:
-        if self.packed is not None:
-            return self.packed(columns)
-        return [self.model(column)["sentence_embedding"] for column in columns]
+        with self.autocast():
+            if self.packed is not None:
+                return self.packed(columns)
+            return [self.model(column)["sentence_embedding"] for column in columns]
+
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, which embeds the first time and, in backward, again."""
+        with self.autocast():
+            return super().embed_minibatch(*args, **kwargs)
 
     def _frozen(self, columns: list[Features]) -> list[Tensor]:
         step = self.mini_batch_size or len(columns[0]["input_ids"])
@@ -121,7 +132,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             own = own + get_rank() * len(labels)
         candidates = torch.cat(documents)
         out = self._mask(rows, own, len(documents), candidates.device)
-        dims = self.matryoshka_dims or (queries.shape[1],)
+        dims = dict.fromkeys((queries.shape[1], *self.matryoshka_dims))
         return torch.stack([self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]).mean()
 
     def _mask(self, rows: Tensor, own: Tensor, columns: int, device: torch.device) -> Tensor | None:

@@ -337,6 +337,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.memory_limit_mb = memory_limit_mb
         evaluator = _HeldoutEvaluator(measure) if measure else None
         super().__init__(evaluator=evaluator, **kwargs)
+        # accelerate patches the forward of the model that it prepares: packed rows and the preflight go past it
+        self.loss.autocast = self.accelerator.autocast
         self.stop = StopOnSignal()
         self.remove_callback(ProgressCallback)
         self.add_callback(self.stop)
