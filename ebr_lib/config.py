@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 MoreThanZero = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Places = Name | tuple[Name, ...]
 Length = Annotated[int, Field(ge=8, le=32768)]
 
 # what the knobs do that several stages have
@@ -50,12 +51,13 @@ class FinetuneConfig(Config):
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
     )
     trust_remote_code: bool = knob(False, *REMOTE_CODE)
-    data_path: Name = knob(
+    data_path: Places = knob(
         "./train_text",
-        "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders).",
-        "训练数据：一个 JSON/JSONL 文件，或装有它们的目录（只读该目录本身，不读子目录）。",
+        "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders), "
+        "or a list of these.",
+        "训练数据：一个 JSON/JSONL 文件，或装有它们的目录（只读该目录本身，不读子目录），也可以是它们的列表。",
     )
-    eval_data_path: str | None = knob(
+    eval_data_path: Places | None = knob(
         None,
         "Held-out pairs in the same formats; null splits `eval_ratio` off the training data, by anchor.",
         "验证数据，格式相同；为 null 时按 anchor 从训练数据中划出 `eval_ratio`。",
@@ -269,10 +271,20 @@ class FinetuneConfig(Config):
             yield "fp16 and bf16: choose one"
         if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):
             yield "early_stopping_patience needs held-out data: set eval_ratio above 0, or eval_data_path"
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and not (self.eval_ratio or self.eval_data_path):
+            yield (
+                f"lr_scheduler_type: {self.lr_scheduler_type} follows best_metric on held-out data: set eval_ratio "
+                "above 0, or eval_data_path"
+            )
         if self.mine_hard_negatives > max(0, self.mining_rank_max - self.mining_rank_min + 1):
             yield (
                 f"mine_hard_negatives: {self.mine_hard_negatives} do not fit the ranks from mining_rank_min "
                 f"{self.mining_rank_min} to mining_rank_max {self.mining_rank_max}"
+            )
+        if self.merge_adapter and self.adapter_side == "query":
+            yield (
+                "merge_adapter and adapter_side query: merged weights would move the documents too, which the adapter "
+                "keeps where they are; choose one"
             )
         if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - {"anchor", "positive", "negative"}):
             yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are anchor, positive, negative"
@@ -538,7 +550,7 @@ class EvalConfig(Config):
         "Judgements: `query document grade` a line, as BEIR or TREC write them.",
         "相关性标注：每行 `query document grade`，BEIR 或 TREC 格式。",
     )
-    train_data_path: Name | None = knob(
+    train_data_path: Places | None = knob(
         None,
         "Training data, to measure queries with seen and unseen documents apart, and to report queries that training had.",
         "训练数据：用于区分见过与未见过的文档，并报告训练集中已有的查询。",

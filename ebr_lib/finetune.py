@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
-from ebr_lib.errors import ConfigError
+from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.tables import Shown, Table
@@ -93,6 +93,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     data = _read(config)
     set_seed(config.seed)
     model = _model_with_adapter(config)
+    config = _as_the_adapter_is(config, model)
+    _refuse_what_cannot_be(config, data, model)
     data = _mine(config, data, model)
     config = _with_negatives(config, data.train)
     report = _examine(config, data.train, model)
@@ -173,6 +175,20 @@ def _fingerprint(rows: Sequence[TrainingRow]) -> str:
     return digest.hexdigest()
 
 
+def _refuse_what_cannot_be(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> None:
+    """Knobs against what only the data and the model can tell."""
+    from ebr_lib.model.training import FOLLOW_THE_METRIC
+
+    width = model.get_embedding_dimension() or 0
+    if (widest := max(config.matryoshka_dims, default=0)) > width:
+        raise ConfigError(f"matryoshka_dims: {widest} wanted, the vectors of {config.model_name} have {width} dimensions")
+    if config.lr_scheduler_type in FOLLOW_THE_METRIC and data.task is None:
+        raise ConfigError(
+            f"lr_scheduler_type: {config.lr_scheduler_type} follows best_metric, and no rows were held out; "
+            "give eval_data_path, or choose a scheduler that follows the steps, such as linear"
+        )
+
+
 def _mine(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> _Data:
     """The data, with hard negatives for the training rows; nothing that is held out is looked at."""
     if not config.mine_hard_negatives:
@@ -229,6 +245,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     )
     model.prompts |= _prompts(config)
     if is_adapted(model):
+        _refuse_other_adapter(config, model)
         logger.info("继续训练已有适配器 training goes on from the adapter in %s", config.model_name)
     else:
         add_lora(
@@ -243,6 +260,36 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     share = 100 * trained / total
     logger.info("可训练参数: %s / %s (%.2f%%) trainable parameters", f"{trained:,}", f"{total:,}", share)
     return model
+
+
+def _refuse_other_adapter(config: FinetuneConfig, model: SentenceTransformer) -> None:
+    """Training goes on from an adapter that this stage saved, on the side that it was trained for."""
+    from ebr_lib.model.contract import read_contract
+    from ebr_lib.model.loading import find_model
+
+    contract = read_contract(find_model(config.model_name))
+    if contract is None:
+        raise ModelError(
+            f"model_name {config.model_name} holds an adapter that this stage did not save; merge it into its base "
+            "with the library that made it, and give the merged model's folder"
+        )
+    if contract.adapter_side != config.adapter_side:
+        raise ConfigError(
+            f"adapter_side: {config.adapter_side!r} wanted, the adapter in {config.model_name} was trained for "
+            f"{contract.adapter_side!r}; set adapter_side: {contract.adapter_side}, or start from {contract.base_model}"
+        )
+
+
+def _as_the_adapter_is(config: FinetuneConfig, model: SentenceTransformer) -> FinetuneConfig:
+    """The config with the LoRA knobs of the adapter that is on the model: one that was saved keeps its shape."""
+    from ebr_lib.model.adapters import lora_knobs
+
+    own = lora_knobs(model)
+    ignored = {name: getattr(config, name) for name, value in own.items() if getattr(config, name) != value}
+    if ignored:
+        shown = ", ".join(f"{name} {own[name]} ({value} is ignored)" for name, value in ignored.items())
+        logger.warning("适配器保持原有设置 the adapter stays as it was saved: %s", shown)
+    return dataclasses.replace(config, **own)
 
 
 def _precision(config: FinetuneConfig) -> Precision:
@@ -325,9 +372,9 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         evaluate=data.task is not None,
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate,
+        warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_ratio,
         activation_checkpointing=config.gradient_checkpointing,
         fp16=_precision(config).dtype == "float16",
         dataloader_num_workers=config.dataloader_num_workers,
@@ -553,8 +600,9 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _facts(config: FinetuneConfig, result: FinetuneResult) -> dict[str, object]:
+    places = config.data_path if isinstance(config.data_path, str) else ", ".join(config.data_path)
     return {
-        "data": f"{config.data_path} ({result.train_rows} rows; {result.heldout_rows} held out)",
+        "data": f"{places} ({result.train_rows} rows; {result.heldout_rows} held out)",
         "steps": f"{result.steps} in {result.seconds:.0f} s",
         "trainable parameters": f"{result.trainable_parameters:,}",
         "settings": f"`{CONFIG_FILE}`, itself a preset that repeats the run",

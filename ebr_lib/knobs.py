@@ -239,9 +239,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
         text = f"{field.metadata['help']} ({_kind_text(kind)}; default {_shown(_default(field))})".replace("%", "%%")
-        extra: dict[str, Any] = (
-            {"nargs": "?", "const": "true"} if kind is bool else {"nargs": "*"} if get_origin(kind) is tuple else {}
-        )
+        many = "*" if get_origin(kind) is tuple else "+" if _one_or_several(kind) else None
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {"nargs": many} if many else {}
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=text, **extra)
 
 
@@ -266,6 +265,9 @@ def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
 
 def _parsed(value: str | list[str], kind: Any) -> Any:
     """A flag's text as the value that a preset would hold; text knobs keep their text, `007` included."""
+    if _one_or_several(kind) and isinstance(value, list):
+        one = next(inner for inner in get_args(kind) if get_origin(inner) is not tuple)
+        return _parsed(value[0], one) if len(value) == 1 else [_parsed(item, one) for item in value]
     if isinstance(value, list):
         (inner, *_) = get_args(kind)
         items = [item for part in value for item in _list_items(part)]
@@ -276,6 +278,12 @@ def _parsed(value: str | list[str], kind: Any) -> Any:
         return read_yaml(value)
     except yaml.YAMLError:
         return value
+
+
+def _one_or_several(kind: Any) -> bool:
+    """Whether a knob takes one value as well as a list of such."""
+    is_union = get_origin(kind) in (typing.Union, types.UnionType)
+    return is_union and any(get_origin(inner) is tuple for inner in get_args(kind))
 
 
 def _list_items(part: str) -> list[str]:

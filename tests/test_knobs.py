@@ -112,6 +112,14 @@ def test_flags_become_the_same_values_as_a_preset():
     assert from_flags(Small, {"names": ["a,b"]}).names == ("a", "b")
 
 
+def test_a_place_is_one_or_several():
+    assert from_flags(FinetuneConfig, {"data_path": ["a,b.json"]}).data_path == "a,b.json"
+    assert from_flags(FinetuneConfig, {"data_path": ["a", "b"]}).data_path == ("a", "b")
+    assert FinetuneConfig.resolve({"data_path": ["a", "b"]}).to_dict()["data_path"] == ["a", "b"]
+    with pytest.raises(ConfigError, match="data_path: 3 is not allowed"):
+        FinetuneConfig.resolve({"data_path": 3})
+
+
 def test_conflicts_are_found_when_each_value_alone_is_right():
     with pytest.raises(ConfigError, match="fp16 and bf16: choose one"):
         FinetuneConfig.resolve({"fp16": True, "bf16": True})

@@ -91,11 +91,32 @@ def edit(folder: Path, **values) -> None:
 
 def test_an_adapter_needs_the_base_it_was_trained_on(saved, copied, tmp_path):
     edit(copied, base_model=str(tmp_path / "gone"))
+    (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(MissingError, match=r"is an adapter on .*gone, which is not here"):
         load_model(str(copied), device="cpu")
     edit(copied, base_model=str(saved[1]), base_sha256="0" * 64)
     with pytest.raises(ModelError, match=r"with weights of sha256 000.*put the original base model there"):
         load_model(str(copied), device="cpu")
+
+
+def test_a_base_named_from_another_folder_is_found_where_it_was(saved, copied, tmp_path, monkeypatch):
+    edit(copied, base_model="./base")
+    monkeypatch.chdir(tmp_path)  # no ./base here; adapter_config.json says where it was
+    np.testing.assert_array_equal(
+        load_model(str(copied), device="cpu").encode(["x"]), load_model(str(saved[0]), device="cpu").encode(["x"])
+    )
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("bert", 512), ("xlm-r", 513), ("modernbert", None), ("qwen2", None)])
+def test_a_text_is_not_longer_than_the_table_of_positions(tiny_models, kind, positions):
+    where = str(tiny_models(kind))
+    if positions is None:  # rotary positions have no table
+        assert load_model(where, device="cpu", max_seq_length=1024).max_seq_length == 1024
+        return
+    model = load_model(where, device="cpu", max_seq_length=positions)
+    model.encode(["a " * 2000])
+    with pytest.raises(ModelError, match=f"1024 tokens wanted, model .*positions for {positions}; set max_seq_length"):
+        load_model(where, device="cpu", max_seq_length=1024)
 
 
 def test_vectors_that_are_not_those_saved_are_said_loudly(copied, caplog):

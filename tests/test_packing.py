@@ -151,7 +151,7 @@ def test_a_sliding_window_is_padded(tiny_models, caplog):
 
 
 def test_other_vectors_are_found_out(tiny_models, caplog, monkeypatch):
-    monkeypatch.setattr(packing, "_first_position", lambda model: 0)  # wrong for XLM-R
+    monkeypatch.setattr(packing, "first_position", lambda model: 0)  # wrong for XLM-R
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
         assert packed_forward(load(tiny_models, "xlm-r")) is None
     assert "padded, not packed" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebr_lib.errors import ModelError
 
@@ -50,6 +50,18 @@ def add_lora(
 def is_adapted(model: SentenceTransformer) -> bool:
     """Whether an adapter is on the model already."""
     return bool(getattr(model.transformers_model, "peft_config", None))
+
+
+def lora_knobs(model: SentenceTransformer) -> dict[str, Any]:
+    """How the adapter on a model is shaped, as the knobs that shape one are named."""
+    lora = model.transformers_model.peft_config[ADAPTER_NAME]
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
 
 
 def trainable_counts(model: SentenceTransformer) -> tuple[int, int]:

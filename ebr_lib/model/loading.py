@@ -14,6 +14,7 @@ from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
 from ebr_lib.model.adapters import is_adapted, merge_adapter
 from ebr_lib.model.contract import Contract, check_probes, read_contract, weights_sha256
+from ebr_lib.model.positions import position_limit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -103,7 +104,7 @@ def identify(name: str) -> ModelIdentity:
     contract = read_contract(folder) if folder else None
     own = weights_sha256(folder) if folder else None
     path = str(folder or name)
-    if contract is None:
+    if contract is None or contract.merged:  # a merged model stands for itself: what is trained on it needs it
         return ModelIdentity(name, path, own, name, own)
     return ModelIdentity(name, path, own, contract.base_model, contract.base_sha256)
 
@@ -141,15 +142,16 @@ def load_model(
     :param trainable: let the saved adapter's weights be trained further.
     :param merged: fold the adapter into the base weights: a quarter faster, and vectors equal but for rounding.
     :raises MissingError: the folder is not there.
-    :raises ModelError: the hub cannot be reached, the folder holds no model, its weights are pickled, or the model
-        needs `trust_remote_code`.
+    :raises ModelError: the hub cannot be reached, the folder holds no model, its weights are pickled, the model
+        needs `trust_remote_code`, or it has fewer positions than `max_seq_length`.
     """
     where = find_model(name)
     contract = read_contract(where)
     if contract is None or contract.merged:
         model = _load(name, where, trust_remote_code, device, model_kwargs)
     else:
-        model = _load_base(name, contract, trust_remote_code, device, model_kwargs)
+        base = _checked_base(name, where, contract)
+        model = _load(base, base, trust_remote_code, device, model_kwargs)
         if contract.adapter_side == "both" or side == "query":
             model.load_adapter(where, is_trainable=trainable)
         model.prompts = dict(contract.prompts)
@@ -159,28 +161,47 @@ def load_model(
     if merged and is_adapted(model):
         merge_adapter(model)
     if max_seq_length is not None:
+        _refuse_beyond_positions(name, model, max_seq_length)
         model.max_seq_length = max_seq_length
     return model
 
 
-def _load_base(
-    name: str, contract: Contract, trust_remote_code: bool, device: str | None, model_kwargs: dict[str, Any]
-) -> SentenceTransformer:
+def _refuse_beyond_positions(name: str, model: SentenceTransformer, max_seq_length: int) -> None:
+    limit = position_limit(model)
+    if limit is not None and max_seq_length > limit:
+        raise ModelError(
+            f"max_seq_length: {max_seq_length} tokens wanted, model {name} has positions for {limit}; "
+            f"set max_seq_length to {limit} or less"
+        )
+
+
+def _checked_base(name: str, where: str, contract: Contract) -> str:
     """The base model under a saved adapter, which must be the very one that the adapter was trained on."""
-    try:
-        base = find_model(contract.base_model)
-    except MissingError as error:
-        raise MissingError(
-            f"model {name} is an adapter on {contract.base_model}, which is not here: {error}"
-        ) from error
-    folder = local_folder(contract.base_model)
+    base = _base_place(name, where, contract)
+    folder = local_folder(base)
     found = weights_sha256(folder) if folder else None
     if contract.base_sha256 and found and found != contract.base_sha256:
         raise ModelError(
             f"model {name} was trained on {contract.base_model} with weights of sha256 {contract.base_sha256}, "
             f"found {found} at {folder}; put the original base model there"
         )
-    return _load(contract.base_model, base, trust_remote_code, device, model_kwargs)
+    return base
+
+
+def _base_place(name: str, where: str, contract: Contract) -> str:
+    """Where the base is by its name; else, for a name that was relative to another folder, where it was when saved."""
+    try:
+        return find_model(contract.base_model)
+    except MissingError as error:
+        config = Path(where) / "adapter_config.json"
+        saved_from = (
+            json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
+        )
+        if saved_from and Path(saved_from).is_dir():
+            return str(saved_from)
+        raise MissingError(
+            f"model {name} is an adapter on {contract.base_model}, which is not here: {error}"
+        ) from error
 
 
 def _load(

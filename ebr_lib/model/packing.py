@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import attention
+from ebr_lib.model.positions import first_position
 from ebr_lib.model.varlen import VARLEN, attention_dropout, has_varlen, register
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class PackedForward:
             register()
         self._transformer, *self._after = list(model)
         self._pad = model.tokenizer.pad_token_id or 0
-        self._first_position = _first_position(model)
+        self._first_position = first_position(model)
 
     def __call__(self, columns: Sequence[Features]) -> list[Tensor]:
         """Sentence embeddings (rows, dim) of each column, from one forward over the texts of all.
@@ -210,15 +211,6 @@ def plain_is_faster(model: SentenceTransformer, longest: int) -> bool:
 def row_length_for(lengths: NDArray[np.integer]) -> int:
     """The longest text, at least MIN_ROW, up to a multiple of eight."""
     return max(MIN_ROW, -(-int(lengths.max()) // 8) * 8)
-
-
-def _first_position(model: SentenceTransformer) -> int:
-    """RoBERTa and its kin count positions from the padding id on."""
-    for module in model[0].model.modules():
-        table, padding = getattr(module, "position_embeddings", None), getattr(module, "padding_idx", None)
-        if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
-            return padding + 1
-    return 0
 
 
 def packed_forward(model: SentenceTransformer, *, one_row: bool = True) -> PackedForward | None:

@@ -95,6 +95,11 @@ def model_card(
 
 model = load_model("{name}")
 queries = model.encode(["{PROBES[0]}"], prompt=prompt_of(model, "query"))"""
+    if contract.adapter_side == "query":
+        usage += f"""
+
+base = load_model("{name}", side="document")  # without the adapter: documents keep the base model's vectors
+documents = base.encode(["{PROBES[-2]}"], prompt=prompt_of(base, "document"))"""
     side = "queries and documents" if contract.adapter_side == "both" else "queries only; documents keep the base model"
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     blocks = "\n\n".join(f"## {title}\n\n```\n{text}\n```" for title, text in tables.items())
