@@ -181,7 +181,9 @@ def _refuse_what_cannot_be(config: FinetuneConfig, data: _Data, model: SentenceT
 
     width = model.get_embedding_dimension() or 0
     if (widest := max(config.matryoshka_dims, default=0)) > width:
-        raise ConfigError(f"matryoshka_dims: {widest} wanted, the vectors of {config.model_name} have {width} dimensions")
+        raise ConfigError(
+            f"matryoshka_dims: {widest} wanted, the vectors of {config.model_name} have {width} dimensions"
+        )
     if config.lr_scheduler_type in FOLLOW_THE_METRIC and data.task is None:
         raise ConfigError(
             f"lr_scheduler_type: {config.lr_scheduler_type} follows best_metric, and no rows were held out; "

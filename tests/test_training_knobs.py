@@ -18,9 +18,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import get_scheduler, set_seed
 from transformers.models.bert.modeling_bert import BertIntermediate
 
+from ebr_lib import finetune
+from ebr_lib.config import FinetuneConfig
 from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
 from ebr_lib.data.pairs import expand, read_pairs
+from ebr_lib.errors import ConfigError
 from ebr_lib.model import precision, training
 from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
 from ebr_lib.model.encoder import Encoder
@@ -202,7 +205,8 @@ def test_every_scheduler_moves_the_rate_as_it_is_defined(plain, monkeypatch, nam
     total = train(plain, lr_scheduler_type=name, num_epochs=2, warmup_ratio=0.25).steps
     monkeypatch.undo()
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-3)
-    scheduler = get_scheduler(name, optimizer, math.ceil(0.25 * total), total, training.scheduler_extras(name, total))
+    extras = training.scheduler_extras(name, total, 2e-3, rises=True)
+    scheduler = get_scheduler(name, optimizer, math.ceil(0.25 * total), total, extras)
     wanted = []
     for _ in range(total):
         wanted.append(optimizer.param_groups[0]["lr"])
@@ -211,6 +215,57 @@ def test_every_scheduler_moves_the_rate_as_it_is_defined(plain, monkeypatch, nam
     assert rates == pytest.approx(wanted)
     if name == "linear":  # by hand: a quarter of 12 steps up from 0, then down to 0
         assert rates == pytest.approx([2e-3 * (i / 3 if i < 3 else (12 - i) / 9) for i in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("name", "falls"), [("reduce_lr_on_plateau", [1, 1, 0.1, 0.1, 0.1, 0.1]), ("greedy", [1, 1, 0.95, 0.95, 0.95, 1])]
+)
+def test_a_scheduler_that_follows_the_metric_lowers_the_rate_when_it_stalls(plain, monkeypatch, name, falls):
+    rises, stalls = [0.1, 0.2, 0.3], [0.25] * 3
+    scores = iter([0.0, *rises, *stalls, *[0.3 + i / 100 for i in range(1, 99)]])  # the first is the base model's
+
+    def measured(*args):
+        return {"all": {"queries": 1, **dict.fromkeys(("recall@1", "recall@10", "mrr@10", "ndcg@10"), next(scores))}}
+
+    monkeypatch.setattr(finetune, "_measure", measured)
+    result = train(plain, eval_ratio=0.25, eval_steps=1, num_epochs=3, lr_scheduler_type=name)
+    rates = [entry["learning_rate"] for entry in log_of(result) if "learning_rate" in entry]
+    # evaluations 1 to 3 rise, 4 to 6 do not: the third in a row changes the rate of the next step; 7 to 9 rise again
+    assert rates[:4] == pytest.approx([2e-3] * 4)
+    assert rates[4:10] == pytest.approx([2e-3 * share for share in falls])
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_loss_stalls_when_it_no_longer_falls(name):
+    for losses, lower in (([1.0, 0.9, 0.8, 0.7, 0.6], False), ([1.0, 1.1, 1.2, 1.3, 1.4], True)):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-4)
+        scheduler = get_scheduler(name, optimizer, 0, 5, training.scheduler_extras(name, 5, 2e-4, rises=False))
+        for loss in losses:
+            scheduler.step(loss)
+        assert (optimizer.param_groups[0]["lr"] < 2e-4) is lower
+        assert optimizer.param_groups[0]["lr"] <= 2e-4
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_that_follows_the_metric_needs_one(plain, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"lr_scheduler_type: {name} follows best_metric"):
+        FinetuneConfig.resolve({"lr_scheduler_type": name, "eval_ratio": 0.0})
+    path = tmp_path / "one_anchor.jsonl"
+    path.write_text("".join(json.dumps({"anchor": "a", "positive": f"pan {i}"}) + "\n" for i in range(9)))
+    with pytest.raises(ConfigError, match="no rows were held out"):
+        train(plain, data_path=str(path), lr_scheduler_type=name, eval_ratio=0.5)
+
+
+def test_dimensions_that_the_vectors_do_not_have_are_refused(plain):
+    with pytest.raises(ConfigError, match=r"matryoshka_dims: 64 wanted, .* have 32 dimensions"):
+        train(plain, matryoshka_dims=[16, 64])
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy", "constant"])
+def test_a_scheduler_without_a_warm_up_says_so(plain, caplog, name):
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        train(plain, lr_scheduler_type=name, warmup_ratio=0.2, eval_ratio=0.25)
+    assert any("warmup_ratio" in line and name in line for line in caplog.messages)
 
 
 def test_no_warm_up_starts_at_the_peak(plain):
@@ -269,7 +324,7 @@ def with_negatives(plain, tmp_path) -> dict:
 
 @pytest.mark.parametrize("knobs", [{}, {"packed_rows": False}, {"contrastive_batch_size": 8, "train_batch_size": 2}])
 def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkeypatch, knobs):  # noqa: F811
-    """float16 in bfloat16's place, which a CPU has too: in the preflight, in steps, and where GradCache embeds again."""
+    """In the preflight, in steps, where GradCache embeds again; in bfloat16, for a CPU has no float16."""
     arguments, before = training.training_arguments, training.fly_longest_batch
     layers: dict[str, set[torch.dtype]] = {"preflight": set(), "steps": set()}
     logits: set[torch.dtype] = set()

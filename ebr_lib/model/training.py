@@ -43,6 +43,11 @@ Noise = Callable[[str, int, int, str], str]
 
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
 LOWER_IS_BETTER = "loss"
+LOWEST_RATE = 0.1  # of the peak learning rate, where a scheduler has a floor
+FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
+NO_WARM_UP = (*FOLLOW_THE_METRIC, "constant")
+# evaluations in a row without a gain that such a scheduler lets pass; a run has too few for the library's ten
+STALLS = 2
 # of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
 CHECKPOINTED = 2
 
@@ -137,10 +142,17 @@ class EpochBatches(Sampler[list[int]]):
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
-def scheduler_extras(name: str, steps: int) -> dict[str, Any]:
-    """What transformers' scheduler of that name cannot do without."""
+def scheduler_extras(name: str, steps: int, learning_rate: float, rises: bool) -> dict[str, Any]:
+    """What transformers' scheduler of that name cannot do without.
+
+    :param rises: whether the metric that a scheduler may follow gets better upwards.
+    """
     if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
-        return {"min_lr_rate": 0.1}
+        return {"min_lr_rate": LOWEST_RATE}
+    if name in FOLLOW_THE_METRIC:
+        follow = {"mode": "max" if rises else "min", "patience": STALLS}
+        limits = {"min_lr": LOWEST_RATE * learning_rate, "max_lr": learning_rate}  # the knob is the peak
+        return follow | (limits if name == "greedy" else {})
     if name == "warmup_stable_decay":
         return {"num_decay_steps": max(1, steps // 10)}
     return {}
@@ -154,12 +166,17 @@ def training_arguments(
     num_epochs: float,
     gradient_accumulation_steps: int,
     lr_scheduler_type: str,
+    learning_rate: float,
+    warmup_ratio: float,
+    greater_is_better: bool,
     eval_steps: int,
     save_steps: int,
     evaluate: bool,
     **others: Any,
 ) -> SentenceTransformerTrainingArguments:
     """The library's arguments; what depends on the number of steps is worked out here."""
+    if warmup_ratio and lr_scheduler_type in NO_WARM_UP:
+        logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", warmup_ratio, lr_scheduler_type)
     batches = max(1, rows // (batch_size * world_size()))
     steps = max(1, round(batches * num_epochs / gradient_accumulation_steps))
     return SentenceTransformerTrainingArguments(
@@ -168,7 +185,10 @@ def training_arguments(
         num_train_epochs=num_epochs,
         gradient_accumulation_steps=gradient_accumulation_steps,
         lr_scheduler_type=lr_scheduler_type,
-        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps),
+        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps, learning_rate, greater_is_better),
+        learning_rate=learning_rate,
+        warmup_steps=warmup_ratio,
+        greater_is_better=greater_is_better,
         eval_strategy=("steps" if eval_steps else "epoch") if evaluate else "no",
         eval_steps=eval_steps or None,
         save_strategy="steps" if save_steps else "epoch",
