@@ -108,15 +108,14 @@ def test_broken_text_says_what_is_wrong(tmp_path: Path, content: bytes, words: l
 @pytest.mark.parametrize("ending", v.ENDINGS)
 def test_a_file_without_any_vector_is_said_to_hold_none(tmp_path: Path, ending: str, keep_empty: bool):
     vectors = np.full((2, 4), np.nan, dtype=np.float32)
-    path = v.write_embeddings(tmp_path / f"e{ending}", {"id": ["1", "2"]}, vectors)
+    path = v.write_embeddings(tmp_path / f"e{ending}", {"id": ["1", "2"]}, vectors, np.zeros(2, dtype=bool))
     with pytest.raises(DataError, match=r"none of its 2 rows holds a vector"):
         v.read_embeddings(path, keep_empty=keep_empty)
 
 
 def test_the_first_vector_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     vectors = some_vectors(3, 4)
-    vectors[0] = np.nan
-    path = v.write_embeddings(tmp_path / "e.txt", {"id": ["1", "2", "3"]}, vectors)
+    path = v.write_embeddings(tmp_path / "e.txt", {"id": ["1", "2", "3"]}, vectors, np.array([False, True, True]))
     monkeypatch.setattr(v, "BLOCK_BYTES", 1)
     found = v.read_embeddings(path, keep_empty=True)
     assert np.isnan(found.vectors[0]).all()
