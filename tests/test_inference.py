@@ -286,7 +286,6 @@ def manifest_tokens(manifest: dict) -> int:
     return manifest["rows"]["tokens"] + manifest["rows"]["tokens_lost"]
 
 
-@pytest.mark.slow
 def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path, monkeypatch):
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(40)])
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "max_seq_length": 8}
@@ -304,7 +303,6 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
     assert one.counts["truncated"] == two.counts["truncated"] > 0
 
 
-@pytest.mark.slow
 def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path, tiny_bert: Path):
     broken = tmp_path / "model"
     shutil.copytree(tiny_bert, broken)

@@ -119,7 +119,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".yaml"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     tmp_path: Path, tiny_bert: Path, server: Server, ending: str

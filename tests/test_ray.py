@@ -55,7 +55,6 @@ def kill_worker_once_it_has_begun(work: Path, engine_run):
     return wrapped
 
 
-@pytest.mark.slow
 def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
     from ebr_lib.engines.ray_cluster import RayEngine
 
@@ -78,7 +77,6 @@ def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: 
     assert not (tmp_path / "parts.txt.work").exists()
 
 
-@pytest.mark.slow
 def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
     from ebr_lib.engines import ray_cluster
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import ebr_lib
+from ebr_lib import cli
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "ebr_lib"
-STAGES = {"finetune", "inference", "visualize", "evaluate", "index"}
+STAGES = {stage.module.rpartition(".")[2] for stage in cli.STAGES.values()}
 PARTS = {"data", "model", "view", "retrieval", "engines"}
 FRONT = {"cli", "notebook", "config"}
 
@@ -79,3 +82,12 @@ def test_the_notebook_holds_no_logic_and_no_outputs():
     for statement in ast.parse("".join(tagged[0]["source"])).body:
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)  # literals only, so that a program can read and change them
+
+
+def test_the_front_door_offers_what_it_says():
+    """Its names stand three times: for the type checker, for loading on first use, and as what is public."""
+    tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
+    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    typed -= {"annotations", "TYPE_CHECKING", "Any"}
+    assert typed == set(ebr_lib._HOMES) == set(ebr_lib.__all__)
+    assert all(getattr(ebr_lib, name) is not None for name in ebr_lib.__all__)
