@@ -636,11 +636,11 @@ def write_embeddings(
 
     :param columns: the kept columns, each as long as the vectors.
     :param vectors: float32, rows × dimensions.
-    :param valid: which rows have a vector; all, when None.
+    :param valid: which rows have a vector; when None, those that are not NaN throughout.
     :raises DataError: a value holds what separates fields or rows, or is `\\N`, in a format that is text.
     """
     path = Path(path)
-    valid = np.ones(len(vectors), dtype=bool) if valid is None else valid
+    valid = ~np.isnan(vectors).all(axis=1) if valid is None else valid
     rows = [
         [None if value is None else value.encode() for value in row] for row in zip(*columns.values(), strict=True)
     ] or [[] for _ in vectors]
