@@ -90,6 +90,52 @@ def test_filter_through_the_index_when_many_rows_pass(kind, vectors, tmp_path, m
     assert len(held) == 699
 
 
+@pytest.fixture
+def two_clusters():
+    """Vectors around two opposite centres, and which of them are of the second."""
+    rng = np.random.default_rng(3)
+    second = rng.random(700) < 0.5
+    centre = np.r_[1.0, np.zeros(15)]
+    return unit(
+        (np.where(second[:, None], -3 * centre, 3 * centre) + rng.normal(size=(700, 16))).astype(np.float32)
+    ), second
+
+
+@pytest.mark.parametrize("few", [10, 20_000])
+@pytest.mark.parametrize("kind", [*KINDS, "HNSW16,RFlat", "PCA16,HNSW16", "OPQ8_16,IVF8,SQ8"])
+def test_a_filter_finds_the_nearest_wherever_they_lie(kind, few, two_clusters, tmp_path, monkeypatch):
+    """The query lies in one cluster, all rows that pass lie in the other: a graph or one cell sees none of them."""
+    monkeypatch.setattr("ebr_lib.retrieval.faiss_index.EXACT_ROWS", few)
+    vectors, second = two_clusters
+    held = build(kind, vectors, tmp_path)[1]
+    names = held.rows.column_names
+    held.rows = held.rows.set_column(names.index("half"), "half", [["b" if b else "a" for b in second]])
+    held.manifest["search"]["setting"] = 1 if held.manifest["search"]["knob"] == "nprobe" else 16
+    query = vectors[~second][0]
+    exact = np.flatnonzero(second)[np.argsort(-(vectors[second] @ query))]
+    found = held.find(query, 10, {"half": ["b"]})
+    rows = [row["_row"] for _, row in found]
+    assert {row["half"] for _, row in found} == {"b"} and len(set(rows)) == 10
+    assert len(set(rows) & set(exact[:10])) >= (4 if "PCA12" in kind else 9)
+    scores = [score for score, _ in found]
+    assert scores == sorted(scores, reverse=True) and scores == pytest.approx(vectors[rows] @ query, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deleted_rows_leave_room_for_the_next_nearest(kind, two_clusters, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebr_lib.retrieval.faiss_index.EXACT_ROWS", 10)
+    vectors, second = two_clusters
+    held = build(kind, vectors, tmp_path)[1]
+    query = vectors[second][0]
+    held.deleted = np.argsort(-(vectors @ query))[1:6]  # a few of the nearest
+    few = [row["_row"] for _, row in held.find(query, 10, {})]
+    assert few[0] == np.flatnonzero(second)[0] and len(few) == 10 and not set(few) & set(held.deleted)
+    held.deleted = np.flatnonzero(second)  # a whole cluster
+    many = [row["_row"] for _, row in held.find(query, 10, {})]
+    assert len(many) == 10 and not second[many].any()
+    assert len(held.find(query, 1000, {})) == (~second).sum()
+
+
 def test_find_refuses_what_does_not_fit(vectors, tmp_path):
     held = build("Flat", vectors, tmp_path)[1]
     with pytest.raises(DataError, match="8 dimensions, the index 16"):

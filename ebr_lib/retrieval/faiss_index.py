@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FLAT_ROWS, HNSW_ROWS = 50_000, 1_000_000
-EXACT_ROWS = 20_000  # a filter that leaves fewer rows is searched exactly: a graph finds few of them
+EXACT_ROWS = 20_000  # of so few rows that a filter leaves, one by one is faster than a scan of all
+SPARE_ROWS = 100  # rows to look for at least, where some of them may be deleted
 TRAIN_POINTS = 64  # training vectors a cell; Faiss takes 39 at least, 256 at most
 TRUTH_DEPTH = 100  # exact neighbours kept a query, so that those which tie with the k-th are known
 RECALL_AT = 10
@@ -315,15 +316,14 @@ def sweep(index: Any, truth: Truth, plan: Plan, target: float) -> tuple[list[Poi
     return points, chosen
 
 
-def search_parameters(index: Any, knob: str | None, setting: int, allowed: Any = None) -> Any:
-    """Faiss's parameters for one search: the knob's setting, and which ids are allowed (an IDSelector, or None)."""
+def search_parameters(index: Any, knob: str | None, setting: int) -> Any:
+    """Faiss's parameters for one search with a setting of the knob."""
     faiss = _faiss()
-    chosen = {"sel": allowed} if allowed is not None else {}
-    inner = faiss.SearchParameters(**chosen) if chosen else None
+    inner = None
     if knob == "efSearch":
-        inner = faiss.SearchParametersHNSW(efSearch=setting, **chosen)
+        inner = faiss.SearchParametersHNSW(efSearch=setting)
     if knob == "nprobe":
-        inner = faiss.SearchParametersIVF(nprobe=setting, **chosen)
+        inner = faiss.SearchParametersIVF(nprobe=setting)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
@@ -376,10 +376,12 @@ class SearchIndex:
         if query.shape != (self.index.d,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
         allowed = self._allowed(where)
-        if allowed is not None and allowed.sum() <= EXACT_ROWS:
-            scores, ids = self._exactly(query, k, np.flatnonzero(allowed))
+        if allowed is None:
+            scores, ids = self._approximately(query, k)
+        elif where:
+            scores, ids = self._among(query, k, allowed)
         else:
-            scores, ids = self._approximately(query, k, allowed)
+            scores, ids = self._without_deleted(query, k, allowed)
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
@@ -400,32 +402,36 @@ class SearchIndex:
             allowed &= mask.to_numpy()
         return allowed
 
-    def _exactly(self, query: Vectors, k: int, ids: Ints) -> tuple[Vectors, Ints]:
+    def _among(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
+        """The k nearest of the allowed rows, all of which are compared: where these lie far from the query, a graph or
+        a few cells would find too few of them, or others than the nearest."""
+        if allowed.sum() <= EXACT_ROWS:
+            return self._one_by_one(query, k, np.flatnonzero(allowed))
+        part, wanted = comparable(self.index, query)
+        bits = np.packbits(allowed, bitorder="little")  # must outlive the search
+        selector = _faiss().IDSelectorBitmap(bits)
+        return _there(*part.search(wanted[None, :], min(k, len(allowed)), params=_of_all_cells(part, selector)))
+
+    def _one_by_one(self, query: Vectors, k: int, ids: Ints) -> tuple[Vectors, Ints]:
         if not len(ids):
             return np.empty(0, np.float32), ids
-        self._make_readable()
-        scores = self.index.reconstruct_batch(ids) @ query
+        scores = reconstructed(self.index, ids) @ query
         order = np.argsort(-scores, kind="stable")[:k]
         return scores[order], ids[order]
 
-    def _approximately(self, query: Vectors, k: int, allowed: NDArray[np.bool_] | None) -> tuple[Vectors, Ints]:
-        faiss = _faiss()
+    def _without_deleted(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
+        """Deleted rows are few as a rule: look for more than is asked for and leave them out; where too few are left,
+        compare all."""
+        scores, ids = self._approximately(query, max(2 * k, SPARE_ROWS))
+        scores, ids = scores[allowed[ids]][:k], ids[allowed[ids]][:k]
+        return (scores, ids) if len(ids) == min(k, len(self)) else self._among(query, k, allowed)
+
+    def _approximately(self, query: Vectors, k: int) -> tuple[Vectors, Ints]:
         knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
-        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
-        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
         if knob == "efSearch":
             setting = max(setting, k)
-        parameters = search_parameters(self.index, knob, setting, selector)
-        scores, ids = self.index.search(query[None, :], min(k, self.index.ntotal), params=parameters)
-        there = ids[0] >= 0
-        return scores[0][there], ids[0][there]
-
-    def _make_readable(self) -> None:
-        """Let an inverted file give back single vectors; other kinds can."""
-        faiss = _faiss()
-        ivf = faiss.try_extract_index_ivf(self.index)
-        if ivf is not None and ivf.direct_map.no():
-            ivf.make_direct_map()
+        parameters = search_parameters(self.index, knob, setting)
+        return _there(*self.index.search(query[None, :], min(k, self.index.ntotal), params=parameters))
 
     def numbers_of(self, ids: Sequence[str], column: str) -> Ints:
         """Numbers of the rows that hold one of the ids.
@@ -443,6 +449,41 @@ class SearchIndex:
             shown = ", ".join(sorted(unknown)[:5])
             raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
         return np.flatnonzero(pc.is_in(values, value_set=pa.array(list(ids), pa.string())).to_numpy())
+
+
+def comparable(index: Any, query: Vectors) -> tuple[Any, Vectors]:
+    """The part of an index that holds every vector in one place, and the query as that part wants it."""
+    faiss = _faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        for i in range(index.chain.size()):
+            query = index.chain.at(i).apply(query[None, :])[0]
+        return comparable(index.index, query)
+    if isinstance(index, faiss.IndexRefine):
+        return comparable(index.refine_index, query)
+    return faiss.downcast_index(getattr(index, "storage", index)), query
+
+
+def _of_all_cells(index: Any, allowed: Any) -> Any:
+    faiss = _faiss()
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=index.nlist, sel=allowed)
+    return faiss.SearchParameters(sel=allowed)
+
+
+def _there(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:
+    """What was found for one query; Faiss fills up with -1 where there is no more."""
+    found = ids[0] >= 0
+    return scores[0][found], ids[0][found]
+
+
+def reconstructed(index: Any, ids: Ints) -> Vectors:
+    """Vectors as the index holds them."""
+    ivf = _faiss().try_extract_index_ivf(index)
+    if ivf is not None and ivf.direct_map.no():
+        ivf.make_direct_map()  # an inverted file cannot give back single vectors without it
+    vectors: Vectors = index.reconstruct_batch(ids)
+    return vectors
 
 
 def save_vectors(folder: Path, index: Any) -> int:
