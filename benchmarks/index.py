@@ -1,9 +1,13 @@
-"""Build, measure and search an index of 100,000 × 384, beside what a user would reach for first.
+"""Build, measure and search an index of 100,000 × 384, beside the library's exact search; prints Markdown tables.
 
-    python benchmarks/index.py [--rows 100000] [--million]
+    python benchmarks/index.py               # 100,000 vectors
+    python benchmarks/index.py --quick       # 5,000
+    python benchmarks/index.py --million     # evaluate a corpus of a million vectors, and nothing else
 
 The vectors are drawn with the falling spectrum that embeddings have (variance of axis i as 1 / i), for encoding so many
-real texts takes longer than all that is measured here; recall on real vectors is what the stage itself reports.
+real texts takes longer than all that is measured here; recall on real vectors is what the stage itself reports. Every
+contender lives in a process of its own; a turn is one query, encoded and searched, and a ratio the median of the turns'
+ratios.
 """
 
 from __future__ import annotations
@@ -14,18 +18,22 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
+from contest import take_turns
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
 from ebr_lib.data.vectors import BATCH_ROWS, manifest_path, write_embeddings
 from ebr_lib.index import build_faiss_index, search
-from ebr_lib.logs import show_logs
 from ebr_lib.model.loading import PACKAGED_NAME, identify, load_model
 from ebr_lib.retrieval.metrics import evaluate_vectors
-from ebr_lib.tables import Table
 
 DIM = 384
 QUERIES = [
@@ -43,76 +51,100 @@ def drawn(rows: int, seed: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def timed(times: list[float]) -> str:
-    p50, p95 = np.percentile(times, (50, 95))
-    return f"{p50:.1f} / {p95:.1f}"
-
-
-def index_and_search(rows: int, folder: Path) -> Table:
-    vectors = drawn(rows, 0)
-    place = folder / "embeds.parquet"
-    write_embeddings(place, {"id": [str(i) for i in range(rows)], "kind": ["ab"[i % 2] for i in range(rows)]}, vectors)
+def write_vectors(rows: int, place: Path) -> None:
+    """An embedding file as the inference stage writes it."""
+    columns = {"id": [str(i) for i in range(rows)], "kind": ["ab"[i % 2] for i in range(rows)]}
+    write_embeddings(place, columns, drawn(rows, 0))
     identity = identify(PACKAGED_NAME)
     made_by = {"name": identity.name, "path": identity.path, "sha256": identity.sha256}
     manifest_path(place).write_text(json.dumps({"model": made_by, "dimension": DIM, "rows": {"written": rows}}))
-    start = time.perf_counter()
-    result = build_faiss_index({"embedding_path": str(place), "output_dir": str(folder / "index")})
-    total = time.perf_counter() - start
-    start = time.perf_counter()
-    search(result.folder, QUERIES[0])
-    loading = time.perf_counter() - start
-    plain = [search(result.folder, query).milliseconds for query in QUERIES]
-    filtered = [search(result.folder, query, where={"kind": "a"}).milliseconds for query in QUERIES]
-    return Table(f"{rows:,} × {DIM}", ("", "value"), [
-        ("index and measurements, s", f"{total:.1f}"),
-        ("of it building, s", f"{result.build_seconds:.1f}"),
-        ("recall@10 / bytes a vector", f"{result.chosen.recall:.4f} / {result.bytes_per_vector:.0f}"),
-        ("first search: loads index and model, s", f"{loading:.1f}"),
-        ("search, encoding included, p50 / p95 ms", timed(plain)),
-        ("search filtered to one half, p50 / p95 ms", timed(filtered)),
-        ("util.semantic_search, encoding included, p50 / p95 ms", timed(by_library(vectors))),
-    ])  # fmt: skip
 
 
-def by_library(vectors: np.ndarray) -> list[float]:
-    """The same with sentence-transformers alone: encode, then its exact search."""
+# --- contenders ---------------------------------------------------------------------------------------------------
+
+
+def by_library(rows: int) -> Callable[[], float]:
+    """sentence-transformers alone: encode, then its exact search."""
     import torch
     from sentence_transformers.util import semantic_search
 
-    model, corpus, times = load_model(PACKAGED_NAME), torch.from_numpy(vectors), []
-    for query in QUERIES:
+    model, corpus = load_model(PACKAGED_NAME), torch.from_numpy(drawn(rows, 0))
+
+    def find(query: str) -> None:
+        semantic_search(model.encode([query], convert_to_tensor=True, show_progress_bar=False).cpu(), corpus, top_k=10)
+
+    return timed(find)
+
+
+def ours(folder: Path, where: dict[str, Any] | None) -> Callable[[], float]:
+    return timed(partial(search, folder, where=where))
+
+
+def timed(find: Callable[[str], Any]) -> Callable[[], float]:
+    """Milliseconds of the next query."""
+    queries = cycle(QUERIES)
+
+    def turn() -> float:
         start = time.perf_counter()
-        semantic_search(model.encode([query], convert_to_tensor=True, show_progress_bar=False), corpus, top_k=10)
-        times.append(1000 * (time.perf_counter() - start))
-    return times
+        find(next(queries))
+        return 1000 * (time.perf_counter() - start)
+
+    return turn
 
 
-def evaluate_a_million() -> Table:
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def measure(rows: int, queries: int, folder: Path) -> None:
+    place = folder / "embeds.parquet"
+    write_vectors(rows, place)
+    start = time.perf_counter()
+    built = build_faiss_index({"embedding_path": str(place), "output_dir": str(folder / "index")})
+    total = time.perf_counter() - start
+    turns = take_turns(
+        {
+            "util.semantic_search": partial(by_library, rows),
+            "ours": partial(ours, built.folder, None),
+            "ours, filtered to one half": partial(ours, built.folder, {"kind": "a"}),
+        },
+        queries,
+    )
+    print(f"\n{rows:,} × {DIM}; {queries} queries, encoding included\n")
+    print("| search | ms (median) | 95th percentile | × first row |\n| --- | ---: | ---: | ---: |")
+    base = next(iter(turns.values()))[1:]
+    for name, (_, *found) in turns.items():  # the first loads what it needs
+        ratio = median(b / s for b, s in zip(base, found, strict=True))
+        print(f"| {name} | {median(found):.1f} | {np.percentile(found, 95):.1f} | {ratio:.2f} |")
+    print("\n| the index | |\n| --- | ---: |")
+    print(f"| built, s | {built.build_seconds:.1f} |")
+    print(f"| with the vectors read and recall measured, s | {total:.1f} |")
+    print(f"| recall@10 | {built.chosen.recall:.4f} |")
+    print(f"| bytes a vector | {built.bytes_per_vector:.0f} |")
+    print(f"| first search, loads index and model, s | {turns['ours'][0] / 1000:.1f} |", flush=True)
+
+
+def evaluate_a_million() -> None:
     """A million documents that are never in memory together: seconds, and the most memory this process has held."""
     start = time.perf_counter()
     chunks = (drawn(BATCH_ROWS, seed) for seed in range(62))
     values = evaluate_vectors(drawn(1000, 99), chunks, [{i * 1000: 1} for i in range(1000)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Table("evaluation, 1000 queries, 1,015,808 documents", ("", "value"), [
-        ("s, drawing the vectors included", f"{time.perf_counter() - start:.1f}"),
-        ("peak memory, GB", f"{peak:.2f}"),
-        ("recall@100 of a random judgement", f"{values['recall@100'].mean():.4f}"),
-    ])  # fmt: skip
+    print("\nevaluation, 1,000 queries, 1,015,808 documents\n")
+    print("| s, drawing the vectors included | peak GB | recall@100 of a random judgement |\n| ---: | ---: | ---: |")
+    print(f"| {time.perf_counter() - start:.1f} | {peak:.2f} | {values['recall@100'].mean():.4f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument(
-        "--million", action="store_true", help="evaluate a corpus of a million vectors, and nothing else"
-    )
+    parser.add_argument("--quick", action="store_true", help="5,000 rows, few queries")
+    parser.add_argument("--million", action="store_true", help="only evaluate a corpus of a million vectors")
     arguments = parser.parse_args()
     if arguments.million:
-        print(evaluate_a_million())
-        return
-    show_logs()
+        return evaluate_a_million()
+    rows, queries = (5000, 20) if arguments.quick else (arguments.rows, len(QUERIES))
     with tempfile.TemporaryDirectory() as folder:
-        print(index_and_search(arguments.rows, Path(folder)))
+        measure(rows, queries, Path(folder))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python benchmarks/inference.py --data DIR                          # short and long English texts, packaged MiniLM
     python benchmarks/inference.py --data DIR --sets chinese --model M # Chinese texts, a multilingual model
+    python benchmarks/inference.py --data DIR --sets shape             # on a GPU: a Qwen2 of 0.5B, 200,000 reviews
     python benchmarks/inference.py --data DIR --quick                  # few texts: to see that it runs
     python benchmarks/inference.py --data DIR --threads 1 --cpu-time   # processor seconds: fair on a busy machine
 
 DIR holds banking77/, cranfield/ and online_shopping/. Every contender lives in a process of its own; they take turns
-within a round, so that what disturbs the machine disturbs all of them. A rate is the median over the rounds, a ratio
-the median of the rounds' ratios. "Files" reads a file and writes an embedding file; everything but loading the model
-counts.
+within a round. A rate is the median over the rounds, a ratio the median of the rounds' ratios. "Files" reads a file and
+writes an embedding file; everything but loading the model counts. "Outside the model" is the share of the time in which
+no forward pass runs: on a GPU, by its own clock, that in which it waits for text. `shape` compares with the library's
+best of several batch sizes.
 """
 
 from __future__ import annotations
@@ -17,20 +19,18 @@ import argparse
 import csv
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from contest import machine, take_turns
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 Vectors = NDArray[np.float32]
 
-BASE = "SentenceTransformer.encode, float32, batch 32"
-BASE_BF16 = "SentenceTransformer.encode, bfloat16, batch 32"
+STOCK = "SentenceTransformer.encode, {}, batch {}"
+BASE, BASE_BF16 = STOCK.format("float32", 32), STOCK.format("bfloat16", 32)
+BATCH_SIZES = (32, 64, 128, 256, 512)  # of which the library's best is taken on a GPU
+SAMPLE = 4096  # texts by which a batch size is chosen, vectors that are compared
 # texts a set: (full run, quick run); one contender takes 2 to 10 seconds of a full run on two cores with AMX
-COUNTS = {"short": (4096, 128), "long": (480, 24), "chinese": (1024, 48)}
+COUNTS = {"short": (4096, 64), "long": (480, 24), "chinese": (1024, 48), "shape": (200_000, 64)}
 
 
 def texts_of(name: str, data: Path) -> list[str]:
@@ -62,8 +64,8 @@ def texts_of(name: str, data: Path) -> list[str]:
     return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
 
 
-def stock(model: SentenceTransformer, texts: Sequence[str]) -> Vectors:
-    vectors = model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+def stock(model: SentenceTransformer, texts: Sequence[str], batch: int) -> Vectors:
+    vectors = model.encode(list(texts), batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
 
 
@@ -79,28 +81,6 @@ def through_files(model_name: str, texts: Sequence[str], precision: str, folder:
     return output
 
 
-class Contest:
-    """The contenders, each in a process of its own, for memory that one gave back is not the next one's."""
-
-    def __init__(self, model_name: str, texts: Sequence[str], *, threads: int | None, cpu_time: bool) -> None:
-        task = Task(model_name, tuple(texts), threads, cpu_time)
-        spawn = get_context("spawn")
-        self.pools = {name: ProcessPoolExecutor(1, spawn, prepare, (name, task)) for name in names_of_contenders()}
-
-    def measure(self, rounds: int) -> dict[str, tuple[list[float], float]]:
-        """Name to (seconds of each round, smallest cosine to the base's vectors)."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.pools}
-        vectors: dict[str, Vectors] = {}
-        for turn in range(rounds + 1):
-            for name, pool in self.pools.items():
-                elapsed, vectors[name] = pool.submit(take_turn).result()
-                if turn:  # the first turn warms up
-                    seconds[name].append(elapsed)
-        for pool in self.pools.values():
-            pool.shutdown()
-        return {name: (seconds[name], float((vectors[name] * vectors[BASE]).sum(axis=1).min())) for name in self.pools}
-
-
 @dataclass(frozen=True)
 class Task:
     """What every contender is told."""
@@ -111,7 +91,53 @@ class Task:
     cpu_time: bool
 
 
-def names_of_contenders() -> list[str]:
+@dataclass(frozen=True)
+class Turn:
+    """What a turn took, how much of it in the model's forward pass, and the first of its vectors."""
+
+    seconds: float
+    forward: float
+    vectors: Vectors = field(repr=False)
+
+
+class Forward:
+    """Seconds within forward passes, on the GPU by its own clock: for the rest of a turn it waits for text."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        from sentence_transformers.sentence_transformer.modules import Transformer
+        from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+        self.clock, self.kind = clock, Transformer
+        self.start: Any = None
+        self.spans: list[tuple[Any, Any]] = []
+        register_module_forward_pre_hook(self._begins)
+        register_module_forward_hook(self._ends)
+
+    def _begins(self, module: Any, *_: Any) -> None:
+        if isinstance(module, self.kind):  # the whole, none of its layers
+            self.start = self._mark()
+
+    def _ends(self, module: Any, *_: Any) -> None:
+        if isinstance(module, self.kind):
+            self.spans.append((self.start, self._mark()))
+
+    def _mark(self) -> Any:
+        import torch
+
+        if not torch.cuda.is_available():
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Those since it was asked last."""
+        spans, self.spans = self.spans, []
+        return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000 for a, b in spans)
+
+
+def contenders() -> list[str]:
+    """Of the text sets; what is compared with stands first."""
     from ebr_lib.model.precision import choose_precision
     from ebr_lib.model.training import training_device
 
@@ -120,16 +146,16 @@ def names_of_contenders() -> list[str]:
     return [BASE, BASE_BF16, "Encoder, float32", "Files, float32", "Encoder, bfloat16", "Files, bfloat16"]
 
 
-_turn: Callable[[], tuple[float, Vectors]]  # of a contender's process
+def fastest_stock(task: Task) -> str:
+    """The library's `encode` in bfloat16, with the batch size that is its best on a part of the texts."""
+    names = [STOCK.format("bfloat16", size) for size in BATCH_SIZES]
+    part = replace(task, texts=task.texts[:SAMPLE])
+    turns = take_turns({name: partial(prepare, name, part) for name in names}, 1)
+    return min(names, key=lambda name: turns[name][-1].seconds)
 
 
-def take_turn() -> tuple[float, Vectors]:
-    return _turn()
-
-
-def prepare(name: str, task: Task) -> None:
-    """In a contender's process: load its model and keep what a turn does."""
-    global _turn  # noqa: PLW0603 - a pool's initializer has no other way to hand over
+def prepare(name: str, task: Task) -> Callable[[], Turn]:
+    """In a contender's process: load its model; what is returned does a turn."""
     import torch
 
     from ebr_lib.model.encoder import Encoder
@@ -138,25 +164,26 @@ def prepare(name: str, task: Task) -> None:
     if task.threads:
         torch.set_num_threads(task.threads)
     clock = time.process_time if task.cpu_time else time.perf_counter
-    if name.startswith("Files"):
-        _turn = partial(files_turn, task, name.rpartition(" ")[2], clock)
-        return
-    if name.startswith("Encoder"):
-        precision: Any = name.rpartition(" ")[2]
-        run = partial(Encoder(load_model(task.model), precision=precision).encode, list(task.texts))
+    forward = Forward(clock)
+    kind, precision, *batch = name.split(", ")
+    if kind == "Files":
+        return partial(files_turn, task, precision, clock, forward)
+    if kind == "Encoder":
+        run = partial(Encoder(load_model(task.model), precision=precision).encode, list(task.texts))  # type: ignore[arg-type]
     else:
-        model = load_model(task.model, dtype=torch.bfloat16 if name == BASE_BF16 else torch.float32)
-        run = partial(stock, model, task.texts)
-    _turn = partial(memory_turn, run, clock)
+        model = load_model(task.model, dtype=getattr(torch, precision))
+        run = partial(stock, model, task.texts, int(batch[0].removeprefix("batch ")))
+    return partial(memory_turn, run, clock, forward)
 
 
-def memory_turn(run: Callable[[], Vectors], clock: Callable[[], float]) -> tuple[float, Vectors]:
+def memory_turn(run: Callable[[], Vectors], clock: Callable[[], float], forward: Forward) -> Turn:
+    forward.seconds()
     start = clock()
     vectors = run()
-    return clock() - start, vectors
+    return Turn(clock() - start, forward.seconds(), vectors[:SAMPLE])
 
 
-def files_turn(task: Task, precision: str, clock: Callable[[], float]) -> tuple[float, Vectors]:
+def files_turn(task: Task, precision: str, clock: Callable[[], float], forward: Forward) -> Turn:
     """Seconds of the whole stage, less those of loading the model, which the others have loaded beforehand."""
     from ebr_lib.data.vectors import read_embeddings
     from ebr_lib.model.loading import load_model
@@ -165,42 +192,47 @@ def files_turn(task: Task, precision: str, clock: Callable[[], float]) -> tuple[
     load_model(task.model)
     loading = clock() - start
     with tempfile.TemporaryDirectory() as folder:
+        forward.seconds()
         start = clock()
         output = through_files(task.model, task.texts, precision, Path(folder))
         elapsed = clock() - start - loading
-        return elapsed, np.asarray(read_embeddings(output).vectors)
+        return Turn(elapsed, forward.seconds(), np.array(read_embeddings(output).vectors[:SAMPLE]))
 
 
-def markdown(name: str, texts: Sequence[str], found: dict[str, tuple[list[float], float]]) -> str:
-    base = found[BASE][0]
+def markdown(title: str, texts: Sequence[str], turns: dict[str, list[Turn]]) -> str:
+    """A row a contender, compared with the first."""
+    base = next(iter(turns.values()))
     lines = [
-        f"\n{name}: {len(texts)} texts, {np.mean([len(text) for text in texts]):.0f} characters on average\n",
-        "| contender | texts/s (median) | slowest–fastest | × base | smallest cosine to base |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"\n{title}: {len(texts)} texts, {np.mean([len(text) for text in texts]):.0f} characters on average\n",
+        "| contender | texts/s (median) | slowest–fastest | × first row | outside the model | smallest cosine |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for contender, (seconds, cosine) in found.items():
-        rates = [len(texts) / s for s in seconds]
-        ratio = median(b / s for b, s in zip(base, seconds, strict=True))
+    for contender, found in turns.items():
+        rates = [len(texts) / turn.seconds for turn in found]
+        ratio = median(b.seconds / turn.seconds for b, turn in zip(base, found, strict=True))
+        outside = median(1 - turn.forward / turn.seconds for turn in found)
+        cosine = float((found[-1].vectors * base[-1].vectors).sum(axis=1).min())
         spread = f"{min(rates):.0f}–{max(rates):.0f}"
-        lines.append(f"| {contender} | {median(rates):.0f} | {spread} | {ratio:.2f} | {cosine:.6f} |")
+        lines.append(f"| {contender} | {median(rates):.0f} | {spread} | {ratio:.2f} | {outside:.0%} | {cosine:.6f} |")
     return "\n".join(lines)
 
 
-def machine() -> str:
-    import sentence_transformers
-    import torch
-    import transformers
+def measure(name: str, task: Task, rounds: int, names: Sequence[str]) -> None:
+    turns = take_turns({contender: partial(prepare, contender, task) for contender in names}, rounds)
+    print(markdown(name, task.texts, {contender: found[1:] for contender, found in turns.items()}), flush=True)
 
-    cpu = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0]
-    instructions = torch.backends.cpu.get_cpu_capability() + (" with AMX" if "amx_bf16" in cpu else "")
-    load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    return (
-        f"{device}, {torch.get_num_threads()} threads, {instructions}{load}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
-    )
+
+def measure_shape(data: Path, folder: Path, task: Task, rounds: int, count: int) -> None:
+    """A Qwen2 of 0.5B with random weights, on reviews whose clauses stand in another order: meant for a GPU."""
+    import torch
+    from shapes import build_qwen2, reviews, varied
+
+    layers = 24 if torch.cuda.is_available() else 1
+    texts = reviews(data)
+    model = build_qwen2(folder, texts, layers)
+    task = replace(task, model=str(model), texts=tuple(varied(texts, count)))
+    names = [fastest_stock(task), "Encoder, bfloat16", "Files, bfloat16"]
+    measure(f"Qwen2, {layers} layers of 0.5B's widths, reviews", task, rounds, names)
 
 
 def main() -> None:
@@ -209,15 +241,22 @@ def main() -> None:
     parser.add_argument("--model", default="all-MiniLM-L6-v2")
     parser.add_argument("--sets", nargs="+", choices=list(COUNTS), default=["short", "long"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few texts")
+    parser.add_argument("--quick", action="store_true", help="few texts, and only the first and the last contender")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the library's encode takes one GPU, ours would take all
     print(machine(), file=sys.stderr)
     for name in args.sets:
-        texts = texts_of(name, args.data)[: COUNTS[name][args.quick]]
-        contest = Contest(args.model, texts, threads=args.threads, cpu_time=args.cpu_time)
-        print(markdown(name, texts, contest.measure(args.rounds)), flush=True)
+        count = COUNTS[name][args.quick]
+        task = Task(args.model, (), args.threads, args.cpu_time)
+        if name == "shape":
+            with tempfile.TemporaryDirectory() as folder:
+                measure_shape(args.data, Path(folder), task, args.rounds, count)
+            continue
+        names = contenders()
+        task = replace(task, texts=tuple(texts_of(name, args.data)[:count]))
+        measure(name, task, args.rounds, [names[0], names[-1]] if args.quick else names)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,29 @@
     python benchmarks/training.py --data DIR --quick          # a step or two: to see that it runs
 
 DIR holds banking77/ and online_shopping/. Every contender lives in a process of its own; they take turns within a
-round, so that what disturbs the machine disturbs all of them. A rate is the median over the rounds, a ratio the median
-of the rounds' ratios. On a CUDA machine `shape` is the whole 24 layers, in batches of 128. Quality is measured by
-quality.py.
+round. A rate is the median over the rounds, a ratio the median of the rounds' ratios. On a CUDA machine `shape` is the
+whole 24 layers, in batches of 128, with Unsloth beside where it is installed; without one it takes a quarter of the
+steps. Quality is measured by quality.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from contest import machine, take_turns
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
@@ -36,6 +39,9 @@ STOCK, STOCK_BF16, OURS, OURS_FP32 = (
     "ours, float32",
 )
 CHECKPOINTED, PADDED = "ours, bfloat16, gradient checkpointing", "ours, bfloat16, padded"
+UNSLOTH = "Unsloth, bf16"
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DROPOUTS = (("off", 0.0), ("0.1, in the model and the adapter", 0.1))
 LEARNING_RATE, RANK, DECAY, TEMPERATURE = 2e-4, 16, 0.01, 0.05
 
 
@@ -68,39 +74,48 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="one round of two steps: only to see that it runs")
     args = parser.parse_args()
-    rounds, steps = (1, 2) if args.quick else (args.rounds, args.steps)
-    from inference import machine
-
     print(machine(), file=sys.stderr, flush=True)
+    rounds, steps = (1, 2) if args.quick else (args.rounds, args.steps)
     with tempfile.TemporaryDirectory() as folder:
         if "minilm" in args.parts:
-            measure_minilm(args.data, Path(folder), rounds, steps)
+            measure_minilm(args.data, Path(folder), rounds, steps, args.quick)
         if "shape" in args.parts:
-            measure_shape(args.data, Path(folder), rounds, max(2, steps // 4))
+            measure_shape(args.data, Path(folder), rounds, steps, args.quick)
 
 
-def measure_minilm(data: Path, folder: Path, rounds: int, steps: int) -> None:
+def measure_minilm(data: Path, folder: Path, rounds: int, steps: int, quick: bool) -> None:
     """Two texts of one intent are a pair, 32 a batch: 16 tokens a text on average."""
     pairs = write_pairs(folder / "banking.jsonl", banking_pairs(data)[: 32 * steps])
-    for name, rate in (("off", 0.0), ("0.1, in the model and the adapter", 0.1)):
+    names = [STOCK, OURS] if quick else [STOCK, STOCK_BF16, OURS_FP32, OURS]
+    for name, rate in DROPOUTS[-1:] if quick else DROPOUTS:
         job = Job(minilm(folder / f"minilm{rate}", rate), pairs, 32, rate, 128)
-        runs = measure([STOCK, STOCK_BF16, OURS_FP32, OURS], job, rounds)
+        runs = measure(names, job, rounds)
         print(markdown(f"MiniLM, banking77, batches of 32, {steps} steps, dropout {name}", job, runs), flush=True)
 
 
-def measure_shape(data: Path, folder: Path, rounds: int, steps: int) -> None:
+def measure_shape(data: Path, folder: Path, rounds: int, steps: int, quick: bool) -> None:
     """The first half of a review and the rest are a pair."""
     import torch
     from shapes import build_qwen2, reviews
 
-    layers, batch = (24, 128) if torch.cuda.is_available() else (4, 32)
+    names = [STOCK, STOCK_BF16, OURS_FP32, PADDED, CHECKPOINTED, OURS]
+    layers, batch = 4, 32
+    if torch.cuda.is_available():
+        layers, batch = 24, 128  # float32 would not fit beside the others
+        names = [STOCK_BF16, *([UNSLOTH] if find_spec("unsloth") else []), PADDED, CHECKPOINTED, OURS]
+    else:
+        steps = max(2, steps // 4)
+    if quick:
+        layers, batch, names = 1, 4, [names[0], OURS]
     texts = reviews(data)
     model = str(build_qwen2(folder / "qwen2", texts, layers))
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts if len(text) > 3]
     pairs = write_pairs(folder / "reviews.jsonl", halves[: batch * steps])
     job = Job(model, pairs, batch, 0.1, 512)
-    runs = measure([STOCK, STOCK_BF16, OURS_FP32, PADDED, CHECKPOINTED, OURS], job, rounds)
-    print(markdown(f"Qwen2, {layers} layers of 0.5B's widths, batches of {batch}", job, runs), flush=True)
+    runs = measure(names, job, rounds)
+    print(
+        markdown(f"Qwen2, {layers} layers of 0.5B's widths, batches of {batch}, {steps} steps", job, runs), flush=True
+    )
 
 
 # --- data and models ----------------------------------------------------------------------------------------------
@@ -137,20 +152,45 @@ def minilm(folder: Path, dropout: float) -> str:
 # --- contenders ---------------------------------------------------------------------------------------------------
 
 
-def stock_trainer(job: Job, folder: str, *, bf16: bool = False, epochs: int = 1) -> Any:
+def stock_model(job: Job) -> Any:
+    from ebr_lib.model.adapters import add_lora
+    from ebr_lib.model.loading import load_model
+
+    model = load_model(job.model, max_seq_length=job.max_seq_length)
+    add_lora(model, r=RANK, alpha=2 * RANK, dropout=job.lora_dropout)
+    return model
+
+
+def unsloth_model(job: Job) -> Any:
+    """The same adapter on the same model, by Unsloth."""
+    from unsloth import FastSentenceTransformer
+
+    model = FastSentenceTransformer.from_pretrained(job.model, max_seq_length=job.max_seq_length, load_in_4bit=False)
+    return FastSentenceTransformer.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=2 * RANK,
+        lora_dropout=job.lora_dropout,
+        target_modules=PROJECTIONS,
+        use_gradient_checkpointing=False,
+        random_state=job.seed,
+        task_type="FEATURE_EXTRACTION",
+    )
+
+
+def stock_trainer(
+    job: Job, folder: str, *, bf16: bool = False, epochs: int = 1, build: Callable[[Job], Any] = stock_model
+) -> Any:
     """The library's trainer and loss on the same pairs, in the same order, with the same adapter."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import PrinterCallback, set_seed
 
-    from ebr_lib.model.adapters import add_lora
-    from ebr_lib.model.loading import load_model
     from ebr_lib.model.training import training_device
 
     set_seed(job.seed)
-    model = load_model(job.model, max_seq_length=job.max_seq_length)
-    add_lora(model, r=RANK, alpha=2 * RANK, dropout=job.lora_dropout)
+    model = build(job)
     rows = [json.loads(line) for line in Path(job.pairs).read_text(encoding="utf-8").splitlines()]
     args = SentenceTransformerTrainingArguments(
         output_dir=folder,
@@ -172,10 +212,10 @@ def stock_trainer(job: Job, folder: str, *, bf16: bool = False, epochs: int = 1)
     return trainer
 
 
-def stock(job: Job, bf16: bool) -> Run:
+def stock(job: Job, bf16: bool, build: Callable[[Job], Any]) -> Run:
     """One run of the library's trainer."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = stock_trainer(job, folder, bf16=bf16)
+        trainer = stock_trainer(job, folder, bf16=bf16, build=build)
         before = memory_mb()
         trainer.train()
     return run_of(trainer.state.log_history, memory_mb() - before)
@@ -245,33 +285,38 @@ def train(contender: str, job: Job) -> Run:
         PADDED: {"bf16": True, "packed_rows": False},
         CHECKPOINTED: {"bf16": True, "gradient_checkpointing": True},
     }
-    if contender in (STOCK, STOCK_BF16):
-        return stock(job, bf16=contender == STOCK_BF16)
-    return ours(job, **knobs[contender])
+    if contender in knobs:
+        return ours(job, **knobs[contender])
+    return stock(job, contender != STOCK, unsloth_model if contender == UNSLOTH else stock_model)
+
+
+def prepare(contender: str, job: Job) -> Callable[[], Run]:
+    """In the contender's process: what does a run, and gives the GPU's memory back."""
+    if contender == UNSLOTH:
+        import unsloth  # noqa: F401 - before the libraries that it changes
+    import torch
+
+    def turn() -> Run:
+        run = train(contender, job)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return run
+
+    return turn
 
 
 def measure(contenders: Sequence[str], job: Job, rounds: int) -> dict[str, list[Run]]:
     """Runs of every contender. A round before them warms up; its memory counts, for then a process has grown."""
-    pools = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in contenders}
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
-    grown: dict[str, float] = {}
-    for turn in range(rounds + 1):
-        for name, pool in pools.items():
-            run = pool.submit(train, name, job).result()
-            grown.setdefault(name, run.grown_mb)
-            if turn:
-                runs[name].append(replace(run, grown_mb=grown[name]))
-    for pool in pools.values():
-        pool.shutdown()
-    return runs
+    runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds)
+    return {name: [replace(run, grown_mb=found[0].grown_mb) for run in found[1:]] for name, found in runs.items()}
 
 
 def markdown(title: str, job: Job, runs: dict[str, list[Run]]) -> str:
-    base = runs[STOCK]
+    base = next(iter(runs.values()))
     pairs = len(Path(job.pairs).read_text(encoding="utf-8").splitlines())
     lines = [
         f"\n{title}; {len(base)} rounds\n",
-        "| contender | pairs/s (median) | slowest–fastest | × library | memory grows by | largest gap of the loss |",
+        "| contender | pairs/s (median) | slowest–fastest | × first row | memory grows by | largest gap of the loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in runs.items():

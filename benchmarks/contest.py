@@ -1,0 +1,69 @@
+"""What the benchmarks share: contenders that take turns, and the line that says on what machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_turn: Callable[[], Any]  # of a contender's process
+
+
+def take_turns(contenders: Mapping[str, Callable[[], Callable[[], T]]], rounds: int) -> dict[str, list[T]]:
+    """What the turns of each contender returned: first that of a round that warms up, then those of the rounds.
+
+    A contender lives in a process of its own, for memory that one gave back is not the next one's. Within a round
+    they follow each other, so that what disturbs the machine disturbs all of them. One that fails, for want of memory
+    say, is told as such above the table, and the others go on.
+
+    :param contenders: name to what is called once in the process; it prepares, and returns what does a turn.
+    """
+    spawn = get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, spawn, _prepare, (prepare,)) for name, prepare in contenders.items()}
+    turns: dict[str, list[T]] = {name: [] for name in pools}
+    for _ in range(rounds + 1):
+        for name, pool in list(pools.items()):
+            try:
+                turns[name].append(pool.submit(_take_turn).result())
+            except Exception as error:  # whatever it is that another library raises
+                print(f"\n{name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                traceback.print_exc()
+                pools.pop(name).shutdown()
+                del turns[name]
+    for pool in pools.values():
+        pool.shutdown()
+    return turns
+
+
+def _prepare(prepare: Callable[[], Callable[[], Any]]) -> None:
+    global _turn  # noqa: PLW0603 - a pool's initializer has no other way to hand over
+    _turn = prepare()
+
+
+def _take_turn() -> Any:
+    return _turn()
+
+
+def machine() -> str:
+    """Processor, threads, load and versions, in one line."""
+    import sentence_transformers
+    import torch
+    import transformers
+
+    cpu = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0]
+    instructions = torch.backends.cpu.get_cpu_capability() + (" with AMX" if "amx_bf16" in cpu else "")
+    load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{device}, {torch.get_num_threads()} threads, {instructions}{load}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"sentence-transformers {sentence_transformers.__version__}"
+    )
