@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,8 @@ def test_reading_goes_on_at_any_row(tmp_path: Path):
             source = hive.open_source(path, layout)
             rows = list(hive.read_rows(source, ["id"], layout))
             for at in range(0, len(rows), 7):
-                assert list(hive.read_rows(source, ["id"], layout, rows[at].position)) == rows[at:]
+                if rows[at].resumable:
+                    assert list(hive.read_rows(source, ["id"], layout, rows[at].after)) == rows[at + 1 :]
             assert list(hive.read_rows(source, ["id"], layout, rows[-1].after)) == []
 
 
@@ -124,6 +126,79 @@ def test_healing_joins_what_a_newline_broke(tmp_path: Path):
     assert [row.lines for row in rows] == [3, 1, 3, 1, 1]
     assert [(row.reason, row.raw) for row in rows if row.reason] == [("2 fields, wanted 3", b"4\x01a")]
     assert sum(bool(row.reason) for row in rows_of(path, ["id"])) == 6
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_healing_reading_goes_on_at_any_resumable_row(tmp_path: Path, seed: int, monkeypatch):
+    monkeypatch.setattr(hive, "HEAL_LINES", 4)
+    generator = random.Random(seed)
+    pieces = [b"1\x01a\x01b\x01c\n", b"2\x01x\n", b"y\n", b"\n", b"3\x01z\x01w\n", b"\x01\x01\x01\x01\n"]
+    path = written(tmp_path, b"a\x01b\x01c\x01d\n" + b"".join(generator.choices(pieces, k=40)))
+    layout = Layout(heal=True)
+    source = hive.open_source(path, layout)
+    rows = list(hive.read_rows(source, ["a", "b"], layout))
+    ends = [at for at, row in enumerate(rows) if row.resumable]
+    assert ends[-1] == len(rows) - 1
+    for at in ends:
+        assert list(hive.read_rows(source, ["a", "b"], layout, rows[at].after)) == rows[at + 1 :]
+    assert b"\n".join(row.raw for row in rows) + b"\n" == path.read_bytes().split(b"\n", 1)[1]  # no byte is lost
+    assert max(row.lines for row in rows) <= 4
+
+
+def test_what_healing_holds_is_bounded(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hive, "HEAL_BYTES", 1000)
+    path = written(tmp_path, b"id\x01text\x01x\n1\x01a\x01b\n" + b"log line\n" * 3000)
+    rows = rows_of(path, ["id"], heal=True)
+    assert max(len(row.raw) for row in rows) < 1200
+    assert sum(row.lines for row in rows) == 3001
+
+
+def test_a_file_without_a_header_shows_its_newlines_by_its_rows(tmp_path: Path):
+    layout = {"columns": ("id", "text")}
+    assert values_of(written(tmp_path, b"1\x01a\r\n2\x01\r\n"), ["text"], **layout) == [[b"a"], [b""]]
+    assert values_of(written(tmp_path, b"1\x01a\r\n2\x01b\n"), ["text"], **layout) == [[b"a\r"], [b"b"]]
+
+
+def test_a_header_of_another_order_than_columns_is_warned_of(tmp_path: Path, caplog):
+    values_of(written(tmp_path, b"id\x01text\n1\x01a\n"), ["id"], columns=("id", "text"))
+    assert not caplog.text
+    values_of(written(tmp_path, b"text\x01id\na\x011\n"), ["id"], columns=("id", "text"))
+    assert "the first row holds the names in columns, in another order (text, id)" in caplog.text
+
+
+def first_row_long(filler: str) -> str:
+    return f"1\x01{'苹果' * 400_000}\n2\x01手机\n"
+
+
+def ascii_for_megabytes(filler: str) -> str:
+    return "".join(f"{i}\x01{filler}\n" for i in range(30_000)) + "x\x01手机\n" * 3
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
+@pytest.mark.parametrize("rows", [first_row_long, ascii_for_megabytes])
+def test_the_encoding_is_told_by_lines_that_show_it(tmp_path: Path, encoding: str, rows):
+    path = written(tmp_path, ("id\x01text\n" + rows("plain " * 12)).encode(encoding))
+    found = rows_of(path, ["text"])
+    assert not [row.reason for row in found if row.reason]
+    assert found[-1].values == ["手机".encode()]
+
+
+def test_a_cut_line_is_judged_less_its_broken_end(tmp_path: Path, monkeypatch):
+    for size in range(1, 7):
+        monkeypatch.setattr(hive, "SAMPLE_BYTES", size)
+        for encoding in ("gb18030", "utf-8"):
+            text = "苹果手机壳透明"
+            path = written(tmp_path, f"id\x01text\n\x01{text}\n".encode(encoding))
+            found = hive.open_source(path, Layout()).encoding
+            # fewer than two bytes of a character say nothing
+            assert found == encoding or (size <= 3 and found == "utf-8")
+
+
+def test_gb18030_and_a_delimiter_that_can_be_half_a_character(tmp_path: Path):
+    assert "丂".encode("gb18030").endswith(b"@")
+    path = written(tmp_path, "id@text\n1@丂货好\n".encode("gb18030"))
+    with pytest.raises(DataError, match="second byte of a character"):
+        hive.open_source(path, Layout(delimiter=b"@"))
 
 
 def test_files_without_a_header(tmp_path: Path):
@@ -163,16 +238,40 @@ def test_parquet_input(tmp_path: Path):
     rows = list(hive.read_rows(source, ["id"], layout))
     for at in range(10):
         assert list(hive.read_rows(source, ["id"], layout, rows[at].position)) == rows[at:]
+    hive.need_columns(source, ["id", "text"], b"\x01")
     with pytest.raises(DataError, match="column tags is list"):
-        values_of(path, ["tags"])
+        hive.need_columns(source, ["tags"], b"\x01")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="no whole Parquet"):
         hive.open_source(path, layout)
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "string", "dictionary"])
+def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = pa.array([b"1", b"\xff", None, "苹".encode()], pa.binary())
+    if kind == "string":
+        values = pa.Array.from_buffers(pa.string(), 4, values.buffers(), values.null_count)
+    elif kind == "dictionary":
+        values = values.dictionary_encode()
+    else:
+        values = values.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"id": values, "text": list("abcd")}), tmp_path / "a.parquet")
+    source = hive.open_source(tmp_path / "a.parquet", Layout())
+    hive.need_columns(source, ["id", "text"], b"\x01")
+    rows = list(hive.read_rows(source, ["id", "text"], Layout()))
+    assert [row.values for row in rows] == [[b"1", b"a"], [], [None, b"c"], ["苹".encode(), b"d"]]
+    assert rows[1].reason == "not utf-8: column id"
+    assert rows[1].raw == b'{"id": "\\\\xff", "text": "b"}'
+    assert (rows[1].position, rows[3].position) == (Position(2, 1), Position(4, 3))
+
+
 def test_files_are_found_in_order_of_their_names(tmp_path: Path):
-    for name in ("b.csv", "a.csv", "sub/c.csv.gz", "_SUCCESS.csv", ".x.csv", "notes.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    names = ["b.csv", "a.csv", "sub/c.csv.gz", "_SUCCESS.csv", ".x.csv", "notes.md"]
+    for name in [*names, ".ipynb_checkpoints/a-checkpoint.csv", "sub/_temporary/0/a.csv"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     assert [p.name for p in hive.find_files(tmp_path, ["*.csv", "*.csv.gz"])] == ["a.csv", "b.csv", "c.csv.gz"]
     assert hive.find_files(tmp_path / "notes.md", ["*.csv"]) == [tmp_path / "notes.md"]

@@ -8,6 +8,7 @@ a reject, never dropped.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 NULL = b"\\N"
 BOM = b"\xef\xbb\xbf"
-SAMPLE_BYTES = 1 << 20  # read to tell the encoding by
+SAMPLE_BYTES = 1 << 20  # read at once to tell the encoding by
+SAMPLE_LIMIT = 1 << 26  # read in all, where all of it is ASCII
+HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is put together again
 PARQUET_ROWS = 4096
 
 Value = bytes | None
@@ -103,7 +106,9 @@ class Row(NamedTuple):
     """A row, or a reject.
 
     `values` are the wanted columns in UTF-8, None for null; empty for a reject, whose `reason` says why. `raw` are the
-    bytes as they were, the newline left out. `lines` counts the lines that were joined into it.
+    bytes as they were, the newline left out, but for those inside of a row that was healed. `lines` counts the lines
+    that were joined into it. Reading from `after` on gives the rows that follow only where a row is `resumable`:
+    lines of which healing has made no row might find others to be joined with.
     """
 
     position: Position
@@ -112,6 +117,7 @@ class Row(NamedTuple):
     raw: bytes
     reason: str = ""
     lines: int = 1
+    resumable: bool = True
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ class Row(NamedTuple):
 def find_files(data_path: str | Path, patterns: Sequence[str]) -> list[Path]:
     """The file itself, or the files of a folder and its subfolders that match a pattern, in order of their names.
 
-    Names that begin with `.` or `_` are left out, as Hive and Spark do.
+    Files and folders whose names begin with `.` or `_` are left out, as Hive and Spark do.
 
     :raises MissingError: there is no such file or folder.
     :raises DataError: no file in the folder matches.
@@ -130,7 +136,7 @@ def find_files(data_path: str | Path, patterns: Sequence[str]) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise MissingError(f"data_path {data_path}: there is no such file or folder (looked at {place.resolve()})")
-    every = [path for path in sorted(place.rglob("*")) if path.is_file() and not path.name.startswith((".", "_"))]
+    every = [path for path in sorted(place.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(place))]
     if found := [path for path in every if any(path.match(pattern) for pattern in patterns)]:
         return found
     names = ", ".join(path.name for path in every[:5]) or "nothing"
@@ -138,6 +144,10 @@ def find_files(data_path: str | Path, patterns: Sequence[str]) -> list[Path]:
         f"data_path {data_path}: no file matches {' or '.join(patterns)}; the folder holds {names}; "
         "give the file itself, or set file_patterns"
     )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -199,16 +209,53 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
         bom = len(BOM) if head.startswith(BOM) else 0
         file.seek(bom)
         first = file.readline()
-        sample = first + file.read(SAMPLE_BYTES)
+        block = file.read(SAMPLE_BYTES)
+        sample = _foreign_lines(file, first, block)
     if not first and layout.columns is None:
         raise DataError(f"{path} is empty: wanted a header row")
-    encoding = "utf-8" if bom else _encoding_of(path, sample, layout.encoding)
-    crlf = first.endswith(b"\r\n")
-    named = _header(path, first, layout.delimiter, encoding)
+    encoding = "utf-8" if bom else _encoding_of(path, sample, layout)
+    named = _header(first, layout.delimiter, encoding)
     stamp, extent = stamp_of(path), _extent(path)
     if layout.columns is None or named == layout.columns:
-        return Source(path, name, named, stamp, extent, encoding, crlf, bom + len(first), 2)
-    return Source(path, name, layout.columns, stamp, extent, encoding, False, bom, 1)
+        return Source(path, name, named, stamp, extent, encoding, first.endswith(b"\r\n"), bom + len(first), 2)
+    if set(named) == set(layout.columns):
+        logger.warning(
+            "%s: the first row holds the names in columns, in another order (%s); it is read as a row: "
+            "leave columns out to take it as the header",
+            path,
+            ", ".join(named),
+        )
+    return Source(path, name, layout.columns, stamp, extent, encoding, _is_crlf(first + block), bom, 1)
+
+
+def _is_crlf(sample: bytes) -> bool:
+    """Whether every row ends in `\\r\\n`; a file without a header shows it in no other way."""
+    newlines = sample.count(b"\n")
+    return newlines > 0 and sample.count(b"\r\n") == newlines
+
+
+class _Piece(NamedTuple):
+    line: bytes
+    cut: bool  # what follows in the file belongs to it
+
+
+def _foreign_lines(file: IO[bytes], first: bytes, block: bytes) -> list[_Piece]:
+    """Lines with other than ASCII, to tell the encoding by."""
+    lines = _not_ascii(first + block, len(block) == SAMPLE_BYTES)
+    read = len(block)
+    while block and not lines and read < SAMPLE_LIMIT:
+        block = file.read(SAMPLE_BYTES)
+        lines = _not_ascii(block, len(block) == SAMPLE_BYTES)
+        read += len(block)
+    return lines
+
+
+def _not_ascii(block: bytes, goes_on: bool) -> list[_Piece]:
+    if block.isascii():
+        return []
+    *whole, last = block.split(b"\n")
+    pieces = [*(_Piece(line, False) for line in whole), _Piece(last, goes_on)]
+    return [piece for piece in pieces if not piece.line.isascii()]
 
 
 def _extent(path: Path) -> int:
@@ -221,39 +268,50 @@ def _extent(path: Path) -> int:
         return file.seek(0, io.SEEK_END)
 
 
-def _header(path: Path, line: bytes, delimiter: bytes, encoding: str) -> tuple[str, ...]:
+def _header(line: bytes, delimiter: bytes, encoding: str) -> tuple[str, ...]:
     line = line.removesuffix(b"\n").removesuffix(b"\r")
     return tuple(field.decode(encoding, "replace") for field in line.split(delimiter))
 
 
-def _encoding_of(path: Path, sample: bytes, told: str) -> str:
-    if told != "auto":
-        return told
-    lines = [line for line in sample[: sample.rfind(b"\n") + 1 or None].split(b"\n") if not line.isascii()]
-    foreign = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
+def _encoding_of(path: Path, lines: list[_Piece], layout: Layout) -> str:
+    if layout.encoding != "auto":
+        return layout.encoding
+    foreign = sum(not _decodes(*piece, "utf-8") and _decodes(*piece, "gb18030") for piece in lines)
     if 2 * foreign <= len(lines):
         return "utf-8"
     logger.info(
         "%s: 编码识别为 GB18030 (%d of %d rows are no UTF-8; set encoding to overrule)", path, foreign, len(lines)
     )
+    if layout.delimiter >= b"0":
+        raise DataError(
+            f"{path} is GB18030, where {layout.delimiter!r} can be the second byte of a character; write the file with "
+            "a delimiter below '0', like \\001, or as UTF-8 from the start"
+        )
     return "gb18030"
 
 
-def _decodes(line: bytes, encoding: str) -> bool:
+def _decodes(line: bytes, cut: bool, encoding: str) -> bool:
+    """Whether bytes are of an encoding; those that are `cut` may end within a character."""
     try:
-        line.decode(encoding)
+        codecs.getincrementaldecoder(encoding)().decode(line, final=False) if cut else line.decode(encoding)
     except UnicodeDecodeError:
         return False
     return True
 
 
-def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> None:
-    """Check that a file has the columns.
+def _is_utf8(value: bytes) -> bool:
+    return _decodes(value, False, "utf-8")
 
-    :raises DataError: lists the columns wanted and found, and the likely way out.
+
+def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> None:
+    """Check that a file has the columns, and that they can be read as text.
+
+    :raises DataError: lists the columns wanted and found, and the likely way out; or names a Parquet column of lists.
     """
+    wanted = list(wanted)
     missing = [column for column in wanted if column not in source.columns]
     if not missing:
+        _need_texts(source, wanted)
         return
     found = ", ".join(column[:40] for column in source.columns[:20])
     hint = "for files without a header row, give their names: columns=[…]"
@@ -290,6 +348,7 @@ class _Line(NamedTuple):
     fields: bytes  # the line without its newline, and without the \r of a CRLF file
     raw: bytes
     lines: int = 1
+    resumable: bool = True
 
 
 def _lines(source: Source, start: Position) -> Iterator[_Line]:
@@ -318,14 +377,17 @@ class _Chooser:
         fields = line.fields.split(self.delimiter)
         if len(fields) != self.width:
             reason = f"{len(fields)} fields, wanted {self.width}"
-            return Row(line.position, line.after, [], line.raw, reason, line.lines)
+            return self._reject(line, reason)
         values = [None if fields[place] == NULL else fields[place] for place in self._places]
-        if not line.fields.isascii() and not (self._is_utf8 and _decodes(line.fields, "utf-8")):
+        if not line.fields.isascii() and not (self._is_utf8 and _is_utf8(line.fields)):
             try:
                 values = [self._as_utf8(value) for value in values]
             except UnicodeError:
-                return Row(line.position, line.after, [], line.raw, self._undecodable(values), line.lines)
-        return Row(line.position, line.after, values, line.raw, "", line.lines)
+                return self._reject(line, self._undecodable(values))
+        return Row(line.position, line.after, values, line.raw, "", line.lines, line.resumable)
+
+    def _reject(self, line: _Line, reason: str) -> Row:
+        return Row(line.position, line.after, [], line.raw, reason, line.lines, line.resumable)
 
     def _as_utf8(self, value: Value) -> Value:
         return None if value is None else value.decode(self._encoding).encode("utf-8")
@@ -350,24 +412,27 @@ def _healed(lines: Iterator[_Line], choose: _Chooser) -> Iterator[_Line]:
     the rest of that row's last field; a newline within the first column can therefore not be healed.
     """
     held: list[_Line] = []
-    width = 0
+    width = size = 0
     for line in lines:
         fields = line.fields.count(choose.delimiter) + 1
-        if held and fields < choose.width and width + fields - 1 <= choose.width:
+        fits = fields < choose.width and width + fields - 1 <= choose.width
+        if held and fits and len(held) < HEAL_LINES and size < HEAL_BYTES:
             held.append(line)
-            width += fields - 1
+            width, size = width + fields - 1, size + len(line.fields)
             continue
         yield from _released(held, width == choose.width)
-        held, width = [line], fields
+        held, width, size = [line], fields, len(line.fields)
     yield from _released(held, width == choose.width)
 
 
 def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
     if not whole or len(held) < 2:
-        yield from held
+        last = len(held) - 1
+        yield from (line._replace(resumable=i == last) for i, line in enumerate(held))
         return
     fields = b" ".join(line.fields for line in held)
-    yield _Line(held[0].position, held[-1].after, fields, fields, len(held))
+    raw = b"\n".join(line.raw for line in held)
+    yield _Line(held[0].position, held[-1].after, fields, raw, len(held))
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------------
@@ -387,27 +452,61 @@ def _parquet_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator
             else:
                 groups.append(group)
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(wanted)):
-            columns = [_as_bytes(source, name, batch.column(name)) for name in wanted]
+            columns = [_as_bytes(batch.column(name)) for name in wanted]
             for values in zip(*columns, strict=True):
                 done += 1
                 if done >= start:
-                    yield Row(Position(done, done - 1), Position(done + 1, done), list(values), b"")
+                    yield _parquet_row(Position(done, done - 1), wanted, list(values))
 
 
-def _as_bytes(source: Source, name: str, column: pa.Array) -> list[Any]:
+def _parquet_row(position: Position, wanted: Sequence[str], values: list[Value]) -> Row:
+    after = Position(position.line + 1, position.offset + 1)
+    bad = [name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value)]
+    if not bad:
+        return Row(position, after, values, b"")
+    return Row(position, after, [], _as_json(wanted, values), f"not utf-8: column {', '.join(bad)}")
+
+
+def _as_bytes(column: pa.Array) -> list[Any]:
+    """A column as text in UTF-8; bytes are taken for text as they are."""
     import pyarrow as pa
 
-    try:
-        return column.cast(pa.string()).cast(pa.binary()).to_pylist()
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{source.path}: column {name} is {column.type}, which is no text; leave it out of output_columns"
-        ) from error
+    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return (plain if _holds_bytes(plain.type) else plain.cast(pa.string())).cast(pa.binary()).to_pylist()
+
+
+def _need_texts(source: Source, wanted: Sequence[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not _is_parquet(source.path):
+        return
+    schema = pq.read_schema(source.path)
+    for name in wanted:
+        try:
+            _as_bytes(pa.array([], schema.field(name).type))
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{source.path}: column {name} is {schema.field(name).type}, which is no text; "
+                "name the columns to keep in output_columns, without it"
+            ) from error
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def raw_of(wanted: Sequence[str], row: Row) -> bytes:
     """The bytes that a reject is reported with: the row's own, or for Parquet its values as JSON."""
     if row.raw or not row.values:
         return row.raw
-    texts = {name: None if v is None else v.decode() for name, v in zip(wanted, row.values, strict=True)}
+    return _as_json(wanted, row.values)
+
+
+def _as_json(wanted: Sequence[str], values: Sequence[Value]) -> bytes:
+    """Values by their names; bytes that are no UTF-8 are spelled `\\xff`."""
+    named = zip(wanted, values, strict=True)
+    texts = {name: None if value is None else value.decode("utf-8", "backslashreplace") for name, value in named}
     return json.dumps(texts, ensure_ascii=False).encode()

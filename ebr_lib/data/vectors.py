@@ -640,7 +640,8 @@ def write_embeddings(
     :raises DataError: a value holds what separates fields or rows, or is `\\N`, in a format that is text.
     """
     path = Path(path)
-    valid = ~np.isnan(vectors).all(axis=1) if valid is None else valid
+    if valid is None:
+        valid = np.asarray(~np.isnan(vectors).all(axis=1))
     rows = [
         [None if value is None else value.encode() for value in row] for row in zip(*columns.values(), strict=True)
     ] or [[] for _ in vectors]
