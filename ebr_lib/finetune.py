@@ -478,7 +478,7 @@ def _preflight(trainer: EbrTrainer) -> None:
     flown = fly_longest_batch(trainer)
     batches = len(trainer.train_dataset) / (trainer.args.train_batch_size * trainer.args.world_size)
     logger.info(
-        "预检 preflight: longest batch %.2f s, memory %.0f MB; 预计 the run takes at most %.1f min",
+        "预检 preflight: longest batch %.2f s, peak memory %.0f MB; 预计 the run takes at most %.1f min",
         flown.seconds,
         flown.peak_mb,
         flown.seconds * batches * trainer.args.num_train_epochs / 60,

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -538,6 +539,39 @@ def test_the_memory_limit_is_for_machines_without_a_gpu(monkeypatch):
             training.EbrTrainer._check_memory(trainer)
 
 
+def test_a_peak_is_seen_although_it_is_over(plain, monkeypatch, caplog):
+    """Four pairs at a time take 400 MB more than two, and give them back inside the step."""
+    forward = ContrastiveLoss.forward
+
+    def greedy(self, features, labels):
+        rows = self.mini_batch_size or len(labels)
+        if self.model.training and rows > 2:
+            np.ones(400 * 2**20, dtype=np.uint8)  # written to, and gone at once
+        return forward(self, features, labels)
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", greedy)
+    resident = int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20  # GB
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        train(plain, memory_limit_gb=resident + 0.3)
+    assert [line for line in caplog.messages if "micro-batch 4 → 2" in line]
+    assert not [line for line in caplog.messages if "micro-batch 2 → 1" in line]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        train(plain)
+    (said,) = [line for line in caplog.messages if "preflight" in line]
+    assert float(said.split("peak memory ")[1].split()[0]) > resident * 1024 + 380
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system counts a process's peak for good")
+def test_the_peak_is_counted_anew():
+    held = np.ones(300 * 2**20, dtype=np.uint8)
+    with_it = training.peak_memory_mb()
+    del held
+    assert training.peak_memory_mb() == pytest.approx(with_it, abs=5)
+    training.count_peak_anew()
+    assert training.peak_memory_mb() < with_it - 250
+
+
 def test_the_preflight_leaves_no_trace(settings, monkeypatch, tmp_path):  # noqa: F811
     flown = adapter(train(settings, noise_enabled=True, noise_prob=0.5))  # dropout and all
     monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(0.0, 0.0))
@@ -565,7 +599,7 @@ def test_the_log_says_what_the_longest_batch_took(settings, monkeypatch, caplog)
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
         found = train(settings)
     line = next(record.getMessage() for record in caplog.records if "preflight" in record.getMessage())
-    assert "longest batch 30.00 s, memory 1234 MB" in line
+    assert "longest batch 30.00 s, peak memory 1234 MB" in line
     minutes = float(line.split("at most ")[1].split()[0])
     assert 30 * (found.steps - 1) / 60 < minutes <= 30 * found.steps / 60  # the last batch is a part of one
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import random
+import re
+import resource
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -403,6 +407,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         accumulated = [weight.grad.clone() if weight.grad is not None else None for weight in self.loss.weights]
         states = _random_states()
         while True:
+            if self.memory_limit_mb:
+                count_peak_anew()
             try:
                 with self._attention(inputs):
                     loss = super().training_step(model, dict(inputs), num_items_in_batch)
@@ -413,7 +419,7 @@ class EbrTrainer(SentenceTransformerTrainer):
             for weight, gradient in zip(self.loss.weights, accumulated, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
             _set_random_states(states)
-            torch.cuda.empty_cache()  # not before: the error held on to what the step had made
+            _give_memory_back()  # not before: the error held on to what the step had made
 
     def _attention(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
         """The attention of packed rows under checkpointing: backward runs layers again, and has to find the same."""
@@ -429,13 +435,13 @@ class EbrTrainer(SentenceTransformerTrainer):
                 return super().prediction_step(model, dict(inputs), *args, **kwargs)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(len(inputs["label"]), error)
-            torch.cuda.empty_cache()
+            _give_memory_back()
 
     def _check_memory(self) -> None:
         if not self.memory_limit_mb or self.model.device.type != "cpu":
             return
         if (now := peak_memory_mb()) > self.memory_limit_mb:
-            raise MemoryError(f"{now:,.0f} MB in use, memory_limit_gb allows {self.memory_limit_mb:,.0f} MB")
+            raise MemoryError(f"the step took {now:,.0f} MB, memory_limit_gb allows {self.memory_limit_mb:,.0f} MB")
 
     def _halve(self, rows: int, error: BaseException) -> None:
         now = min(self.loss.mini_batch_size or rows, rows)
@@ -484,7 +490,7 @@ def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the longest batch cost: seconds a step, and peak memory in MB."""
+    """What the longest batch cost: seconds a step, and the peak of memory in MB."""
 
     seconds: float
     peak_mb: float
@@ -501,10 +507,11 @@ def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
-        start = time.perf_counter()
         trainer.current_gradient_accumulation_steps = 1
+        count_peak_anew()
+        start = _now()
         trainer.training_step(trainer.model, batch)
-        seconds = time.perf_counter() - start
+        seconds = _now() - start
     for weight in trainer.loss.weights:
         weight.grad = None
     trainer.loss.take_masked_share()
@@ -531,9 +538,36 @@ def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]
 
 
+def _now() -> float:
+    """The clock, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def peak_memory_mb() -> float:
-    """Memory in MB: the GPU's peak allocation where there is one, else this process's resident size now."""
+    """The most memory in MB since `count_peak_anew`: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").is_file() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak:
+        return int(peak[1]) / 2**10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process's life
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def count_peak_anew() -> None:
+    """Let `peak_memory_mb` forget what was, where the system can (Linux: proc_pid_clear_refs(5))."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _give_memory_back() -> None:
+    """To the GPU, or to the system, what a failed step has left; `cpu_speed` keeps freed memory for the next one."""
+    torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU C library has it
+        ctypes.CDLL(None).malloc_trim(0)
