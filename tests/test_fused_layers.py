@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ebr_lib.model import fused_layers
+from ebr_lib.model.adapters import add_lora
+from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.fused_layers import FusedLayer, fuse
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.packing import PackedForward
@@ -61,6 +63,28 @@ def test_layers_with_wrong_vectors_are_taken_back(tiny_bert, monkeypatch, wrong)
     model = _half(tiny_bert)
     fuse(model)
     assert _kinds(model) == {"BertLayer"}
+
+
+def test_a_small_adapter_is_not_left_out(tiny_bert):
+    """Its layers answer for their base's weights too; vectors alone would not tell, so little has it moved them."""
+    model = _half(tiny_bert)
+    add_lora(model, r=2, alpha=4, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.transformers_model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=1e-3, generator=generator)
+    fuse(model)
+    assert _kinds(model) == {"BertLayer"}
+
+
+def test_a_model_that_was_used_before_is_fused_all_the_same(minilm):
+    """Encoding ends evaluation mode for what was in training mode before, and for nothing else."""
+    model = load_model(str(minilm), device="cpu")
+    modes = [module.training for module in model.modules()]
+    Encoder(model, precision="float32").encode(TEXTS)
+    assert [module.training for module in model.modules()] == modes
+    model.train()
+    assert _kinds(Encoder(model, precision="bfloat16").model) == {"FusedLayer"}
 
 
 def test_layers_that_only_bear_the_name_are_left_alone(tiny_bert):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ebr_lib.logs import logger
+from ebr_lib.model.losses import evaluating
+from ebr_lib.model.packing import TOLERANCE
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 LAYERS = {"BertLayer", "RobertaLayer", "XLMRobertaLayer"}
 ROWS = 4096  # the products' layout is chosen for about this many tokens
-TOLERANCE = 2e-2  # of a component of a unit vector: bfloat16's own rounding is below a tenth of it
 
 
 def fuse(model: SentenceTransformer) -> None:
@@ -30,11 +31,11 @@ def fuse(model: SentenceTransformer) -> None:
         return
     before = inner.encoder.layer
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(inner):
             wanted = _probe(inner)
             inner.encoder.layer = nn.ModuleList(FusedLayer(layer) for layer in before)
             gap = float((_probe(inner) - wanted).abs().max())
-        reason = "" if gap <= TOLERANCE else f"their vectors differ by {gap:.1e}"
+        reason = "" if gap <= TOLERANCE[torch.bfloat16] else f"their vectors differ by {gap:.1e}"
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # layers that only bear the name
         reason = f"{type(error).__name__}: {error}"
     if reason:
@@ -64,6 +65,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
+        if any(type(layer) is not nn.Linear for layer in layers):  # an adapter shows its base's weight as its own
+            raise TypeError("a layer is more than its weight and bias, such as an adapter's")
         weight = torch.cat([layer.weight for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
         self.bias = torch.cat([layer.bias for layer in layers])

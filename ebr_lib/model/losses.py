@@ -168,13 +168,14 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without dropout, and put the mode back."""
-    was_training = model.training
+    """Run without dropout, and put the mode back, each module's own: a loaded model's parts differ in it."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def ranges_of(features: Features, step: int) -> list[tuple[int, int]]:
