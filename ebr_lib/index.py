@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
 from ebr_lib.config import IndexConfig, SearchConfig
-from ebr_lib.data.vectors import iter_embeddings, read_manifest
+from ebr_lib.data.vectors import Embeddings, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, ModelError
 from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import identify
-from ebr_lib.retrieval.contenders import EncoderSettings, one_sided
+from ebr_lib.model.precision import Asked
+from ebr_lib.retrieval.contenders import EncoderSettings
 from ebr_lib.retrieval.faiss_index import (
     DELETED_FILE,
     INDEX_FILE,
@@ -48,6 +48,7 @@ from ebr_lib.retrieval.faiss_index import (
     train,
     write_deleted,
 )
+from ebr_lib.retrieval.maker import Maker, weights_of
 from ebr_lib.retrieval.metrics import unit
 from ebr_lib.retrieval.task import read_queries
 from ebr_lib.tables import Shown, Table
@@ -55,6 +56,7 @@ from ebr_lib.tables import Shown, Table
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
+MANIFEST_SAYS = "its manifest says"
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 OWN_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, CONFIG_FILE, CURVE_FILE)
 
@@ -108,8 +110,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     if not made_by:
         logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
     rows, dim = _size(config.embedding_path, made_by)
-    if config.id_column is not None:
-        next(iter_embeddings(config.embedding_path, [config.id_column]))  # a column that is not kept is told now
+    _check_columns(config.embedding_path, config.id_column)
     plan = plan_index(rows, dim, config.kind, config.compression)
     logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
     real = _real_queries(config, made_by, dim)
@@ -133,7 +134,7 @@ class _Built:
 
 def _size(path: str, made_by: Mapping[str, Any]) -> tuple[int, int]:
     """How many vectors the file holds, or a few fewer than are told, and their dimension."""
-    if made_by.get("rows", {}).get("written") and made_by.get("dimension"):
+    if (made_by.get("rows") or {}).get("written") and made_by.get("dimension"):
         return int(made_by["rows"]["written"]), int(made_by["dimension"])
     rows, dim = 0, 0
     for batch in iter_embeddings(path, ()):
@@ -142,6 +143,22 @@ def _size(path: str, made_by: Mapping[str, Any]) -> tuple[int, int]:
     if not rows:
         raise DataError(f"{path} holds no vectors; run the inference again")
     return rows, dim
+
+
+def _check_columns(path: str, id_column: str | None) -> None:
+    """What is wrong with the kept columns is told before anything is built."""
+    if id_column is not None:
+        next(iter_embeddings(path, [id_column]))
+    if ROW in next(iter_embeddings(path)).columns:
+        raise DataError(f"{path}: the name of its column {ROW} is the index's own; give it another in output_columns")
+
+
+def _batches(path: str | Path, columns: Sequence[str] | None, dim: int, wanted: str) -> Iterator[Embeddings]:
+    """The batches of an embedding file, whose vectors must have as many dimensions as `wanted` says."""
+    for batch in iter_embeddings(path, columns):
+        if len(batch) and batch.vectors.shape[1] != dim:
+            raise DataError(f"{path} holds vectors of {batch.vectors.shape[1]} dimensions, {wanted} {dim}")
+        yield batch
 
 
 def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> Vectors | None:
@@ -153,7 +170,7 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
         chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
         texts = [texts[i] for i in sorted(chosen)]
     settings = _settings(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
-    return _encoder(settings, _Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
+    return _encoder(settings, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
 def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int], real: Vectors | None) -> _Built:
@@ -164,10 +181,11 @@ def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int],
     index = new_index(plan, dim, config.ef_construction)
     if not index.is_trained:
         wanted = min(rows, max(TRAIN_POINTS * cells_of(index), 20_000))
-        train(index, _gathered(config.embedding_path, np.sort(rng.choice(rows, wanted, replace=False))), config.seed)
+        sample = np.sort(rng.choice(rows, wanted, replace=False))
+        train(index, _gathered(_batches(config.embedding_path, (), dim, MANIFEST_SAYS), sample), config.seed)
     sampled = 0 if real is not None else min(rows, config.measure_queries)
     own = np.sort(rng.choice(rows, sampled, replace=False))
-    taken = fill(index, iter_embeddings(config.embedding_path), folder / ROWS_FILE, own)
+    taken = fill(index, _batches(config.embedding_path, None, dim, MANIFEST_SAYS), folder / ROWS_FILE, own)
     written = save_vectors(folder, index)
     seconds = time.perf_counter() - start
     if not index.ntotal:
@@ -178,10 +196,10 @@ def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int],
     return _Built(index, written, seconds, exact_neighbours(index, vectors, queries, own))
 
 
-def _gathered(path: str, rows: Ints) -> Vectors:
-    """Unit vectors of some rows of the file, counting those that have one."""
+def _gathered(batches: Iterable[Embeddings], rows: Ints) -> Vectors:
+    """Unit vectors of some rows of a file, counting those that have one."""
     done, parts = 0, []
-    for batch in iter_embeddings(path, ()):
+    for batch in batches:
         low, high = np.searchsorted(rows, (done, done + len(batch)))
         parts.append(unit(batch.vectors[rows[low:high] - done]) if high > low else batch.vectors[:0])
         done += len(batch)
@@ -230,6 +248,7 @@ def _measure(config: IndexConfig, plan: Plan, built: _Built, folder: Path) -> In
 
 
 def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResult, size: int) -> dict[str, Any]:
+    maker = Maker.of(made_by)
     return {
         "index_bytes": size,
         "kind": result.kind,
@@ -246,30 +265,12 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
             "bytes_per_vector": result.bytes_per_vector,
         },
         "embedding_path": config.embedding_path,
-        "model": made_by.get("model", {}) | ({"asked_for": config.model_name} if config.model_name else {}),
-        "settings": {name: made_by.get("settings", {}).get(name) for name in ("max_seq_length", "prompt", "precision")},
+        "model": (made_by.get("model") or {}) | ({"asked_for": config.model_name} if config.model_name else {}),
+        "settings": {name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision")},
     }
 
 
 # --- the model of an index ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """The model that made an index's vectors, as far as their manifest says."""
-
-    name: str | None
-    path: str | None
-    sha256: str | None
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> _Maker:
-        model = manifest.get("model") or {}
-        return cls(model.get("asked_for") or model.get("name"), model.get("path"), model.get("sha256"))
-
-    @property
-    def said(self) -> str:
-        return f"model {self.name}" if self.name else "a model that no manifest names"
 
 
 def _settings(
@@ -279,7 +280,7 @@ def _settings(
 
     Where the maker is not known nothing is cut: another dimension then most likely means another model.
     """
-    maker = _Maker.of(manifest)
+    maker = Maker.of(manifest)
     moved = maker.path is None or not Path(maker.path).is_dir()
     name = model_name or (maker.name if moved else maker.path)
     if name is None:
@@ -287,27 +288,28 @@ def _settings(
     return EncoderSettings(
         model_name=name,
         query_prompt=query_prompt,
-        max_seq_length=manifest.get("settings", {}).get("max_seq_length"),
+        max_seq_length=maker.max_seq_length,
         truncate_dim=dim if maker.sha256 else None,
+        precision=cast(Asked, maker.precision) if maker.precision in get_args(Asked) else "auto",
         trust_remote_code=trust_remote_code,
     )
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(settings: EncoderSettings, maker: _Maker, dim: int, where: str) -> Encoder:
+def _encoder(settings: EncoderSettings, maker: Maker, dim: int, where: str) -> Encoder:
     """The query encoder of an index; remembered, so that a search need not load the model again.
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
     """
     encoder = settings.encoder("query")
-    identity = identify(settings.model_name)
-    known = {identity.sha256, identity.base_sha256 if one_sided(settings.model_name) else None}
+    found = weights_of(settings.model_name)
     if maker.sha256 is None:
         logger.warning("%s: which model made these vectors is not known; taken to be %s", where, settings.model_name)
-    elif maker.sha256 not in known:
+    elif not maker.weights & found:
         raise ModelError(
             f"{where} holds vectors of model {maker.name} (weights sha256 {maker.sha256[:12]}…), but "
-            f"{settings.model_name} has {str(identity.sha256)[:12]}…: their vectors cannot be compared; "
+            f"{settings.model_name} has {', '.join(f'{sha[:12]}…' for sha in sorted(found)) or 'none'}: "
+            "their vectors cannot be compared; "
             "give the model that made them, or encode and index again with this one"
         )
     if encoder.dim != dim:
@@ -347,13 +349,28 @@ def search(
         raise DataError(f"k is {k}; wanted 1 or more")
     held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
     settings = _settings(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
-    encoder = _encoder(settings, _Maker.of(held.manifest), held.index.d, str(held.folder))
+    encoder = _encoder(settings, Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
     found = held.find(vector, k, {name: _texts(values) for name, values in (where or {}).items()})
     milliseconds = 1000 * (time.perf_counter() - start)
-    rows = tuple({"rank": i, "score": score} | row for i, (score, row) in enumerate(found, 1))
-    return SearchResult(query, rows, milliseconds, _shown(query, held, rows))
+    names = _answer_names([ROW, *held.rows.column_names[1:]])
+    rows = tuple(
+        {"rank": i, "score": score} | {names[name]: value for name, value in row.items()}
+        for i, (score, row) in enumerate(found, 1)
+    )
+    return SearchResult(query, rows, milliseconds, _shown(query, list(names.values())[1:], rows))
+
+
+def _answer_names(columns: Sequence[str]) -> dict[str, str]:
+    """Names of the kept columns in an answer: one called as the answer's own rank or score has `_kept` behind it."""
+    names = {}
+    for name in columns:
+        shown = name
+        while shown in ("rank", "score") or (shown != name and shown in columns):
+            shown += "_kept"
+        names[name] = shown
+    return names
 
 
 def _texts(values: object) -> list[str]:
@@ -363,8 +380,8 @@ def _texts(values: object) -> list[str]:
     return [str(value) for value in values]
 
 
-def _shown(query: str, held: SearchIndex, rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["rank", "score", *held.rows.column_names[1:]]
+def _shown(query: str, kept: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["rank", "score", *kept]
 
     def cell(value: Any) -> Any:
         if value is None:
@@ -405,19 +422,14 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
 
     The setting that was measured stays; build anew when the index has grown by much.
 
-    :raises ModelError: another model made the new vectors.
+    :raises ModelError: another model made the new vectors, or another prompt or length.
     :raises DataError: another dimension, or a kept column is missing.
     :raises MissingError: there is no index, or no embedding file, at its place.
     """
     held = open_index(index_dir)
     columns = held.rows.column_names[1:]
     next(iter_embeddings(embedding_path, columns))  # a file or column that is missing is told before the rest
-    maker, new = _Maker.of(held.manifest), _Maker.of(read_manifest(embedding_path) or {})
-    if maker.sha256 != new.sha256:
-        raise ModelError(
-            f"{embedding_path} holds vectors of {new.said}, the index {held.folder} of {maker.said}; "
-            "encode the new rows with the index's model"
-        )
+    _check_same_maker(held, embedding_path)
     with written_whole(held.folder) as folder:
         shutil.copytree(held.folder, folder, ignore=shutil.ignore_patterns(INDEX_FILE, ROWS_FILE))
         sidecar = RowsWriter(folder / ROWS_FILE, columns)
@@ -425,11 +437,7 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
             sidecar.add_batch(part)
         add = adding(held.index)
         first = held.rows.column(ROW)[-1].as_py() + 1  # row numbers go on, so that each stands for one row
-        for batch in iter_embeddings(embedding_path, columns):
-            if len(batch) and batch.vectors.shape[1] != held.index.d:
-                raise DataError(
-                    f"{embedding_path} holds vectors of {batch.vectors.shape[1]} dimensions, the index {held.index.d}"
-                )
+        for batch in _batches(embedding_path, columns, held.index.d, "the index"):
             if len(batch):
                 add(unit(batch.vectors))
                 sidecar.add(batch.rows + first, batch.columns)
@@ -437,6 +445,24 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
         size = save_vectors(folder, held.index)
         write_json(folder / MANIFEST_FILE, held.manifest | {"rows": int(held.index.ntotal), "index_bytes": size})
     return len(held)
+
+
+def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
+    """New rows must be made as the index's were; another precision is near enough."""
+    maker, new = Maker.of(held.manifest), Maker.of(read_manifest(embedding_path) or {})
+    if maker.sha256 != new.sha256 and not maker.weights & new.weights:
+        raise ModelError(
+            f"{embedding_path} holds vectors of {new.said}, the index {held.folder} of {maker.said}; "
+            "encode the new rows with the index's model"
+        )
+    known = {name for name in ("prompt", "max_seq_length") if getattr(maker, name) is not None}
+    if wrong := maker.differences({name: getattr(new, name) for name in known}):
+        raise ModelError(
+            f"{embedding_path} was not made as the index {held.folder} was ({'; '.join(wrong)}); "
+            "encode the new rows with the index's settings"
+        )
+    if maker.precision and (wrong := maker.differences({"precision": new.precision})):
+        logger.warning("%s: another precision than the index's (%s)", embedding_path, wrong[0])
 
 
 def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -> int:

@@ -315,13 +315,39 @@ def test_embedding_file_as_corpus(beir, tiny_bert, tmp_path):
     assert evaluate_retrieval(common).metrics["tiny-bert"] == encoded
 
 
+@pytest.mark.parametrize("told", [{"document_prompt": "passage: "}, {"max_seq_length": 8}, {"precision": "bfloat16"}])
+def test_vectors_made_otherwise_than_told_are_not_used(beir, tiny_bert, tmp_path, told):
+    """With stored vectors at hand, what is told changes the ranking as it does without them."""
+    place, docs = tmp_path / "embeds.txt", {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}
+    settings = {"prompt": "", "max_seq_length": 128, "precision": "float32"}
+    made_by = {"model": {"name": "tiny", "sha256": identify(str(tiny_bert)).sha256}, "settings": settings}
+    write_embeddings(place, docs, np.eye(len(DOCS), 32, dtype=np.float32))  # none of the model's, so that use shows
+    manifest_path(place).write_text(json.dumps(made_by))
+    common = {"models": [str(tiny_bert)], "data_path": str(beir), "bm25": False, "resamples": 100}
+    common |= {"output_dir": str(tmp_path / "out")}
+    stored = common | {"corpus_path": str(place)}
+
+    def run(config):
+        return evaluate_retrieval(config).runs["tiny-bert"].read_text()
+
+    assert run(stored) != run(common)
+    assert run(stored | told) == run(common | told)
+    as_made = {"document_prompt": "", "max_seq_length": 128, "precision": "float32"}
+    assert run(stored | as_made) == run(stored | {"precision": "float32"})
+    place = tmp_path / "embeds.npy"
+    write_embeddings(place, {"id": docs["id"]}, np.eye(len(DOCS), 32, dtype=np.float32))
+    manifest_path(place).write_text(json.dumps(made_by))
+    with pytest.raises(DataError, match=f"{[*told][0].removeprefix('document_')} .* and no texts to encode"):
+        evaluate_retrieval(stored | told | {"corpus_path": str(place)})
+
+
 def test_embedding_file_without_texts(beir, tiny_bert, tmp_path):
     place = tmp_path / "embeds.npy"
     write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))]}, np.eye(len(DOCS), 32, dtype=np.float32))
     manifest_path(place).write_text(json.dumps({"model": {"name": "other", "sha256": "0"}}))
     common = {"models": [str(tiny_bert)], "data_path": str(beir), "bm25": False, "resamples": 100}
     common |= {"corpus_path": str(place), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(DataError, match="vectors of model other and no texts"):
+    with pytest.raises(DataError, match=r"made by model other\) and no texts"):
         evaluate_retrieval(common)
     with pytest.raises(DataError, match="no texts for BM25"):
         evaluate_retrieval(common | {"models": [], "bm25": True})

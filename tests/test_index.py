@@ -76,6 +76,43 @@ def test_filter_and_table(folder):
         search(folder, " ")
 
 
+def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):
+    place = tmp_path / "rated.npy"
+    vectors = EncoderSettings(str(tiny_bert)).encoder("document").encode(TEXTS)
+    kept = {name: [f"{name} {i}" for i in range(6)] for name in ("score", "rank", "score_kept")}
+    write_embeddings(place, kept, vectors)
+    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    found = search(folder, "warm wool blanket", 2, where={"score": ["score 3", "score 4"]}, model_name=str(tiny_bert))
+    assert [row["rank"] for row in found.rows] == [1, 2] and found.rows[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert found.rows[0]["score_kept_kept"] == "score 3" and found.rows[0]["score_kept"] == "score_kept 3"
+    assert list(found.table.columns) == ["rank", "score", "score_kept_kept", "rank_kept", "score_kept"]
+    assert found.table.rows[0][2:] == ["score 3", "rank 3", "score_kept 3"]
+
+
+def test_a_column_with_the_name_of_the_row_numbers_is_refused(tmp_path):
+    place = tmp_path / "e.npy"
+    write_embeddings(place, {"_row": ["a", "b"]}, np.eye(2, 8, dtype=np.float32))
+    with pytest.raises(DataError, match="column _row is the index's own"):
+        build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")})
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF2,Flat"])
+def test_a_manifest_of_another_dimension_is_told(embeds, tmp_path, kind):
+    manifest = json.loads(manifest_path(embeds).read_text()) | {"dimension": 16}
+    manifest_path(embeds).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="vectors of 32 dimensions, its manifest says 16"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index"), "kind": kind})
+
+
+def test_a_manifest_without_a_model_is_as_none(embeds, tmp_path, tiny_bert):
+    manifest = json.loads(manifest_path(embeds).read_text()) | {"model": None, "settings": None}
+    manifest_path(embeds).write_text(json.dumps(manifest))
+    place = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
+    with pytest.raises(ModelError, match="give model_name"):
+        search(place, "pan")
+    assert search(place, "warm wool blanket", model_name=str(tiny_bert)).rows[0]["id"] == "p3"
+
+
 def test_the_query_prompt_bites(folder):
     plain, prompted = search(folder, "pan"), search(folder, "pan", query_prompt="query: ")
     assert plain.rows[0]["score"] != prompted.rows[0]["score"]
@@ -159,6 +196,66 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
     assert len(open_index(folder)) == 4
     build_faiss_index({"preset": str(folder / "index_config.yaml")})
     assert len(open_index(folder)) == 6  # a build starts afresh
+
+
+def test_rows_made_with_other_settings_are_refused(tmp_path, tiny_bert, caplog):
+    made = {"prompt": "", "max_seq_length": 64, "precision": "float32"}
+
+    def file(name, **settings):
+        path = embedding_file(tmp_path / name, tiny_bert)
+        manifest = json.loads(manifest_path(path).read_text())
+        manifest_path(path).write_text(json.dumps(manifest | {"settings": made | settings}))
+        return path
+
+    config = {"embedding_path": str(file("first.txt")), "output_dir": str(tmp_path / "index")}
+    folder = build_faiss_index(config).folder
+    with pytest.raises(ModelError, match=r"prompt '', not 'passage: '"):
+        add_rows(folder, file("prompted.txt", prompt="passage: "))
+    with pytest.raises(ModelError, match="max_seq_length 64, not 8"):
+        add_rows(folder, file("short.txt", max_seq_length=8))
+    assert len(open_index(folder)) == 6
+    assert add_rows(folder, file("rounded.txt", precision="bfloat16")) == 12
+    assert "precision 'float32', not 'bfloat16'" in caplog.text
+
+
+@pytest.fixture
+def query_adapter(tmp_path, tiny_bert) -> Path:
+    """A model fine-tuned for queries only: its documents are those of its base, tiny_bert."""
+    from ebr_lib.model.adapters import add_lora
+    from ebr_lib.model.loading import load_model
+    from ebr_lib.model.saving import make_contract, save_adapter
+
+    model, identity = load_model(str(tiny_bert), device="cpu"), identify(str(tiny_bert))
+    add_lora(model, r=2, alpha=4, dropout=0.0)
+    save_adapter(model, tmp_path / "adapter", identity, make_contract(model, identity, adapter_side="query"))
+    return tmp_path / "adapter"
+
+
+def test_documents_of_a_query_only_adapter_are_its_base_s(tmp_path, tiny_bert, tiny_models, query_adapter):
+    by_base, by_adapter = (
+        embedding_file(tmp_path / "a.txt", tiny_bert),
+        embedding_file(tmp_path / "b.txt", query_adapter),
+    )
+    for first, second in ((by_base, by_adapter), (by_adapter, by_base)):
+        config = {"embedding_path": str(first), "output_dir": str(tmp_path / "index")}
+        folder = build_faiss_index(config).folder
+        assert add_rows(folder, second) == 12
+        assert search(folder, "pan", model_name=str(query_adapter)).rows
+    with pytest.raises(ModelError, match="encode the new rows with the index's model"):
+        add_rows(folder, embedding_file(tmp_path / "c.txt", tiny_models("xlm-r")))
+
+
+def test_queries_are_encoded_in_the_precision_of_the_index(embeds, tmp_path, monkeypatch):
+    manifest = json.loads(manifest_path(embeds).read_text())
+    manifest_path(embeds).write_text(json.dumps(manifest | {"settings": {"precision": "float32"}}))
+    folder = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
+    asked = []
+    encoder = EncoderSettings.encoder
+    monkeypatch.setattr(
+        EncoderSettings, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side)
+    )
+    search(folder, "pan")
+    assert asked == ["float32"]
 
 
 def test_a_failed_build_loses_nothing(folder, tmp_path):

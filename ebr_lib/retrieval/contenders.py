@@ -14,8 +14,9 @@ from ebr_lib.data.noise import split_words
 from ebr_lib.data.vectors import read_manifest
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import Side, identify, load_model, local_folder, prompt_of
+from ebr_lib.model.loading import Side, load_model, prompt_of
 from ebr_lib.model.precision import Asked
+from ebr_lib.retrieval.maker import Maker, one_sided, weights_of
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
 from ebr_lib.retrieval.task import Corpus, RetrievalTask
 
@@ -69,26 +70,16 @@ class EncoderSettings:
         )
 
 
-def one_sided(model_name: str) -> bool:
-    """Whether a model's adapter is for queries only, so that its documents are the base model's."""
-    from ebr_lib.model.contract import read_contract
-
-    folder = local_folder(model_name)
-    contract = read_contract(folder) if folder else None
-    return contract is not None and contract.adapter_side == "query"
-
-
 def rank_with_model(settings: EncoderSettings, task: RetrievalTask) -> Ranking:
     """Rank a task's documents by the inner product of unit vectors.
 
-    The documents' vectors are read where an embedding file holds this very model's, else their texts are encoded; of
-    either only a batch is in memory.
+    The documents' vectors are read where an embedding file holds this very model's, made as is wanted, else their
+    texts are encoded; of either only a batch is in memory.
 
-    :raises DataError: neither is possible: another model's vectors, and no texts.
+    :raises DataError: neither is possible: other vectors, and no texts.
     """
     corpus = task.corpus
-    stored = _stored_vectors(settings, corpus)
-    if stored:
+    if stored_vectors(settings, corpus):
         queries = settings.encoder("query")
         return rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
     query_encoder, document_encoder = settings.encoder_pair()
@@ -106,25 +97,33 @@ def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> ND
     return encoder.encode(task.queries)
 
 
-def _stored_vectors(settings: EncoderSettings, corpus: Corpus) -> bool:
-    """Whether the corpus is an embedding file of this model; without a manifest that has to be believed."""
+def stored_vectors(settings: EncoderSettings, corpus: Corpus) -> bool:
+    """Whether the corpus is an embedding file of this model, made as is wanted now; without a manifest that has to be
+    believed where there are no texts.
+
+    :raises DataError: it is not, and there are no texts to encode.
+    """
     if corpus.vectors is None:
         return False
-    manifest = read_manifest(corpus.vectors) or {}
-    made_by = manifest.get("model", {}).get("sha256")
-    identity = identify(settings.model_name)
-    same = made_by in (identity.sha256, identity.base_sha256 if one_sided(settings.model_name) else None)
-    if made_by is None and corpus.texts is None:
+    maker = Maker.of(read_manifest(corpus.vectors) or {})
+    told = {
+        "prompt": settings.document_prompt,
+        "max_seq_length": settings.max_seq_length,
+        "precision": None if settings.precision == "auto" else settings.precision,
+    }
+    if maker.sha256 is None and corpus.texts is None:
         logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, settings.model_name)
         return True
-    if made_by is not None and same:
-        return True
-    if corpus.texts is None:
+    wrong = [] if maker.weights & weights_of(settings.model_name) else [f"made by {maker.said}"]
+    wrong += maker.differences(told)
+    if wrong and corpus.texts is None:
         raise DataError(
-            f"{corpus.vectors} holds the vectors of model {manifest['model'].get('name')} and no texts, so "
-            f"{settings.model_name} cannot be measured on it; keep the text column in the inference run"
+            f"{corpus.vectors} holds vectors that are not those wanted of {settings.model_name} ({'; '.join(wrong)}) "
+            "and no texts to encode; keep the text column in the inference run"
         )
-    return False
+    if wrong:
+        logger.info("%s: its texts are encoded for %s (%s)", corpus.vectors, settings.model_name, "; ".join(wrong))
+    return not wrong
 
 
 def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[NDArray[np.float32]]:

@@ -1,0 +1,72 @@
+"""What made a set of document vectors: the one comparison that evaluation, search and adding rows share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebr_lib.model.contract import read_contract
+from ebr_lib.model.loading import identify, local_folder
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The model and settings that made an embedding file or an index, as far as its manifest says; else None."""
+
+    name: str | None
+    path: str | None
+    sha256: str | None
+    prompt: str | None
+    max_seq_length: int | None
+    precision: str | None
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Maker:
+        """Read it off the manifest of an embedding file, or of an index, which repeats that of its file."""
+        model, settings = manifest.get("model") or {}, manifest.get("settings") or {}
+        return cls(
+            name=model.get("asked_for") or model.get("name"),
+            path=model.get("path"),
+            sha256=model.get("sha256"),
+            prompt=settings.get("prompt"),
+            max_seq_length=settings.get("max_seq_length"),
+            precision=settings.get("precision"),
+        )
+
+    @property
+    def said(self) -> str:
+        """For an error."""
+        return f"model {self.name}" if self.name else "a model that no manifest names"
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """As `weights_of`, where the model is still at its place."""
+        if self.sha256 is None:
+            return frozenset()
+        there = weights_of(self.path) if self.path and Path(self.path).is_dir() else frozenset()
+        return there if self.sha256 in there else frozenset({self.sha256})
+
+    def differences(self, other: Mapping[str, object]) -> list[str]:
+        """Which of the other's settings are given (not None) and are not those that made these vectors."""
+        return [
+            f"{name} {getattr(self, name)!r}, not {value!r}"
+            for name, value in other.items()
+            if value is not None and value != getattr(self, name)
+        ]
+
+
+def weights_of(model_name: str) -> frozenset[str]:
+    """The sha256 of a model's weights, and of its base's too where the adapter is for queries only: documents go
+    through the base alone, so either has made the same vectors."""
+    identity = identify(model_name)
+    both = (identity.sha256, identity.base_sha256 if one_sided(model_name) else None)
+    return frozenset(sha256 for sha256 in both if sha256)
+
+
+def one_sided(model_name: str) -> bool:
+    """Whether a model's adapter is for queries only, so that its documents are the base model's."""
+    folder = local_folder(model_name)
+    contract = read_contract(folder) if folder else None
+    return contract is not None and contract.adapter_side == "query"
