@@ -1,27 +1,32 @@
 """Writing and reading embedding files beside the plain ways, and the memory of a whole run; prints Markdown tables.
 
     python benchmarks/files.py             # 200,000 vectors of 384 numbers
-    python benchmarks/files.py --quick     # 10,000
-    python benchmarks/files.py --memory    # peak memory of run_batch_inference, 100,000 and 1,000,000 rows, tiny model
+    python benchmarks/files.py --quick     # 5,000
+    python benchmarks/files.py --memory    # peak memory of encoding 100,000 and 1,000,000 rows with a tiny model
 
-Contenders take turns within a round, so that what disturbs the machine disturbs all of them; a rate is the median over
-the rounds, a ratio the median of the rounds' ratios. The plain ways work on a part of the rows: their rate does not
-depend on how many there are. Every reading is compared bit for bit with what was written.
+Every contender lives in a process of its own; they take turns within a round. A rate is the median over the rounds, a
+ratio the median of the rounds' ratios. The plain ways work on a part of the rows: their rate does not depend on how
+many there are. Every reading is compared bit for bit with what was written.
+
+The memory is that of `run_batch_inference`, and of the script that people write: read the texts, encode the list, write
+the lines. Each run has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from contest import peak_mb, take_turns
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
@@ -53,32 +58,26 @@ def read_plain(folder: Path, vectors: Vectors) -> int:
     return len(found)
 
 
-def write_ours(ending: str) -> Callable[[Path, Vectors], int]:
-    def write(folder: Path, vectors: Vectors) -> int:
-        write_embeddings(folder / f"ours{ending}", {"id": [str(i) for i in range(len(vectors))]}, vectors)
-        return len(vectors)
-
-    return write
+def write_ours(ending: str, folder: Path, vectors: Vectors) -> int:
+    write_embeddings(folder / f"ours{ending}", {"id": [str(i) for i in range(len(vectors))]}, vectors)
+    return len(vectors)
 
 
-def read_ours(ending: str) -> Callable[[Path, Vectors], int]:
-    def read(folder: Path, vectors: Vectors) -> int:
-        found = read_embeddings(folder / f"ours{ending}").vectors
-        assert (found.view(np.uint32) == vectors.view(np.uint32)).all()
-        return len(found)
-
-    return read
+def read_ours(ending: str, folder: Path, vectors: Vectors) -> int:
+    found = read_embeddings(folder / f"ours{ending}").vectors
+    assert (found.view(np.uint32) == vectors.view(np.uint32)).all()
+    return len(found)
 
 
 CONTENDERS: dict[str, Callable[[Path, Vectors], int]] = {
     'write text, " ".join(map(str, row))': write_plain,
-    "write text, ours": write_ours(".txt"),
-    "write Parquet, ours": write_ours(".parquet"),
-    "write npy, ours": write_ours(".npy"),
+    "write text, ours": partial(write_ours, ".txt"),
+    "write Parquet, ours": partial(write_ours, ".parquet"),
+    "write npy, ours": partial(write_ours, ".npy"),
     "read text, float() a row": read_plain,
-    "read text, ours": read_ours(".txt"),
-    "read Parquet, ours": read_ours(".parquet"),
-    "read npy, ours": read_ours(".npy"),
+    "read text, ours": partial(read_ours, ".txt"),
+    "read Parquet, ours": partial(read_ours, ".parquet"),
+    "read npy, ours": partial(read_ours, ".npy"),
 }
 COMPARED = {
     "write text, ours": 'write text, " ".join(map(str, row))',
@@ -87,17 +86,26 @@ COMPARED = {
 }
 
 
+def prepare(name: str, folder: Path) -> Callable[[], float]:
+    """In the contender's process: what returns the rate of a turn, in million numbers a second."""
+    vectors = np.load(folder / "vectors.npy")
+
+    def turn() -> float:
+        start = time.perf_counter()
+        done = CONTENDERS[name](folder, vectors)
+        return done * vectors.shape[1] / (time.perf_counter() - start) / 1e6
+
+    return turn
+
+
 def measure(rows: int, dim: int, rounds: int) -> None:
-    vectors = unit_vectors(rows, dim)
-    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for name, work in CONTENDERS.items():
-                start = time.perf_counter()
-                done = work(Path(folder), vectors)
-                rates[name].append(done * dim / (time.perf_counter() - start) / 1e6)
-        sizes = {path.suffix: path.stat().st_size for path in Path(folder).glob("ours.*")}
-    print(f"\n{rows:,} x {dim}, {rounds} rounds; Mfloat/s is the median\n")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        np.save(folder / "vectors.npy", unit_vectors(rows, dim))
+        turns = take_turns({name: partial(prepare, name, folder) for name in CONTENDERS}, rounds)
+        sizes = {path.suffix: path.stat().st_size for path in folder.glob("ours.*")}
+    rates = {name: found[1:] for name, found in turns.items()}
+    print(f"\n{rows:,} × {dim}, {rounds} rounds; Mfloat/s is the median\n")
     print("| what | Mfloat/s | ratio | against | runs |\n| --- | ---: | ---: | --- | --- |")
     for name, found in rates.items():
         base = COMPARED.get(name)
@@ -111,52 +119,74 @@ def measure(rows: int, dim: int, rounds: int) -> None:
 
 def make_catalogue(folder: Path, rows: int) -> None:
     """Every fifth text repeats an earlier one."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with open(folder / "a.csv", "w", encoding="utf-8") as file:
         file.write("id\x01description\n")
         file.writelines(f"{i}\x01item {i - i % 5 if i % 5 == 4 else i} in blue\n" for i in range(rows))
 
 
-def run_once(model: str, folder: Path, rows: int) -> None:
-    """One run in a process of its own; prints rows, seconds and the peak in MB."""
+def encode_ours(model: str, source: Path, output: Path) -> None:
     from ebr_lib import run_batch_inference
 
-    make_catalogue(folder / "in", rows)
-    result = run_batch_inference(
-        {"model_name": model, "data_path": str(folder / "in"), "output_path": str(folder / "out.txt")}
-    )
-    assert result.counts["written"] == rows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| {rows:,} | {result.seconds:.0f} | {peak:.0f} |", flush=True)
+    run_batch_inference({"model_name": model, "data_path": str(source), "output_path": str(output)})
 
 
-def measure_memory(sizes: list[int]) -> None:
+def encode_plain(model: str, source: Path, output: Path) -> None:
+    """The script that people write."""
+    import pandas as pd
+    from sentence_transformers import SentenceTransformer
+
+    rows = pd.read_csv(source / "a.csv", sep="\x01")
+    vectors = SentenceTransformer(model, device="cpu").encode(rows["description"].tolist(), batch_size=256)
+    rows["vector"] = [" ".join(map(str, vector)) for vector in vectors]
+    rows.to_csv(output, sep="\x01", index=False)
+
+
+SCRIPTS = {"ours": encode_ours, "encode the whole list, write": encode_plain}
+
+
+def run_once(name: str, model: str, source: Path) -> None:
+    """One run in a process of its own; prints seconds and the peak in MB."""
+    start = time.perf_counter()
+    SCRIPTS[name](model, source, source.parent / "out.txt")
+    print(f"{time.perf_counter() - start} {peak_mb()}", flush=True)
+
+
+def measure_memory(sizes: Sequence[int]) -> None:
     from tests.models import build_tiny
 
-    print("\n| rows | seconds | peak MB |\n| ---: | ---: | ---: |", flush=True)
+    print("\n| script | rows | s | peak MB | × fewest rows |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = build_tiny("bert", Path(folder) / "model", hidden=16, layers=1)
-        for rows in sizes:
-            place = Path(folder) / str(rows)
-            place.mkdir()
-            command = [sys.executable, __file__, "--one", str(model), str(place), str(rows)]
-            subprocess.run(command, check=True)
+        for name in SCRIPTS:
+            peaks = []
+            for rows in sizes:
+                source = Path(folder) / f"{rows}" / "in"
+                make_catalogue(source, rows)
+                command = [sys.executable, __file__, "--one", name, str(model), str(source)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                seconds, peak = map(float, done.stdout.split()[-2:])
+                assert (source.parent / "out.txt").read_bytes().count(b"\n") == rows + 1
+                shutil.rmtree(source.parent)
+                peaks.append(peak)
+                ratio = peak / peaks[0]
+                print(f"| {name} | {rows:,} | {seconds:.0f} | {peak:.0f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="5,000 rows; with --memory 2,000 and 20,000")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--rows", type=int, nargs="+", help="other sizes")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        run_once(given.one[0], Path(given.one[1]), int(given.one[2]))
+        run_once(given.one[0], given.one[1], Path(given.one[2]))
     elif given.memory:
-        measure_memory(given.rows or ([10_000, 50_000] if given.quick else [100_000, 1_000_000]))
+        measure_memory(given.rows or ([2000, 20_000] if given.quick else [100_000, 1_000_000]))
     else:
-        (rows,) = given.rows or [10_000 if given.quick else 200_000]
-        measure(rows, 384, 2 if given.quick else 3)
+        (rows,) = given.rows or [5000 if given.quick else 200_000]
+        measure(rows, 384, 1 if given.quick else 3)
 
 
 if __name__ == "__main__":

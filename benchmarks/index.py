@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from contest import take_turns
+from contest import peak_mb, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
@@ -128,10 +127,9 @@ def evaluate_a_million() -> None:
     start = time.perf_counter()
     chunks = (drawn(BATCH_ROWS, seed) for seed in range(62))
     values = evaluate_vectors(drawn(1000, 99), chunks, [{i * 1000: 1} for i in range(1000)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("\nevaluation, 1,000 queries, 1,015,808 documents\n")
     print("| s, drawing the vectors included | peak GB | recall@100 of a random judgement |\n| ---: | ---: | ---: |")
-    print(f"| {time.perf_counter() - start:.1f} | {peak:.2f} | {values['recall@100'].mean():.4f} |")
+    print(f"| {time.perf_counter() - start:.1f} | {peak_mb() / 1024:.2f} | {values['recall@100'].mean():.4f} |")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """How fast maps are drawn and numbers computed, beside umap-learn, openTSNE and scikit-learn; prints Markdown tables.
 
     python benchmarks/projection.py                            # 5,000, 20,000 and 100,000 vectors: about 40 minutes
-    python benchmarks/projection.py --quick                    # 2,000, one round
+    python benchmarks/projection.py --main                     # fewer contenders: ours, umap-learn, openTSNE
+    python benchmarks/projection.py --quick                    # 1,000, one round of umap-learn and ours
     python benchmarks/projection.py --sizes 20000 --only umap  # contenders whose name holds the word
     python benchmarks/projection.py --stage 1000000            # the whole stage on a million vectors: time and memory
 
@@ -22,7 +23,6 @@ import ast
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -35,6 +35,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from contest import peak_mb
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
@@ -43,8 +44,7 @@ Vectors = NDArray[np.float32]
 Run = dict[str, Any]
 CACHE = Path(tempfile.gettempdir()) / "ebr-benchmark-projection"
 SEED = 42
-WHOLE = 100_000  # vectors that are encoded; smaller sizes take the first of them
-ROUNDS = {2000: 1, 5000: 5, 20_000: 3}  # above: one
+ROUNDS = {5000: 3, 20_000: 2}  # else: one
 PATIENCE = 1200  # seconds after which a contender is given up
 
 
@@ -79,8 +79,9 @@ def _of_file(file: Path) -> Iterator[str]:
 
 
 def vectors_file(rows: int, cache: Path) -> Path:
-    """Unit vectors of so many sentences, encoded once, with the sentences beside them."""
-    path = cache / f"minilm-{rows}.npy"
+    """Unit vectors of so many sentences or more, encoded once, with the sentences beside them."""
+    there = {int(path.stem.rpartition("-")[2]): path for path in cache.glob("minilm-*.npy")}
+    path = there.get(min((n for n in there if n >= rows), default=0), cache / f"minilm-{rows}.npy")
     if not path.is_file():
         from ebr_lib.data.vectors import write_embeddings
         from ebr_lib.model.encoder import Encoder
@@ -180,6 +181,8 @@ CONTENDERS: dict[str, Callable[[Vectors], Run]] = {
     "openTSNE, PCA 50": open_tsne_pca50,
     "scikit-learn t-SNE, PCA 50": sklearn_tsne,
 }
+MAIN = (BASE, "ours: UMAP", "ours: UMAP, fast", "ours: t-SNE", "openTSNE")
+QUICK = (BASE, "ours: both")
 SLOW = {"scikit-learn t-SNE, PCA 50": 20_000}  # rows beyond which it is not waited for
 
 
@@ -191,7 +194,7 @@ def run_one(name: str, rows: int, vectors: Path) -> None:
     x = np.load(vectors)[:rows]
     before, start = time.process_time(), time.perf_counter()
     drawn = CONTENDERS[name](x)
-    found: Run = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": _peak_mb()}
+    found: Run = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": peak_mb()}
     found["parts"] = drawn.pop("parts", {})
     from ebr_lib.view import projection
 
@@ -210,16 +213,8 @@ def run_stage(rows: int, vectors: Path) -> None:
     before, start = time.process_time(), time.perf_counter()
     config = {"embedding_path": str(many(rows, vectors)), "output_path": str(place / "scatter.png"), "cache": False}
     result = visualize_embeddings(config | {"label_column": "group"})
-    found = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": _peak_mb()}
+    found = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": peak_mb()}
     print(json.dumps(found | {"projected": result.numbers["projected"]}))
-
-
-def _peak_mb() -> float:
-    """Of this process alone: getrusage would count what its parent held when it was forked."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024  # type: ignore[index]
 
 
 def _judge_file(rows: int, vectors: Path) -> Path:
@@ -262,9 +257,10 @@ class Runs:
             run = json.loads(line)
             self.found[run["rows"], run["name"], run["round"]] = run
 
-    def of(self, rows: int, name: str) -> list[Run]:
-        """Rounds of a contender that came to an end, in their order."""
-        return [run for (r, n, _), run in sorted(self.found.items()) if (r, n) == (rows, name) and "s" in run]
+    def of(self, rows: int, name: str, rounds: int) -> list[Run]:
+        """The first rounds of a contender, in their order, without those that did not come to an end."""
+        found = (self.found.get((rows, name, turn), {}) for turn in range(rounds))
+        return [run for run in found if "s" in run]
 
     def make(self, rows: int, name: str, turn: int, vectors: Path, *, again: bool) -> None:
         if (rows, name, turn) in self.found and not again:
@@ -290,7 +286,7 @@ def _outcome(command: Sequence[str]) -> Run:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def maps_table(rows: int, names: Sequence[str], runs: Runs) -> None:
+def maps_table(rows: int, names: Sequence[str], runs: Runs, rounds: int) -> None:
     print(f"\n### Maps of {rows:,} vectors\n")
     columns = [
         "contender",
@@ -305,9 +301,9 @@ def maps_table(rows: int, names: Sequence[str], runs: Runs) -> None:
         "kept",
     ]
     print("| " + " | ".join([*columns, "parts"]) + " |\n|" + " --- |" * (len(columns) + 1))
-    base = {run["round"]: run for run in runs.of(rows, BASE)}
+    base = {run["round"]: run for run in runs.of(rows, BASE, rounds)}
     for name in names:
-        found = runs.of(rows, name)
+        found = runs.of(rows, name, rounds)
         cells = _cells(found, base) if found else ["0", "failed or not run"]
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
@@ -369,21 +365,24 @@ def stage_table(rows: int, vectors: Path) -> None:
 
 def maps(sizes: Sequence[int], given: argparse.Namespace, vectors: Path) -> None:
     runs = Runs(given.cache / f"runs-{vectors.stem}.jsonl")
+    entered = QUICK if given.quick else MAIN if given.main else tuple(CONTENDERS)
     for rows in sizes:
-        names = [n for n in CONTENDERS if any(w in n for w in given.only) and rows <= SLOW.get(n, rows)]
+        names = [n for n in entered if any(w in n for w in given.only) and rows <= SLOW.get(n, rows)]
+        rounds = given.rounds or ROUNDS.get(rows, 1)
         _judge_file(rows, vectors)
-        for turn in range(given.rounds or ROUNDS.get(rows, 1)):
+        for turn in range(rounds):
             for name in names:
                 runs.make(rows, name, turn, vectors, again=given.again)
-        maps_table(rows, names, runs)
+        maps_table(rows, names, runs, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 20_000, 100_000])
-    parser.add_argument("--rounds", type=int, help="default: 5 at 5,000, 3 at 20,000, else 1")
+    parser.add_argument("--rounds", type=int, help="default: 3 at 5,000, 2 at 20,000, else 1")
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name holds one of these words")
-    parser.add_argument("--quick", action="store_true", help="2,000 vectors, one round")
+    parser.add_argument("--main", action="store_true", help=", ".join(MAIN))
+    parser.add_argument("--quick", action="store_true", help="1,000 vectors, one round, few contenders")
     parser.add_argument("--stage", type=int, metavar="ROWS", help="only the whole stage, on so many rows")
     parser.add_argument("--numbers", action="store_true", help="only the silhouette")
     parser.add_argument("--again", action="store_true", help="make runs anew that are in the cache")
@@ -394,8 +393,8 @@ def main() -> None:
     if given.one:
         run = run_stage if given.one == "stage" else partial(run_one, given.one)
         return run(given.sizes[0], given.vectors)
-    sizes = [2000] if given.quick else given.sizes
-    vectors = vectors_file(2000 if given.quick else max(WHOLE, *sizes), given.cache)
+    sizes = [1000] if given.quick else given.sizes
+    vectors = vectors_file(max(sizes), given.cache)
     if given.stage:
         return stage_table(given.stage, vectors)
     numbers_table(np.load(vectors)[:20_000])

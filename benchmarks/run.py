@@ -1,12 +1,14 @@
 """All benchmarks in one go, written to benchmarks/RESULTS.md with machine, versions and date.
 
     python benchmarks/run.py --data DIR            # about 20 minutes on two cores
-    python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: to see that all of it runs; writes nothing
+    python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: to see that all of it runs
     python benchmarks/run.py --data DIR --only training files
-    python benchmarks/run.py --data DIR --multilingual MODEL    # Chinese texts as well
+    python benchmarks/run.py --data DIR --only projection100k stage quality    # longer ones, run only when named
+    python benchmarks/run.py --data DIR --multilingual MODEL                   # Chinese texts as well
 
-DIR holds banking77/, cranfield/ and online_shopping/. A part that was run replaces its section and leaves the others.
-On a machine with a GPU the same parts run on it. quality.py takes longer, and stands by itself.
+DIR holds banking77/, cranfield/, cmrc2018/ and online_shopping/. A part that was run replaces its section and leaves
+the others. On a machine with a GPU the same parts run on it, and `gpu` joins them. What --quick measures says nothing
+about speed: it is written to a file of its own in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -15,55 +17,101 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from contest import machine
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
-# part: (title, arguments of a full run, of a quick one); DIR is the folder of the data sets, MODEL a multilingual model
-PARTS: dict[str, tuple[str, str, str]] = {
-    "training": ("Training", "training.py --data DIR --steps 16", "training.py --data DIR --quick"),
-    "shape": (
-        "Training, 0.5B shape",
-        "training.py --data DIR --parts shape",
-        "training.py --data DIR --parts shape --quick",
-    ),
-    "inference": ("Encoding", "inference.py --data DIR", "inference.py --data DIR --quick --rounds 1"),
-    "chinese": (
-        "Encoding, Chinese",
-        "inference.py --data DIR --sets chinese --model MODEL",
-        "inference.py --data DIR --sets chinese --model MODEL --quick --rounds 1",
-    ),
-    "files": ("Files", "files.py", "files.py --quick"),
-    "memory": ("Memory of encoding", "files.py --memory", "files.py --memory --quick"),
-    "index": ("Index and search", "index.py", "index.py --rows 5000"),
-    "projection": ("Maps and numbers", "projection.py --sizes 5000 20000", "projection.py --quick"),
-}
+QUICK_RESULTS = Path(tempfile.gettempdir()) / "ebr-benchmark-quick.md"
 HEAD = "# Measured speed\n\nWritten by `make bench`; every section says its command, date and machine.\n"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the results. In a command, DIR is the folder of the data sets, MODEL the multilingual model."""
+
+    title: str
+    command: str
+    quick: str  # put after the command by --quick
+    always: bool = True  # or only when named
+    on_gpu: bool = False
+
+    def missing(self, multilingual: Path | None) -> str:
+        """What this part needs and does not have."""
+        import torch
+
+        if self.on_gpu and not torch.cuda.is_available():
+            return "needs a GPU"
+        return "needs --multilingual MODEL" if "MODEL" in self.command and not multilingual else ""
+
+
+PARTS = {
+    "training": Part("Training", "training.py --data DIR --rounds 3", "--quick"),
+    "shape": Part("Training, 0.5B shape", "training.py --data DIR --parts shape --rounds 2 --steps 8", "--quick"),
+    "inference": Part("Encoding", "inference.py --data DIR --rounds 3", "--quick --rounds 1 --sets short"),
+    "chinese": Part(
+        "Encoding, Chinese",
+        "inference.py --data DIR --sets chinese --model MODEL --rounds 3",
+        "--quick --rounds 1",
+    ),
+    "gpu": Part(
+        "Encoding, 0.5B shape", "inference.py --data DIR --sets shape --rounds 2", "--quick --rounds 1", on_gpu=True
+    ),
+    "files": Part("Files", "files.py", "--quick"),
+    "memory": Part("Memory of encoding", "files.py --memory", "--quick"),
+    "index": Part("Index and search", "index.py", "--quick"),
+    "projection": Part("Maps and numbers", "projection.py --sizes 5000 20000 --main --again", "--quick"),
+    "projection100k": Part("Maps of 100,000 vectors", "projection.py --sizes 100000 --again", "--quick", always=False),
+    "stage": Part("Drawing a million vectors", "projection.py --stage 1000000", "--quick --stage 20000", always=False),
+    "million": Part("Evaluation against a million documents", "index.py --million", "", always=False),
+    "quality": Part(
+        "Quality",
+        "quality.py --data DIR --sets clicks64 clicks256 intents cranfield",
+        "--quick --sets clicks64",
+        always=False,
+    ),
+    "quality_chinese": Part(
+        "Quality, Chinese",
+        "quality.py --data DIR --sets cmrc --multilingual MODEL",
+        "--quick",
+        always=False,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), default=[name for name, part in PARTS.items() if part.always]
+    )
     parser.add_argument("--multilingual", type=Path, help="folder of a model that knows Chinese")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    failed = []
-    for part in args.only:
-        title, full, quick = PARTS[part]
-        command = quick if args.quick else full
-        if "MODEL" in command and not args.multilingual:
+    results = QUICK_RESULTS if args.quick else RESULTS
+    where, spent, failed = machine(), dict[str, float](), []
+    for name in args.only:
+        part = PARTS[name]
+        if missing := part.missing(args.multilingual):
+            print(f"--- {name}: skipped, {missing}", flush=True)
             continue
+        command = f"{part.command} {part.quick}" if args.quick else part.command
         print(f"--- python benchmarks/{command}", flush=True)
         start = time.perf_counter()
         tables = run(command, {"DIR": args.data, "MODEL": args.multilingual})
-        print(tables if tables is not None else f"{part} failed", f"\n{time.perf_counter() - start:.0f} s", flush=True)
+        spent[name] = time.perf_counter() - start
         if tables is None:
-            failed.append(part)
-        elif not args.quick:
-            keep(title, command, tables)
+            failed.append(name)
+        else:
+            print(tables, flush=True)
+            keep(results, part.title, f"`python benchmarks/{command}`, {date.today()}. {where}.\n\n{tables}")
+    print("--- seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in spent.items()) + f"; {sum(spent.values()):.0f}")
+    print(f"--- written to {results}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -75,15 +123,12 @@ def run(command: str, places: dict[str, Path | None]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def keep(title: str, command: str, tables: str) -> None:
+def keep(results: Path, title: str, section: str) -> None:
     """Put a section in its place in the results, or at their end."""
-    from inference import machine
-
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
-    section = f"## {title}\n\n`python benchmarks/{command}`, {date.today()}. {machine()}.\n\n{tables}\n"
+    text = results.read_text(encoding="utf-8") if results.exists() else HEAD
     place = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     head, tail = (text[: place.start()], text[place.end() :]) if place else (text, "")
-    RESULTS.write_text(f"{head.rstrip()}\n\n{section}\n{tail}".rstrip() + "\n", encoding="utf-8")
+    results.write_text(f"{head.rstrip()}\n\n## {title}\n\n{section}\n\n{tail}".rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contest import machine, take_turns
+from contest import machine, peak_mb, take_turns
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
@@ -268,13 +268,11 @@ def run_of(log: Sequence[dict[str, Any]], grown_mb: float) -> Run:
 
 def memory_mb() -> float:
     """The most memory held so far: of the GPU where there is one, else of this process."""
-    import resource
-
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mb()
 
 
 def train(contender: str, job: Job) -> Run:
