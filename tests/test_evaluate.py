@@ -337,7 +337,7 @@ def test_vectors_made_otherwise_than_told_are_not_used(beir, tiny_bert, tmp_path
     place = tmp_path / "embeds.npy"
     write_embeddings(place, {"id": docs["id"]}, np.eye(len(DOCS), 32, dtype=np.float32))
     manifest_path(place).write_text(json.dumps(made_by))
-    with pytest.raises(DataError, match=f"{[*told][0].removeprefix('document_')} .* and no texts to encode"):
+    with pytest.raises(DataError, match=f"{next(iter(told)).removeprefix('document_')} .* and no texts to encode"):
         evaluate_retrieval(stored | told | {"corpus_path": str(place)})
 
 

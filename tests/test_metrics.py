@@ -100,6 +100,18 @@ def test_a_constant_scorer_gets_what_chance_gives(documents):
     np.testing.assert_allclose(got["mrr@10"], sum(1 / i for i in range(1, 11)) / documents)
 
 
+@pytest.mark.parametrize("queries", [2, 3, 7])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_equal_vectors_get_equal_scores_from_any_query(queries, parts):
+    """Whatever number of queries and documents is left for the last product: BLAS takes other paths for small ones."""
+    rng = np.random.default_rng(queries)
+    for documents in (70, 8193, 8200):
+        asked = rng.normal(size=(queries, 768)).astype(np.float32)
+        corpus = np.tile(rng.normal(size=768).astype(np.float32), (documents, 1))
+        got = evaluate_vectors(asked, np.array_split(corpus, parts), [{i: 1} for i in range(queries)])
+        np.testing.assert_allclose(got["recall@10"], 10 / documents)
+
+
 def test_chunks_and_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(1)
     queries, corpus = rng.normal(size=(7, 8)).astype(np.float32), rng.normal(size=(900, 8)).astype(np.float32)

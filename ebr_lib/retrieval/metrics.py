@@ -18,7 +18,6 @@ KS = (1, 5, 10, 50, 100)
 MRR_CUT, NDCG_CUT, MAP_CUT = 10, 10, 100
 CHUNK = 1 << 13  # documents scored at once
 BLOCK = 1 << 9  # queries scored at once: a block of scores takes 16 MB
-LANES = 64  # a chunk is padded to a multiple, so that equal vectors take the same path through BLAS: equal scores
 
 Floats = NDArray[np.float32]
 Values = NDArray[np.float64]
@@ -216,20 +215,30 @@ def rank_vectors(
     """
     ranking = Ranking(relevant, depth)
     done = 0
-    for chunk in _chunks(documents):
-        wide = -len(chunk) % LANES
-        padded = np.vstack([chunk, np.zeros((wide, chunk.shape[1]), np.float32)]) if wide else chunk
+    for chunk, filled in _chunks(documents):
         for start in range(0, len(queries), BLOCK):
-            scores = queries[start : start + BLOCK] @ padded.T
-            ranking.add(scores[:, : len(chunk)], start, done)
-        done += len(chunk)
+            scores = queries[start : start + BLOCK] @ chunk.T
+            ranking.add(scores[:, :filled], start, done)
+        done += filled
     return ranking
 
 
-def _chunks(documents: Floats | Iterable[Floats]) -> Iterator[Floats]:
+def _chunks(documents: Floats | Iterable[Floats]) -> Iterator[tuple[Floats, int]]:
+    """The documents in arrays of exactly `CHUNK` rows, and how many of these are documents: every product then has the
+    same shape and takes the same path through BLAS, so that equal vectors get equal scores to the last bit."""
+    chunk, filled = np.empty((0, 0), np.float32), 0
     for array in [documents] if isinstance(documents, np.ndarray) else documents:
-        for start in range(0, len(array), CHUNK):
-            yield array[start : start + CHUNK]
+        chunk = chunk if chunk.size else np.zeros((CHUNK, array.shape[1]), np.float32)
+        taken = 0
+        while taken < len(array):
+            fits = min(CHUNK - filled, len(array) - taken)
+            chunk[filled : filled + fits] = array[taken : taken + fits]
+            taken, filled = taken + fits, filled + fits
+            if filled == CHUNK:
+                yield chunk, filled
+                filled = 0
+    if filled:
+        yield chunk, filled
 
 
 def evaluate_vectors(
