@@ -11,11 +11,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 
+from ebr_lib.errors import ModelError
 from ebr_lib.model import precision
 from ebr_lib.model.adapters import add_lora
-from ebr_lib.model.encoder import Encoder, batches
+from ebr_lib.model.encoder import Encoder, batches, dealt
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import base_model_only
+from ebr_lib.model.packing import pack
 from tests.models import tiny_tokenizer
 
 TEXTS = [
@@ -144,6 +146,51 @@ def test_batches_keep_to_the_budget():
 def test_a_batch_ends_where_texts_get_much_shorter():
     lengths = np.array([400, 390, 380] + [10] * 20)
     assert next(batches(lengths, 4096)) == slice(0, 3)
+
+
+def test_dealt_texts_are_each_in_one_batch_and_fill_their_rows():
+    """16 tokens a text: batches of one length each left a ninth of their rows empty."""
+    lengths = np.random.default_rng(0).poisson(14, 4000) + 2
+    texts = np.argsort(-lengths, kind="stable")
+    cuts = list(dealt(texts, lengths, 4096))
+    assert sorted(np.concatenate(cuts)) == list(range(4000))
+    assert max(lengths[cut].sum() for cut in cuts) < 4096 * 1.05
+    slots = sum(pack(lengths[cut], 64).slots for cut in cuts)
+    assert lengths.sum() / slots > 0.96
+    assert [len(cut) for cut in dealt(texts[:3], lengths, 1)] == [1, 1, 1]
+    assert list(dealt(texts[:0], lengths, 100)) == []
+
+
+def test_packed_and_padded_texts_of_one_call_come_back_in_order(bert, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    encoder = Encoder(bert, precision="bfloat16", batch_tokens=100)
+    assert encoder._packed is not None
+    cosines = (encoder.encode(TEXTS) * exact(bert).encode(TEXTS)).sum(axis=1)
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_halves_batches_from_then_on(bert, monkeypatch, caplog, error):
+    encoder, failed = exact(bert), list[int]()
+    wanted = encoder.encode(TEXTS)
+    forward = Encoder._forward
+
+    def small(self, tokens, texts):
+        if (count := int(tokens.lengths[texts].sum())) > 100 and len(texts) > 1:
+            failed.append(count)
+            raise error("too much")
+        return forward(self, tokens, texts)
+
+    monkeypatch.setattr(Encoder, "_forward", small)
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        np.testing.assert_allclose(encoder.encode(TEXTS), wanted, atol=1e-5)
+    assert len(failed) == 2 and failed[1] <= failed[0] // 2
+    assert caplog.text.count("内存不足") == 2
+    encoder.encode(TEXTS)  # it has learnt how much fits
+    assert len(failed) == 2
+    monkeypatch.setattr(Encoder, "_forward", lambda self, tokens, texts: (_ for _ in ()).throw(error("too much")))
+    with pytest.raises(ModelError, match=r"a single text of \d+ tokens .*lower max_seq_length"):
+        encoder.encode(["a b c"])
 
 
 def test_precision_that_is_missing_is_float32_and_said(bert, monkeypatch, caplog):

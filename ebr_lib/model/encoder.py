@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.fused_layers import fuse
@@ -156,6 +157,7 @@ class Encoder:
         self.truncate_dim = truncate_dim or model.truncate_dim
         fastest = BATCH_TOKENS.get(f"{model.device.type} {chosen.dtype}", GPU_BATCH_TOKENS)
         self.batch_tokens = batch_tokens or fastest
+        self._most_tokens: int | None = None  # of a batch, once memory has run out
         self.stats = EncodeStats()
         self._tokenizer = _tokenizer_of(self.model, prompt)
         packs = self._tokenizer is not None and self.precision != "float32"
@@ -190,21 +192,57 @@ class Encoder:
         from tqdm.auto import tqdm
 
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
-        order = np.argsort(-tokens.lengths, kind="stable")  # longest first: what does not fit fails at once
-        done, waiting = 0, list[Tensor]()
+        places, waiting = list[NDArray[np.intp]](), list[Tensor]()
         bar = tqdm(total=len(tokens), unit="text", disable=not show_bar)
         with bar, torch.inference_mode(), evaluating(self.model):
-            for batch in batches(tokens.lengths[order], self.batch_tokens):
-                waiting.append(self._forward(tokens, order[batch]))
-                bar.update(batch.stop - batch.start)
-                if batch.stop - done >= FLUSH_ROWS or batch.stop == len(tokens):
-                    vectors[order[done : batch.stop]] = torch.cat(waiting).cpu().numpy()
-                    done, waiting = batch.stop, []
+            for batch in self._batches(tokens.lengths):
+                places.append(batch)
+                waiting.append(self._embedded(tokens, batch))
+                bar.update(len(batch))
+                if sum(map(len, places)) >= FLUSH_ROWS:
+                    vectors[np.concatenate(places)] = torch.cat(waiting).cpu().numpy()
+                    places, waiting = [], []
+            if places:
+                vectors[np.concatenate(places)] = torch.cat(waiting).cpu().numpy()
         self.stats.texts += len(tokens)
         self.stats.tokens += len(tokens.ids)
         self.stats.truncated += int((tokens.lost > 0).sum())
         self.stats.tokens_lost += int(tokens.lost.sum())
         return vectors
+
+    def _batches(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
+        """The texts of each batch, longest first: what does not fit fails at once."""
+        order = np.argsort(-lengths, kind="stable")
+        shares_rows = self._packed is not None and not self._packed.one_row
+        padded = int((lengths > PACKED_LENGTH).sum()) if shares_rows else len(order)
+        for batch in batches(lengths[order[:padded]], self.batch_tokens):
+            yield order[batch]
+        yield from dealt(order[padded:], lengths, self.batch_tokens)
+
+    def _embedded(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
+        """Vectors of one batch, on the device; in halves where memory runs out, and from then on."""
+        count = int(tokens.lengths[texts].sum())
+        if self._most_tokens is None or count <= self._most_tokens or len(texts) == 1:
+            try:
+                return self._forward(tokens, texts)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve(count, len(texts), error)
+            torch.cuda.empty_cache()  # not before: the error held on to what the batch had made
+        half = len(texts) // 2
+        return torch.cat([self._embedded(tokens, texts[:half]), self._embedded(tokens, texts[half:])])
+
+    def _halve(self, tokens: int, texts: int, error: BaseException) -> None:
+        if texts == 1:
+            raise ModelError(
+                f"out of memory with a single text of {tokens} tokens ({error}); lower max_seq_length"
+            ) from error
+        self._most_tokens = tokens // 2
+        logger.warning(
+            "内存不足 out of memory: batches of %d tokens → %d, the vectors stay those of the texts; "
+            "to settle it for good: batch_tokens",
+            tokens,
+            self._most_tokens,
+        )
 
     def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
         """Vectors of one batch, on the device."""
@@ -286,6 +324,16 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
         stop = min(len(lengths), start + max(1, budget // longest), max(similar, fair, start + 1))
         yield slice(start, stop)
         start = stop
+
+
+def dealt(texts: NDArray[np.intp], lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.intp]]:
+    """Deal texts, sorted by length, into batches of about `budget` tokens that each hold long and short ones.
+
+    Together they fill the rows that they share: texts of 24 tokens alone would leave a quarter of a row of 64 empty.
+    """
+    count = min(-(-int(lengths[texts].sum()) // budget), len(texts))
+    for number in range(count):
+        yield texts[number::count]
 
 
 def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
