@@ -460,7 +460,10 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
     start = time.perf_counter()
     with fast_training(trainer.model):
         _preflight(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            trainer.stop.put_handlers_back()
     if trainer.stop.received:
         where = _place(config, CHECKPOINTS_SUFFIX)
         logger.warning("已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", where)
@@ -487,14 +490,11 @@ def _preflight(trainer: EbrTrainer) -> None:
 
 def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
     """Where to go on from, after a check that it is the same run; a run that starts anew puts old checkpoints aside."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = _place(config, CHECKPOINTS_SUFFIX)
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     run["data_sha256"] = data.sha256
     note = folder / "run.json"
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if config.resume_from_checkpoint == "auto" and last and note.is_file():
+    if config.resume_from_checkpoint == "auto" and note.is_file() and (last := _last_whole_checkpoint(folder)):
         _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
         logger.info("从检查点继续 going on from %s", last)
         return last
@@ -505,6 +505,29 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, run)
     return None
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest that was written to its end; later ones, which a kill cut short, are removed."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    while last := get_last_checkpoint(str(folder)):
+        if _is_whole(Path(last)):
+            break
+        logger.warning("检查点不完整，已删除 removed a checkpoint that was not written to its end: %s", last)
+        shutil.rmtree(last)
+    return last
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer wrote its own state, which it does last."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: Path) -> None:

@@ -21,7 +21,7 @@ from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.losses import ContrastiveLoss
-from ebr_lib.model.training import EbrTrainer, KeepBest
+from ebr_lib.model.training import EbrTrainer, KeepBest, Preflight
 
 ROOT = Path(__file__).parent.parent
 THINGS = ["blanket", "pan", "kettle", "lamp", "tent", "kite", "scarf", "mug"]
@@ -452,6 +452,43 @@ def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, num
     with pytest.raises(ConfigError, match=r"learning_rate: was 0.002, is 0.001"):
         train(settings, num_epochs=3, resume_from_checkpoint="auto", learning_rate=1e-3)
     assert train(settings, num_epochs=3, resume_from_checkpoint="auto").steps == 15
+
+
+@pytest.mark.parametrize("cut", ["no state", "half a state"])
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(settings, monkeypatch, caplog, tmp_path, cut):
+    knobs = {"num_epochs": 3, "save_steps": 2}
+    whole = adapter(train(settings, **knobs, output_dir=str(tmp_path / "whole")))
+    checkpoints = Path(settings["output_dir"]) / "tiny-bert-checkpoints"
+    save = EbrTrainer._save_checkpoint
+
+    def killed(self, model, trial):
+        save(self, model, trial)
+        if self.state.global_step == 8:
+            state = checkpoints / "checkpoint-8" / "trainer_state.json"
+            state.write_text(state.read_text()[:99]) if cut == "half a state" else state.unlink()
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(EbrTrainer, "_save_checkpoint", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(settings, **knobs)
+    monkeypatch.undo()
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        resumed = train(settings, **knobs, resume_from_checkpoint="auto")
+    assert any("going on from" in line and line.endswith("checkpoint-6") for line in caplog.messages)
+    assert same(adapter(resumed), whole)
+
+
+def test_signal_handlers_are_put_back_when_training_fails(settings, monkeypatch):
+    def fails(self, model, inputs, num=None):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr("ebr_lib.model.training.fly_longest_batch", lambda trainer: Preflight(0.0, 0.0))
+    monkeypatch.setattr(EbrTrainer, "training_step", fails)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(RuntimeError, match="injected"):
+        train(settings)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

@@ -280,16 +280,17 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
-        signal.signal(number, self._before[number])
+        signal.signal(number, self._before.pop(number))
         logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.received:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def put_handlers_back(self) -> None:
+        """For when training is over, however it ended: no callback hears of an error."""
+        while self._before:
+            signal.signal(*self._before.popitem())
 
 
 class TrainingBar(TrainerCallback):
