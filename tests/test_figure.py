@@ -147,6 +147,47 @@ def test_a_small_label_is_not_buried(tmp_path):
     assert holds_colour(pixels, small) > 0.2 * holds_colour(alone, small) > 0
 
 
+def test_equal_vectors_of_two_labels_both_show(tmp_path):
+    spot = np.zeros((40, 2), np.float32)
+    pixels = drawn(tmp_path / "a.png", [Panel("map", spot)], groups_of([0, 1] * 20, [" ", " "]))
+    legend = 90  # pixels of a dot in the legend, at most
+    for colour in figure.palette(2):
+        assert holds_colour(pixels[:, :1000], colour) > legend
+
+
+def test_other_labels_are_drawn_by_their_size_like_any(tmp_path):
+    """Few rows of labels beyond the twentieth lie amid a large label: they show; many of them do not bury it."""
+    names = [f"label {i}" for i in range(25)]
+    codes = np.concatenate([np.zeros(4000, int), np.repeat(np.arange(1, 20), 5), np.repeat(np.arange(20, 25), 4)])
+    coords = points(len(codes)) * 0.3
+    coords[codes >= 20] *= 0.3
+    pixels = drawn(tmp_path / "a.png", [Panel("map", coords)], groups_of(codes, names))
+    alone = drawn(tmp_path / "b.png", [Panel("map", coords)], groups_of(np.where(codes < 20, -1, codes), names))
+    assert holds_colour(pixels[:, :1050], figure.GREY) > 0.5 * holds_colour(alone[:, :1050], figure.GREY) > 0
+    few = np.concatenate([np.zeros(30, int), np.arange(1, 20), np.repeat(np.arange(20, 2000), 2)])
+    coords = points(len(few))
+    coords[few >= 20] *= 0.1
+    coords[few == 0] *= 0.05
+    pixels = drawn(tmp_path / "c.png", [Panel("map", coords)], groups_of(few, [f"label {i}" for i in range(2000)]))
+    assert holds_colour(pixels[:, :1050], figure.palette(1)[0]) > 200
+
+
+def test_other_labels_weigh_as_one_where_density_is_drawn(monkeypatch):
+    groups = groups_of(np.concatenate([np.zeros(500, int), np.arange(1, 500)]), [str(i) for i in range(500)])
+    monkeypatch.setattr(figure, "SHADED", 10)
+    spot = np.zeros((999, 2), np.float32)
+    axes = figure._composed([Panel("map", spot)], groups, "title", "caption").axes[0]
+    image = axes.images[0].get_array()
+    mixed = image[image[..., 3] > 0][0, :3]
+    from matplotlib.colors import to_rgb
+
+    large, grey = np.array(to_rgb(figure.palette(20)[0])), np.array(to_rgb(figure.GREY))
+    weights = np.sqrt([500, 480])  # rows of each over the root of the rows of each
+    others = [np.array(to_rgb(c)) for c in figure.palette(20)[1:]]
+    expected = (weights[0] * large + weights[1] * grey + sum(others)) / (weights.sum() + 19)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+
+
 def test_density_is_drawn_above_a_number_of_points(tmp_path, monkeypatch):
     from matplotlib.colors import to_rgb
 
@@ -179,21 +220,62 @@ def test_the_legend_ends_with_the_rest():
     assert len(legend) == 21 and legend[-1][1:] == ("10 other labels", 20)
 
 
-def test_names_on_the_map_do_not_overlap(monkeypatch, tmp_path):
-    boxes = []
-    find = figure._find_room
+@pytest.fixture
+def cjk():
+    """Chinese is drawn in the packaged font."""
+    import matplotlib as mpl
 
-    def watched(text, axes, renderer, frame, taken):
-        found = find(text, axes, renderer, frame, taken)
-        boxes[:] = taken
-        return found
+    with mpl.rc_context({"font.family": figure.fonts_for("书籍")}):
+        yield
 
-    monkeypatch.setattr(figure, "_find_room", watched)
+
+def names_of(axes) -> list:
+    """The boxes of the names on a map, in pixels."""
+    renderer = axes.get_figure().canvas.get_renderer()
+    return [text.get_window_extent(renderer) for text in axes.texts]
+
+
+def test_names_on_the_map_do_not_overlap():
     codes = np.arange(400) % 20
-    drawn(tmp_path / "a.png", [Panel("map", points(400))], groups_of(codes, [f"a label {i}" for i in range(20)]))
+    groups = groups_of(codes, [f"a label {i}" for i in range(20)])
+    (axes,) = figure._composed([Panel("map", points(400))], groups, "title", "caption").axes
+    boxes = names_of(axes)
     assert 5 <= len(boxes) <= 20
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("n", [1, 3, 50])
+def test_a_name_does_not_hide_a_tight_cluster(tmp_path, n):
+    """The name is larger than the whole cluster; its colour still shows, and the name stands beside it."""
+    islands = np.concatenate([points(n, i) * 0.02 + middle for i, middle in enumerate([(0, 0), (5, 3), (5.1, 0)])])
+    islands = np.concatenate([islands, [[-4, -4], [9, 7]]])  # so that none of them lies at the edge
+    codes = np.concatenate([np.repeat([0, 1, 2], n), [-1, -1]])
+    panels = [Panel("map", islands.astype(np.float32))]
+    named = drawn(tmp_path / "a.png", panels, groups_of(codes, ["热水器 water heaters"] * 3))
+    for colour in figure.palette(3):
+        nameless = drawn(tmp_path / "b.png", panels, groups_of(codes, [" "] * 3))
+        assert holds_colour(named, colour) > 0.9 * holds_colour(nameless, colour) > 100
+
+
+def test_no_name_hides_a_fifth_of_any_label():
+    codes = np.arange(300) % 6
+    coords = (points(300) * 0.4 + np.random.default_rng(1).normal(size=(6, 2))[codes]).astype(np.float32)
+    groups = groups_of(codes, [f"a rather long label {i}" for i in range(6)])
+    (axes,) = figure._composed([Panel("map", coords)], groups, "title", "caption").axes
+    boxes = names_of(axes)
+    assert len(boxes) >= 3
+    for x0, y0, x1, y1 in (box.extents for box in boxes):
+        x, y = axes.transData.transform(coords).T
+        under = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+        assert np.bincount(codes[under], minlength=6).max() <= 0.2 * 50
+
+
+def test_a_large_cluster_bears_its_name_in_its_middle():
+    coords = points(5000)
+    (axes,) = figure._composed([Panel("map", coords)], groups_of([0] * 5000, ["shoes"]), "title", "caption").axes
+    (text,) = axes.texts
+    assert np.abs(text.get_position()).max() < 1
 
 
 def test_a_name_lies_on_an_island_and_not_between_two():
@@ -223,6 +305,40 @@ def test_dollars_and_markup_in_labels_are_letters(tmp_path):
     )
 
 
+def boxes_of(made) -> tuple[list, list]:
+    """What stands on a figure, in pixels: its maps, and the texts that are not on a map."""
+    renderer = made.canvas.get_renderer()
+    return [axes.get_window_extent() for axes in made.axes], [text.get_window_extent(renderer) for text in made.texts]
+
+
+LONG_CAPTION = "All of the many vectors were projected. " * 12 + "\n" + "第二行也很长的说明文字" * 9 + "\nthe last line"
+
+
+@pytest.mark.parametrize("maps", [1, 2, 4])
+def test_no_text_lies_over_a_map_or_beyond_the_picture(maps, cjk):
+    """However long the caption, the title, the labels and the notes are."""
+    panels = [Panel(f"map {i}", points(30, i), "trustworthiness 0.123, neighbours kept 45.6%") for i in range(maps)]
+    groups = groups_of(np.arange(30) % 3, ["W" * 60, "热水器" * 30, "MMMM WWWW " * 9])
+    groups = Groups(groups.codes, groups.names, groups.counts, "a_column_with_a_very_long_name_WWWWWWWW")
+    made = figure._composed(panels, groups, "a_long_name_of_a_file" * 9 + ".txt", LONG_CAPTION)
+    maps_drawn, texts = boxes_of(made)
+    assert len(maps_drawn) == maps
+    width, height = made.canvas.get_width_height()
+    for text in texts:
+        assert not any(text.overlaps(each) for each in maps_drawn)
+        assert text.x0 >= 0 and text.y0 >= 0 and text.x1 <= width and text.y1 <= height
+    for axes, frame in zip(made.axes, maps_drawn, strict=True):
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in names_of(axes))
+    for i, text in enumerate(texts):
+        assert not any(text.overlaps(other) for other in texts[:i])
+
+
+def test_the_caption_is_whole(cjk):
+    made = figure._composed([Panel("map", points(30))], groups_of([0] * 30, ["x"]), "title", LONG_CAPTION)
+    (caption,) = [text.get_text() for text in made.texts if "the last line" in text.get_text()]
+    assert "".join(caption.split()) == "".join(LONG_CAPTION.split())
+
+
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,3 +361,8 @@ def test_lines_break_at_spaces_and_inside_chinese():
     lines = figure.wrapped("some words and " + "长" * 30 + " more", 20).split("\n")
     assert all(columns_of(line) <= 20 for line in lines)
     assert "".join(lines).replace(" ", "") == "somewordsand" + "长" * 30 + "more"
+
+
+def test_lines_that_are_there_stay_lines():
+    assert figure.wrapped("one two\nthree four", 9) == "one two\nthree\nfour"
+    assert figure.wrapped("\u3000书籍\n" + "长" * 6, 8).split("\n")[1:] == ["长" * 4, "长" * 2]

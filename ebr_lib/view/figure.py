@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
-from ebr_lib.tables import columns_of, shortened
+from ebr_lib.tables import columns_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,13 @@ Floats = NDArray[np.floating[Any]]
 SHOWN = 20  # labels that have a colour, a name on the map and a line in the legend
 GREY, PALE = "#9a9a9a", "#d4d4d4"  # labels beyond those, and rows without a label
 SHADED = 100_000  # from this many points on, density is drawn instead of points
-PANEL, LEGEND, DPI = 7.0, 3.0, 150
+PANEL, LEGEND, EDGE, GAP, LINE, DPI = 7.0, 3.0, 0.15, 0.35, 0.2, 150  # inches; LINE is one of the caption
+TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 15.0, 10.5, 9.0  # points
+NAME_WIDTH = 1.9  # inches that a name on the map may take
+LONGEST = 200  # characters of a label that are looked at
+THINNED = 1000  # points of a label that decide where names may stand
+HIDDEN = 0.2  # share of any label's points that a name may hide
+FAR = 0.03  # what a name's distance of one text height costs, against the share of the points that it hides
 LATIN = "DejaVu Sans"  # comes with matplotlib
 CJK_PACKAGE, CJK_PIN = "noto-cjk-sans-otc", "noto-cjk-sans-otc==0.0.1"  # Noto Sans CJK Regular, OFL 1.1
 
@@ -63,6 +70,16 @@ class Groups:
         """A colour a label: the largest have their own, the rest share one."""
         own = palette(min(SHOWN, len(self.names)))
         return own + [GREY] * (len(self.names) - len(own))
+
+    @property
+    def shades(self) -> Ints:
+        """What each row is drawn as, a place in `shade_colours`: its label, then all other labels, then no label."""
+        own = min(SHOWN, len(self.names))
+        return np.where(self.codes < 0, own + 1, np.minimum(self.codes, own))
+
+    @property
+    def shade_colours(self) -> list[str]:
+        return [*palette(min(SHOWN, len(self.names))), GREY, PALE]
 
     @property
     def without(self) -> int:
@@ -226,29 +243,49 @@ def draw(
     :param fonts: fonts for the labels' characters, tried before the system's.
     """
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     texts = "".join([title, caption, groups.title, *groups.names[:SHOWN], *(p.title + p.note for p in panels)])
     with _quiet_fonts(), mpl.rc_context({"font.family": fonts_for(texts, fonts), "text.parse_math": False}):
-        across, down = min(2, len(panels)), (len(panels) + 1) // 2
-        figure = Figure(figsize=(across * PANEL + LEGEND, down * (PANEL + 0.35) + 1.25), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(figure)
-        places = _places(figure, across, down)
-        for panel, axes in zip(panels, places, strict=False):
-            _draw_panel(axes, panel, groups)
-        _draw_words(figure, groups, title, caption)
+        figure = _composed(panels, groups, title, caption)
         with written_whole(path) as new:
             figure.savefig(new, format="png", metadata={"Software": None})
 
 
-def _places(figure: Figure, across: int, down: int) -> list[Axes]:
+def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str) -> Figure:
+    """The figure, as high as its title and its caption need."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across, down = min(2, len(panels)), (len(panels) + 1) // 2
+    width = across * PANEL + LEGEND
+    title = wrapped(title, width - 2 * EDGE, _inches(TITLE_SIZE, "bold"))
+    caption = wrapped(caption, width - 2 * EDGE, _inches(SMALL_SIZE))
+    top, bottom = 0.6 + 0.27 * title.count("\n"), 0.4 + LINE * caption.count("\n")
+    figure = Figure(figsize=(width, top + down * (PANEL + GAP) + bottom), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    for panel, axes in zip(panels, _places(figure, across, down, top), strict=False):
+        _draw_panel(axes, panel, groups)
+    _draw_words(figure, title, caption)
+    _draw_legend(figure, groups, top)
+    return figure
+
+
+def _inches(size: float, weight: str = "normal") -> Callable[[str], float]:
+    """What measures how wide a text is drawn: Chinese, Latin and emoji in the fonts that they get."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = RendererAgg(1, 1, DPI), FontProperties(size=size, weight=weight)
+    return lambda text: float(renderer.get_text_width_height_descent(text, font, False)[0]) / DPI
+
+
+def _places(figure: Figure, across: int, down: int, top: float) -> list[Axes]:
     width, height = figure.get_size_inches()
     places = []
     for i in range(across * down):
         row, column = divmod(i, across)
-        left, top = 0.15 + column * PANEL, 0.6 + row * (PANEL + 0.35) + 0.3
-        box = (left / width, 1 - (top + PANEL - 0.15) / height, (PANEL - 0.2) / width, (PANEL - 0.15) / height)
+        left, upper = EDGE + column * PANEL, top + row * (PANEL + GAP) + 0.3
+        box = (left / width, 1 - (upper + PANEL - 0.15) / height, (PANEL - 0.2) / width, (PANEL - 0.15) / height)
         places.append(figure.add_axes(box))
     return places
 
@@ -259,7 +296,7 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:
     for spine in axes.spines.values():
         spine.set_color("#dddddd")
     axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", pad=5)
-    axes.set_title(panel.note, loc="right", fontsize=9, color="#555555", pad=5)
+    axes.set_title(panel.note, loc="right", fontsize=SMALL_SIZE, color="#555555", pad=5)
     _frame(axes, panel.coords)
     if len(panel.coords) > SHADED:
         _shade(axes, panel.coords, groups)
@@ -276,20 +313,42 @@ def _frame(axes: Axes, coords: Floats) -> None:
     axes.set_ylim(middle[1] - half, middle[1] + half)
 
 
-def _row_colours(groups: Groups) -> list[str]:
-    return [*groups.colours, PALE]  # -1, no label, is the last
-
-
 def _scatter(axes: Axes, coords: Floats, groups: Groups) -> None:
     """Points, those of small labels last, so that a large one does not bury them."""
     from matplotlib.colors import to_rgba_array
 
     n = len(coords)
-    turn = np.where((groups.codes < 0) | (groups.codes >= SHOWN), -1, groups.codes)
+    turn = _turns(groups)
     order = np.lexsort((np.random.default_rng(0).permutation(n), turn))
-    colours = to_rgba_array(_row_colours(groups))[groups.codes]
-    size, alpha = float(np.clip(45_000 / n, 1.2, 36)), float(np.clip(4 / n**0.2, 0.45, 0.9))
-    axes.scatter(coords[order, 0], coords[order, 1], s=size, c=colours[order], alpha=alpha, linewidths=0)
+    size, alpha = _marker(n)
+    sizes = size * (1 + 0.7 * _labels_above(coords, turn)) ** 2
+    axes.scatter(
+        coords[order, 0], coords[order, 1], s=sizes[order], alpha=alpha, linewidths=0,
+        c=to_rgba_array(groups.shade_colours)[groups.shades[order]],
+    )  # fmt: skip
+
+
+def _marker(n: int) -> tuple[float, float]:
+    """Area in square points, and opacity, of one of so many points."""
+    return float(np.clip(45_000 / n, 1.2, 36)), float(np.clip(4 / n**0.2, 0.45, 0.9))
+
+
+def _turns(groups: Groups) -> Ints:
+    """When each row is drawn: rows without a label first, then the largest label; the other labels count as one."""
+    sizes = np.bincount(groups.shades, minlength=len(groups.shade_colours))
+    sizes[-1] = len(groups.codes) + 1
+    turn = np.empty_like(sizes)
+    turn[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return turn[groups.shades]
+
+
+def _labels_above(coords: Floats, turn: Ints, most: int = 3) -> Ints:
+    """How many other labels are drawn over each row on the very same spot: equal vectors show as rings."""
+    spot = np.unique(coords, axis=0, return_inverse=True)[1].ravel()
+    stacks, row = np.unique(spot * (turn.max() + 1) + turn, return_inverse=True)
+    spots = stacks // (turn.max() + 1)
+    above = np.searchsorted(spots, spots, side="right") - 1 - np.arange(len(spots))
+    return np.minimum(above, most)[row.ravel()]
 
 
 def _shade(axes: Axes, coords: Floats, groups: Groups) -> None:
@@ -301,11 +360,10 @@ def _shade(axes: Axes, coords: Floats, groups: Groups) -> None:
     columns = np.clip(((coords[:, 0] - x0) / (x1 - x0) * side).astype(int), 0, side - 1)
     rows = np.clip(((coords[:, 1] - y0) / (y1 - y0) * side).astype(int), 0, side - 1)
     pixel = rows * side + columns
-    colours = to_rgba_array(_row_colours(groups))[:, :3]
-    sizes = np.bincount(np.where(groups.codes < 0, len(groups.names), groups.codes), minlength=len(colours))
-    weight = (1 / np.sqrt(np.maximum(sizes, 1)))[groups.codes]
+    colours, shades = to_rgba_array(groups.shade_colours)[:, :3], groups.shades
+    weight = (1 / np.sqrt(np.maximum(np.bincount(shades, minlength=len(colours)), 1)))[shades]
     mass = np.bincount(pixel, weight, side * side)
-    mixed = np.stack([np.bincount(pixel, weight * c[groups.codes], side * side) for c in colours.T], 1)
+    mixed = np.stack([np.bincount(pixel, weight * c[shades], side * side) for c in colours.T], 1)
     counts = np.bincount(pixel, minlength=side * side)
     dark = np.log1p(counts) / np.log1p(np.quantile(counts[counts > 0], 0.99))
     image = np.ones((side * side, 4))
@@ -324,23 +382,28 @@ def _name_groups(axes: Axes, coords: Floats, groups: Groups) -> None:
     figure = axes.get_figure()
     assert figure is not None
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    frame = axes.get_window_extent(renderer)
-    taken: list[Any] = []
-    for code, colour in enumerate(groups.colours[: min(SHOWN, len(groups.names))]):
-        points = coords[groups.codes == code]
-        if not len(points):
+    measure = _inches(NAME_SIZE)
+    room = _Room.on(axes, coords, groups)
+    for code, colour in enumerate(groups.colours[:SHOWN]):
+        points = axes.transData.transform(coords[groups.codes == code])
+        name = squeezed(groups.names[code], NAME_WIDTH, measure)
+        if not len(points) or not name:
             continue
-        x, y = _medoid(points)
         text = axes.text(
-            x, y, squeezed(groups.names[code], 24), fontsize=10.5, ha="center", va="center",
-            color=_darker(colour), path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5,
+            0, 0, name, fontsize=NAME_SIZE, ha="center", va="center", zorder=5,
+            color=_darker(colour), path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
-        if not _find_room(text, axes, renderer, frame, taken):
+        box = text.get_window_extent(renderer)
+        place = room.take(_medoid(points), _core(points), np.array([box.width, box.height]))
+        if place is None:
             text.remove()
+        else:
+            x, y = axes.transData.inverted().transform(place)
+            text.set_position((float(x), float(y)))
 
 
-def _medoid(points: Floats, cells: int = 10) -> Floats:
-    """The point in the middle of where the points lie densest: a median of all may lie between two islands."""
+def _core(points: Floats, cells: int = 10) -> Floats:
+    """The points where they lie densest: the median of all may lie between two islands."""
     from scipy.ndimage import uniform_filter
 
     low, high = points.min(axis=0), points.max(axis=0)
@@ -348,25 +411,77 @@ def _medoid(points: Floats, cells: int = 10) -> Floats:
     counts = np.zeros((cells, cells))
     np.add.at(counts, (cell[:, 0], cell[:, 1]), 1)
     densest = np.unravel_index(uniform_filter(counts, 3, mode="constant").argmax(), counts.shape)
-    around = points[(np.abs(cell - densest) <= 1).all(axis=1)]
+    return points[(np.abs(cell - densest) <= 1).all(axis=1)]
+
+
+def _medoid(points: Floats) -> Floats:
+    """The point in the middle of the densest ones."""
+    around = _core(points)
     return around[((around - np.median(around, axis=0)) ** 2).sum(axis=1).argmin()]
 
 
-def _find_room(text: Any, axes: Axes, renderer: Any, frame: Any, taken: list[Any]) -> bool:
-    """Move a text by up to two of its heights until it overlaps no other and lies within the frame."""
-    home = axes.transData.transform(text.get_position())
-    box = text.get_window_extent(renderer)
-    steps = [(0.0, 0.0)] + [(dx, dy) for dy in (1, -1, 2, -2) for dx in (0, 0.5, -0.5)]
-    for dx, dy in steps:
-        moved = box.translated(dx * box.width, dy * box.height * 1.05).padded(1)
-        inside = frame.x0 <= moved.x0 and moved.x1 <= frame.x1 and frame.y0 <= moved.y0 and moved.y1 <= frame.y1
-        if inside and not any(moved.overlaps(other) for other in taken):
-            taken.append(moved)
-            text.set_position(
-                axes.transData.inverted().transform(home + np.array([dx * box.width, dy * box.height * 1.05]))
-            )
-            return True
-    return False
+@dataclass
+class _Room:
+    """Where names may stand on a map, in pixels.
+
+    :param frame: low and high corner of the map.
+    :param points: up to `THINNED` points of each shade; `weights` (points × shades) are the share that each is of its
+        shade.
+    :param radius: of a point.
+    :param taken: boxes of the names that stand, n × 2 corners × 2.
+    """
+
+    frame: Floats
+    points: Floats
+    weights: NDArray[np.float32]
+    radius: float
+    taken: list[Floats] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, axes: Axes, coords: Floats, groups: Groups) -> _Room:
+        shades = groups.shades
+        order = np.random.default_rng(0).permutation(len(shades))
+        rows = np.concatenate([order[shades[order] == s][:THINNED] for s in np.unique(shades)])
+        member = np.eye(len(groups.shade_colours), dtype=np.float32)[shades[rows]]
+        radius = np.sqrt(_marker(len(coords))[0]) / 2 * DPI / 72
+        weights = member / np.maximum(member.sum(axis=0), 1)
+        return cls(
+            axes.get_window_extent().get_points(), axes.transData.transform(coords[rows]), weights, float(radius)
+        )
+
+    def take(self, home: Floats, core: Floats, size: Floats) -> Floats | None:
+        """Find the middle of a name of this size (width, height): near `home`, where it hides the fewest points.
+
+        No place may hide a fifth of any label's points, lie over another name, or leave the map.
+        """
+        middles = self._around(home, core, size)
+        boxes = np.stack([middles - size / 2 - 1, middles + size / 2 + 1], axis=1)
+        inside = (self.points > boxes[:, :1] - self.radius / 2) & (self.points < boxes[:, 1:] + self.radius / 2)
+        hidden = inside.all(axis=2).astype(np.float32) @ self.weights
+        free = (
+            (hidden.max(axis=1) <= HIDDEN)
+            & (boxes[:, 0] >= self.frame[0]).all(1)
+            & (boxes[:, 1] <= self.frame[1]).all(1)
+        )
+        for other in self.taken:
+            free &= ((boxes[:, 0] >= other[1]) | (boxes[:, 1] <= other[0])).any(axis=1)
+        if not free.any():
+            return None
+        cost = hidden.sum(axis=1) + FAR * np.linalg.norm(middles - home, axis=1) / size[1]
+        best = int(np.where(free, cost, np.inf).argmin())
+        self.taken.append(boxes[best])
+        return np.asarray(middles[best])
+
+    def _around(self, home: Floats, core: Floats, size: Floats) -> Floats:
+        """Middles to choose from: on `home`, and in eight directions from it, beside it and beside the core."""
+        below, above = home - core.min(axis=0), core.max(axis=0) - home
+        places = [home]
+        for share, heights in ((0.0, 0.1), (0.0, 0.8), (1.0, 0.1), (1.0, 1.0), (1.0, 2.0)):
+            gap = self.radius + heights * size[1] + size / 2
+            low, high = home - share * below - gap, home + share * above + gap
+            xs, ys = (low[0], home[0], high[0]), (low[1], home[1], high[1])
+            places += [np.array(place) for place in itertools.product(xs, ys)]  # `home` again, which does no harm
+        return np.array(places)
 
 
 def _darker(colour: str) -> tuple[float, ...]:
@@ -375,34 +490,46 @@ def _darker(colour: str) -> tuple[float, ...]:
     return tuple(0.62 * c for c in to_rgb(colour))
 
 
-def squeezed(text: str, columns: int) -> str:
-    """A label cut in its middle: labels that begin alike often end apart."""
+def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
+    """A label cut in its middle: labels that begin alike often end apart.
+
+    :param most: width it may take, as `width_of` measures it.
+    """
     text = " ".join(text.split())
-    if columns_of(text) <= columns:
+    if width_of(text) <= most:
         return text
-    tail = text[-columns // 3 :]
-    while columns_of(tail) > columns // 3:
+    tail = text[-LONGEST:]
+    while width_of(tail) > most / 3:
         tail = tail[1:]
-    return shortened(text, columns - columns_of(tail)) + tail
+    head = text[:LONGEST]
+    while head and width_of(f"{head.rstrip()}…{tail}") > most:
+        head = head[:-1]
+    return f"{head.rstrip()}…{tail}"
 
 
 # --- legend and caption -------------------------------------------------------------------------------------------
 
 
-def _draw_words(figure: Figure, groups: Groups, title: str, caption: str) -> None:
+def _draw_words(figure: Figure, title: str, caption: str) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.15 / width, 1 - 0.2 / height, shortened(title, 120), fontsize=15, fontweight="bold", va="top")
+    figure.text(EDGE / width, 1 - 0.2 / height, title, fontsize=TITLE_SIZE, fontweight="bold", va="top")
     figure.text(
-        0.15 / width, 0.14 / height, wrapped(caption, int(width * 13.5)), fontsize=9, color="#555555", va="bottom",
-        linespacing=1.45,
-    )  # fmt: skip
-    left, top = (width - LEGEND + 0.05) / width, 1 - 0.9 / height
-    figure.text(left, top + 0.08 / height, shortened(groups.title, 30), fontsize=11, fontweight="bold", va="bottom")
+        EDGE / width, 0.14 / height, caption, fontsize=SMALL_SIZE, color="#555555", va="bottom", linespacing=1.45
+    )
+
+
+def _draw_legend(figure: Figure, groups: Groups, above: float) -> None:
+    width, height = figure.get_size_inches()
+    left, top, room = (width - LEGEND + 0.05) / width, 1 - (above + 0.3) / height, LEGEND - 0.05 - EDGE
+    title = squeezed(groups.title, room, _inches(11, "bold"))
+    figure.text(left, top + 0.08 / height, title, fontsize=11, fontweight="bold", va="bottom")
+    measure = _inches(9.5)
     for i, (colour, name, count) in enumerate(_legend(groups)):
-        y = top - (0.17 + 0.29 * i) / height
+        y, number = top - (0.17 + 0.29 * i) / height, f"{count:,}"
         figure.text(left, y, "●", color=colour, fontsize=11, va="center", family=LATIN)
-        figure.text(left + 0.2 / width, y, squeezed(name, 25), fontsize=9.5, va="center")
-        figure.text((width - 0.15) / width, y, f"{count:,}", fontsize=9, color="#555555", va="center", ha="right")
+        fitting = squeezed(name, room - 0.35 - measure(number), measure)
+        figure.text(left + 0.2 / width, y, fitting, fontsize=9.5, va="center")
+        figure.text((width - EDGE) / width, y, number, fontsize=9, color="#555555", va="center", ha="right")
 
 
 def _legend(groups: Groups) -> Iterable[tuple[str, str, int]]:
@@ -413,14 +540,18 @@ def _legend(groups: Groups) -> Iterable[tuple[str, str, int]]:
         yield PALE, "no label", groups.without
 
 
-def wrapped(text: str, columns: int) -> str:
-    """Break a text into lines of so many half-width columns: at spaces, and inside words that are longer."""
+def wrapped(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
+    """Break each line of a text into lines of a width: at spaces, and inside words that are longer than half of it."""
+    return "\n".join(_wrapped_line(line, most, width_of) for line in text.split("\n"))
+
+
+def _wrapped_line(text: str, most: float, width_of: Callable[[str], float]) -> str:
     lines, line = [], ""
     for word in text.split(" "):
-        pieces = list(word) if columns_of(word) > columns // 2 else [word]
+        pieces = list(word) if width_of(word) > most / 2 else [word]
         for i, piece in enumerate(pieces):
             joined = f"{line} {piece}" if line and i == 0 else line + piece
-            if columns_of(joined) > columns:
+            if line and width_of(joined) > most:
                 lines.append(line)
                 joined = piece
             line = joined
