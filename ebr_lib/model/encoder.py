@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -185,20 +185,28 @@ class Encoder:
         """
         return list(texts) if self._tokenizer is None else self._tokenizer(texts)
 
-    def embed(self, tokens: Tokens | list[str], show_bar: bool = False) -> Vectors:
-        """The second half of `encode`: vectors (texts, dim)."""
+    def embed(
+        self, tokens: Tokens | list[str], show_bar: bool = False, told: Callable[[int], None] | None = None
+    ) -> Vectors:
+        """The second half of `encode`: vectors (texts, dim).
+
+        :param told: is told after each batch how many texts are done.
+        """
         if isinstance(tokens, list):
             return self._embed_texts(tokens, show_bar)
         from tqdm.auto import tqdm
 
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
-        places, waiting = list[NDArray[np.intp]](), list[Tensor]()
+        places, waiting, done = list[NDArray[np.intp]](), list[Tensor](), 0
         bar = tqdm(total=len(tokens), unit="text", disable=not show_bar)
         with bar, torch.inference_mode(), evaluating(self.model):
             for batch in self._batches(tokens.lengths):
                 places.append(batch)
                 waiting.append(self._embedded(tokens, batch))
                 bar.update(len(batch))
+                done += len(batch)
+                if told is not None:
+                    told(done)
                 if sum(map(len, places)) >= FLUSH_ROWS:
                     vectors[np.concatenate(places)] = torch.cat(waiting).cpu().numpy()
                     places, waiting = [], []
