@@ -339,6 +339,39 @@ def test_ragged_and_nan_vectors_are_named_with_their_rows(see, tmp_path):
         see(str(path))
 
 
+def test_nan_in_an_array_is_named_and_a_row_of_nan_is_none(see, tmp_path, no_maps):
+    path = write(tmp_path / "gaps.npy")
+    x = np.load(path)
+    x[7] = np.nan
+    np.save(path, x)
+    assert see(path).numbers["health"]["without_vector"] == 1
+    x[[11, 3, 20, 30, 40, 50], [0, 2, 0, 1, 1, 1]] = np.nan, np.inf, 1 + np.nan, np.nan, np.nan, np.nan
+    np.save(path, x)
+    with pytest.raises(DataError, match=r"gaps.npy.*finite number in row 3, 11, 20, 30, 40 and 1 more"):
+        see(path)
+
+
+def parquet(path, x, **columns) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"vector": [list(map(float, row)) for row in x], **columns}), path)
+    return str(path)
+
+
+def test_nan_in_parquet_is_named_with_its_rows(see, tmp_path):
+    x = vectors()
+    x[5, 2] = x[8, 0] = np.nan
+    with pytest.raises(DataError, match=r"nan.parquet.*finite number in row 5, 8"):
+        see(parquet(tmp_path / "nan.parquet", x, category=["a"] * 60))
+
+
+def test_a_column_of_lists_is_no_label(see, tmp_path):
+    path = parquet(tmp_path / "lists.parquet", vectors(), category=[["a", "b"]] * 60)
+    with pytest.raises(DataError, match=r"lists.parquet: column category is list<.*string>"):
+        see(path)
+
+
 def test_a_column_or_file_that_is_not_there(see, tmp_path):
     with pytest.raises(DataError, match=r"colour.*category"):
         see(label_column="colour")

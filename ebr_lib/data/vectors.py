@@ -340,7 +340,7 @@ class _Parquet:
             rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
             vectors = _arrow_vectors(path, column, rows + done, dim)
             dim = dim or vectors.shape[1]
-            kept = {name: _arrow_texts(batch.column(name)) for name in names}
+            kept = {name: _arrow_texts(path, name, batch.column(name)) for name in names}
             yield int(share * len(batch)), Embeddings(vectors, kept, rows, len(batch))
             done += len(batch)
 
@@ -372,10 +372,15 @@ class _Parquet:
                     out.write_batch(batch)
 
 
-def _arrow_texts(column: pa.Array) -> list[str | None]:
+def _arrow_texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
     import pyarrow as pa
 
-    return column.cast(pa.string()).to_pylist()
+    try:
+        return column.cast(pa.string()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: column {name} is {column.type}; wanted text, or what can be written as one"
+        ) from error
 
 
 def _arrow_vectors(path: Path, column: pa.Array, rows: NDArray[np.int64], dim: int | None) -> Vectors:
@@ -394,9 +399,18 @@ def _arrow_vectors(path: Path, column: pa.Array, rows: NDArray[np.int64], dim: i
         shown = ", ".join(f"row {rows[i]} holds {lengths[i]}" for i in wrong[:5])
         raise DataError(f"{path}: vectors of different lengths: {dim} numbers in its first row, but {shown}")
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(rows), dim)
-    if (wrong := np.flatnonzero(~np.isfinite(values).all(axis=1))).size:
-        raise DataError(f"{path}: row {rows[wrong[0]]}: `{VECTOR}` holds a value that is no finite number")
+    _check_finite(path, values, rows)
     return values
+
+
+def _check_finite(path: Path, vectors: Vectors, rows: NDArray[np.int64]) -> None:
+    wrong = rows[~np.isfinite(vectors).all(axis=1)]
+    if wrong.size:
+        more = f" and {wrong.size - 5} more" if wrong.size > 5 else ""
+        raise DataError(
+            f"{path}: `{VECTOR}` holds a value that is no finite number in row {', '.join(map(str, wrong[:5]))}{more}; "
+            "run the inference again"
+        )
 
 
 # --- npy ----------------------------------------------------------------------------------------------------------
@@ -420,9 +434,8 @@ class _Npy:
         ids = _read_ids(path, columns, len(array))
         for start in range(0, max(1, len(array)), BATCH_ROWS):
             chunk = np.asarray(array[start : start + BATCH_ROWS], dtype=np.float32)
-            rows = np.flatnonzero(~np.isnan(chunk[:, 0]))
-            if (wrong := np.flatnonzero(~np.isfinite(chunk[rows]).all(axis=1))).size:
-                raise DataError(f"{path}: row {start + rows[wrong[0]]} holds a value that is no finite number")
+            rows = np.flatnonzero(~np.isnan(chunk).all(axis=1))
+            _check_finite(path, chunk[rows], rows + start)
             kept = {name: values[start : start + BATCH_ROWS] for name, values in ids.items()}
             yield chunk.nbytes, Embeddings(chunk[rows], kept, rows, len(chunk))
 
