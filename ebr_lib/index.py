@@ -43,6 +43,7 @@ from ebr_lib.retrieval.faiss_index import (
     opened,
     plan_index,
     save_vectors,
+    share_of_twins,
     stamp_of,
     sweep,
     train,
@@ -210,9 +211,12 @@ def _measure(config: IndexConfig, plan: Plan, built: _Built, folder: Path) -> In
     points, chosen = sweep(built.index, built.truth, plan, config.target_recall)
     if chosen.recall < config.target_recall:
         logger.warning(
-            "recall@10 %.4f is the best that %s gives here, target_recall is %.4f; take a larger kind, or Flat",
+            "recall@10 %.4f is the best that %s gives here, target_recall is %.4f; take a kind that holds more of each "
+            "vector (`,RFlat` behind it re-ranks by the whole one), or Flat",
             chosen.recall, plan.factory, config.target_recall,
         )  # fmt: skip
+    if (twins := share_of_twins(built.truth)) >= 0.01:
+        logger.info("重复: about %.0f %% of the vectors have an equal one in the index", 100 * twins)
     draw_curve(folder / CURVE_FILE, plan, points, chosen, config.target_recall)
     size = built.bytes / built.index.ntotal
     kind = "real queries" if config.queries_path else "vectors of the index, themselves left out"

@@ -20,6 +20,7 @@ from ebr_lib.retrieval.faiss_index import (
     new_index,
     plan_index,
     recall_of,
+    share_of_twins,
     sweep,
     train,
 )
@@ -149,12 +150,29 @@ def test_find_refuses_what_does_not_fit(vectors, tmp_path):
 def test_recall_counts_ties_as_found_and_leaves_the_query_itself_out():
     ids, scores = np.arange(12)[None], np.r_[[1.0] * 2, [0.5] * 10][None].astype(np.float32)
     truth = Truth(np.ones((1, 2), np.float32), np.array([-1]), ids, scores)
-    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 11]]), truth) == 1  # the last is as good as number 9
-    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 77]]), truth) == 0.9
+    index = SimpleNamespace(ntotal=12)  # the list of the nearest holds them all
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 11]]), truth, index) == 1  # as good as number 9
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 77]]), truth, index) == 0.9
     own = Truth(truth.queries, np.array([0]), ids, np.where(ids == 0, -np.inf, scores))
-    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]), own) == 1
+    assert recall_of(np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]), own, index) == 1
     few = Truth(truth.queries, np.array([0]), ids, np.where(ids > 2, -np.inf, own.scores))
-    assert recall_of(np.array([[0, 1, 2, -1]]), few) == 1
+    assert recall_of(np.array([[0, 1, 2, -1]]), few, index) == 1
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,SQ8", "IVF8,PQ8x4fs,Refine(SQ8)"])
+def test_any_of_very_many_equal_vectors_is_as_good(kind, vectors, tmp_path):
+    """300 vectors are one: of those only a part is listed among the nearest, whichever an index finds."""
+    many = vectors.copy()
+    many[200:500] = many[200]
+    held = build(kind, many, tmp_path)[1]
+    own = np.array([250])
+    truth = exact_neighbours(held.index, [many], many[own], own)
+    assert truth.ids.shape == (1, 101)
+    left_out = np.setdiff1d(np.arange(200, 500), np.r_[truth.ids[0], own])
+    assert recall_of(left_out[None, :10], truth, held.index) == 1
+    assert recall_of(np.r_[left_out[:4], np.arange(6)][None], truth, held.index) == pytest.approx(0.4)
+    assert share_of_twins(truth) == 1
+    assert share_of_twins(exact_neighbours(held.index, [many], many[:4], np.arange(4))) == 0
 
 
 def test_truth_is_the_same_from_the_index_and_from_the_stream(vectors, tmp_path):

@@ -320,6 +320,16 @@ def test_knobs_bite(embeds, tmp_path):
     assert manifest["search"]["setting"] == other.chosen.setting
 
 
+def test_a_target_that_no_setting_reaches_is_told(tmp_path, caplog):
+    many = tmp_path / "many.npy"
+    np.save(many, np.random.default_rng(0).normal(size=(2000, 48)).astype(np.float32))
+    base = {"embedding_path": str(many), "output_dir": str(tmp_path / "i"), "measure_queries": 50}
+    build_faiss_index(base | {"kind": "IVF8,SQ4,RFlat"})
+    assert "is the best that" not in caplog.text
+    assert build_faiss_index(base | {"kind": "IVF8,SQ4"}).chosen.setting == 8  # all cells
+    assert "is the best that IVF8,SQ4 gives here, target_recall is 0.9800" in caplog.text
+
+
 def test_command_line(folder, capsys, tmp_path):
     arguments = ["search", "steel frying pan", "--index_dir", str(folder), "--k", "2", "--where", "kind=kitchen"]
     assert main(arguments) == 0

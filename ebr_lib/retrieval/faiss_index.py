@@ -35,6 +35,7 @@ SPARE_ROWS = 100  # rows to look for at least, where some of them may be deleted
 TRAIN_POINTS = 64  # training vectors a cell; Faiss takes 39 at least, 256 at most
 TRUTH_DEPTH = 100  # exact neighbours kept a query, so that those which tie with the k-th are known
 RECALL_AT = 10
+SAME_SCORE = 1e-6  # scores so near are a tie
 TIMED_QUERIES = 200
 REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
 INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
@@ -257,19 +258,38 @@ def _stored(flat: Any) -> Iterator[Vectors]:
         yield flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start))
 
 
-def recall_of(found: Ints, truth: Truth) -> float:
+def recall_of(found: Ints, truth: Truth, index: Any) -> float:
     """Mean share of the ten nearest that were found; any that scores as the tenth does is as good.
 
     What is asked for is as many as there are, where the index holds fewer than ten others.
     """
     shares = []
-    for ids, own, near, scores in zip(found, truth.own, truth.ids, truth.scores, strict=True):
-        ranked = np.sort(scores[scores > -np.inf])[::-1]
-        wanted = min(RECALL_AT, len(ranked))
-        good = near[scores >= ranked[wanted - 1] - 1e-6] if wanted else near[:0]
-        kept = [i for i in ids if i != own and i >= 0][:RECALL_AT]
-        shares.append(min(np.isin(kept, good).sum(), wanted) / wanted if wanted else 1.0)
+    for i, own in enumerate(truth.own):
+        there = truth.scores[i] > -np.inf
+        near, scores = truth.ids[i][there], truth.scores[i][there]
+        wanted = min(RECALL_AT, len(near))
+        kept = found[i][(found[i] != own) & (found[i] >= 0)][:RECALL_AT]
+        hits = _hits(index, truth.queries[i], kept, near, scores) if wanted else 0
+        shares.append(min(hits, wanted) / wanted if wanted else 1.0)
     return float(np.mean(shares))
+
+
+def _hits(index: Any, query: Vectors, found: Ints, near: Ints, scores: Vectors) -> int:
+    """How many of the ids score as the tenth nearest does, or better."""
+    tenth = np.argsort(-scores, kind="stable")[min(RECALL_AT, len(near)) - 1]
+    good = scores >= scores[tenth] - SAME_SCORE
+    hits = np.isin(found, near[good])
+    if good.all() and index.ntotal > len(near) and not hits.all():
+        # more may tie with the tenth than the list holds: what is equal scores the same in the index, too
+        held = reconstructed(index, np.r_[near[tenth], found]) @ query
+        hits |= np.abs(held[1:] - held[0]) <= SAME_SCORE
+    return int(hits.sum())
+
+
+def share_of_twins(truth: Truth) -> float:
+    """How many of the queries that stand in the index themselves have an equal vector there, as a share."""
+    inside = truth.own >= 0
+    return float((truth.scores[inside].max(axis=1) >= 1 - SAME_SCORE).mean()) if inside.any() else 0.0
 
 
 @contextmanager
@@ -297,7 +317,7 @@ def measure_point(index: Any, truth: Truth, knob: str | None, setting: int) -> P
             index.search(query[None, :], RECALL_AT, params=parameters)
             times.append(1000 * (time.perf_counter() - start))
     p50, p95, p99 = np.percentile(times, (50, 95, 99))
-    return Point(setting, recall_of(found, truth), float(p50), float(p95), float(p99), qps)
+    return Point(setting, recall_of(found, truth, index), float(p50), float(p95), float(p99), qps)
 
 
 def sweep(index: Any, truth: Truth, plan: Plan, target: float) -> tuple[list[Point], Point]:
