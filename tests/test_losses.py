@@ -86,10 +86,20 @@ def test_known_positives_leave_the_softmax():
     reps = random_vectors(4, 2)
     loss = ContrastiveLoss(Still(), temperature=0.5, known_positives=known.mask)
     masked = {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1)}
-    found = loss.calculate_loss(reps, torch.arange(4)).item()
-    assert found == pytest.approx(by_numpy(reps, 0.5, masked), rel=1e-5)
-    assert loss.take_masked_share() == pytest.approx(5 / 12)
-    assert loss.take_masked_share() is None
+    for _ in range(2):  # the share is of the batches since it was last asked for
+        found = loss.calculate_loss(reps, torch.arange(4)).item()
+        assert found == pytest.approx(by_numpy(reps, 0.5, masked), rel=1e-5)
+        assert loss.take_masked_share() == pytest.approx(5 / 12)
+        assert loss.take_masked_share() is None
+
+
+def test_smoothing_spreads_over_the_documents_that_remain():
+    rows = [TrainingRow("q1", "one"), TrainingRow("q1", "two"), TrainingRow("q2", "three")]
+    reps = random_vectors(3, 2)
+    known = KnownPositives(rows).mask
+    loss = ContrastiveLoss(Still(), temperature=0.5, label_smoothing=0.3, known_positives=known)
+    wanted = by_numpy(reps, 0.5, masked={(0, 1), (1, 0)}, smoothing=0.3)
+    assert loss.calculate_loss(reps, torch.arange(3)).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_mask_that_finds_nothing_changes_no_bit():
@@ -106,6 +116,18 @@ def test_matryoshka_is_the_mean_over_whole_and_cut_vectors(dims):
     loss = ContrastiveLoss(Still(), temperature=0.5, matryoshka_dims=dims)
     wanted = np.mean([by_numpy(reps, 0.5, dims=d) for d in (8, 4, 2)])
     assert loss.calculate_loss(reps, torch.arange(5)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_packed_embeds_all_columns_in_one_call():
+    reps, columns, given = random_vectors(4, 3), ["anchors", "positives", "negatives"], []
+
+    def packed(columns):
+        given.append(columns)
+        return [column[0] for column in reps]
+
+    loss = ContrastiveLoss(Still(), temperature=0.5, packed=packed)(columns, torch.arange(4))
+    assert given == [columns]
+    assert loss.item() == pytest.approx(by_numpy(reps, 0.5), rel=1e-5)
 
 
 # --- with a model -------------------------------------------------------------------------------------------------
@@ -149,6 +171,17 @@ def test_micro_batches_give_the_same_gradients(adapted, size):
     whole = gradients(adapted, ContrastiveLoss(adapted))
     split = gradients(adapted, ContrastiveLoss(adapted, mini_batch_size=size))
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [(None, [4, 4]), (4, [4, 4]), (3, [3, 1, 3, 1] * 2)], ids=["whole", "just whole", "cut"]
+)
+def test_no_more_rows_at_a_time_than_told_and_none_twice_without_need(adapted, size, rows):
+    """Each row is embedded once; in micro batches twice, forward and again for backward."""
+    embedded = []
+    adapted.register_forward_pre_hook(lambda module, inputs: embedded.append(len(inputs[0]["input_ids"])))
+    gradients(adapted, ContrastiveLoss(adapted, mini_batch_size=size))
+    assert embedded == rows
 
 
 def test_l1_is_its_weight_times_the_sum_and_apart(adapted):

@@ -131,12 +131,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             rows, documents = all_gather(labels), [all_gather_with_grad(column) for column in documents]
             own = own + get_rank() * len(labels)
         candidates = torch.cat(documents)
-        out = self._mask(rows, own, len(documents), candidates.device)
+        out = self._mask(rows, own, candidates.device)
         dims = dict.fromkeys((queries.shape[1], *self.matryoshka_dims))
         return torch.stack([self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]).mean()
 
-    def _mask(self, rows: Tensor, own: Tensor, columns: int, device: torch.device) -> Tensor | None:
-        """True (q, n · columns) where a document is a known positive of the anchor, its own positive excepted."""
+    def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
+        """True (q, n · d) where a document is a known positive of the anchor, its own positive excepted."""
         if self.known_positives is None:
             return None
         mask = self.known_positives(rows)[own].to(device)
