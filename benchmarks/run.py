@@ -81,6 +81,13 @@ PARTS = {
         "--quick",
         always=False,
     ),
+    "retrieval": Part("Retrieval, before and after", "retrieval.py --data DIR", "--quick", always=False),
+    "retrieval_chinese": Part(
+        "Retrieval, before and after, Chinese",
+        "retrieval.py --data DIR --sets cmrc --multilingual MODEL",
+        "--quick",
+        always=False,
+    ),
 }
 
 
