@@ -70,6 +70,8 @@ def test_labels_beyond_twenty_share_one_colour():
 def bare_machine(monkeypatch):
     """A machine whose only fonts are matplotlib's own."""
     monkeypatch.setattr(figure, "_system_families", list)
+    monkeypatch.setattr(figure, "_new_families", list)
+    monkeypatch.setattr(figure, "_known_families", lambda: {figure.LATIN})
 
 
 def test_latin_needs_no_other_font():
@@ -101,8 +103,7 @@ def test_wanted_fonts_come_first(monkeypatch):
 
 def test_a_font_file_can_be_wanted(bare_machine, monkeypatch):
     monkeypatch.setattr(figure, "_packaged_families", list)
-    (file,) = [f for f in metadata.files(figure.CJK_PACKAGE) if f.suffix == ".ttc"]
-    assert figure.fonts_for("书籍", [str(file.locate())])[1].startswith("Noto Sans CJK")
+    assert figure.fonts_for("书籍", [packaged_font()])[1].startswith("Noto Sans CJK")
 
 
 def test_signs_that_no_font_holds_are_named_once_with_the_way_out(bare_machine, monkeypatch, tmp_path, caplog):
@@ -114,10 +115,81 @@ def test_signs_that_no_font_holds_are_named_once_with_the_way_out(bare_machine, 
     assert "5 of the characters" in said.getMessage() and f"pip install {figure.CJK_PIN}" in said.getMessage()
 
 
-def test_emoji_ask_for_another_font_than_chinese(bare_machine, caplog):
+# characters that Noto Sans CJK lacks, and Debian's package whose fonts hold them (looked up in the packages themselves)
+LACKED = {"𬺰": "fonts-hanazono", "🦄": "fonts-symbola", "①": "", "🇨": "fonts-symbola", "ไ": "fonts-noto-core"}
+
+
+@pytest.mark.parametrize("sign, package", LACKED.items())
+def test_the_command_brings_what_is_missing(bare_machine, monkeypatch, caplog, sign, package):
+    pytest.importorskip("noto_cjk_sans_otc")
     with caplog.at_level(logging.WARNING):
-        figure.fonts_for("🦄")
-    assert "U+1F984" in caplog.text and "pip install" not in caplog.text
+        figure.fonts_for(sign)
+    assert "pip install" not in caplog.text  # that package is here
+    assert (f"`apt-get install {package}` brings one for {sign}" in caplog.text) == bool(package)
+    assert bool(caplog.records) == bool(package)
+    caplog.clear()
+    installed = {figure.LATIN, "HanaMinB", "Symbola", "Noto Sans Thai"}
+    monkeypatch.setattr(figure, "_known_families", lambda: installed)  # and still it is not to be found
+    with caplog.at_level(logging.WARNING):
+        figure.fonts_for(sign)
+    assert "apt-get" not in caplog.text
+    assert ("name a font that holds them in chinese_fonts" in caplog.text) == bool(package)
+
+
+def test_each_command_is_named_beside_its_characters(bare_machine, monkeypatch, caplog):
+    monkeypatch.setattr(figure, "_packaged_families", list)
+    with caplog.at_level(logging.WARNING):
+        figure.fonts_for("书籍 🦄")
+    (said,) = caplog.records
+    assert f"`pip install {figure.CJK_PIN}` brings one for 书 (U+4E66), 籍 (U+7C4D); `apt-get" in said.getMessage()
+
+
+def packaged_font() -> str:
+    (file,) = [f for f in metadata.files(figure.CJK_PACKAGE) if f.suffix == ".ttc"]
+    return str(file.locate())
+
+
+def test_a_font_installed_since_is_found(monkeypatch, caplog):
+    """Matplotlib keeps a list of the system's fonts and does not look for new ones."""
+    from matplotlib import font_manager
+
+    pytest.importorskip("noto_cjk_sans_otc")
+    known = [font for font in font_manager.fontManager.ttflist if "CJK" not in font.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", known)
+    monkeypatch.setattr(figure, "_system_families", list)
+    monkeypatch.setattr(figure, "_packaged_families", list)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [packaged_font()])
+    assert figure.fonts_for("书籍")[1] == "Noto Sans CJK SC"
+    assert not caplog.records
+
+
+def test_a_font_file_that_cannot_be_used_is_told_once(tmp_path, bare_machine, caplog):
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    with caplog.at_level(logging.WARNING):
+        found = figure.fonts_for("书籍", [str(broken)])
+    (said,) = caplog.records
+    assert "broken.ttf cannot be used" in said.getMessage() and found[1].startswith("Noto Sans CJK")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("Non-scalable fonts are not supported"), RuntimeError("FT2")])
+def test_a_font_of_bitmaps_is_told_once(tmp_path, monkeypatch, bare_machine, caplog, error):
+    from matplotlib.font_manager import fontManager
+
+    def refuse(path):
+        raise error
+
+    monkeypatch.setattr(fontManager, "addfont", refuse)
+    (tmp_path / "emoji.ttf").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        figure.fonts_for("a🦄", [str(tmp_path / "emoji.ttf")])
+    assert sum("emoji.ttf cannot be used" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_fonts_that_are_not_here(tmp_path):
+    assert figure.absent_fonts(["No Such Font", figure.LATIN, "nowhere.ttf", packaged_font()]) == [
+        "No Such Font", "nowhere.ttf",
+    ]  # fmt: skip
 
 
 def test_no_flood_of_findfont_lines(tmp_path, caplog, capfd):
