@@ -14,7 +14,7 @@ import numpy as np
 
 from ebr_lib.config import IndexConfig, SearchConfig
 from ebr_lib.data.vectors import Embeddings, iter_embeddings, read_manifest
-from ebr_lib.errors import DataError, ModelError
+from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.precision import Asked
@@ -343,14 +343,17 @@ def search(
     :param where: filter on kept columns: column to the value, or values, allowed; numbers stand for their texts.
     :param model_name: the model, where it is not at the place that the index remembers.
     :param query_prompt: put before the query; None takes what the model was trained with.
+    :raises ConfigError: `k` is no whole number from 1, or `where` no mapping.
     :raises ModelError: the model is not the one that made the index's vectors.
     :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
     :raises MissingError: there is no index at this place.
     """
     if not query.strip():
         raise DataError("the query is blank; give some words")
-    if k < 1:
-        raise DataError(f"k is {k}; wanted 1 or more")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
+    if not isinstance(where or {}, Mapping):
+        raise ConfigError(f"where: {where!r}; wanted column to value, such as {{'kind': 'a'}}")
     held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
     settings = _settings(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
     encoder = _encoder(settings, Maker.of(held.manifest), held.index.d, str(held.folder))

@@ -128,25 +128,69 @@ def test_query_files_of_every_kind(tmp_path, kind):
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), path)
-    elif kind == "txt":
-        path.write_text(
-            "".join("\x01".join(r) + "\n" for r in (["query", "positive"], *(list(x.values()) for x in rows)))
-        )
+    elif kind in ("txt", "tsv"):  # nothing is quoted in these
+        between = "\x01" if kind == "txt" else "\t"
+        path.write_text("".join(between.join(r) + "\n" for r in (["query", "positive"], *(x.values() for x in rows))))
     else:
         import csv
 
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
-            writer.writerows([["query", "positive"], *(row.values() for row in rows)])
+            csv.writer(file).writerows([["query", "positive"], *(row.values() for row in rows)])
     task = task_of(path)
     assert task.queries == [row["query"] for row in rows]
     assert task.corpus.texts == ["x", "y"]  # the answers are the corpus where none is given
+
+
+def test_a_quote_swallows_no_rows(tmp_path):
+    place = tmp_path / "q.tsv"
+    place.write_text('query\tpositive\n"5 inch pan\tx\nb\ty\n"c" d\tz\n')
+    assert [row["query"] for row in read_records(place)] == ['"5 inch pan', "b", '"c" d']
+    place = tmp_path / "q.csv"
+    place.write_text('query,positive\n"two\nlines, 5"" pan",x\nb,y\n')
+    assert [row["query"] for row in read_records(place)] == ['two\nlines, 5" pan', "b"]
+    place.write_text('query,positive\n"two\nlines",x\n"not closed,y\nc,z\n')
+    with pytest.raises(DataError, match=r"q\.csv: line 4: a quote that is not closed"):
+        read_records(place)
+    place.write_text('query,positive\n"two\nlines",x\nb,y,z\n')
+    with pytest.raises(DataError, match=r"q\.csv: line 4: 3 fields, the header has 2"):
+        read_records(place)
+
+
+def test_grades_may_be_written_with_a_point(beir):
+    qrels = beir / "q.txt"
+    qrels.write_text("q0 d0 1.0\nq1 d1 3.0\n")  # the first line is no header
+    assert task_of(beir, qrels=qrels).relevant == [{0: 1}, {1: 3}]
+    qrels.write_text("q0 d0 1\nq1 d1 0.5\n")
+    with pytest.raises(DataError, match=r"line 2: wanted .* the grade a whole number; found 'q1 d1 0.5'"):
+        task_of(beir, qrels=qrels)
 
 
 def test_trec_qrels_without_header(beir):
     qrels = beir / "q.txt"
     qrels.write_text("q0 0 d0 1\nq1 0 d1 3\n")
     assert task_of(beir, qrels=qrels).relevant == [{0: 1}, {1: 3}]
+
+
+@pytest.mark.parametrize(("yes", "no"), [(True, False), ("true", "False"), ("1", "0"), (1, 0)])
+def test_seen_is_read_as_it_is_written(tmp_path, yes, no):
+    jsonl(tmp_path / "heldout.jsonl", [{"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "y"}])
+    # X and x are one document, which training has seen as one of them
+    jsonl(tmp_path / "corpus.jsonl", [{"text": t, "seen": flag} for t, flag in (("X", no), ("x", yes), ("y", no))])
+    task = task_of(tmp_path)
+    assert task.corpus.seen == [True, False]
+    assert query_slices(task)["document in training"]["seen"].tolist() == [True, False]
+
+
+def test_a_column_seen_of_something_else_is_not_used(tmp_path, caplog):
+    jsonl(tmp_path / "heldout.jsonl", [{"anchor": "a", "positive": "x"}])
+    jsonl(tmp_path / "corpus.jsonl", [{"text": "x", "seen": 17}, {"text": "y", "seen": 0}])
+    assert task_of(tmp_path).corpus.seen is None
+    assert "column seen is not used: '17' is neither" in caplog.text
+
+
+def test_all_seen_is_shown_too(beir):
+    slices = query_slices(task_of(beir, trained={"warm wool blanket"}))
+    assert {name: mask.tolist() for name, mask in slices["document in training"].items()} == {"unseen": [True] * 3}
 
 
 def test_training_data_tells_seen_from_unseen(beir):
@@ -163,6 +207,7 @@ BAD = {
     "query without text": ("queries.jsonl", '{"_id": "q0", "text": " "}\n', "1 queries without text"),
     "no text column": ("queries.jsonl", '{"_id": "q0", "sentence": "x"}\n', "name it with query_column"),
     "id twice": ("queries.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "more than once"),
+    "all documents blank": ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "none of its 1 documents has text"),
     "not JSON": ("corpus.jsonl", "{", "cannot be read as .jsonl"),
     "not objects": ("corpus.jsonl", "[1]", "row 1: wanted an object, found int"),
 }
@@ -187,6 +232,30 @@ def test_missing_files_are_named(tmp_path, beir):
         task_of(beir / "queries.jsonl")
     with pytest.raises(MissingError, match="give the file that holds them as corpus_path"):
         task_of(beir / "queries.jsonl", qrels=beir / "qrels" / "dev.tsv")
+
+
+def test_paths_that_are_given_stand_in_for_those_of_a_folder(beir, tmp_path):
+    (beir / "qrels" / "test.tsv").rename(beir / "qrels" / "dev.tsv")
+    (beir / "qrels" / "train.tsv").write_text("q1\td1\t1\n")
+    assert task_of(beir, qrels=beir / "qrels" / "train.tsv").query_ids == ["q1"]  # as the error tells to
+    (beir / "corpus.jsonl").rename(tmp_path / "other.jsonl")
+    task = task_of(beir, corpus=tmp_path / "other.jsonl", qrels=beir / "qrels" / "dev.tsv")
+    assert len(task.queries) == 3
+    with pytest.raises(MissingError, match="qrels: there is no such file"):
+        task_of(beir, corpus=tmp_path / "other.jsonl", qrels=beir / "qrels")
+
+
+@pytest.mark.parametrize("answer", [5, {"a": "b"}, ["x", 5], True])
+def test_an_answer_that_is_no_text_is_named(tmp_path, answer):
+    queries = jsonl(tmp_path / "q.jsonl", [{"query": "a", "positive": "x"}, {"query": "b", "positive": answer}])
+    with pytest.raises(DataError, match=r"q\.jsonl: row 2: wanted an answer's text or a list of texts, found"):
+        task_of(queries)
+
+
+def test_blank_documents_are_counted(beir, caplog):
+    jsonl(beir / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate([*DOCS, "", "\u200b"])])
+    task_of(beir)
+    assert "2 of 8 documents have no text in column text" in caplog.text
 
 
 def test_answers_must_be_in_a_given_corpus(tmp_path):

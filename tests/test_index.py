@@ -74,6 +74,11 @@ def test_filter_and_table(folder):
         search(folder, "pan", where={"colour": "red"})
     with pytest.raises(DataError, match="blank"):
         search(folder, " ")
+    with pytest.raises(ConfigError, match="where: 'kind=a'; wanted column to value"):
+        search(folder, "pan", where="kind=a")
+    for k in ("3", 0, 2.0, True):
+        with pytest.raises(ConfigError, match=f"k: {k!r}; wanted a whole number from 1"):
+            search(folder, "pan", k)
 
 
 def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ DOCUMENT_TEXTS = ("text", "description", "document", "passage", "positive", "con
 ANSWERS = ("positive", "pos", "positives")
 IDS = ("_id", "id")
 HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "heldout.jsonl", "corpus.jsonl", "queries.jsonl", "qrels"
+
+SEEN = {"true": True, "1": True, "false": False, "0": False}
+IN_TRAINING = "document in training"
 
 Mask = NDArray[np.bool_]
 Record = Mapping[str, Any]
@@ -120,14 +123,10 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
         `queries.jsonl`, `qrels/test.tsv`), or a file of queries with their answers.
     :raises MissingError: a file is not there, or not given, or a folder is neither.
     """
-    found = _found(Path(data_path)) if data_path and not queries else None
-    sources = Sources(
-        queries=Path(queries) if queries else (found.queries if found else Path()),
-        corpus=Path(corpus) if corpus else (found.corpus if found else None),
-        qrels=Path(qrels) if qrels else (found.qrels if found else None),
-    )
+    given = Path(corpus) if corpus else None, Path(qrels) if qrels else None
+    sources = _found(Path(data_path), *given) if data_path and not queries else Sources(Path(queries or ""), *given)
     for path in (sources.queries, sources.corpus, sources.qrels):
-        if path is not None and not path.exists():
+        if path is not None and not (path.is_file() or (path == sources.corpus and path.is_dir())):
             raise MissingError(f"evaluation data {path}: there is no such file")
     if sources.qrels and not sources.corpus:
         raise MissingError(
@@ -136,14 +135,15 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
     return sources
 
 
-def _found(place: Path) -> Sources:
+def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
+    """The queries of a place, and its corpus and judgements where no others are given."""
+    own = place / CORPUS_FILE if (place / CORPUS_FILE).is_file() else None
     if place.is_file():
-        return Sources(place, None, None)
+        return Sources(place, corpus, qrels)
     if (place / HELDOUT_FILE).is_file():
-        corpus = place / CORPUS_FILE
-        return Sources(place / HELDOUT_FILE, corpus if corpus.is_file() else None, None)
-    if (place / QUERIES_FILE).is_file() and (place / CORPUS_FILE).is_file():
-        return Sources(place / QUERIES_FILE, place / CORPUS_FILE, _beir_qrels(place / QRELS_FOLDER))
+        return Sources(place / HELDOUT_FILE, corpus or own, qrels)
+    if (place / QUERIES_FILE).is_file() and (corpus or own):
+        return Sources(place / QUERIES_FILE, corpus or own, qrels or _beir_qrels(place / QRELS_FOLDER))
     raise MissingError(
         f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
         f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FOLDER}/*.tsv, or a file of queries; "
@@ -198,7 +198,8 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
 def read_records(path: Path) -> list[Record]:
     """Read a table of texts: JSON (an array, or one object a line), Parquet, or delimited text with a header row.
 
-    Delimited text is split by `\\001` where its header has one, by tabs in a `.tsv`, else it is CSV with quotes.
+    Delimited text is split by `\\001` where its header has one, by tabs in a `.tsv`, in both of which a quote is a
+    letter like any other; else it is CSV with quotes.
 
     :raises MissingError: there is no such file.
     :raises DataError: it cannot be read as such, or holds no row.
@@ -209,7 +210,7 @@ def read_records(path: Path) -> list[Record]:
         records = list(_records(path))
     except DataError:
         raise
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
     if not records:
         raise DataError(f"{path} holds no rows")
@@ -248,13 +249,29 @@ def _delimited_records(path: Path) -> Iterator[Record]:
         yield from _hive_records(path)
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        names: list[str] = next(rows, [])
-        for number, row in enumerate(rows, 2):
+        rows = _split_rows(path, file)
+        _, names = next(rows, (1, []))
+        for line, row in rows:
             if row and len(row) != len(names):
-                raise DataError(f"{path}: row {number} has {len(row)} fields, the header {len(names)}")
+                raise DataError(f"{path}: line {line}: {len(row)} fields, the header has {len(names)}")
             if row:
                 yield dict(zip(names, row, strict=True))
+
+
+def _split_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a `.tsv` or CSV file, each with the line it begins at."""
+    rows = (
+        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if path.suffix == ".tsv"
+        else csv.reader(file, strict=True)
+    )
+    line = 1
+    try:
+        for row in rows:
+            yield line, row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}: line {line}: a quote that is not closed, or a letter behind one ({error})") from error
 
 
 def _hive_records(path: Path) -> Iterator[Record]:
@@ -337,8 +354,29 @@ def _read_corpus(path: Path | None, columns: Columns, answers: Sequence[Sequence
         raise DataError(f"corpus {error}; an evaluation needs documents") from error
     column = _text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
     texts = [_titled(record, column) for record in records]
-    flags = [bool(record["seen"]) for record in records] if all("seen" in record for record in records) else None
+    _check_not_blank(path, column, texts)
+    flags = _seen_flags(path, records)
     return _distinct(_ids(path, records, columns.id), texts, flags, trained)
+
+
+def _check_not_blank(path: Path, column: str, texts: Sequence[str]) -> None:
+    blank = sum(map(is_blank, texts))
+    if blank == len(texts):
+        raise DataError(
+            f"corpus {path}: none of its {blank} documents has text in column {column}; name another with corpus_column"
+        )
+    if blank:
+        logger.warning("语料: %s: %d of %d documents have no text in column %s", path, blank, len(texts), column)
+
+
+def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
+    """Which documents training has seen, where a column `seen` says it of all of them."""
+    told = [_text(record.get("seen")).strip().casefold() for record in records]
+    if not any("seen" in record for record in records):
+        return None
+    if wrong := next((value for value in told if value not in SEEN), None):
+        logger.warning("%s: column seen is not used: %r is neither true, false, 1 nor 0", path, wrong)
+    return [SEEN[value] for value in told] if all(value in SEEN for value in told) else None
 
 
 def _titled(record: Record, column: str) -> str:
@@ -358,7 +396,11 @@ def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, traine
             number_of_text[key] = len(first)
             first.append(row)
         number[id_] = number_of_text[key]
-    seen = [flags[row] for row in first] if flags else None
+    seen = None
+    if flags:
+        seen = [False] * len(first)
+        for id_, flag in zip(ids, flags, strict=True):
+            seen[number[id_]] |= flag
     if trained:
         seen = [normalised(texts[row]) in trained for row in first]
     return Corpus([ids[row] for row in first], [texts[row] for row in first], number, number_of_text, seen=seen)
@@ -390,6 +432,8 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str]) -> Corpus:
     ids = [str(v) for v in kept[id_column]] if id_column else [str(row) for row in rows]
     # where there is no text, each row is a document of its own
     texts = [v or "" for v in kept[column]] if column else ids
+    if column:
+        _check_not_blank(path, column, texts)
     corpus = _distinct(ids, texts, None, trained)
     if id_column and len(corpus.number) < len(ids):
         raise DataError(f"{path}: ids in column {id_column} are not unique; name another with id_column")
@@ -422,8 +466,16 @@ def _answers(path: Path, records: Sequence[Record]) -> list[list[str]]:
             f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
             f"file given as qrels_path; found {', '.join(records[0])}"
         )
-    values = [record.get(column) or [] for record in records]
-    return [[value] if isinstance(value, str) else [str(v) for v in value] for value in values]
+    return [_texts_of(path, row, record.get(column)) for row, record in enumerate(records, 1)]
+
+
+def _texts_of(path: Path, row: int, value: Any) -> list[str]:
+    if value is None or value == "":
+        return []
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        raise DataError(f"{path}: row {row}: wanted an answer's text or a list of texts, found {value!r}")
+    return values
 
 
 def _judged_by_text(
@@ -466,32 +518,39 @@ def _qrel_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-            if not fields or (number == 1 and not _is_int(fields[-1])):
+            if not fields or (number == 1 and _number(fields[-1]) is None):
                 continue
-            if len(fields) not in (3, 4) or not _is_int(fields[-1]):
+            grade = _number(fields[-1])
+            if len(fields) not in (3, 4) or grade is None or not grade.is_integer():
                 raise DataError(
-                    f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), "
-                    f"found {line.strip()!r}"
+                    f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), the grade a whole "
+                    f"number; found {line.strip()!r}"
                 )
-            yield number, fields[0].strip(), fields[-2].strip(), int(fields[-1])
+            yield number, fields[0].strip(), fields[-2].strip(), int(grade)
 
 
-def _is_int(text: str) -> bool:
-    return text.strip().removeprefix("-").isdigit()
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 # --- slices -------------------------------------------------------------------------------------------------------
 
 
 def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
-    """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns."""
+    """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns.
+
+    A grouping that puts all into one group says nothing and is left out, but for that by what training saw.
+    """
     slices = {"length": _by_length(task.queries), "language": _by_value([language_of(text) for text in task.queries])}
     if task.corpus.seen is not None:
         seen = task.corpus.seen
         known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
-        slices["document in training"] = _by_value(known)
+        slices[IN_TRAINING] = _by_value(known)
     slices |= {name: _by_value(values) for name, values in task.query_columns.items()}
-    return {name: groups for name, groups in slices.items() if len(groups) > 1}
+    return {name: groups for name, groups in slices.items() if len(groups) > 1 or name == IN_TRAINING}
 
 
 def _by_value(values: Sequence[str]) -> dict[str, Mask]:
