@@ -193,7 +193,13 @@ class FinetuneConfig(Config):
         "cosine_warmup_with_min_lr",
         "warmup_stable_decay",
         "greedy",
-    ] = knob("linear", "How the learning rate moves.", "学习率调度方式。")
+    ] = knob(
+        "linear",
+        "How the learning rate moves. `reduce_lr_on_plateau` and `greedy` lower it when `best_metric` has not got better "
+        "for three evaluations; these two and `constant` have no warm-up.",
+        "学习率调度方式。`reduce_lr_on_plateau` 与 `greedy` 在 `best_metric` 连续三次评估未提升时降低学习率；"
+        "这两种与 `constant` 没有预热。",
+    )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.0, "Share of the steps in which the learning rate rises.", "学习率预热占总步数的比例。"
     )
@@ -226,7 +232,11 @@ class FinetuneConfig(Config):
         "Drop words, swap neighbouring words, or drop characters.",
         "加噪方式：随机删词、交换相邻词、删字符。",
     )
-    noise_prob: Share = knob(0.1, "Share of the texts that noise touches.", "被加噪的文本比例。")
+    noise_prob: Share = knob(
+        0.1,
+        "Share of the samples that noise touches, each in all columns of `noise_apply_to_fields`.",
+        "被加噪的样本比例；被选中的样本在 `noise_apply_to_fields` 的各列上都加噪。",
+    )
     noise_strength: Share = knob(
         0.1, "Share of a touched text's words or characters that change.", "被加噪文本中改动的词或字符比例。"
     )
@@ -271,7 +281,9 @@ class FinetuneConfig(Config):
             yield "fp16 and bf16: choose one"
         if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):
             yield "early_stopping_patience needs held-out data: set eval_ratio above 0, or eval_data_path"
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and not (self.eval_ratio or self.eval_data_path):
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and not (
+            self.eval_ratio or self.eval_data_path
+        ):
             yield (
                 f"lr_scheduler_type: {self.lr_scheduler_type} follows best_metric on held-out data: set eval_ratio "
                 "above 0, or eval_data_path"

@@ -28,6 +28,13 @@ def test_a_loss_of_nothing_is_said_once(caplog):
     assert "损失接近零" in said and "the data may be too easy" in said
 
 
+def test_what_l1_adds_hides_nothing(caplog):
+    (said,) = heard(caplog, [{"loss": 1.6 + x, "contrastive": x, "l1": 1.6} for x in (2.0, 9e-4, 8e-4)])
+    assert "损失接近零" in said and "0.0008" in said
+    caplog.clear()
+    assert heard(caplog, [{"loss": 0.9, "contrastive": 0.9}, {"loss": 9e-4 + 1, "contrastive": 1.0, "l1": 9e-4}]) == []
+
+
 def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(caplog):
     entries = [
         e for train, held in ((1.0, 2.0), (0.8, 2.1), (0.6, 2.2)) for e in ({"loss": train}, {"eval_loss": held})

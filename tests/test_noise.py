@@ -124,10 +124,22 @@ def test_the_draw_hangs_on_its_coordinates_alone():
         [noise(text, 0, row, "anchor") for row in range(50)],
         [noise(text, epoch, 0, "anchor") for epoch in range(50)],
         [TextNoise("random_delete", 0.5, 0.3, seed=seed)(text, 0, 0, "anchor") for seed in range(50)],
-        [noise(text, 0, 0, column) for column in map(str, range(50))],
     ):
         assert 10 < sum(one != text for one in varied) < 40
         assert len(set(varied)) > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("texts", [ENGLISH, CHINESE], ids=["english", "chinese"])
+def test_a_sample_is_touched_in_all_its_columns_or_in_none_and_each_in_its_own_way(kind, texts):
+    texts = [text for text in texts if has_room(text, kind)]
+    noise, columns = TextNoise(kind, 0.3, 0.3, seed=1), ("anchor", "positive", "negative_1", "negative_2")
+    samples = [[noise(texts[row % len(texts)], 2, row, column) for column in columns] for row in range(2000)]
+    touched = [[text != texts[row % len(texts)] for text in sample] for row, sample in enumerate(samples)]
+    assert all(len(set(sample)) == 1 for sample in touched)
+    assert abs(sum(sample[0] for sample in touched) - 600) < 4 * math.sqrt(2000 * 0.3 * 0.7)  # of a binomial
+    ways = [len(set(sample)) for sample, (changed_, *_) in zip(samples, touched, strict=True) if changed_]
+    assert sum(way > 1 for way in ways) > 0.8 * len(ways)
 
 
 # --- both shares, on real texts -----------------------------------------------------------------------------------

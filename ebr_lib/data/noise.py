@@ -1,4 +1,4 @@
-"""Noise for training texts: what it changes, and a draw that depends on (seed, epoch, row, column) alone.
+"""Noise for training texts: what it changes, and draws that depend on (seed, epoch, row, column) alone.
 
 Words are words in Chinese too: `split_words` cuts at whitespace, and within a chunk that has Chinese, where jieba does.
 """
@@ -129,12 +129,12 @@ def _char_delete(text: str, strength: float, rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextNoise:
-    """Noise on a share of the texts, drawn anew each epoch.
+    """Noise on a share of the samples, drawn anew each epoch.
 
-    What happens to a text hangs on (seed, epoch, row, column) only: not on the number of workers, the batch, or what
-    was drawn before.
+    Whether a sample is touched hangs on (seed, epoch, row) only, and holds for all its columns; how a text changes, on
+    its column too. The number of workers, the batch, and what was drawn before make no difference.
 
-    :param prob: share of the texts that are touched.
+    :param prob: share of the samples (rows) that are touched.
     :param strength: share of a touched text's words or characters that change (see `add_noise`).
     """
 
@@ -145,9 +145,12 @@ class TextNoise:
 
     def __call__(self, text: str, epoch: int, row: int, column: str) -> str:
         """The text as it enters this epoch; `row` is its index in the training set."""
-        key = f"{self.seed}\0{epoch}\0{row}\0{column}".encode()
-        draw = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest())
-        # two halves of one hash: whether the text is touched, and how
-        if (draw >> 64) >= self.prob * 2**64:
+        if _draw(self.seed, epoch, row) >= self.prob * 2**64:
             return text
-        return add_noise(text, self.kind, self.strength, random.Random(draw & (2**64 - 1)))
+        return add_noise(text, self.kind, self.strength, random.Random(_draw(self.seed, epoch, row, column)))
+
+
+def _draw(*coordinates: int | str) -> int:
+    """A number from 0 up to 2**64, the same for the same coordinates."""
+    key = "\0".join(map(str, coordinates)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())

@@ -120,7 +120,8 @@ class LossWatch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         if "loss" in logs:
-            self.train.append(float(logs["loss"]))
+            # where the loss has an L1 part, what is learned from the data is logged apart
+            self.train.append(float(logs.get("contrastive", logs["loss"])))
         if "eval_loss" in logs and self.train:
             self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
         trouble = self.trouble()
