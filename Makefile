@@ -7,7 +7,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # percent of the library's lines that the tests run; Ray's, which few install, are among those they need not
 FLOOR := 95
 
-.PHONY: demo test lint audit bench docs clean help
+.PHONY: demo test lint audit bench mutate docs clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,8 +41,11 @@ bench: $(VENV)/installed ## benchmarks/RESULTS.md: about 20 minutes; DATA=folder
 audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI
 	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt
 
+mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or ARGS="ebr_lib.data.pairs*" for one file
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS) && $(BIN)/mutmut results
+
 docs: $(VENV)/installed ## write the generated tables into the READMEs
 	$(BIN)/python -m ebr_lib knobs --write README.md README.zh-CN.md
 
 clean: ## remove the environment and what the stages wrote
-	rm -rf $(VENV) saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb
+	rm -rf $(VENV) mutants saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb
