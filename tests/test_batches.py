@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, deal, keep_anchors_apart
+from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, _numbered, _Swaps, deal, keep_anchors_apart
 from ebr_lib.data.pairs import TrainingRow, normalised
 
 
@@ -69,6 +70,11 @@ def test_promises(rows, batch_size, epoch, processes):
     assert repeated(gathered, documents) == fewest_repeats(documents, batch_size * processes)
 
 
+def repeats(seats, keys) -> int:
+    """Rows whose key another row of their seat has."""
+    return len(seats) - len(set(zip(seats.tolist(), keys.tolist(), strict=True)))
+
+
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=120),
@@ -81,12 +87,49 @@ def test_mending_anchors_costs_nothing(rows, batch_size, seed):
     before = batch_of.copy()
     keep_anchors_apart(batch_of, documents, anchors, np.random.default_rng(seed))
 
-    def repeats(seats, keys):
-        return len(seats) - len(set(zip(seats.tolist(), keys.tolist(), strict=True)))
-
     assert np.bincount(batch_of).tolist() == np.bincount(before).tolist()
     assert repeats(batch_of, documents) == repeats(before, documents)
     assert repeats(batch_of, anchors) <= repeats(before, anchors)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_anchors_with_a_row_for_each_batch_are_kept_apart(seed):
+    rng = np.random.default_rng(seed)
+    documents, anchors = np.arange(24), rng.permutation(24) // 4
+    batch_of = deal(documents, 6, rng)
+    assert repeats(batch_of, anchors) > 0
+    keep_anchors_apart(batch_of, documents, anchors, rng)
+    assert repeats(batch_of, anchors) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_anchors_are_kept_apart_where_every_batch_has_every_document(seed):
+    """Only rows of the same document may change places then: one in fifty, too few to be met by chance."""
+    rng = np.random.default_rng(seed)
+    documents, anchors = np.arange(1000) // 20, rng.permutation(1000) // 8
+    batch_of = deal(documents, 50, rng)
+    before = repeats(batch_of, anchors)
+    keep_anchors_apart(batch_of, documents, anchors, rng)
+    assert repeats(batch_of, documents) == 0
+    assert repeats(batch_of, anchors) < 0.1 * before
+
+
+def test_the_counts_of_a_batch_follow_its_swaps():
+    rng = np.random.default_rng(0)
+    documents, anchors = rng.integers(20, size=60), rng.integers(10, size=60)
+    batch_of = deal(_numbered(documents), 10, rng)
+    before, swaps = batch_of.copy(), _Swaps(batch_of, documents, anchors)
+    for row in range(60):
+        swaps.mend(row, rng.random(24))
+    assert (batch_of != before).any()
+    for counted, keys in ((swaps.document_at, documents), (swaps.anchor_at, anchors)):
+        assert +counted == Counter(zip(batch_of.tolist(), keys.tolist(), strict=True))
+
+
+def test_no_rows_give_no_batches():
+    sampler = BalancedBatchSampler([], [], batch_size=4)
+    assert (len(sampler), list(sampler)) == (0, [])
+    assert KnownPositives([]).columns.shape == (0, 1)
 
 
 def test_siblings_stand_in_different_batches():

@@ -50,6 +50,39 @@ def test_counts_by_hand():
     )
 
 
+def test_the_table_by_hand():
+    table = look(ROWS).table.rows
+    assert table[:-2] == [
+        ("行数 rows", "6", "100.0%"),
+        ("不同的 anchor unique anchors", "4", "66.7%"),
+        ("不同的 positive unique positives", "3", "50.0%"),
+        ("完全重复 exact duplicates", "1", "16.7%"),
+        ("归一化后重复 normalised duplicates", "2", "33.3%"),
+        ("正样本又作负样本 positives as negatives", "1", "16.7%"),
+        ("anchor 与 positive 相同 anchor = positive", "1", "16.7%"),
+        ("空文本 empty texts", "1", "16.7%"),
+        ("anchor 超过 over 3 tokens (mean 2, longest 2)", "0", "0.0%"),
+        ("positive 超过 over 3 tokens (mean 4, longest 5)", "4", "66.7%, 丢失 lost 34.8%"),
+        ("negative 超过 over 3 tokens (mean 2, longest 5)", "1", "33.3%, 丢失 lost 28.6%"),
+        ("语言 language: Chinese", "", "8.3%"),
+        ("语言 language: English", "", "83.3%"),
+        ("语言 language: other", "", "8.3%"),
+        ("热门文档 popular: a pair of red shoes", "4", "66.7%"),
+        ("热门文档 popular: Blue Hat", "1", "16.7%"),
+        ("热门文档 popular: nothing", "1", "16.7%"),
+    ]
+
+
+def test_a_short_last_batch_is_not_looked_at():
+    """One document answers everybody: in a batch of two, each anchor has one more beside its own, a false negative."""
+    report = look([TrainingRow(f"query {i}", "the document") for i in range(5)], 2)
+    assert (report.negatives, report.false_negatives, report.false_negatives_balanced) == (2, 2, 2)
+    assert report.table.rows[-2:] == [
+        ("每批假负例 false negatives, random batch of 2", "2.0", "100.0%"),
+        ("每批假负例 false negatives, balanced batch of 2", "2.0", "100.0%"),
+    ]
+
+
 def test_prompts_count():
     tokens = look(ROWS, prompts={"anchor": "query : "}).tokens
     assert (tokens[0].longest, tokens[0].over, tokens[1].longest) == (4, 4, 5)
@@ -144,7 +177,7 @@ def test_large_data_is_sampled_and_says_so(monkeypatch):
     report = look(rows)
     assert (report.sampled, report.rows, report.tokens[0].texts) == (50, 500, 50)
     assert report.tokens[1].over / 50 == pytest.approx(0.5, abs=0.3)
-    assert "a sample" in report.table.text()
+    assert ("以上 token 与语言为抽样 tokens and languages: a sample", "50", "") in report.table.rows
     assert report == look(rows)
     assert "a sample" not in look(rows[:50]).table.text()
 
@@ -175,6 +208,7 @@ def test_no_rows():
 def test_one_row():
     report = look([TrainingRow("a", "b")])
     assert (report.batch_size, report.false_negatives, report.false_negatives_balanced) == (1, 0, 0)
+    assert report.table.rows[-1] == ("每批假负例 false negatives, balanced batch of 1", "0.0", "")  # a share of nothing
     assert (
         "a pair of" in look(ROWS)._repr_html_() and "<script" not in look([TrainingRow("a", "<script>")])._repr_html_()
     )
