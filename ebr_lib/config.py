@@ -417,6 +417,10 @@ class InferenceConfig(Config):
             yield f"columns: {', '.join(self.columns)} do not hold description_column {self.description_column!r}"
         if len(set(self.columns)) != len(self.columns):
             yield "columns: a name is there twice"
+        if len(set(self.output_columns)) != len(self.output_columns):
+            yield "output_columns: a name is there twice"
+        if self.output_path.endswith((".gz", ".bz2", ".xz", ".zst", ".zip")):
+            yield f"output_path: {self.output_path!r} is said to be compressed, and no format is; give .txt or .parquet"
         if "vector" in self.output_columns:
             yield "output_columns: `vector` is the name of the column that is written; rename the input's"
 

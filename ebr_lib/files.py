@@ -43,6 +43,18 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check_output_file(path: Path) -> None:
+    """Make sure, before the work, that a file can be written at `path`; its folder is made where missing.
+
+    :raises ConfigError: a folder stands there, or its own folder cannot be made or written to.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ConfigError(f"output file {path} is a folder; give the name of a file, in it say")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output folder {path.parent} cannot be written to; give another place")
+
+
 def check_replaceable(folder: Path, own: Collection[str]) -> None:
     """Make sure that a folder, if it is there, can be replaced without loss: it holds nothing but `own` files.
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
-from ebr_lib.data.vectors import VECTOR, manifest_path, read_manifest
-from ebr_lib.engines.job import Job, Outcome, changed_settings
+from ebr_lib.data.vectors import VECTOR, ids_path, is_plain, manifest_path
+from ebr_lib.engines.job import Job, Outcome, new_inputs, rejects_path, told_when_full, work_folder
 from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEngine
-from ebr_lib.engines.ray_cluster import RayEngine
-from ebr_lib.errors import DataError
-from ebr_lib.files import sha256_of, write_json
+from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
+from ebr_lib.errors import ConfigError, DataError, MissingError
+from ebr_lib.files import check_output_file, sha256_of, write_json
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import ModelIdentity, find_model, identify
+from ebr_lib.model.contract import files_sha256
+from ebr_lib.model.loading import ModelIdentity, find_model, identify, local_folder
 from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -76,35 +77,89 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     """
     started = time.perf_counter()
     config = InferenceConfig.resolve(config)
-    sources, layout = _open_inputs(config)
+    output = Path(config.output_path).expanduser()
+    check = check_output_folder if config.engine == "ray" else check_output_file
+    check(output)
+    sources, layout = _open_inputs(config, output)
     kept = _kept_columns(config, sources)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
-    identity = identify(config.model_name)
     with _engine(config) as engine:
+        identity = identify(config.model_name)  # now that a model of the hub is here
         job = _job(config, sources, layout, _settings(config, engine.facts, identity, kept))
-        outcome = _run(job, engine)
+        outcome, bar = _finished(job, engine, identity, config)
+        if new_inputs(job, outcome.inputs):  # it finished an interrupted run, which did not know of these
+            outcome, bar = _finished(job, engine, identity, config)
+    return _result(job, outcome, bar, time.perf_counter() - started)
+
+
+def _finished(
+    job: Job, engine: LocalEngine | RayEngine, identity: ModelIdentity, config: InferenceConfig
+) -> tuple[Outcome, _Bar]:
+    """Run a job to its end, the manifest included."""
+    with told_when_full(job.folder), contextlib.closing(_Bar()) as bar:
+        outcome = engine.run(job, bar)
         write_json(manifest_path(job.output), _manifest(job, identity, outcome))
-        config.save(Path(f"{job.output}.yaml"))
+        config.save(_config_path(job.output))
         engine.finish(job)
-    return _result(job, outcome, time.perf_counter() - started)
+    return outcome, bar
 
 
 # --- input --------------------------------------------------------------------------------------------------------
 
 
-def _open_inputs(config: InferenceConfig) -> tuple[list[Source], Layout]:
+def _open_inputs(config: InferenceConfig, output: Path) -> tuple[list[Source], Layout]:
     layout = Layout(delimiter_byte(config.delimiter), config.columns or None, config.encoding, config.heal_rows)
     root = Path(config.data_path).expanduser()
-    files = find_files(root, config.file_patterns)
+    files = _with_rows(_not_written_here(find_files(root, config.file_patterns), output))
     sources = [open_source(f, layout, f.relative_to(root).as_posix() if root.is_dir() else f.name) for f in files]
     for source in sources:
         need_columns(source, [config.description_column, *config.output_columns], layout.delimiter)
     return sources, layout
 
 
+def _not_written_here(files: list[Path], output: Path) -> list[Path]:
+    """The files without those that an earlier run wrote, where the output lies among the input.
+
+    :raises ConfigError: the run would write over an input.
+    """
+    places = {place.resolve() for place in (output, ids_path(output), manifest_path(output), _config_path(output))}
+    places |= {work_folder(output).resolve(), rejects_path(output).resolve()}
+    own = [file for file in files if not places.isdisjoint((file.resolve(), *file.resolve().parents))]
+    written = manifest_path(output).is_file() or work_folder(output).is_dir()
+    if own and (len(own) == len(files) or not written):
+        raise ConfigError(f"output_path {output}: the run would write over its input {own[0]}; give another place")
+    return [file for file in files if file not in own]
+
+
+def _with_rows(files: list[Path]) -> list[Path]:
+    empty = [file for file in files if not file.stat().st_size]
+    if not empty or len(empty) == len(files):
+        return files
+    shown = ", ".join(str(file) for file in empty[:5])
+    logger.warning("%d files are empty and left out: %s", len(empty), shown)
+    return [file for file in files if file not in empty]
+
+
 def _kept_columns(config: InferenceConfig, sources: list[Source]) -> tuple[str, ...]:
-    if config.output_columns:
-        return config.output_columns
+    kept = config.output_columns or _all_columns(sources)
+    is_text = Path(config.output_path).suffix != ".parquet"
+    for name in kept:
+        if "\ufffd" in name:
+            raise DataError(
+                f"{sources[0].path}: the column name {name!r} is no {sources[0].encoding}; set encoding to what the "
+                "file is written in, or name the columns to keep in output_columns"
+            )
+        if is_text and not is_plain(name.encode()):
+            raise DataError(
+                f"{sources[0].path}: the column name {name!r} holds what separates fields or rows of text; "
+                "name the columns to keep in output_columns, or write .parquet"
+            )
+    for source in sources:
+        need_columns(source, kept, delimiter_byte(config.delimiter))
+    return kept
+
+
+def _all_columns(sources: list[Source]) -> tuple[str, ...]:
     first = sources[0]
     for source in sources[1:]:
         if set(source.columns) != set(first.columns):
@@ -161,6 +216,7 @@ def _settings(
     return {
         "model": identity.sha256 or identity.path,
         "base model": identity.base_sha256 or identity.base_model,
+        "model files": _files_sha256(identity),
         "prompt": facts.prompt,
         "max_seq_length": facts.max_seq_length,
         "precision": facts.precision,
@@ -175,6 +231,16 @@ def _settings(
         "heal_rows": config.heal_rows,
         "on_empty_text": config.on_empty_text,
     }
+
+
+def _files_sha256(identity: ModelIdentity) -> list[str | None]:
+    """What a model, and its base, are made of besides weights; None for one that is not on this machine."""
+    digests = []
+    for name in dict.fromkeys((identity.path, identity.base_model)):
+        with contextlib.suppress(MissingError):
+            folder = local_folder(name)
+            digests.append(files_sha256(folder) if folder else None)
+    return digests
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
@@ -196,60 +262,45 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
     if config.restart and job.folder.exists():
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
         shutil.rmtree(job.folder)
-    return _appended(job) if config.append and job.output.exists() else job
+    return job
 
 
-def _appended(job: Job) -> Job:
-    """The job of the files that a finished output does not hold yet."""
-    before = read_manifest(job.output)
-    if before is None:
-        raise DataError(
-            f"{job.output} has no manifest, so which files it holds is not known; append needs the output of an "
-            "earlier run: leave append out to write it anew"
-        )
-    held = {entry["path"]: entry["sha256"] for entry in before["inputs"]}
-    changes = changed_settings(before["settings"], job.settings)
-    changes += [
-        f"input {entry['path']}: its contents changed"
-        for entry in job.inputs
-        if held.get(entry["path"], entry["sha256"]) != entry["sha256"]
-    ]
-    if changes:
-        raise DataError(
-            f"{job.output} cannot be appended to, for these have changed since it was written:\n"
-            + "\n".join(f"  - {change}" for change in changes)
-            + "\nGo back to what they were, or leave append out to write it anew"
-        )
-    new = [i for i, entry in enumerate(job.inputs) if entry["path"] not in held]
-    logger.info("追加: %d 个新文件 (append: %d of %d files are new)", len(new), len(new), len(job.inputs))
-    sources, inputs = tuple(job.sources[i] for i in new), tuple(job.inputs[i] for i in new)
-    return replace(job, sources=sources, inputs=inputs, before=before)
+def _config_path(output: Path) -> Path:
+    return Path(f"{output}.yaml")
 
 
-def _run(job: Job, engine: LocalEngine | RayEngine) -> Outcome:
-    from tqdm.auto import tqdm
+class _Bar:
+    """Shows how far a job is, an interrupted one from where it stopped; knows how many texts it has encoded."""
 
-    began = time.perf_counter()
-    with tqdm(desc="编码 encode", unit="row", unit_scale=True) as bar:
+    def __init__(self) -> None:
+        self.texts, self.speed = 0, 0.0
+        self._began = time.perf_counter()
+        self._bar: Any = None
 
-        def progress(rows: int, texts: int, share: float) -> None:
-            bar.total = round(rows / share) if share else None
-            bar.set_postfix_str(f"{texts / (time.perf_counter() - began):.0f} texts/s", refresh=False)
-            bar.update(rows - bar.n)
+    def __call__(self, rows: int, texts: int, share: float) -> None:
+        from tqdm.auto import tqdm
 
-        return engine.run(job, progress)
+        self.texts, self.speed = texts, texts / (time.perf_counter() - self._began)
+        if self._bar is None:
+            self._bar = tqdm(desc="编码 encode", unit="row", unit_scale=True, initial=rows)
+        self._bar.total = round(rows / share) if share else None
+        self._bar.set_postfix_str(f"{self.speed:.0f} texts/s", refresh=False)
+        self._bar.update(rows - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, Any]:
     counts = outcome.counts
-    earlier = job.before["inputs"] if job.before else []
     return {
         "model": asdict(identity),
         "prompt": job.settings["prompt"],
         "dimension": job.settings["dimension"],
         "precision": job.settings["precision"],
         "settings": job.settings,
-        "inputs": [*earlier, *job.inputs],
+        "inputs": outcome.inputs,
         "rows": {name: counts[name] for name in COUNTS},
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
@@ -260,12 +311,12 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
     }
 
 
-def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
+def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceResult:
     counts = {name: outcome.counts[name] for name in COUNTS}
-    table = Table(str(job.output), ("", "value"), list(_summary(counts, _size(job.output))))
+    table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, _size(job.output))))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
     for reason, number in outcome.reasons.most_common():
-        logger.warning("%d rows rejected: %s (see %s)", number, reason, job.rejects)
+        logger.warning("%d rows rejected: %s (see %s)%s", number, reason, job.rejects, _hint(job, reason))
     rejects = job.rejects if outcome.reasons else None
     return InferenceResult(
         output=job.output,
@@ -278,6 +329,13 @@ def _result(job: Job, outcome: Outcome, seconds: float) -> InferenceResult:
     )
 
 
+def _hint(job: Job, reason: str) -> str:
+    """What may help against a kind of rejects."""
+    if reason.startswith("not utf-8") and job.layout.encoding == "auto":
+        return "; GB18030 may read them: set encoding to gb18030"
+    return ""
+
+
 def _stats(counts: Mapping[str, int]) -> EncodeStats:
     from ebr_lib.model.encoder import EncodeStats
 
@@ -285,18 +343,20 @@ def _stats(counts: Mapping[str, int]) -> EncodeStats:
 
 
 def _size(output: Path) -> int:
-    """Bytes of the embedding file, or of the part files of a folder."""
-    parts = output.iterdir() if output.is_dir() else [output]
-    return sum(part.stat().st_size for part in parts)
+    """Bytes of the embedding file and its ids, or of the part files of a folder."""
+    parts = output.iterdir() if output.is_dir() else [output, ids_path(output)]
+    return sum(part.stat().st_size for part in parts if part.is_file())
 
 
-def _summary(counts: dict[str, int], size: int) -> Iterator[tuple[str, Any]]:
+def _summary(counts: dict[str, int], bar: _Bar, size: int) -> Iterator[tuple[str, Any]]:
     yield "rows read 读入", counts["read"]
     yield "written 写出", counts["written"]
     yield "rejected 拒绝", counts["rejected"]
     yield "healed 接回", counts["healed"]
     yield "without text 无文本", counts["empty"]
-    yield "texts encoded 编码", counts["encoded"]
+    yield "unique texts 不同文本", counts["encoded"]
+    yield "encoded in this run 本次编码", bar.texts
+    yield "texts/s 每秒编码", f"{bar.speed:.0f}"
     yield "duplicates 重复", counts["duplicates"]
     yield "truncated 截断", counts["truncated"]
     yield "tokens lost 丢失 token", f"{_stats(counts).lost_share:.2%}"

@@ -150,6 +150,15 @@ def test_empty_texts_are_skipped_to_the_rejects(tmp_path: Path, encoder: FakeEnc
     assert not result.rejects.exists()  # those of the earlier run do not stay beside another output
 
 
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u00ad", "\x00", "\x1c\x7f", "\u2028 \u200e\u3000\x85", "\t"])
+def test_a_text_that_shows_nothing_gets_no_vector(tmp_path: Path, encoder: FakeEncoder, text: str):
+    catalogue(tmp_path, [f"1\x01{text}\x01x", f"2\x01{text}a{text}\x01x", f"3\x01{text}。\x01x", f"4\x01😀{text}\x01x"])
+    result = run(tmp_path)
+    assert read_embeddings(result.output).columns["id"] == ["2", "3", "4"]
+    assert [row[3] for row in rejects_of(result.rejects)] == [b"blank text"]
+    assert encoder.asked == [f"{text}a{text}", f"{text}。", f"😀{text}"]
+
+
 def test_empty_texts_are_kept_without_a_vector(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, EMPTY)
     result = run(tmp_path, on_empty_text="empty")
@@ -201,6 +210,34 @@ def test_parquet_values_that_text_cannot_hold_are_rejected(tmp_path: Path, encod
     assert read_embeddings(whole.output).columns["id"] == ids
 
 
+def test_a_healed_row_that_is_rejected_is_reported_as_it_was(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01 \n \x01x", "2\x01b\x01x"])
+    result = run(tmp_path, heal_rows=True)
+    assert result.rejects is not None
+    assert result.rejects.read_bytes().endswith(b"\x01blank text\x011\x01 \n \x01x\n")
+
+
+def test_empty_files_among_others_are_left_out_with_a_warning(tmp_path: Path, encoder: FakeEncoder, caplog):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    (tmp_path / "in" / "b.csv").write_bytes(b"")
+    (tmp_path / "in" / "c.parquet").write_bytes(b"")
+    assert run(tmp_path).counts["written"] == 1
+    assert "2 files are empty and left out" in caplog.text
+    (tmp_path / "in" / "a.csv").unlink()
+    with pytest.raises(DataError, match=r"b\.csv is empty"):
+        run(tmp_path, file_patterns=["*.csv"])
+
+
+def test_rows_that_are_not_utf8_are_said_to_be_gb18030_perhaps(tmp_path: Path, encoder: FakeEncoder, caplog):
+    path = catalogue(tmp_path, ["1\x01苹果\x01x"] * 3)
+    path.write_bytes(path.read_bytes() + "2\x01手机\x01x\n".encode("gbk"))
+    run(tmp_path)
+    assert "GB18030 may read them: set encoding to gb18030" in caplog.text
+    caplog.clear()
+    run(tmp_path, encoding="utf-8")
+    assert "GB18030" not in caplog.text
+
+
 def test_append_takes_in_new_files_only(tmp_path: Path, encoder: FakeEncoder):
     for ending in (".txt", ".parquet", ".npy"):
         out = str(tmp_path / f"o{ending}")
@@ -217,6 +254,83 @@ def test_append_takes_in_new_files_only(tmp_path: Path, encoder: FakeEncoder):
         assert [entry["path"] for entry in manifest["inputs"]] == ["b.csv", "a.csv"]
         assert read_embeddings(run(tmp_path, output_path=out, append=True).output).total == 2  # nothing new
         (tmp_path / "in" / "a.csv").unlink()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".npy"])
+def test_an_output_among_the_input_is_never_input(tmp_path: Path, encoder: FakeEncoder, ending: str):
+    catalogue(tmp_path, ["1\x01a\x01x", "broken"])
+    knobs = {"output_path": str(tmp_path / "in" / f"out{ending}"), "file_patterns": ["*"]}
+    assert run(tmp_path, **knobs).counts["read"] == 2
+    assert run(tmp_path, **knobs).counts["read"] == 2
+    catalogue(tmp_path, ["2\x01b\x01x"], "b.csv")
+    result = run(tmp_path, **knobs, append=True)
+    assert result.counts["read"] == 3
+    assert [entry["path"] for entry in json.loads(result.manifest.read_text())["inputs"]] == ["a.csv", "b.csv"]
+
+
+def test_an_unfinished_run_among_the_input_is_never_input(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(9)])
+    knobs = {"output_path": str(tmp_path / "in" / "out.csv"), "file_patterns": ["*"], "window_rows": 3}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoder, "encode", lambda texts, told: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path, **knobs)
+    assert run(tmp_path, **knobs).counts["read"] == 9
+
+
+@pytest.mark.parametrize("output", ["in/a.csv", "in/../in/a.csv", "link/a.csv", "in/a"])
+@pytest.mark.parametrize("data_path", ["in", "in/a.csv", "link"])
+def test_an_input_is_never_written_over(tmp_path: Path, encoder: FakeEncoder, output: str, data_path: str):
+    before = catalogue(tmp_path, ["1\x01a\x01x"]).read_bytes()
+    (tmp_path / "link").symlink_to("in")
+    if output == "in/a":  # whose companion the input is
+        (tmp_path / "in" / "a.csv").rename(tmp_path / "in" / "a.json")
+    files = sorted((tmp_path / "in").iterdir())
+    place = (tmp_path / data_path).with_suffix(files[0].suffix if data_path.endswith(".csv") else "")
+    with pytest.raises(ConfigError, match="would write over its input"):
+        run(tmp_path, data_path=str(place), output_path=str(tmp_path / output), file_patterns=["*"])
+    assert files == sorted((tmp_path / "in").iterdir())
+    assert files[0].read_bytes() == before
+    assert not encoder.asked
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(local, "open_encoder", lambda recipe, processes: pytest.fail("the model was loaded"))
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"folder is a folder; give the name of a file"):
+        run(tmp_path, output_path=str(tmp_path / "folder"))
+    with pytest.raises(ConfigError, match=r"cannot be made"):
+        run(tmp_path, output_path=str(tmp_path / "in" / "a.csv" / "out.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "knobs", "words"),
+    [
+        (b"id\x01x\tdescription\n1\ta\n", {"delimiter": "\\t"}, r"column name 'id\\x01x' holds what separates"),
+        (b"\xff\xfbid\x01description\n1\x01a\n", {"encoding": "utf-8"}, "is no utf-8; set encoding"),
+        (b"\\N\x01description\n1\x01a\n", {}, r"column name '\\\\N' holds"),
+    ],
+)
+def test_names_of_columns_are_checked_as_values_are(tmp_path: Path, encoder, content: bytes, knobs: dict, words: str):
+    catalogue(tmp_path, []).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, **knobs)
+    assert not encoder.asked
+    chosen = run(tmp_path, **knobs, output_columns=["description"])
+    assert read_embeddings(chosen.output).columns == {"description": ["a"]}
+
+
+def test_a_parquet_column_of_lists_is_told_before_the_work(tmp_path: Path, encoder: FakeEncoder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, tags in (("a", ["x"]), ("b", [["x"]])):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        table = pa.table({"id": ["i\nd"], "description": ["a"], "tags": tags})
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: column tags is list"):
+        run(tmp_path)
+    assert not encoder.asked
 
 
 def test_append_refuses_another_model_and_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -255,6 +369,46 @@ def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, encoder: FakeEn
     monkeypatch.setattr(encoder, "encode", lambda texts, told: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
     with pytest.raises(ModelError, match=r"2 texts, the first in a\.csv, line 2"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["1_Pooling/config.json", "2_Dense/model.safetensors", "tokenizer.json"])
+def test_append_refuses_a_model_of_equal_weights_but_other_parts(tmp_path: Path, monkeypatch, part: str):
+    encoder = use(monkeypatch, FakeEncoder())
+    folder = tmp_path / "model"
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "tokenizer.json", "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    identity = ModelIdentity("m", str(folder), encoder.sha, "m", encoder.sha)
+    monkeypatch.setattr(inference, "identify", lambda name: identity)
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    run(tmp_path)
+    (folder / "README.md").write_text("a word on the model")
+    assert run(tmp_path, append=True).counts["read"] == 1
+    (folder / part).write_text("other")
+    with pytest.raises(DataError, match=r"model files: \["):
+        run(tmp_path, append=True)
+
+
+def test_rows_that_were_truncated_are_counted_not_texts(tmp_path: Path, tiny_bert: Path):
+    long = " ".join(["blanket"] * 300)
+    catalogue(tmp_path, [f"{i}\x01{long if i % 2 else 'short'}\x01x" for i in range(20)])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
+    for window in (3, 7, 100):
+        result = run(tmp_path, **knobs, window_rows=window)
+        assert json.loads(result.manifest.read_text())["truncated"]["rows"] == 10
+        assert (result.counts["truncated"], result.counts["encoded"]) == (10, 2)
+
+
+def test_the_summary_tells_what_was_encoded_and_how_fast(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, [f"{i}\x01text {i % 5}\x01x" for i in range(20)])
+    result = run(tmp_path, output_path=str(tmp_path / "o.npy"))
+    shown = dict(result.table.rows)
+    assert (shown["unique texts 不同文本"], shown["encoded in this run 本次编码"]) == (5, 5)
+    assert int(shown["texts/s 每秒编码"]) > 0
+    sizes = [(tmp_path / name).stat().st_size for name in ("o.npy", "o.ids.txt")]
+    assert shown["MB"] == f"{sum(sizes) / 1e6:.1f}"
 
 
 def test_a_real_model_its_knobs_and_the_manifest(tmp_path: Path, tiny_bert: Path):
@@ -324,7 +478,6 @@ def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypa
     def encode(self, prepared, tell):
         return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
 
-    monkeypatch.setattr(local, "BATCHES_AT_ONCE", 2)
     monkeypatch.setattr(local.LocalEncoder, "encode", encode)
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(60)])
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
@@ -348,6 +501,8 @@ def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypa
         ({"columns": ["id", "text"]}, "do not hold description_column 'description'"),
         ({"columns": ["description", "description"]}, "twice"),
         ({"output_columns": ["vector"]}, "`vector` is the name"),
+        ({"output_columns": ["id", "id"]}, "output_columns: a name is there twice"),
+        ({"output_path": "a.txt.gz"}, "is said to be compressed"),
         ({"append": True, "restart": True}, "choose one"),
         ({"engine": "ray", "append": True}, "a part a file"),
         ({"engine": "ray", "num_processes": 2}, "num_actors"),
@@ -395,6 +550,20 @@ def test_a_full_disk_says_so_and_the_same_call_goes_on(tmp_path: Path, encoder: 
     encoder.asked.clear()
     assert run(tmp_path, window_rows=5).output.read_bytes() == wanted
     assert 0 < len(encoder.asked) < 50
+
+
+@pytest.mark.parametrize(("place", "name"), [(jobs, "Store"), (inference, "write_json"), (jobs, "finish_sink")])
+def test_a_full_disk_says_so_before_and_after_the_rows_too(tmp_path: Path, encoder, monkeypatch, place, name: str):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+
+    def full(*ignored: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        with pytest.raises(DataError, match=r"the disk is full .* run the same call again"):
+            run(tmp_path)
+    assert run(tmp_path).counts["written"] == 1
 
 
 def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
@@ -482,6 +651,11 @@ TOKENS = [b"\x01"] * 12 + [b"\n"] * 5 + [text.encode() for text in LETTERS + 3 *
 FILES_A_RUN = 20
 
 
+def shows(text: str) -> bool:
+    """Whether a text made of `LETTERS` holds one that can be seen."""
+    return bool(text.translate(dict.fromkeys(map(ord, "\r\t \x00\x0b\u0085\u2028\u3000"))))
+
+
 class NastyFile:
     """A file drawn as bytes, each of which stands for a letter, a delimiter, a newline, a whole line or worse."""
 
@@ -510,7 +684,7 @@ class NastyFile:
                 texts = [field.decode() for field in fields]
             except UnicodeDecodeError:
                 continue
-            if len(fields) == 3 and not (on_empty == "skip" and (fields[1] == b"\\N" or not texts[1].strip())):
+            if len(fields) == 3 and not (on_empty == "skip" and (fields[1] == b"\\N" or not shows(texts[1]))):
                 rows.append(fields)
         return rows, len(lines) - len(rows)
 
@@ -552,7 +726,7 @@ def test_a_thousand_nasty_files_come_through(tmp_path_factory: pytest.TempPathFa
     for column, name in enumerate(("id", "description", "label")):
         found = [b"\\N" if value is None else value.encode() for value in back.columns[name]]
         assert found == [row[column] for row in wanted]
-    texts = [None if row[1] == b"\\N" or not row[1].decode().strip() else row[1].decode() for row in wanted]
+    texts = [None if row[1] == b"\\N" or not shows(row[1].decode()) else row[1].decode() for row in wanted]
     assert back.valid.tolist() == [text is not None for text in texts]
     made = [fake_vector(text) for text in texts if text is not None]
     assert (back.vectors[back.valid] == np.stack(made)).all()

@@ -9,10 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ebr_lib.errors import DataError
-from tests.test_inference import FakeEncoder, catalogue, run, use
+from ebr_lib import inference
+from ebr_lib.data.vectors import read_embeddings
+from ebr_lib.engines import job as jobs
+from ebr_lib.engines import local
+from ebr_lib.errors import DataError, ModelError
+from tests.test_inference import FakeEncoder, catalogue, fake_vector, run, use
 
 ATTEMPTS = {".txt": 10, ".parquet": 1, ".npy": 1}  # each is killed twice
 WINDOW = 6
@@ -222,3 +227,113 @@ def test_a_resume_with_other_input_is_refused_and_new_files_are_appended(interru
 def test_speed_may_change_between_the_runs(interrupted: Path, monkeypatch):
     use(monkeypatch, FakeEncoder())
     assert run(interrupted, window_rows=50, batch_tokens=64).counts["read"] == 60
+
+
+# --- stopped at moments of note -----------------------------------------------------------------------------------
+
+
+LAST_STEPS = {"finish_sink": jobs, "_move_rejects": jobs, "write_json": inference, "clean_up": local}
+
+
+class Stopped(BaseException):
+    """What a kill does to a run, as far as its files show."""
+
+
+def stopped_at(patch: pytest.MonkeyPatch, place: object, name: str, calls: int = 0) -> None:
+    """Let a function be called so often, and the next call be the end of the run."""
+    real, count = getattr(place, name), iter(range(calls))
+
+    def stops(*arguments, **named):
+        if next(count, None) is None:
+            raise Stopped
+        return real(*arguments, **named)
+
+    patch.setattr(place, name, stops)
+
+
+def stop(folder: Path, place: object, name: str, calls: int = 0, **knobs) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stopped_at(patch, place, name, calls)
+        run(folder, **knobs)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("step", LAST_STEPS)
+def test_stopped_at_the_end_it_takes_in_new_files(tmp_path: Path, monkeypatch, ending: str, appends: bool, step: str):
+    use(monkeypatch, FakeEncoder())
+    knobs = {"append": True, "output_path": str(tmp_path / f"out{ending}"), "window_rows": WINDOW}
+    catalogue(tmp_path, some_rows()[:20], "b.csv")
+    if appends:
+        run(tmp_path, **knobs)
+        catalogue(tmp_path, some_rows()[20:40], "c.csv")
+    stop(tmp_path, LAST_STEPS[step], step, **knobs)
+    catalogue(tmp_path, some_rows()[40:], "a.csv")
+    result = run(tmp_path, **knobs)
+    held = ["b.csv", "c.csv", "a.csv"] if appends else ["b.csv", "a.csv"]
+    rows = some_rows() if appends else some_rows()[:20] + some_rows()[40:]
+    assert [entry["path"] for entry in json.loads(result.manifest.read_text())["inputs"]] == held
+    back = read_embeddings(result.output)
+    assert back.columns["id"] == [
+        row.split("\x01")[0] for row in rows if row.count("\x01") == 2 and "\x01\x01" not in row
+    ]
+    assert all(
+        (vector == fake_vector(text)).all()
+        for vector, text in zip(back.vectors, back.columns["description"], strict=True)
+    )
+    assert result.counts["read"] == len(rows)
+    assert not (tmp_path / f"out{ending}.work").exists()
+
+
+@pytest.mark.parametrize("windows", [0, 1, 3])
+@pytest.mark.parametrize("rows", [1, 4, WINDOW, 50])
+def test_vectors_that_were_kept_but_not_written_are_used_in_windows_of_any_size(
+    tmp_path: Path, monkeypatch, windows: int, rows: int
+):
+    encoder = use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows())
+    whole = run(tmp_path, output_path=str(tmp_path / "whole.txt"))
+    encoder.asked.clear()
+    stop(tmp_path, jobs._Writer, "write", windows, window_rows=WINDOW)
+    result = run(tmp_path, window_rows=rows)
+    assert result.output.read_bytes() == whole.output.read_bytes()
+    assert result.counts == whole.counts
+    # of the window whose vectors were being made when the one before it could not be written
+    assert len(encoder.asked) - len(set(encoder.asked)) <= WINDOW
+
+
+def test_new_files_may_join_a_window_whose_vectors_were_kept(tmp_path: Path, monkeypatch):
+    encoder = use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows()[:8])
+    stop(tmp_path, jobs._Writer, "write", 1, window_rows=WINDOW)
+    catalogue(tmp_path, some_rows()[8:], "b.csv")
+    result = run(tmp_path, window_rows=WINDOW, append=True)
+    assert len(encoder.asked) == len(set(encoder.asked)) == result.counts["encoded"]
+    assert result.output.read_bytes() == run(tmp_path, output_path=str(tmp_path / "whole.txt")).output.read_bytes()
+
+
+def test_windows_do_not_end_among_lines_that_healing_could_not_join(tmp_path: Path, monkeypatch):
+    use(monkeypatch, FakeEncoder())
+    # lines 2 and 3 fit each other, but for line 1, which takes line 2 and is no row with it
+    lines = ["1\x01a", "2\x01b", "3\x01c\x01d", "4\x01e\x01f\x01g", "5\x01h", "i\x01j\x01k"]
+    catalogue(tmp_path, lines * 3, header="id\x01description\x01label\x01more")
+    knobs = {"heal_rows": True, "window_rows": 1}
+    whole = run(tmp_path, output_path=str(tmp_path / "whole.txt"), **knobs)
+    assert whole.counts["healed"] == 3
+    for windows in range(1, 12):
+        stop(tmp_path, jobs._Writer, "write", windows, **knobs)
+        result = run(tmp_path, **knobs)
+        assert result.output.read_bytes() == whole.output.read_bytes()
+        assert (tmp_path / "out.txt.rejects").read_bytes() == (tmp_path / "whole.txt.rejects").read_bytes()
+
+
+def test_advice_to_change_a_setting_names_restart_too(tmp_path: Path, monkeypatch):
+    encoder = use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows())
+    with pytest.raises(DataError, match="set on_empty_text to skip or empty, and restart: true"):
+        run(tmp_path, on_empty_text="error")
+    run(tmp_path, restart=True)
+    bad = np.full((1, 6), np.nan, np.float32)
+    monkeypatch.setattr(encoder, "encode", lambda texts, told: (bad.repeat(len(texts), 0), jobs.EncodeReport()))
+    with pytest.raises(ModelError, match="set precision to float32, and restart: true"):
+        run(tmp_path)

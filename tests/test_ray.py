@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ebr_lib.data.vectors import read_embeddings
-from ebr_lib.errors import DataError, MissingError
+from ebr_lib.errors import ConfigError, DataError, MissingError
 from tests.test_inference import catalogue, rejects_of, run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
@@ -115,5 +115,5 @@ def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: 
     with pytest.raises(MissingError, match="no-such-model"):
         run(tmp_path, **knobs | {"model_name": str(tmp_path / "no-such-model")})
     (tmp_path / "parts.txt").write_text("a file")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         run(tmp_path, **knobs)

@@ -12,8 +12,9 @@ import errno
 import os
 import shutil
 import sqlite3
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,15 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
-from ebr_lib.data.vectors import DELIMITER, Sink, finish_sink, is_plain, open_sink, reopen
+from ebr_lib.data.vectors import DELIMITER, Sink, finish_sink, is_plain, open_sink, read_manifest, reopen
 from ebr_lib.engines.store import Store, digest_of
 from ebr_lib.errors import DataError, ModelError
+from ebr_lib.logs import logger
 
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
 WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
 WRITE_ROWS = 1 << 12
 EXAMPLES = 5
+BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of what does not show: spaces, controls, marks of format
 
 Vectors = NDArray[np.float32]
 Told = Callable[[int], None]
@@ -54,10 +57,25 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What was counted over texts that were encoded; `cut` names some that were cut: index, tokens, tokens kept."""
+    """What was counted over texts that were encoded.
+
+    `cut` names some that were cut: index, tokens, tokens kept. `lost` says of each text how many tokens were cut off;
+    None when that is not known.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     cut: list[tuple[int, int, int]] = field(default_factory=list)
+    lost: NDArray[np.int64] | None = None
+
+
+def work_folder(output: Path) -> Path:
+    """Where a job works, beside its output; gone when the job is done."""
+    return Path(f"{output}.work")
+
+
+def rejects_path(output: Path) -> Path:
+    """Where the rejects of an output lie."""
+    return Path(f"{output}.rejects")
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Job:
 
     :param settings: all that decides what is written; a run that was interrupted goes on only under equal settings.
     :param inputs: name, size and sha256 of each source.
-    :param before: what a finished output that is appended to already holds: its manifest.
+    :param append: write behind what a finished output holds already, and take new files into a run that goes on.
     """
 
     sources: tuple[Source, ...]
@@ -79,16 +97,14 @@ class Job:
     on_empty_text: str = "skip"
     window_rows: int = 16384
     append: bool = False
-    before: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
-        """The work folder, beside the output; gone when the job is done."""
-        return self.output.with_name(f"{self.output.name}.work")
+        return work_folder(self.output)
 
     @property
     def rejects(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.rejects")
+        return rejects_path(self.output)
 
     @property
     def wanted(self) -> list[str]:
@@ -98,26 +114,28 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job counted (rows, tokens, reasons of rejects), and some of the texts that were cut."""
+    """What the output holds: rows and tokens counted, reasons of rejects, some texts that were cut, the input files."""
 
     counts: Counter[str]
     reasons: Counter[str]
     examples: list[dict[str, Any]]
+    inputs: list[dict[str, Any]]
     resumed: bool = False
 
 
 class Window(NamedTuple):
     """Rows that are encoded and brought to the disk together.
 
-    `places` says which distinct text a row has, -1 for none; `fresh` are those that appear here first, `prepared` the
-    same for the encoder, None if there are none, or an interrupted run has encoded them already.
+    `places` says which distinct text a row has, -1 for none. `fresh` of them, from `first_place` on, appear here first.
+    `texts` are those that have no vector yet, the last of the fresh ones: an interrupted run has encoded the others.
     """
 
     rows: list[list[Value]]
     places: NDArray[np.int64]
-    fresh: list[str]
-    prepared: Any
     first_place: int
+    fresh: int
+    texts: list[str]
+    prepared: Any
     digests: list[bytes]
     origins: list[tuple[str, int]]
     rejects: list[bytes]
@@ -127,6 +145,11 @@ class Window(NamedTuple):
     after: Position
     share: float
 
+    @property
+    def after_place(self) -> int:
+        """The place behind those that appear here first."""
+        return self.first_place + self.fresh
+
 
 def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
     """Encode all sources of a job, going on where an interrupted run stopped.
@@ -135,21 +158,28 @@ def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
     :raises DataError: a setting or an input is not what the interrupted run had; the disk is full; an input changed
         while it was read; or a text is empty and `on_empty_text` says error.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    store = Store(job.folder)
+    with told_when_full(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(Store(job.folder)) as store:
+            return _run(job, store, encoder, progress)
+
+
+@contextlib.contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """Turn what a full disk raises into an error that says what is left and what to do.
+
+    :raises DataError: the disk is full.
+    """
     try:
-        return _run(job, store, encoder, progress)
+        yield
     except (OSError, sqlite3.OperationalError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "is full" in str(error)
         if not full:
             raise
-        done = (store.state or {}).get("counts", {}).get("written", 0)
         raise DataError(
-            f"{job.folder}: the disk is full ({error}); the {done} rows written so far are whole and stay there. "
+            f"{folder}: the disk is full ({error}); the rows written so far are whole and stay there. "
             "Make room and run the same call again: it continues"
         ) from error
-    finally:
-        store.close()
 
 
 def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
@@ -161,19 +191,21 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
         state = _write_all(job, store, encoder, state, progress)
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
-    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], resumed)
+    inputs = [*state["earlier"], *state["inputs"]]
+    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], inputs, resumed)
 
 
 def _first_state(job: Job) -> dict[str, Any]:
     for leftover in job.folder.iterdir():  # of a run that was killed before its first state
         if not leftover.name.startswith(Store.STATE):
             leftover.unlink()
-    before = job.before or {}
+    before = _before(job)
     earlier = job.rejects.read_bytes() if before and job.rejects.exists() else REJECT_HEADER
     (job.folder / REJECTS).write_bytes(earlier)
     return {
         "settings": job.settings,
-        "inputs": list(job.inputs),
+        "earlier": before.get("inputs", []),
+        "inputs": new_inputs(job, before.get("inputs", [])),
         "file": 0,
         "position": None,
         "first": 0,
@@ -187,51 +219,86 @@ def _first_state(job: Job) -> dict[str, Any]:
     }
 
 
+def _before(job: Job) -> dict[str, Any]:
+    """The manifest of the finished output that is appended to; empty where there is none."""
+    if not (job.append and job.output.exists()):
+        return {}
+    before = read_manifest(job.output)
+    if before is None or "inputs" not in before:
+        raise DataError(
+            f"{job.output} has no manifest, so which files it holds is not known; append needs the output of an "
+            "earlier run: leave append out to write it anew"
+        )
+    changes = [*_changed_settings(before["settings"], job), *_changed_contents(before["inputs"], job)]
+    if changes:
+        raise DataError(
+            f"{job.output} cannot be appended to, for these have changed since it was written:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nGo back to what they were, or leave append out to write it anew"
+        )
+    new = len(new_inputs(job, before["inputs"]))
+    logger.info("追加: %d 个新文件 (append: %d of %d files are new)", new, new, len(job.inputs))
+    return before
+
+
+def new_inputs(job: Job, held: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The inputs that are not held yet."""
+    names = {entry["path"] for entry in held}
+    return [entry for entry in job.inputs if entry["path"] not in names]
+
+
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
 def _continued(job: Job, state: dict[str, Any]) -> Job:
-    """Check that the interrupted run was the same job; with `append`, new files go behind those it began with."""
-    changes = [*changed_settings(state["settings"], job.settings), *changed_inputs(state["inputs"], job)]
+    """Check that the interrupted run was the same job, and take its files in its order.
+
+    With `append`, new files go behind them; but not into a run that had written all of its rows: that one is finished
+    as it was, and what is new is for the next.
+    """
+    known = [*state["earlier"], *state["inputs"]]
+    new = new_inputs(job, known)
+    changes = [*_changed_settings(state["settings"], job), *_changed_contents(known, job), *_gone(state["inputs"], job)]
+    if not job.append:
+        changes += [f"input {entry['path']}: new (append: true takes it in)" for entry in new]
     if changes:
         raise DataError(
             f"{job.folder} holds an unfinished run that cannot be continued, for these have changed:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nGo back to what they were, or drop that run with restart: true"
         )
-    begun = [entry["path"] for entry in state["inputs"]]
-    order = sorted(range(len(job.inputs)), key=lambda i: (_place(begun, job.inputs[i]["path"]), i))
-    inputs = tuple(job.inputs[i] for i in order)
-    state["inputs"] = list(inputs)
-    return replace(job, sources=tuple(job.sources[i] for i in order), inputs=inputs)
+    if not state["done"]:
+        state["inputs"] = [*state["inputs"], *new]
+    sources = {source.name: source for source in job.sources}
+    taken = tuple(sources[entry["path"]] for entry in state["inputs"])
+    return replace(job, sources=taken, inputs=tuple(state["inputs"]))
 
 
-def _place(names: list[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changed_settings(before: dict[str, Any], job: Job) -> list[str]:
     """A line for each setting that differs."""
-    names = dict.fromkeys([*before, *now])
+    names, now = dict.fromkeys([*before, *job.settings]), job.settings
     return [f"{n}: {before.get(n)!r} then, {now.get(n)!r} now" for n in names if before.get(n) != now.get(n)]
 
 
-def changed_inputs(before: Sequence[dict[str, Any]], job: Job) -> list[str]:
-    """A line for each input file that is gone, new, or of other contents."""
+def _changed_contents(before: Iterable[dict[str, Any]], job: Job) -> list[str]:
+    """A line for each input file that holds something else."""
     then = {entry["path"]: entry["sha256"] for entry in before}
     now = {entry["path"]: entry["sha256"] for entry in job.inputs}
-    gone = [f"input {path}: no longer there" for path in then if path not in now]
-    new = [] if job.append else [f"input {path}: new (append: true takes it in)" for path in now if path not in then]
-    other = [f"input {path}: its contents changed" for path in then if path in now and then[path] != now[path]]
-    return [*gone, *other, *new]
+    return [f"input {path}: its contents changed" for path in then if now.get(path, then[path]) != then[path]]
+
+
+def _gone(before: Iterable[dict[str, Any]], job: Job) -> list[str]:
+    """A line for each input file that is no longer there."""
+    now = {entry["path"] for entry in job.inputs}
+    return [f"input {entry['path']}: no longer there" for entry in before if entry["path"] not in now]
 
 
 # --- reading windows ----------------------------------------------------------------------------------------------
 
 
 def _has_text(text: Value) -> bool:
-    """Whether there is anything to encode: U+3000, the Chinese space, is nothing too."""
-    return bool(text and (text.strip() if text.isascii() else text.decode().strip()))
+    """Whether there is anything to encode: U+3000, the Chinese space, is nothing too, nor is U+200B."""
+    return bool(text) and any(c.isalnum() or unicodedata.category(c) not in BLANK for c in (text or b"").decode())
 
 
 class _Builder:
@@ -283,7 +350,7 @@ class _Builder:
         if self._job.on_empty_text == "error":
             raise DataError(
                 f"{source.path}, line {row.position.line}: {found} in column {self._job.text_column}; "
-                "set on_empty_text to skip or empty to go on over such rows"
+                "set on_empty_text to skip or empty, and restart: true, to go on over such rows"
             )
         return found if self._job.on_empty_text == "skip" else ""
 
@@ -302,20 +369,21 @@ class _Builder:
         places = np.full(len(self._rows), -1, dtype=np.int64)
         places[asked] = numbers
         fresh = {number: i for i, number in reversed(list(enumerate(numbers))) if number >= first}
-        order = [fresh[number] for number in sorted(fresh)]
+        new = [fresh[number] for number in sorted(fresh) if number >= store.kept]
         self._counts["written"] += len(self._rows)
         self._counts["empty"] += len(self._rows) - len(asked)
-        self._counts["encoded"] += len(order)
-        self._counts["duplicates"] += len(asked) - len(order)
-        new = [texts[i].decode() for i in order]
+        self._counts["encoded"] += len(fresh)
+        self._counts["duplicates"] += len(asked) - len(fresh)
+        unknown = [texts[i].decode() for i in new]
         window = Window(
             rows=self._rows,
             places=places,
-            fresh=new,
-            prepared=encoder.prepare(new) if new and first >= store.kept else None,
             first_place=first,
-            digests=[digests[i] for i in order],
-            origins=[self._origins[asked[i]] for i in order],
+            fresh=len(fresh),
+            texts=unknown,
+            prepared=encoder.prepare(unknown) if unknown else None,
+            digests=[digests[i] for i in new],
+            origins=[self._origins[asked[i]] for i in new],
             rejects=self._rejects,
             counts=self._counts,
             reasons=self._reasons,
@@ -337,7 +405,7 @@ def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]
         for row in read_rows(source, job.wanted, job.layout, position):
             builder.add(source, row)
             after = row.after
-            if builder.full:
+            if builder.full and row.resumable:
                 read = source.size * min(1.0, after.offset / max(1, source.extent))
                 yield builder.build(store, encoder, number, after, (done + read) / every)
         source.check_unchanged()
@@ -372,7 +440,7 @@ def _pump(windows: Iterator[Window], encoder: TextEncoder, writer: _Writer, prog
         writing: Future[None] | None = None
         while (window := coming.result()) is not None:
             coming = files.submit(next, windows, None)
-            if window.prepared is not None:
+            if window.texts:
                 vectors, report = encoder.encode(window.prepared, partial(meter.within, window))
                 _check_finite(window, vectors)
                 files.submit(writer.keep, window, vectors, report).result()
@@ -393,13 +461,13 @@ class _Meter:
         progress(self._rows, 0, self._share)
 
     def within(self, window: Window, texts: int) -> None:
-        part = texts / len(window.fresh)
+        part = texts / len(window.texts)
         share = self._share + part * (window.share - self._share)
         self._progress(self._rows + round(part * window.counts["read"]), self._texts + texts, share)
 
     def after(self, window: Window) -> None:
         self._rows, self._share = self._rows + window.counts["read"], window.share
-        self._texts += len(window.fresh) if window.prepared is not None else 0
+        self._texts += len(window.texts)
         self._progress(self._rows, self._texts, self._share)
 
 
@@ -409,7 +477,7 @@ def _check_finite(window: Window, vectors: Vectors) -> None:
         name, line = window.origins[wrong[0]]
         raise ModelError(
             f"the model gave a vector that is not finite for {wrong.size} texts, the first in {name}, line {line}; "
-            "set precision to float32"
+            "set precision to float32, and restart: true"
         )
 
 
@@ -424,24 +492,30 @@ class _Writer:
     def keep(self, window: Window, vectors: Vectors, report: EncodeReport) -> None:
         examples = [_example(window, *cut) for cut in report.cut[:EXAMPLES]]
         told = {"counts": dict(report.counts), "examples": examples}
-        self._store.keep(window.digests, window.first_place, vectors, told)
+        lost = np.zeros(len(vectors)) if report.lost is None else report.lost
+        self._store.keep(window.digests, vectors, lost, told)
 
     def write(self, window: Window) -> None:
+        counts = window.counts.copy()
         for start in range(0, len(window.rows), WRITE_ROWS):
             part = slice(start, start + WRITE_ROWS)
             valid = window.places[part] >= 0
             vectors = np.zeros((len(valid), self._store.dim), dtype=np.float32)
-            vectors[valid] = self._store.vectors(window.places[part][valid])
+            vectors[valid], lost = self._store.vectors(window.places[part][valid])
+            counts["truncated"] += int(np.count_nonzero(lost))
             self._sink.append(window.rows[part], vectors, valid)
         self._rejects.writelines(window.rejects)
-        report = self._store.report_of(window.first_place) if window.fresh else {}
+        reports = self._store.reports_of(window.first_place, window.after_place)
+        examples = [example for report in reports for example in report["examples"]]
+        for report in reports:
+            counts.update(report["counts"])
         changes = {
             "file": window.file,
             "position": list(window.after),
-            "first": window.first_place + len(window.fresh),
-            "counts": dict(Counter(self.state["counts"]) + window.counts + Counter(report.get("counts", {}))),
+            "first": window.after_place,
+            "counts": dict(Counter(self.state["counts"]) + counts),
             "reasons": dict(Counter(self.state["reasons"]) + window.reasons),
-            "examples": [*self.state["examples"], *report.get("examples", [])][:EXAMPLES],
+            "examples": [*self.state["examples"], *examples][:EXAMPLES],
             "share": window.share,
         }
         self.commit(changes)
@@ -456,7 +530,7 @@ class _Writer:
 
 def _example(window: Window, index: int, tokens: int, kept: int) -> dict[str, Any]:
     name, line = window.origins[index]
-    return {"file": name, "line": line, "tokens": tokens, "kept": kept, "text": window.fresh[index][:80]}
+    return {"file": name, "line": line, "tokens": tokens, "kept": kept, "text": window.texts[index][:80]}
 
 
 # --- the end ------------------------------------------------------------------------------------------------------

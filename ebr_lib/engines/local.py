@@ -20,8 +20,6 @@ from ebr_lib.model.precision import Asked
 
 Vectors = NDArray[np.float32]
 
-BATCHES_AT_ONCE = 16  # between two movements of the bar
-
 
 @dataclass(frozen=True)
 class EncoderRecipe:
@@ -90,30 +88,17 @@ class LocalEncoder:
 
     def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
         before = Counter(asdict(self._encoder.stats))
-        vectors = self._embedded(prepared, told)
+        vectors = self._encoder.embed(prepared, told=told)
         counts = Counter(asdict(self._encoder.stats))
         counts.subtract(before)
+        del counts["truncated"]  # of texts; the job counts rows
         if isinstance(prepared, list):
             return vectors, EncodeReport(counts)
         cut = np.flatnonzero(prepared.lost)[:EXAMPLES]
         kept = prepared.lengths[cut]
         tokens = kept + prepared.lost[cut]
-        return vectors, EncodeReport(counts, list(zip(cut.tolist(), tokens.tolist(), kept.tolist(), strict=True)))
-
-    def _embedded(self, prepared: Any, told: Told) -> Vectors:
-        """Vectors of a window: some batches at a time, longest texts first, so that the bar moves within a window."""
-        if isinstance(prepared, list):
-            return self._encoder.embed(prepared)
-        vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
-        order = np.argsort(-prepared.lengths, kind="stable")
-        ends = np.cumsum(prepared.lengths[order]) // (BATCHES_AT_ONCE * self._encoder.batch_tokens)
-        done = 0
-        for texts in np.split(order, np.flatnonzero(np.diff(ends)) + 1):
-            part = replace(prepared, ids=prepared.of(texts), lengths=prepared.lengths[texts], lost=prepared.lost[texts])
-            vectors[texts] = self._encoder.embed(part)
-            done += len(texts)
-            told(done)
-        return vectors
+        shown = list(zip(cut.tolist(), tokens.tolist(), kept.tolist(), strict=True))
+        return vectors, EncodeReport(counts, shown, prepared.lost)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -193,6 +178,7 @@ class ProcessEncoder:
             if share
         ]
         vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
+        lost = np.zeros(len(prepared), dtype=np.int64)
         counts: Counter[str] = Counter()
         cut, done = [], 0
         for future, share in zip(futures, shares, strict=False):
@@ -203,8 +189,9 @@ class ProcessEncoder:
             done += len(share)
             told(done)
             counts += report.counts
+            lost[share] = 0 if report.lost is None else report.lost
             cut += [(share[i], tokens, kept) for i, tokens, kept in report.cut]
-        return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES])
+        return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES], lost)
 
     def _broken(self) -> ModelError:
         return ModelError(

@@ -7,7 +7,6 @@ All machines must see the input, the model and the output under the same paths.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ from typing import Any
 
 import ebr_lib
 from ebr_lib.data.vectors import PART_PREFIX
-from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, clean_up, run_job
+from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, run_job
 from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder
-from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
-from ebr_lib.files import written_whole
+from ebr_lib.errors import ConfigError, ModelError, UserError
+from ebr_lib.files import make_folder, replace_folder, written_whole
+from ebr_lib.logs import logger
 
 RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
 
@@ -55,18 +55,25 @@ class RayEngine:
         self._ray = ray
         self._began = not ray.is_initialized()
         if self._began:
-            # on a cluster the workers get this package from here; on this machine they import the same files
-            package = {"py_modules": [str(Path(ebr_lib.__file__).parent)]} if address else None
+            package = {"py_modules": [str(Path(ebr_lib.__file__).parent)]}  # the workers need not have it installed
             ray.init(address or "local", runtime_env=package, include_dashboard=False, log_to_driver=False)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         options: dict[str, Any] = {"num_gpus": min(gpus, 1), "max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(num_cpus=1, **options)(ShardWorker)
-        self.actors: list[Any] = [worker.remote(recipe) for _ in range(actors or gpus or 1)]
+        self.actors: list[Any] = [worker.remote(recipe) for _ in range(self._fitting(actors or gpus or 1, gpus))]
         try:
             self.facts: EncoderFacts = self._answer(self.actors[0].facts.remote())
         except BaseException:
             self.close()
             raise
+
+    def _fitting(self, actors: int, gpus: int) -> int:
+        """As many actors as there is room for: Ray would wait for room that never comes, without a word."""
+        room = gpus or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        if actors > room:
+            kind = "GPUs" if gpus else "CPUs"
+            logger.warning("num_actors %d: the cluster has %d %s; %d actors run", actors, room, kind, room)
+        return min(actors, room)
 
     def _answer(self, reference: Any) -> Any:
         try:
@@ -82,13 +89,10 @@ class RayEngine:
     def run(self, job: Job, progress: Progress) -> Outcome:
         """Encode every input file into a part file; parts that an interrupted run has finished are kept.
 
-        :raises DataError: the output is a file, or as `run_job`.
+        :raises DataError: as `run_job`.
         :raises ModelError: a worker was lost more than RETRIES times.
         """
-        if job.output.is_file():
-            raise DataError(
-                f"{job.output} is a file; engine ray writes a folder of part files: give another output_path"
-            )
+        progress(0, 0, 0.0)
         shards = list(_shards(job))
         outcomes: dict[int, Outcome] = {}
         waiting = list(enumerate(shards))[::-1]
@@ -107,20 +111,38 @@ class RayEngine:
         return _added([outcomes[number] for number in range(len(shards))])
 
     def finish(self, job: Job) -> None:
-        """Collect the rejects into one file and put the folder of parts in its place."""
+        """Collect the rejects into one file, put the folder of parts in its place, and clean up there.
+
+        In this order: until the folder is moved, an interrupted run finds all that it knew.
+        """
         shards = list(_shards(job))
         _collect_rejects(job, shards)
+        replace_folder(job.folder, job.output)
         for shard in shards:
-            clean_up(shard)
-            shard.rejects.unlink(missing_ok=True)
-        with written_whole(job.output) as new:
-            os.replace(job.folder, new)
+            shutil.rmtree(job.output / shard.folder.name)
+            (job.output / shard.rejects.name).unlink(missing_ok=True)
 
     def close(self) -> None:
         for actor in self.actors:
             self._ray.kill(actor)
         if self._began:
             self._ray.shutdown()
+
+
+def check_output_folder(folder: Path) -> None:
+    """Make sure, before the work, that a folder of part files can be written, in the stead of nothing but such.
+
+    :raises ConfigError: a file stands there, or a folder of other files, or the place cannot be written to.
+    """
+    make_folder(folder.parent)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; engine ray writes a folder of part files: give another output_path")
+    others = [place.name for place in folder.glob("*") if not place.name.startswith(PART_PREFIX)]
+    if others:
+        raise ConfigError(
+            f"output folder {folder} is replaced as a whole and holds other files ({', '.join(sorted(others)[:5])}); "
+            "give a folder of its own"
+        )
 
 
 def _shards(job: Job) -> Iterator[Job]:
@@ -137,7 +159,8 @@ def _added(outcomes: list[Outcome]) -> Outcome:
         counts.update(outcome.counts)
         reasons.update(outcome.reasons)
     examples = [example for outcome in outcomes for example in outcome.examples]
-    return Outcome(counts, reasons, examples[:EXAMPLES], any(outcome.resumed for outcome in outcomes))
+    inputs = [entry for outcome in outcomes for entry in outcome.inputs]
+    return Outcome(counts, reasons, examples[:EXAMPLES], inputs, any(outcome.resumed for outcome in outcomes))
 
 
 def _collect_rejects(job: Job, shards: list[Job]) -> None:

@@ -37,6 +37,8 @@ def digest_of(text: bytes) -> bytes:
 class Store:
     """The distinct texts of a job, numbered by first appearance, their vectors, and the job's state.
 
+    Behind each vector stands how many tokens of its text were cut off.
+
     Two steps make a window durable: `keep` its new vectors, so that they are never made again; and, when its rows are
     written, `commit` the state that says so.
     """
@@ -77,11 +79,11 @@ class Store:
 
     def begin(self, dim: int, first: int) -> None:
         """Open the vectors, and number from `first` on, where the windows that are not written yet begin."""
-        self.dim, self._first = dim, first
+        self.dim, self._first, self._row_bytes = dim, first, (dim + 1) * 4
         (self.kept,) = self._database.execute("SELECT count(*) FROM seen").fetchone()
         self._next = self.kept
         self._vectors = os.open(self._folder / self.VECTORS, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._vectors, self.kept * dim * 4)
+        os.ftruncate(self._vectors, self.kept * self._row_bytes)
 
     def number(self, digests: Sequence[bytes]) -> tuple[list[int], int]:
         """Number a window's texts by their hashes: the place of each, and the first place that this window begins."""
@@ -104,10 +106,14 @@ class Store:
             known.update(self._database.execute(query, part))
         return known
 
-    def keep(self, digests: Sequence[bytes], first: int, vectors: NDArray[np.float32], report: dict[str, Any]) -> None:
-        """Make a window's new vectors durable: those of the places from `first` on, and what was counted over them."""
+    def keep(
+        self, digests: Sequence[bytes], vectors: NDArray[np.float32], lost: NDArray[Any], report: dict[str, Any]
+    ) -> None:
+        """Make new vectors durable: those of the places from `kept` on, and what was counted over them."""
         assert self._vectors is not None
-        _write_all(self._vectors, np.ascontiguousarray(vectors, dtype=np.float32), first * self.dim * 4)
+        first = self.kept
+        rows = np.column_stack([vectors, lost]).astype(np.float32)
+        _write_all(self._vectors, rows, first * self._row_bytes)
         os.fsync(self._vectors)
         with self._transaction():
             numbered = ((digest, first + i) for i, digest in enumerate(digests))
@@ -117,17 +123,18 @@ class Store:
         for digest in digests:
             del self._waiting[digest]
 
-    def report_of(self, first: int) -> dict[str, Any]:
-        """What was counted when the window that begins at place `first` was encoded; empty if it had no new text."""
-        row = self._database.execute("SELECT value FROM reports WHERE first = ?", (first,)).fetchone()
-        return json.loads(row[0]) if row else {}
+    def reports_of(self, first: int, after: int) -> list[dict[str, Any]]:
+        """What was counted when the texts of the places from `first` to before `after` were encoded."""
+        query = "SELECT value FROM reports WHERE first >= ? AND first < ? ORDER BY first"
+        return [json.loads(value) for (value,) in self._database.execute(query, (first, after))]
 
-    def vectors(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors of places, float32, places × dimensions."""
+    def vectors(self, places: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of places, float32, places × dimensions; and how many tokens each text lost."""
         assert self._vectors is not None
-        size = self.dim * 4
+        size = self._row_bytes
         chunks = [os.pread(self._vectors, size, place * size) for place in places.tolist()]
-        return np.frombuffer(b"".join(chunks), dtype=np.float32).reshape(len(places), self.dim)
+        rows = np.frombuffer(b"".join(chunks), dtype=np.float32).reshape(len(places), self.dim + 1)
+        return rows[:, :-1], rows[:, -1]
 
     def commit(self, state: dict[str, Any]) -> None:
         """Make the job's state durable: all that it tells of was brought to the disk before."""

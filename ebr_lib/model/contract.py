@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 CONTRACT_FILE = "ebr_contract.json"
+# beside the weights; not what a run writes into the folder of the model that it trains
+SETUP_FILES = ("modules.json", "*config.json", "tokenizer.json", "vocab.txt", "*.model", "*.py")
 PROBE_COSINE = 0.999  # below this the vectors are not those of the saved model; bf16 stays above 0.9998
 PROBES = (
     "wireless earphones that stay in while running",
@@ -110,3 +112,20 @@ def weights_sha256(folder: str | Path) -> str | None:
     if len(files) == 1:
         return sha256_of(files[0])
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+
+
+def files_sha256(folder: str | Path) -> str:
+    """One sha256 for what a model is made of besides the weights of `weights_sha256`.
+
+    Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this.
+    """
+    import hashlib
+
+    folder = Path(folder)
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    files = [file for pattern in SETUP_FILES for file in folder.glob(pattern)]
+    for part in {module["path"] for module in modules if module["path"]}:
+        files += [file for pattern in ("*.safetensors", *SETUP_FILES) for file in (folder / part).glob(pattern)]
+    named = sorted((file.relative_to(folder).as_posix(), sha256_of(file)) for file in files)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
