@@ -44,7 +44,7 @@ Vectors = NDArray[np.float32]
 Run = dict[str, Any]
 CACHE = Path(tempfile.gettempdir()) / "ebr-benchmark-projection"
 SEED = 42
-ROUNDS = {5000: 3, 20_000: 2}  # else: one
+ROUNDS = {5000: 3}  # else: one
 PATIENCE = 1200  # seconds after which a contender is given up
 
 
@@ -229,7 +229,7 @@ def _judge_file(rows: int, vectors: Path) -> Path:
 
 def many(rows: int, vectors: Path, spread: float = 0.5) -> Path:
     """A file of many rows: each real vector again and again, moved by noise of half its length; labels by k-means."""
-    path = vectors.parent / f"many-{rows}.npy"
+    path = vectors.parent / f"many-{vectors.stem}-{rows}.npy"
     if not path.is_file():
         from ebr_lib.view.clusters import find_clusters
 
@@ -379,7 +379,7 @@ def maps(sizes: Sequence[int], given: argparse.Namespace, vectors: Path) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 20_000, 100_000])
-    parser.add_argument("--rounds", type=int, help="default: 3 at 5,000, 2 at 20,000, else 1")
+    parser.add_argument("--rounds", type=int, help="default: 3 at 5,000, else 1")
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name holds one of these words")
     parser.add_argument("--main", action="store_true", help=", ".join(MAIN))
     parser.add_argument("--quick", action="store_true", help="1,000 vectors, one round, few contenders")

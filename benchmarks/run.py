@@ -67,7 +67,7 @@ PARTS = {
     "index": Part("Index and search", "index.py", "--quick"),
     "projection": Part("Maps and numbers", "projection.py --sizes 5000 20000 --main --again", "--quick"),
     "projection100k": Part("Maps of 100,000 vectors", "projection.py --sizes 100000 --again", "--quick", always=False),
-    "stage": Part("Drawing a million vectors", "projection.py --stage 1000000", "--quick --stage 20000", always=False),
+    "stage": Part("Drawing a million vectors", "projection.py --stage 1000000", "--quick --stage 3000", always=False),
     "million": Part("Evaluation against a million documents", "index.py --million", "", always=False),
     "quality": Part(
         "Quality",
@@ -107,7 +107,7 @@ def main() -> None:
         if missing := part.missing(args.multilingual):
             print(f"--- {name}: skipped, {missing}", flush=True)
             continue
-        command = f"{part.command} {part.quick}" if args.quick else part.command
+        command = f"{part.command} {part.quick}".strip() if args.quick else part.command
         print(f"--- python benchmarks/{command}", flush=True)
         start = time.perf_counter()
         tables = run(command, {"DIR": args.data, "MODEL": args.multilingual})

@@ -1,0 +1,65 @@
+"""The machinery of the benchmarks: what they measure is not tested, only that they run and keep what they found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import contest
+import run
+
+
+def counting(start: int):
+    """A contender whose turns count, in its own process; a negative one fails at its second turn."""
+    turns = iter(range(start, start + 3) if start >= 0 else range(1))
+    return partial(lambda: (next(turns), os.getpid()))
+
+
+def test_turns_come_in_order_from_a_process_each():
+    found = contest.take_turns({"a": partial(counting, 10), "b": partial(counting, 20)}, rounds=2)
+    assert {name: [number for number, _ in turns] for name, turns in found.items()} == {
+        "a": [10, 11, 12],
+        "b": [20, 21, 22],
+    }
+    processes = {name: {process for _, process in turns} for name, turns in found.items()}
+    assert len(processes["a"]) == len(processes["b"]) == 1
+    assert len(processes["a"] | processes["b"] | {os.getpid()}) == 3
+
+
+def test_a_contender_that_fails_is_told_and_the_others_go_on(capfd):
+    found = contest.take_turns({"bad": partial(counting, -1), "good": partial(counting, 1)}, rounds=1)
+    assert [number for number, _ in found.pop("good")] == [1, 2]
+    assert not found
+    assert "bad failed" in capfd.readouterr().out
+
+
+def test_a_section_replaces_its_own_and_leaves_the_others(tmp_path: Path):
+    results = tmp_path / "RESULTS.md"
+    for title, text in (("Files", "old"), ("Files and more", "kept"), ("Index", "kept too"), ("Files", "new \\1")):
+        run.keep(results, title, text)
+    assert results.read_text(encoding="utf-8") == (
+        f"{run.HEAD}\n## Files\n\nnew \\1\n\n## Files and more\n\nkept\n\n## Index\n\nkept too\n"
+    )
+
+
+def test_quick_results_never_lie_over_full_ones():
+    assert run.QUICK_RESULTS.parent != run.RESULTS.parent
+
+
+@pytest.mark.parametrize("script", sorted({part.command.split()[0] for part in run.PARTS.values()}))
+def test_every_part_gives_its_script_options_that_it_knows(script: str):
+    shown = subprocess.run(
+        [sys.executable, str(run.HERE / script), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    commands = [
+        f"{part.command} {part.quick}".split() for part in run.PARTS.values() if part.command.startswith(script)
+    ]
+    options = {word for command in commands for word in command if word.startswith("--")}
+    assert options <= set(shown.replace(",", " ").replace("[", " ").replace("]", " ").split())
