@@ -42,6 +42,7 @@ from ebr_lib.retrieval.faiss_index import (
     open_index,
     opened,
     plan_index,
+    read_rows,
     save_vectors,
     share_of_twins,
     stamp_of,
@@ -114,10 +115,11 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     _check_columns(config.embedding_path, config.id_column)
     plan = plan_index(rows, dim, config.kind, config.compression)
     logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
+    index = new_index(plan, dim, config.ef_construction)  # a kind that will not do is told before the queries' encoding
     real = _real_queries(config, made_by, dim)
     with written_whole(config.output_dir) as folder:
         folder.mkdir()
-        built = _build(config, plan, folder, (rows, dim), real)
+        built = _build(config, index, folder, rows, real)
         result = _measure(config, plan, built, folder)
         write_json(folder / MANIFEST_FILE, _manifest(config, made_by, result, built.bytes))
         config.save(folder / CONFIG_FILE)
@@ -174,12 +176,11 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
     return _encoder(settings, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
-def _build(config: IndexConfig, plan: Plan, folder: Path, size: tuple[int, int], real: Vectors | None) -> _Built:
+def _build(config: IndexConfig, index: Any, folder: Path, rows: int, real: Vectors | None) -> _Built:
     """Train, fill and find the exact neighbours to measure against."""
-    rows, dim = size
+    dim = index.d
     rng = np.random.default_rng(config.seed)
     start = time.perf_counter()
-    index = new_index(plan, dim, config.ef_construction)
     if not index.is_trained:
         wanted = min(rows, max(TRAIN_POINTS * cells_of(index), 20_000))
         sample = np.sort(rng.choice(rows, wanted, replace=False))
@@ -449,8 +450,14 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
                 add(unit(batch.vectors))
                 sidecar.add(batch.rows + first, batch.columns)
         sidecar.close()
+        known = held.known_among(read_rows(folder / ROWS_FILE).slice(len(held.rows)))
         size = save_vectors(folder, held.index)
         write_json(folder / MANIFEST_FILE, held.manifest | {"rows": int(held.index.ntotal), "index_bytes": size})
+    if known:
+        logger.warning(
+            "%d of the new rows have an id (column %s) that stood in the index already: both are found, delete_rows "
+            "hides both", known, held.manifest["id_column"],
+        )  # fmt: skip
     return len(held)
 
 

@@ -12,13 +12,13 @@ from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.retrieval.faiss_index import (
     SearchIndex,
     Truth,
-    _read_rows,
     cells_of,
     exact_neighbours,
     fill,
     measure_point,
     new_index,
     plan_index,
+    read_rows,
     recall_of,
     share_of_twins,
     sweep,
@@ -50,7 +50,7 @@ def build(kind, vectors, folder, batch=128):
     gathered = fill(index, batches, folder / "rows", np.array([0, 127, 128, 650]))
     np.testing.assert_allclose(gathered, vectors[[0, 127, 128, 650]], atol=1e-6)
     manifest = {"search": {"knob": plan.knob, "setting": plan.settings(8)[-1]}}
-    return plan, SearchIndex(folder, index, _read_rows(folder / "rows"), manifest, np.empty(0, np.int64))
+    return plan, SearchIndex(folder, index, read_rows(folder / "rows"), manifest, np.empty(0, np.int64))
 
 
 def test_kind_goes_by_size():
@@ -62,6 +62,23 @@ def test_kind_goes_by_size():
         new_index(plan_index(10, 8, "HSNW32"), 8, 40)
     with pytest.raises(DataError, match="5 vectors cannot train 8 cells"):
         train(new_index(plan_index(5, 4, "IVF8,Flat"), 4, 40), np.ones((5, 4), np.float32), 0)
+
+
+@pytest.mark.parametrize("kind", ["IDMap,Flat", "IDMap2,HNSW16", "PQ8x4fs", "PQ8", "OPQ8_16,PQ8", "NSG16", "HNSW8_PQ4"])
+def test_a_kind_that_cannot_do_all_is_refused_before_anything_is_built(kind):
+    with pytest.raises(
+        ConfigError, match=f"kind '{kind}': .*(leave IDMap out|cannot search under a filter|a part at a time)"
+    ):
+        new_index(plan_index(10, 16, kind), 16, 40)
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "PCA12,HNSW16", "HNSW16,RFlat"])
+def test_the_effort_of_building_reaches_a_graph_wherever_it_stands(kind):
+    import faiss
+
+    index = new_index(plan_index(10, 16, kind), 16, 123)
+    part = index.index if "PCA" in kind else getattr(index, "base_index", index)
+    assert faiss.downcast_index(part).hnsw.efConstruction == 123
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -286,15 +286,35 @@ def test_no_folder_with_other_files_is_replaced(embeds, tmp_path):
     assert embeds.is_file()
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "rows.arrow", "manifest.json"])
+@pytest.mark.parametrize("name", ["index.faiss", "rows.arrow", "manifest.json", "deleted.npy"])
 def test_a_truncated_file_is_named(folder, name):
+    delete_rows(folder, "p1")
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=name):
         search(folder, "pan")
+    (folder / name).write_bytes(b"")
+    with pytest.raises(DataError, match=name):
+        search(folder, "pan")
     (folder / name).unlink()
+    if name == "deleted.npy":
+        assert len(search(folder, "pan").rows) == 6
+        return
     with pytest.raises((DataError, MissingError), match=name):
         search(folder, "pan")
+
+
+def test_deleted_rows_of_another_index_are_noticed(folder):
+    np.save(folder / "deleted.npy", np.array([6]))
+    with pytest.raises(DataError, match=r"deleted\.npy names rows that the index does not have"):
+        search(folder, "pan")
+
+
+def test_ids_that_stand_in_the_index_already_are_counted(folder, tiny_bert, tmp_path, caplog):
+    delete_rows(folder, "p3")
+    more = embedding_file(tmp_path / "more.txt", tiny_bert, TEXTS[:3], KINDS[:3], 2)
+    assert add_rows(folder, more) == 8
+    assert "2 of the new rows have an id (column id) that stood in the index already" in caplog.text  # p2, p4
 
 
 def test_rows_of_another_index_are_noticed(folder, tmp_path):

@@ -104,7 +104,8 @@ def _pieces(dim: int) -> int:
 def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:
     """An empty index of inner product.
 
-    :raises ConfigError: Faiss does not know the factory string, or not for this dimension.
+    :raises ConfigError: Faiss does not know the factory string, or not for this dimension, or what it makes cannot be
+        filled or searched as all kinds here are.
     """
     faiss = _faiss()
     try:
@@ -115,9 +116,46 @@ def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:
             f"kind {plan.factory!r} is no Faiss factory string for {dim} dimensions ({reason}); "
             "use auto, Flat, HNSW32, IVF4096,SQ8 or the like"
         ) from error
-    if hasattr(index, "hnsw"):
-        index.hnsw.efConstruction = ef_construction
+    _check_usable(plan.factory, index)
+    searched = _searched(index)
+    if hasattr(searched, "hnsw"):
+        searched.hnsw.efConstruction = ef_construction
     return index
+
+
+def _check_usable(factory: str, index: Any) -> None:
+    """Whether rows can be numbered as they come, compared under a filter, and given back."""
+    faiss = _faiss()
+    if isinstance(index, faiss.IndexIDMap):
+        raise ConfigError(f"kind {factory!r}: the numbers of the rows are the ids here; leave IDMap out")
+    if isinstance(_searched(index), faiss.IndexNSG | faiss.IndexNNDescent):
+        raise ConfigError(f"kind {factory!r}: such a graph cannot be filled a part at a time; use HNSW32")
+    part = _comparable(index)
+    if not isinstance(part, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVF):
+        raise ConfigError(
+            f"kind {factory!r}: {type(part).__name__} cannot search under a filter; give it cells (IVF4096,PQ32x4fs) "
+            "or use Flat, SQ8 or HNSW32"
+        )
+
+
+def _searched(index: Any) -> Any:
+    """The part of an index that is searched first: behind its transforms, before re-ranking."""
+    faiss = _faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _searched(index.index)
+    return _searched(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+
+
+def _comparable(index: Any) -> Any:
+    """The part of an index that holds every vector in one place: behind its transforms, its re-ranking, its graph."""
+    faiss = _faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _comparable(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return _comparable(index.refine_index)
+    return faiss.downcast_index(getattr(index, "storage", index))
 
 
 def train(index: Any, sample: Vectors, seed: int) -> None:
@@ -427,7 +465,7 @@ class SearchIndex:
         a few cells would find too few of them, or others than the nearest."""
         if allowed.sum() <= EXACT_ROWS:
             return self._one_by_one(query, k, np.flatnonzero(allowed))
-        part, wanted = comparable(self.index, query)
+        part, wanted = _comparable(self.index), _transformed(self.index, query)
         bits = np.packbits(allowed, bitorder="little")  # must outlive the search
         selector = _faiss().IDSelectorBitmap(bits)
         return _there(*part.search(wanted[None, :], min(k, len(allowed)), params=_of_all_cells(part, selector)))
@@ -470,18 +508,27 @@ class SearchIndex:
             raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
         return np.flatnonzero(pc.is_in(values, value_set=pa.array(list(ids), pa.string())).to_numpy())
 
+    def known_among(self, added: pa.Table) -> int:
+        """How many added rows have an id that a row here, not hidden, has; 0 where no column is known to hold ids."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
-def comparable(index: Any, query: Vectors) -> tuple[Any, Vectors]:
-    """The part of an index that holds every vector in one place, and the query as that part wants it."""
+        if (name := self.manifest.get("id_column")) is None:
+            return 0
+        hidden = np.isin(np.arange(len(self.rows)), self.deleted)
+        known = pc.is_in(added.column(name), value_set=self.rows.column(name).filter(pa.array(~hidden)))
+        return int(pc.sum(known).as_py() or 0)
+
+
+def _transformed(index: Any, query: Vectors) -> Vectors:
+    """A query as the comparable part of an index wants it."""
     faiss = _faiss()
     index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        for i in range(index.chain.size()):
-            query = index.chain.at(i).apply(query[None, :])[0]
-        return comparable(index.index, query)
-    if isinstance(index, faiss.IndexRefine):
-        return comparable(index.refine_index, query)
-    return faiss.downcast_index(getattr(index, "storage", index)), query
+    if not isinstance(index, faiss.IndexPreTransform):
+        return query
+    for i in range(index.chain.size()):
+        query = index.chain.at(i).apply(query[None, :])[0]
+    return _transformed(index.index, query)
 
 
 def _of_all_cells(index: Any, allowed: Any) -> Any:
@@ -533,14 +580,13 @@ def open_index(folder: str | Path) -> SearchIndex:
         index = faiss.read_index(str(place))
     except RuntimeError as error:
         raise DataError(f"{place} is no whole Faiss index; build the index again") from error
-    rows = _read_rows(folder / ROWS_FILE)
+    rows = read_rows(folder / ROWS_FILE)
     if not index.ntotal == len(rows) == manifest["rows"]:
         raise DataError(
             f"{folder}: {index.ntotal} vectors, {len(rows)} rows of columns, {manifest['rows']} in the manifest; "
             "build the index again"
         )
-    deleted = folder / DELETED_FILE
-    return SearchIndex(folder, index, rows, manifest, np.load(deleted) if deleted.is_file() else np.empty(0, np.int64))
+    return SearchIndex(folder, index, rows, manifest, _read_deleted(folder / DELETED_FILE, len(rows)))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -555,13 +601,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_rows(path: Path) -> pa.Table:
+def read_rows(path: Path) -> pa.Table:
     import pyarrow as pa
 
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not whole ({error}); build the index again") from error
+
+
+def _read_deleted(path: Path, rows: int) -> Ints:
+    if not path.is_file():
+        return np.empty(0, np.int64)
+    try:
+        deleted = np.load(path)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(
+            f"{path} is not whole ({error}); remove it to see every row, or build the index again"
+        ) from error
+    if deleted.dtype != np.int64 or not ((deleted >= 0) & (deleted < rows)).all():
+        raise DataError(f"{path} names rows that the index does not have; remove it to see every row, or build again")
+    return deleted
 
 
 def write_deleted(index: SearchIndex, numbers: Ints) -> None:
