@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, ModelError
-from ebr_lib.files import replace_folder, write_json, written_whole
+from ebr_lib.files import make_folder, replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.tables import Shown, Table
 
@@ -90,6 +90,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     from transformers import set_seed
 
     config = FinetuneConfig.resolve(config)
+    make_folder(Path(config.output_dir))
     data = _read(config)
     set_seed(config.seed)
     model = _model_with_adapter(config)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ebr_lib.config import VisConfig
 from ebr_lib.data.vectors import iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
-from ebr_lib.files import write_json
+from ebr_lib.files import check_output_file, write_json
 from ebr_lib.logs import logger
 from ebr_lib.tables import Shown, Table, shortened
 from ebr_lib.view import clusters as measure
@@ -481,6 +481,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     :raises DataError: it cannot be read, or has no such column.
     """
     config = VisConfig.resolve(config)
+    check_output_file(Path(config.output_path))
     items = _read(config.embedding_path, config)
     old = None
     if config.compare_path is not None:
