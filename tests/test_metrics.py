@@ -136,6 +136,13 @@ def test_the_list_is_that_of_a_full_sort(chunk):
     np.testing.assert_array_equal(got.scores, -np.sort(-scores, axis=1)[:, :20])
 
 
+def test_of_equal_scores_the_first_documents_are_listed():
+    scores = np.r_[np.zeros(300), 1, 1, 1, np.zeros(200)]
+    for chunk in (7, 64, 503):
+        got = ranked(scores, [{}], depth=10, chunk=chunk)
+        np.testing.assert_array_equal(got.ids[0], [300, 301, 302, *range(7)], err_msg=str(chunk))
+
+
 def test_a_list_longer_than_what_was_retrieved_ends_in_minus_one():
     got = ranked([[0.5, -np.inf, 0.7], [-np.inf] * 3], [{}, {}], depth=5)
     np.testing.assert_array_equal(got.ids, [[2, 0, -1, -1, -1], [-1] * 5])

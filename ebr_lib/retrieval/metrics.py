@@ -61,7 +61,7 @@ class Ranking:
     def _merge(self, queries: NDArray[np.int64], scores: Floats, first_document: int) -> None:
         old_ids, old_scores = self.ids[queries], self.scores[queries]
         take = min(self.depth, scores.shape[1])
-        best = np.argpartition(-scores, take - 1, axis=1)[:, :take]
+        best = _best(scores, take)
         ids = np.hstack([old_ids, best + first_document])
         merged = np.hstack([old_scores, np.take_along_axis(scores, best, axis=1)])
         # by score, then by number, so that the list shown does not hang on the size of the chunks
@@ -196,6 +196,15 @@ def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
 
 
 # --- from vectors -------------------------------------------------------------------------------------------------
+
+
+def _best(scores: Floats, take: int) -> NDArray[np.int64]:
+    """Columns of the best scores of each row, in any order; of those that tie for the last place, the first ones."""
+    best = np.argpartition(-scores, take - 1, axis=1)[:, :take]
+    last = np.take_along_axis(scores, best, axis=1).min(axis=1, keepdims=True)
+    for row in np.flatnonzero((scores >= last).sum(axis=1) > take):
+        best[row] = np.argsort(-scores[row], kind="stable")[:take]
+    return best
 
 
 def unit(vectors: Floats) -> Floats:
