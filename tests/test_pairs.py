@@ -127,7 +127,7 @@ def test_unused_columns_are_logged(tmp_path, caplog):
     file.write_text(json.dumps({"query": "q", "pos": ["p"], "prompt": "x", "type": "y"}))
     with caplog.at_level("INFO", "ebr_lib"):
         read_pairs(file)
-    assert "columns not used: prompt, type" in caplog.text
+    assert caplog.messages == ["未使用的列 columns not used: prompt, type"]
 
 
 BAD = [
@@ -138,7 +138,7 @@ BAD = [
     ('{"anchor": "a", "positive": " \\u200b\\t"}', "`positive` is blank"),
     ('{"anchor": "a", "positive": null}', "`positive`: wanted a text, found null"),
     ('{"anchor": "a", "positive": []}', "`positive` is an empty list"),
-    ('{"anchor": "a", "positive": ["b", 3]}', "found the number 3"),
+    ('{"anchor": "a", "positive": ["b", 3]}', "`positive`: wanted a text, found the number 3"),
     ('{"anchor": ["a"], "positive": "b"}', "`anchor`: wanted a text, found a list"),
     ('{"anchor": "a", "positive": "b", "negative": ""}', "`negative` is empty"),
     ('{"anchor": "a", "positive": "b", "pos": "c"}', "`positive` and `pos` both name the positive"),
@@ -163,6 +163,17 @@ def test_bad_rows_are_named(tmp_path, row, reason, layout):
     assert "bad.json, line 3:" in str(error.value)
 
 
+def test_the_first_bad_rows_are_listed_one_a_line_and_the_others_counted(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"anchor": "", "positive": "b"}\n' * 7)
+    with pytest.raises(DataError) as error:
+        read_pairs(file)
+    first, *lines, last = str(error.value).split("\n")
+    assert first.startswith("7 of 7 rows cannot be used")
+    assert lines == [f"  {file}, line {line}: `anchor` is empty" for line in range(1, 6)]
+    assert last == "  … and 2 more"
+
+
 def test_bad_lines_that_are_not_json(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(
@@ -179,7 +190,7 @@ def test_skip_counts_and_keeps_the_rows(tmp_path, caplog):
     file.write_text("[\n" + ",\n".join(row for row, _ in BAD) + ',\n{"anchor": "a", "positive": "b"}]')
     found = read_pairs(file, on_bad_row="skip", rejects=rejects)
     assert found == [Pair("a", ("b",), (), str(file), 2 + len(BAD))]
-    assert f"bad rows skipped: {len(BAD)}" in caplog.text
+    assert f"bad rows skipped: {len(BAD)} (first: {BAD[0][1]}" in caplog.text
     kept = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [(k["file"], k["line"], k["row"]) for k in kept] == [
         (str(file), 2 + i, row) for i, (row, _) in enumerate(BAD)
@@ -216,6 +227,10 @@ def test_missing_and_empty(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(MissingError, match=r"holds notes.txt, sub/ "):
+        read_pairs(tmp_path)
+    for letter in "bcdefghijkl":
+        (tmp_path / f"{letter}.txt").write_text("x")
+    with pytest.raises(MissingError, match=r"holds b.txt, c.txt, .* j.txt, k.txt \("):  # ten names are enough
         read_pairs(tmp_path)
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "b.jsonl").write_text("\n")
@@ -270,6 +285,7 @@ LONG_EN = (
         ("where is my card", "where was my card", False),
         ("iphone 13 case", "iphone 14 case", False),
         ("iphone 13 case", "iphone 13 cases", True),
+        ("iphone case", "i phone case", True),
         ("无线蓝牙耳机", "无线篮牙耳机", True),
         ("无线蓝牙耳机", "无线蓝牙耳机。", True),
         ("无线蓝牙耳机", "无线耳机", False),
@@ -345,6 +361,12 @@ def test_groups_over_many_blocks(monkeypatch):
     whole = near_duplicate_groups(texts)
     monkeypatch.setattr(pairs_module, "_BLOCK_LETTERS", 1)
     assert near_duplicate_groups(texts).tolist() == whole.tolist()
+
+
+def test_blocks_are_full_but_not_larger(monkeypatch):
+    monkeypatch.setattr(pairs_module, "_BLOCK_LETTERS", 10)
+    blocks = list(pairs_module._blocks(["four"] * 12, range(2, 12)))
+    assert [block.owners.tolist() for block in blocks] == [[2, 3, 4], [5, 6, 7], [8, 9, 10], [11]]
 
 
 anchors = st.lists(st.text("abcde 一二三", min_size=1, max_size=9).filter(lambda t: t.strip()), min_size=1, max_size=30)
