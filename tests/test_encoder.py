@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 
 from ebr_lib.errors import ModelError
-from ebr_lib.model import precision
+from ebr_lib.model import encoder, precision
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder, batches, dealt
 from ebr_lib.model.loading import load_model
@@ -279,3 +279,16 @@ def test_halves_are_the_whole(bert):
 def test_bar_reaches_the_end(bert, capsys):
     exact(bert).encode(TEXTS, show_bar=True)
     assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
+
+
+def test_texts_are_tokenized_in_chunks_of_bounded_size(bert, monkeypatch):
+    texts = ["a" * 90, *["blanket"] * 30, "毯子" * 60, "", "b" * 40, "c" * 70]
+    whole = exact(bert).tokenize(texts)
+    monkeypatch.setattr(encoder, "TOKENIZER_CHUNK", 10)
+    monkeypatch.setattr(encoder, "TOKENIZER_CHARACTERS", 100)
+    chunks = list(encoder._chunks(texts))
+    assert [text for chunk in chunks for text in chunk] == texts
+    assert all(len(chunk) <= 10 and (len(chunk) == 1 or sum(map(len, chunk)) <= 100) for chunk in chunks)
+    cut = exact(bert).tokenize(texts)
+    assert all(np.array_equal(getattr(whole, name), getattr(cut, name)) for name in ("ids", "lengths", "lost"))
+    assert len(exact(bert).tokenize([])) == 0

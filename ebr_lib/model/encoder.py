@@ -31,6 +31,7 @@ PACKED_LENGTH = 64  # in bfloat16 on a CPU, packed rows were 1.2 times as fast u
 SIMILAR = 0.75  # a text this much of the longest, or more, fits its batch
 FAIR_TOKENS = 512
 TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
+TOKENIZER_CHARACTERS = 1 << 22  # of such texts in all: what is cut off of long ones are objects too
 FLUSH_ROWS = 16384  # vectors that wait on the device before they are copied to memory
 NO_LIMIT = 10**6  # a tokenizer that has no limit says 1e30
 PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s> <|endoftext|>\n\tÀé😀", "long " * 600)
@@ -91,10 +92,9 @@ class Tokenizer:
         backend = self._backend()
         special = backend.num_special_tokens_to_add(False)
         ids, lengths, lost = [np.empty(0, np.int32)], list[int](), list[int]()
-        for start in range(0, len(texts), TOKENIZER_CHUNK):
-            chunk = [self.prompt + text for text in texts[start : start + TOKENIZER_CHUNK]]
-            found = backend.encode_batch_fast(chunk)
-            ids.append(np.concatenate([np.asarray(text.ids, dtype=np.int32) for text in found]))
+        for chunk in _chunks(texts):
+            found = backend.encode_batch_fast([self.prompt + text for text in chunk])
+            ids += [np.asarray(text.ids, dtype=np.int32) for text in found]
             lengths += [len(text) for text in found]
             lost += [sum(len(rest) - special for rest in text.overflowing) for text in found]
         return Tokens(np.concatenate(ids), np.asarray(lengths, np.int64), np.asarray(lost, np.int64))
@@ -317,6 +317,17 @@ class Encoder:
             show_progress_bar=show_bar,
         )
         return np.asarray(vectors, dtype=np.float32)
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut texts where so many, or so many characters, are together; a longer text is a chunk of its own."""
+    start = characters = 0
+    for place, text in enumerate(texts):
+        if place - start == TOKENIZER_CHUNK or (place > start and characters + len(text) > TOKENIZER_CHARACTERS):
+            yield texts[start:place]
+            start, characters = place, 0
+        characters += len(text)
+    yield texts[start:]
 
 
 def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
