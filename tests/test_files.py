@@ -1,4 +1,4 @@
-"""Where a stage is to write is looked at before its work: a place that cannot be is one line, not a stack at the end."""
+"""Where a stage is to write is looked at before its work: a place that cannot be is one line, and comes first."""
 
 from __future__ import annotations
 

@@ -117,3 +117,39 @@ def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: 
     (tmp_path / "parts.txt").write_text("a file")
     with pytest.raises(ConfigError, match="is a file"):
         run(tmp_path, **knobs)
+
+
+def test_more_workers_than_there_is_room_for_are_not_waited_for(tmp_path: Path, tiny_bert: Path, cluster, caplog):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
+    result = run(tmp_path, **knobs, num_actors=5, output_path=str(tmp_path / "parts.txt"))
+    assert result.counts["written"] == 1
+    assert "num_actors 5: the cluster has 2 CPUs; 2 actors run" in caplog.text
+
+
+def test_stopped_at_its_end_it_has_lost_nothing(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+    """Whichever step of the end is the last: the parts are in their place, or the same call encodes nothing again."""
+    from ebr_lib.engines import ray_cluster
+
+    for number in range(2):
+        catalogue(tmp_path, [f"{number}-{i}\x01blanket {i}\x01x" for i in range(9)] + ["lost"], f"{number}.csv")
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
+    knobs["output_path"] = str(tmp_path / "parts.txt")
+    for step in ("_collect_rejects", "replace_folder"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ray_cluster, step, lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(tmp_path, **knobs)
+        assert len(list(tmp_path.glob("parts.txt.work/part-*.work/state.sqlite"))) == 2
+        result = run(tmp_path, **knobs)
+        assert read_embeddings(result.output).total == 18
+        assert len(rejects_of(result.rejects)) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ray_cluster.shutil, "rmtree", lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path, **knobs)
+    assert read_embeddings(tmp_path / "parts.txt").total == 18
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path, cluster):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    with pytest.raises(ConfigError, match=r"replaced as a whole and holds other files \(a\.csv\)"):
+        run(tmp_path, engine="ray", output_path=str(tmp_path / "in"), data_path=str(tmp_path / "in" / "a.csv"))
