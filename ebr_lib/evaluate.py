@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,18 +15,31 @@ import numpy as np
 
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.pairs import normalised, read_pairs
+from ebr_lib.errors import DataError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
-from ebr_lib.retrieval.contenders import BM25_NAME, EncoderSettings, labels, rank_with_bm25, rank_with_model
+from ebr_lib.retrieval.contenders import (
+    BM25_B,
+    BM25_K1,
+    BM25_NAME,
+    EncoderSettings,
+    How,
+    check_bm25,
+    check_model,
+    labels,
+    rank_with_bm25,
+    rank_with_model,
+)
 from ebr_lib.retrieval.metrics import Ranking, Values, measure
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
-from ebr_lib.retrieval.task import Columns, RetrievalTask, find_sources, query_slices, read_task
+from ebr_lib.retrieval.task import Columns, Corpus, RetrievalTask, find_sources, query_slices, read_task
 from ebr_lib.tables import Shown, Table
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
 SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
 CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE = "eval_config.yaml", "report.html", "report.json", "qrels.trec"
+RUN_ENDING = ".run.trec"
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +67,7 @@ class _Contender:
     ranking: Ranking
     values: dict[str, Values]
     seconds: float
+    how: How
 
     def means(self, chosen: Any = slice(None)) -> dict[str, float]:
         return {name: float(values[chosen].mean()) for name, values in self.values.items()}
@@ -71,6 +87,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
     folder = make_folder(Path(config.output_dir))
     contenders = dict(_contenders(config, task))
+    _tell_of_other_runs(folder, contenders)
     report = _report(config, task, contenders, task.facts() | leaked)
     runs = _write(config, folder, task, contenders, report)
     table = _summary(report)
@@ -107,18 +124,41 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     return task, {"queries_in_training": leaked}
 
 
-def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterable[tuple[str, _Contender]]:
-    settings = {name: getattr(config, name) for name in EncoderSettings.__dataclass_fields__ if name != "model_name"}
-    for label, name in zip(labels(config.models), config.models, strict=True):
+def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterator[tuple[str, _Contender]]:
+    stored = _checked(config, task.corpus)
+    names = labels(config.models, [BM25_NAME] if config.bm25 else [])
+    for label, (settings, is_stored) in zip(names, stored.items(), strict=True):
         start = time.perf_counter()
-        yield label, _measured(rank_with_model(EncoderSettings(name, **settings), task), config, start)
+        yield label, _measured(*rank_with_model(settings, task, is_stored), config, start)
     if config.bm25:
         start = time.perf_counter()
-        yield BM25_NAME, _measured(rank_with_bm25(task), config, start)
+        yield BM25_NAME, _measured(rank_with_bm25(task), {"k1": BM25_K1, "b": BM25_B}, config, start)
 
 
-def _measured(ranking: Ranking, config: EvalConfig, start: float) -> _Contender:
-    return _Contender(ranking, measure(ranking, config.ks), time.perf_counter() - start)
+def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSettings, bool]:
+    """Each model's settings, and whether its document vectors are stored; what cannot be measured is told of all
+    contenders at once, before any of them is ranked."""
+    knobs = {name: getattr(config, name) for name in EncoderSettings.__dataclass_fields__ if name != "model_name"}
+    stored: dict[EncoderSettings, bool] = {}
+    errors: list[UserError] = []
+    for name in config.models:
+        settings = EncoderSettings(name, **knobs)
+        try:
+            stored[settings] = check_model(settings, corpus)
+        except UserError as error:
+            errors.append(error)
+    try:
+        if config.bm25:
+            check_bm25(corpus)
+    except DataError as error:
+        errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else type(errors[0])("\n".join(map(str, errors)))
+    return stored
+
+
+def _measured(ranking: Ranking, how: How, config: EvalConfig, start: float) -> _Contender:
+    return _Contender(ranking, measure(ranking, config.ks), time.perf_counter() - start, how)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -141,7 +181,15 @@ def _report(
         duels=[_duel(config, task, a, b, contenders) for a, b in pairs],
         slices=parts,
         slice_metrics=(f"recall@{max(config.ks)}", MAIN_METRIC),
+        measured={"data": _data_said(config), "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")},
+        how={name: c.how for name, c in contenders.items()},
     )
+
+
+def _data_said(config: EvalConfig) -> str:
+    """The paths that were given; `data_path` is not read where the queries have their own."""
+    places = [config.queries_path or config.data_path, config.corpus_path, config.qrels_path]
+    return ", ".join(place for place in places if place)
 
 
 def _duel(
@@ -191,7 +239,7 @@ def _summary(report: Report) -> Table:
 
 
 def _interval(d: Difference) -> str:
-    return f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.p_holm < 0.05 else ''}"
+    return f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.sure else ''}"
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -207,10 +255,20 @@ def _write(
     with written_whole(folder / CONFIG_FILE) as new:
         config.save(new)
     _write_lines(folder / QRELS_FILE, _qrel_lines(task))
-    runs = {name: folder / f"{quote(name, safe=' ')}.run.trec" for name in contenders}
+    runs = _run_files(folder, contenders)
     for name, path in runs.items():
-        _write_lines(path, _run_lines(task, contenders[name].ranking, quote(name)))
+        _write_lines(path, _run_lines(task, contenders[name].ranking, _trec_ids([name])[0]))
     return runs
+
+
+def _run_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    return {name: folder / f"{name.replace('%', '%25').replace('/', '%2F')}{RUN_ENDING}" for name in names}
+
+
+def _tell_of_other_runs(folder: Path, names: Iterable[str]) -> None:
+    if others := sorted(set(folder.glob(f"*{RUN_ENDING}")) - set(_run_files(folder, names).values())):
+        shown = ", ".join(path.name for path in others)
+        logger.warning("%s: runs of an earlier evaluation stand there, too: %s", folder, shown)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -219,8 +277,8 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _trec_ids(ids: Sequence[str]) -> list[str]:
-    """Ids as TREC's format can hold them: blanks become %20 and the like."""
-    return [quote(id_, safe="/:@!$&'()*+,;=") for id_ in ids]
+    """Ids as TREC's format can hold them: blanks become %20 and the like, all else stays as it is."""
+    return [re.sub(r"[\s%]", lambda found: quote(found[0]), id_) for id_ in ids]
 
 
 def _qrel_lines(task: RetrievalTask) -> Iterable[str]:

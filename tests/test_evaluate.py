@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -299,6 +301,8 @@ def test_changed_most():
 def test_labels():
     assert labels(["a/x", "b/x", "y"]) == ["a/x", "b/x", "y"]
     assert labels(["./m/one/", "two"]) == ["one", "two"]
+    assert labels(["m/BM25", "two"], ["BM25"]) == ["m/BM25", "two"]
+    assert labels(["BM25"], ["BM25"]) == ["./BM25"]
 
 
 def test_bm25_tokens_in_both_languages():
@@ -343,15 +347,67 @@ def test_on_a_phone_wide_tables_scroll_and_the_page_does_not(browser, tmp_path):
     duel = Duel(names[0], names[1], "recall@1", [difference], [example], [example])
     slices = [Slice("city", "b" * 100, 3, means)]
     place = tmp_path / "report.html"
-    place.write_text(Report("r", {"queries": 3}, means, [duel], slices, ["recall@1"]).html(), encoding="utf-8")
+    how = {name: {"query prompt": "p" * 99} for name in names}
+    report = Report("r", {"queries": 3}, means, [duel], slices, ["recall@1"], {"data": "d" * 99}, how)
+    place.write_text(report.html(), encoding="utf-8")
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(place.as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     table = page.locator(".wide").first
     assert table.evaluate("e => e.scrollWidth > e.clientWidth && (e.scrollLeft = 999) && e.scrollLeft > 100")
+    differences = page.locator(".wide").nth(1)
+    assert differences.evaluate("e => e.scrollWidth <= e.clientWidth")
     # the measure's name stays in sight
     assert table.locator("td").first.bounding_box()["x"] == table.bounding_box()["x"]
+
+
+def test_only_what_holm_s_correction_leaves_is_coloured():
+    wins = {"low": 0.01, "high": 0.1, "p": 0.03}  # without correction the interval and p both exclude chance
+    chance, sure = (Difference("a", "b", "mrr@10", 0.5, 0.55, 0.05, **wins, p_holm=p) for p in (0.2, 0.049))
+    report = Report("r", {}, {"a": {"mrr@10": 0.5}, "b": {"mrr@10": 0.55}}, [], [], [], {}, {})
+    pages = [replace(report, duels=[Duel("a", "b", "mrr@10", [d], [], [])]).html() for d in (chance, sure)]
+    assert ['class="up"' in page for page in pages] == [False, True]
+
+
+def test_the_report_says_how_each_model_was_used(beir, tiny_bert, tmp_path):
+    config = {"models": [str(tiny_bert)], "data_path": str(beir), "output_dir": str(tmp_path), "resamples": 100}
+    config |= {"query_prompt": "find <it>: ", "precision": "float32", "max_seq_length": 32}
+    report = evaluate_retrieval(config)
+    how = json.loads(report.report_json.read_text())["how"]
+    assert how["tiny-bert"] == {
+        "query prompt": "find <it>: ", "document prompt": "", "precision": "float32", "max_seq_length": 32,
+        "dimensions": 32, "documents": "encoded",
+    }  # fmt: skip
+    assert how["BM25"] == {"k1": 1.5, "b": 0.75}
+    page = report.report_html.read_text()
+    assert "query prompt: find &lt;it&gt;: " in page and f"data: {beir}" in page and "date: 20" in page
+
+
+def test_contenders_that_cannot_be_measured_are_told_before_any_is_ranked(beir, tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebr_lib.evaluate.rank_with_model", lambda *_: pytest.fail("ranked"))
+    place = tmp_path / "embeds.npy"
+    write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))]}, np.eye(len(DOCS), 32, dtype=np.float32))
+    config = {"models": [str(tiny_bert), "./no-such", "./nor-this"], "data_path": str(beir), "resamples": 100}
+    with pytest.raises(MissingError, match=r"(?s)no-such: .*nor-this: .*no texts for BM25"):
+        evaluate_retrieval(config | {"corpus_path": str(place), "output_dir": str(tmp_path / "o")})
+
+
+def test_ids_and_labels_of_every_script_in_trec_files(tiny_bert, tmp_path, caplog):
+    shutil.copytree(tiny_bert, tmp_path / "BM25")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old model.run.trec").write_text("")
+    corpus = jsonl(tmp_path / "c.jsonl", [{"_id": "商品 1%", "text": "red"}, {"_id": "商品2", "text": "blue"}])
+    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "问/1", "text": "red"}])
+    (tmp_path / "qrels.tsv").write_text("问/1\t商品 1%\t1\n", encoding="utf-8")
+    result = evaluate_retrieval({
+        "models": [str(tmp_path / "BM25")], "queries_path": str(queries), "corpus_path": str(corpus),
+        "qrels_path": str(tmp_path / "qrels.tsv"), "output_dir": str(tmp_path / "out"), "resamples": 100,
+    })  # fmt: skip
+    assert result.qrels.read_text(encoding="utf-8") == "问/1 0 商品%201%25 1\n"
+    assert result.runs["BM25"].read_text(encoding="utf-8").startswith("问/1 Q0 商品%201%25 1 ")
+    assert len(result.runs) == 2 and len(set(result.runs.values())) == 2  # a folder called BM25 is not BM25
+    assert "runs of an earlier evaluation stand there, too: old model.run.trec" in caplog.text
 
 
 def test_trec_export_gives_the_same_numbers(result):

@@ -34,6 +34,11 @@ class Difference:
     p: float
     p_holm: float
 
+    @property
+    def sure(self) -> bool:
+        """Whether it is told apart from chance, the number of measures being allowed for."""
+        return self.p_holm < 0.05
+
 
 def compare(
     baseline: str,

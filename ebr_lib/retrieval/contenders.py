@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from ebr_lib.data.noise import split_words
 from ebr_lib.data.vectors import read_manifest
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import Side, load_model, prompt_of
+from ebr_lib.model.loading import Side, find_model, load_model, prompt_of
 from ebr_lib.model.precision import Asked
 from ebr_lib.retrieval.maker import Maker, one_sided, weights_of
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ebr_lib.model.encoder import Encoder
 
-BM25_NAME = "BM25"
+BM25_NAME, BM25_K1, BM25_B = "BM25", 1.5, 0.75
 _TOKEN = re.compile(r"\w+")
 
 
@@ -70,21 +70,47 @@ class EncoderSettings:
         )
 
 
-def rank_with_model(settings: EncoderSettings, task: RetrievalTask) -> Ranking:
+How = Mapping[str, object]
+"""How a contender was used, for the report: prompts, precision and the like."""
+
+
+def check_model(settings: EncoderSettings, corpus: Corpus) -> bool:
+    """Whether the model's document vectors are stored, see `stored_vectors`; what cannot be measured is told here.
+
+    :raises MissingError: the model is not there.
+    :raises DataError: the corpus holds other vectors, and no texts.
+    """
+    find_model(settings.model_name)
+    return stored_vectors(settings, corpus)
+
+
+def rank_with_model(settings: EncoderSettings, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
     """Rank a task's documents by the inner product of unit vectors.
 
-    The documents' vectors are read where an embedding file holds this very model's, made as is wanted, else their
-    texts are encoded; of either only a batch is in memory.
-
-    :raises DataError: neither is possible: other vectors, and no texts.
+    :param stored: read the documents' vectors from the embedding file that is the corpus, else encode their texts; of
+        either only a batch is in memory.
     """
     corpus = task.corpus
-    if stored_vectors(settings, corpus):
+    if stored:
         queries = settings.encoder("query")
-        return rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
-    query_encoder, document_encoder = settings.encoder_pair()
-    vectors = query_encoder.encode(task.queries)
-    return rank_vectors(vectors, _encoded(document_encoder, corpus, settings.model_name), task.relevant)
+        maker = Maker.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
+        ranking = rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
+        return ranking, _how(queries, maker.prompt if maker else None, f"vectors of {corpus.vectors}")
+    queries, documents = settings.encoder_pair()
+    vectors = queries.encode(task.queries)
+    ranking = rank_vectors(vectors, _encoded(documents, corpus, settings.model_name), task.relevant)
+    return ranking, _how(queries, documents.prompt, "encoded")
+
+
+def _how(queries: Encoder, document_prompt: str | None, documents: str) -> How:
+    return {
+        "query prompt": queries.prompt,
+        "document prompt": "unknown" if document_prompt is None else document_prompt,
+        "precision": queries.precision,
+        "max_seq_length": queries.model.max_seq_length,
+        "dimensions": queries.dim,
+        "documents": documents,
+    }
 
 
 def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> NDArray[np.float32]:
@@ -146,8 +172,17 @@ def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
     return [word for word in words if word not in stopwords]
 
 
+def check_bm25(corpus: Corpus) -> None:
+    """Check that there are texts.
+
+    :raises DataError: the corpus holds none.
+    """
+    if corpus.texts is None:
+        raise DataError(f"{corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
+
+
 def rank_with_bm25(task: RetrievalTask) -> Ranking:
-    """Rank by BM25 (Lucene's form, k1 1.5, b 0.75); a document that shares no word with the query is not retrieved.
+    """Rank by BM25 (Lucene's form); a document that shares no word with the query is not retrieved.
 
     :raises DataError: the corpus holds no texts.
     """
@@ -155,11 +190,11 @@ def rank_with_bm25(task: RetrievalTask) -> Ranking:
     from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN
     from tqdm.auto import tqdm
 
-    if task.corpus.texts is None:
-        raise DataError(f"{task.corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
+    check_bm25(task.corpus)
+    assert task.corpus.texts is not None
     stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
     documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
-    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    index = bm25s.BM25(k1=BM25_K1, b=BM25_B, method="lucene")
     words = [bm25_tokens(text, stopwords) for text in documents]
     ranking = Ranking(task.relevant)
     if not any(words):
@@ -173,11 +208,12 @@ def rank_with_bm25(task: RetrievalTask) -> Ranking:
     return ranking
 
 
-def labels(names: Sequence[str]) -> list[str]:
-    """Short, distinct labels for model names: the last part of the path, or as much of it as tells them apart."""
+def labels(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """Short, distinct labels for model names: the last part of the path, or as much of it as tells them apart and from
+    those that are taken."""
     parts = [name.rstrip("/").split("/") for name in names]
     for length in range(1, max(map(len, parts), default=1) + 1):
         short = ["/".join(part[-length:]) for part in parts]
-        if len(set(short)) == len(set(names)):
+        if len(set(short)) == len(set(names)) and not set(short) & set(taken):
             return short
-    return list(names)
+    return [f"./{name}" if name in taken else name for name in names]

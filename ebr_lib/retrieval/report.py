@@ -31,7 +31,9 @@ th { font-weight: 600; vertical-align: bottom; }
 .best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
 .change { white-space: nowrap; }
-svg { display: block; width: 7rem; height: 1.4rem; }
+small { color: var(--ink2); }
+svg { display: block; width: clamp(3rem, 12vw, 7rem); height: 1.4rem; }
+@media (max-width: 30rem) { th, td { padding-right: .4rem; } }
 details { border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .7rem; margin: .5rem 0; }
 summary { cursor: pointer; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .2rem 1.2rem; }
@@ -76,7 +78,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Report:
-    """All that an evaluation found."""
+    """All that an evaluation found. `measured` says on what and when, `how` in which way each contender was used."""
 
     title: str
     facts: Mapping[str, Any]
@@ -84,13 +86,17 @@ class Report:
     duels: Sequence[Duel]
     slices: Sequence[Slice]
     slice_metrics: Sequence[str]
+    measured: Mapping[str, str]
+    how: Mapping[str, Mapping[str, object]]
 
     def html(self) -> str:
         """The whole page."""
         body = "\n".join(
             [
                 f"<h1>{escape(self.title)}</h1>",
+                _facts(self.measured),
                 _facts(self.facts),
+                *(_facts(how, name) for name, how in self.how.items()),
                 "<h2>Measures · 指标</h2>",
                 _means_table(self.means),
                 *(_duel(duel) for duel in self.duels),
@@ -130,9 +136,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    shown = (f"{escape(name.replace('_', ' '))}: {escape(str(value))}" for name, value in facts.items())
-    return f"<p>{' · '.join(shown)}</p>"
+def _facts(facts: Mapping[str, Any], of: str = "") -> str:
+    shown = (f"{escape(name.replace('_', ' '))}: {escape(str(value)) or 'none'}" for name, value in facts.items())
+    return f"<p>{f'<b>{escape(of)}</b> · ' if of else ''}{' · '.join(shown)}</p>"
 
 
 def _marked_best(values: Sequence[float]) -> list[str]:
@@ -159,7 +165,7 @@ def _slice_table(parts: Sequence[Slice], metric: str) -> str:
 def _duel(duel: Duel) -> str:
     reach = max([abs(x) for d in duel.differences for x in (d.low, d.high)] + [1e-9])
     rows = [_difference_row(d, reach) for d in duel.differences]
-    head = ["", "difference 差", "", "95 % interval 区间", "p (Holm)"]
+    head = ["", "difference 差<br><small>95 % interval 区间</small>", "", "p (Holm)"]
     return "\n".join(
         [
             f"<h2>{escape(duel.contender)} against {escape(duel.baseline)}</h2>",
@@ -171,12 +177,11 @@ def _duel(duel: Duel) -> str:
 
 
 def _difference_row(d: Difference, reach: float) -> list[str]:
-    sure = "" if d.low <= 0 <= d.high else "up" if d.difference > 0 else "down"
+    sure = "" if not d.sure else "up" if d.difference > 0 else "down"
     return [
         escape(d.metric),
-        f'<span class="{sure}">{d.difference:+.4f}</span>',
+        f'<span class="{sure}">{d.difference:+.4f}</span><br><small>{d.low:+.4f} … {d.high:+.4f}</small>',
         _whisker(d, reach, sure),
-        f"{d.low:+.4f} … {d.high:+.4f}",
         f"{d.p_holm:.4f}",
     ]
 
