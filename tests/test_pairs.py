@@ -338,6 +338,13 @@ def test_groups_are_those_of_brute_force(texts):
     assert near_duplicate_groups(texts).tolist() == wanted
 
 
+def test_letters_are_mixed_as_splitmix64_does():
+    """The generator's first three numbers from seed 0, as its authors' C gives them."""
+    states = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    wanted = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert pairs_module._mixed(states).tolist() == wanted
+
+
 def test_long_texts_are_near_from_an_overlap_of_four_fifths():
     """Of n − 3 4-grams, two texts that are k letters apart share n − 3 − k of n − 3 + k: 0.8 where n is 9 k + 3."""
     rng, letters = np.random.default_rng(0), [chr(code) for code in range(0x4E00, 0x5800)]

@@ -516,7 +516,8 @@ def _block(texts: Sequence[str], owners: NDArray[np.int64]) -> _Block:
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64 (Steele, Lea and Flood 2014): every bit of the result hangs on every bit of x."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
@@ -535,7 +536,7 @@ def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    base = 0x9E3779B97F4A7C15 | 1
+    base = 0x9E3779B97F4A7C15  # odd, which has an inverse
     inverse = np.uint64(pow(base, -1, 1 << 64))
     powers = np.array([pow(base, i, 1 << 64) for i in range(_TYPO_LONGEST)], dtype=np.uint64)
     place = np.arange(len(block.text)) - block.starts[block.text]
