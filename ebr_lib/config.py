@@ -448,7 +448,9 @@ class VisConfig(Config):
     """Stage 3, `visualize_embeddings`: draw an embedding file and measure its clusters."""
 
     embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to read.", "要读取的向量文件。")
-    output_path: Name = knob("./embedding_scatter.png", "The picture to write.", "输出的图片。")
+    output_path: Name = knob(
+        "./embedding_scatter.png", "The picture to write: .png, .svg or .pdf.", "输出的图片：.png、.svg 或 .pdf。"
+    )
     # what is drawn
     label_column: str | None = knob(
         None, "Column to colour by; null colours by k-means cluster.", "用于着色的列；null 按 k-means 聚类着色。"
@@ -519,11 +521,13 @@ class VisConfig(Config):
     )
     id_column: str | None = knob(
         None,
-        "Column by which rows of the two files are matched; null matches them by their order.",
-        "匹配两个文件各行的列；null 按行的顺序匹配。",
+        "Column by which rows of the two files are matched; null matches them by their order, and checks their texts.",
+        "匹配两个文件各行的列；null 按行的顺序匹配，并核对文本是否一致。",
     )
 
     def conflicts(self) -> Iterator[str]:
+        if not self.output_path.lower().endswith((".png", ".svg", ".pdf")):
+            yield f"output_path: {self.output_path!r} is no picture; give a name that ends in .png, .svg or .pdf"
         if self.id_column is not None and self.compare_path is None:
             yield "id_column: matches the rows of compare_path, which is null; set compare_path, or leave it out"
         if self.compare_path == self.embedding_path:

@@ -35,6 +35,9 @@ SCORED = 1000  # labels that are scored; a column with more values is rather an 
 LISTED = 20  # rows of a table that are shown
 NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 NO_LABEL_TITLE = "k-means cluster"
+MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # what a notebook shows by itself
+PURITY, TAKEN, TAKEN_BACK = "purity", "share of its neighbours", "and back"
+STILL, MOVED_TO = f"of {NEAR} neighbours still there", "cosine to the old ones now"
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
 
 MEANINGS = {
@@ -53,6 +56,17 @@ MEANINGS = {
     "k-means silhouette": ("higher", "-1 to 1: whether the vectors fall into clusters by themselves"),
     "ARI": ("higher", "agreement of k-means with the labels, 0 by chance, 1 equal"),
     "NMI": ("higher", "information that k-means shares with the labels, 0 to 1"),
+    # columns of the other tables
+    "trustworthiness": ("higher", "0 to 1: whether neighbours on the map are near in the original space"),
+    "neighbours kept": (
+        "higher",
+        "share of the 15 nearest in the original space that are among the 15 nearest on the map",
+    ),
+    PURITY: ("higher", f"share of the {NEAR} nearest with the label (of as many as it has other rows, where fewer)"),
+    TAKEN: ("lower", f"of the {NEAR} nearest of the label's rows, the share that has the other label"),
+    TAKEN_BACK: ("lower", "the same of the other label's rows and this label"),
+    STILL: ("", f"share of the {NEAR} nearest before that are among the {NEAR} nearest after"),
+    MOVED_TO: ("", "mean cosine, after, of the row and those that were its nearest before"),
 }
 
 
@@ -60,7 +74,7 @@ MEANINGS = {
 class VisResult(Shown):
     """What the stage wrote and measured.
 
-    :param picture: the PNG.
+    :param picture: the PNG, SVG or PDF. The config lies beside it, as `.yaml`.
     :param explorer: the interactive page, or None.
     :param numbers_path: the JSON that holds all numbers; `numbers` is its content.
     :param table: the numbers in short; `tables` are all of them.
@@ -81,11 +95,14 @@ class VisResult(Shown):
         return "\n\n".join([f"wrote {', '.join(written)}", *(_head(table).text() for table in self.tables)])
 
     def _repr_html_(self) -> str:
-        picture = base64.b64encode(self.picture.read_bytes()).decode()
-        parts = [f'<img style="max-width:100%" alt="maps" src="data:image/png;base64,{picture}">']
-        if self.explorer:
-            link = html.escape(os.path.relpath(self.explorer), quote=True)
-            parts.append(f'<p><a href="{link}" target="_blank">{link}</a></p>')
+        parts = []
+        if kind := MIME.get(self.picture.suffix.lower()):
+            picture = base64.b64encode(self.picture.read_bytes()).decode()
+            parts = [f'<img style="max-width:100%" alt="maps" src="data:{kind};base64,{picture}">']
+        for path in (self.explorer, None if kind else self.picture):
+            if path:
+                link = html.escape(os.path.relpath(path), quote=True)
+                parts.append(f'<p><a href="{link}" target="_blank">{link}</a></p>')
         return "".join([*parts, *(_head(table).html() for table in self.tables)])
 
 
@@ -129,6 +146,10 @@ class _Items:
         )
 
 
+def _columns(path: str) -> list[str]:
+    return list(next(iter_embeddings(path)).columns)
+
+
 def _text_column(names: Sequence[str], config: VisConfig) -> str | None:
     if config.text_column is not None:
         return config.text_column
@@ -136,12 +157,9 @@ def _text_column(names: Sequence[str], config: VisConfig) -> str | None:
     return next(iter([name for name in rest if name == "description"] + rest), config.label_column)
 
 
-def _read(path: str, config: VisConfig, *, labelled: bool = True) -> _Items:
-    names = list(next(iter_embeddings(path)).columns)
-    label = config.label_column if labelled else None
-    text = _text_column(names, config) if labelled else None
-    wanted = dict.fromkeys(name for name in (label, text, config.id_column) if name is not None)
-    data = read_embeddings(path, list(wanted))
+def _read(path: str, label: str | None, text: str | None, key: str | None) -> _Items:
+    """The items of a file; without a `key` column their keys are their row numbers."""
+    data = read_embeddings(path, list(dict.fromkeys(name for name in (label, text, key) if name is not None)))
     vectors = data.vectors
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     rows = np.flatnonzero(norms > 0)
@@ -153,7 +171,7 @@ def _read(path: str, config: VisConfig, *, labelled: bool = True) -> _Items:
         vectors,
         data.columns[label] if label else nothing,
         data.columns[text] if text else nothing,
-        data.columns[config.id_column] if config.id_column else data.rows.tolist(),
+        data.columns[key] if key else data.rows.tolist(),
         norms,
         len(norms) - len(rows),
         data.total - len(data),
@@ -161,16 +179,47 @@ def _read(path: str, config: VisConfig, *, labelled: bool = True) -> _Items:
     return items if len(rows) == len(norms) else items.chosen(rows)
 
 
-def _matched(now: _Items, before: _Items, config: VisConfig) -> tuple[_Items, _Items]:
-    """The rows that both files have, in the order of the first."""
-    places = {key: row for row, key in enumerate(before.keys)}
-    if config.id_column and len(places) < len(before):
-        raise DataError(f"{config.compare_path}: {config.id_column} is not unique; name a column that is in id_column")
-    if not config.id_column and now.rows_of_file != before.rows_of_file:
+def _read_pair(config: VisConfig, text: str | None) -> tuple[_Items, _Items]:
+    """The rows that the file and the one to compare it with both have, in the order of the first."""
+    assert config.compare_path is not None
+    now = _read(config.embedding_path, config.label_column, text, config.id_column)
+    if config.id_column is not None:
+        return _matched(now, _read(config.compare_path, None, None, config.id_column), config)
+    shared = [name for name in _columns(config.compare_path) if name in _columns(config.embedding_path)]
+    witness = text if text in shared else next(iter(shared), None)
+    before = _read(config.compare_path, None, witness, None)
+    if now.rows_of_file != before.rows_of_file:
         raise DataError(
             f"{config.embedding_path} has {now.rows_of_file} rows, {config.compare_path} has {before.rows_of_file}: "
             "name the column that says which are the same in id_column"
         )
+    now, before = _matched(now, before, config)
+    if witness is None:
+        logger.warning("%s shares no column with the new file: rows are the same by their order", config.compare_path)
+    else:
+        here = now if witness == text else _read(config.embedding_path, None, witness, None)
+        told = dict(zip(here.keys, here.texts, strict=True))
+        _check_same(witness, [told[key] for key in now.keys], before, config)
+    return now, before
+
+
+def _check_same(name: str, values: Sequence[str | None], before: _Items, config: VisConfig) -> None:
+    """Rows that are matched by their order must be the same items: a column that both files have says whether."""
+    wrong = [i for i, (a, b) in enumerate(zip(values, before.texts, strict=True)) if a != b]
+    if wrong:
+        row = wrong[0]
+        raise DataError(
+            f"{config.embedding_path} and {config.compare_path} differ in {name} in {len(wrong)} rows. "
+            f"Row {before.keys[row]}: {shortened(values[row] or '')!r} here, {shortened(before.texts[row] or '')!r} "
+            "there; name the column that says which rows are the same in id_column"
+        )
+
+
+def _matched(now: _Items, before: _Items, config: VisConfig) -> tuple[_Items, _Items]:
+    """The rows whose keys both have."""
+    places = {key: row for row, key in enumerate(before.keys)}
+    if config.id_column and len(places) < len(before):
+        raise DataError(f"{config.compare_path}: {config.id_column} is not unique; name a column that is in id_column")
     rows = np.array([row for row, key in enumerate(now.keys) if key in places], dtype=np.int64)
     if not len(rows):
         raise DataError(f"{config.embedding_path} and {config.compare_path} have no item in common")
@@ -184,7 +233,10 @@ def _groups(labels: Sequence[str | None], title: str) -> Groups:
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
     place = {name: code for code, name in enumerate(names)}
     codes = np.array([-1 if label is None else place[label] for label in labels], dtype=np.int64)
-    return Groups(codes, [name or "(empty)" for name in names], [sizes[name] for name in names], title)
+    empty = "(empty)"
+    while empty in sizes:  # a label of that very name
+        empty = f"({empty})"
+    return Groups(codes, [name or empty for name in names], [sizes[name] for name in names], title)
 
 
 def _cluster_groups(found: measure.Clusters) -> Groups:
@@ -200,14 +252,28 @@ class _Maps:
     """The maps of one embedding file.
 
     :param rows: the rows that were projected; `near` are the nearest of each, as places in `rows`.
+    :param sampled_by: the labels by which they were chosen.
     :param coords: coordinates of all rows, by method.
     """
 
     rows: Ints
+    sampled_by: str
     near: Ints
     coords: dict[str, NDArray[np.float32]]
     quality: dict[str, projection.MapQuality]
     settings: dict[str, dict[str, Any]]
+
+
+def _sampled(items: _Items, groups: Groups, config: VisConfig, cache: projection.Cache) -> tuple[Ints, str]:
+    """The rows to project, and what they were sampled by.
+
+    Both are kept with the maps: another colour is shown on the same rows, for others would cost other maps.
+    """
+    if len(items) <= config.max_points:
+        return np.arange(len(items)), groups.title
+    name = projection.fingerprint(items.unit, "rows", config.max_points, config.seed)
+    rows = cache.get(f"rows-{name}", lambda: projection.sample_rows(groups.codes, config.max_points, config.seed))
+    return rows, str(cache.get(f"by-{name}", lambda: np.array(groups.title)))
 
 
 def _methods(config: VisConfig) -> list[str]:
@@ -236,9 +302,14 @@ def _settings(points: int, config: VisConfig) -> dict[str, dict[str, Any]]:
 
 
 def _project(
-    unit: Vectors, rows: Ints, config: VisConfig, cache: projection.Cache, before: _Maps | None = None
+    unit: Vectors,
+    sample: tuple[Ints, str],
+    config: VisConfig,
+    cache: projection.Cache,
+    before: _Maps | None = None,
 ) -> _Maps:
-    """Draw the chosen rows, once for each distinct vector, and place all others by them."""
+    """Draw the sampled rows, once for each distinct vector, and place all others by them."""
+    rows, sampled_by = sample
     first, place = projection.distinct_rows(unit[rows])
     points = rows[first]
     distinct = unit[points]
@@ -253,7 +324,8 @@ def _project(
         coords[method] = projection.aligned(everywhere, before.coords[method]) if before else everywhere
     return _Maps(
         rows,
-        projection.neighbours_of_rows(neighbours, place, NEAR if len(rows) <= explorer.MOST else WIDE),
+        sampled_by,
+        projection.neighbours_of_rows(neighbours, place, NEAR if len(rows) <= explorer.MOST else WIDE, config.seed),
         coords,
         quality,
         settings,
@@ -348,9 +420,8 @@ class _Numbers:
             "mean cosine": _Number(self.health.mean_cosine, n),
         }
         if self.purity:
-            judged = int(np.isfinite(self.purity.per_row).sum())
-            found |= {f"same label @{k}": _Number(share, judged) for k, share in self.purity.at.items()}
-            found["chance"] = _Number(self.purity.chance, judged)
+            found |= {f"same label @{k}": _Number(share, self.purity.judged) for k, share in self.purity.at.items()}
+            found["chance"] = _Number(self.purity.chance, self.purity.judged)
         if self.separation:
             found["silhouette"] = _Number(self.separation.silhouette, labelled)
             found["Davies-Bouldin"] = _Number(self.separation.davies_bouldin, labelled)
@@ -361,7 +432,7 @@ class _Numbers:
         return {name: number for name, number in found.items() if not math.isnan(number.value)}
 
 
-def _health(items: _Items, config: VisConfig) -> measure.Health:
+def _health(items: _Items, path: str, config: VisConfig) -> measure.Health:
     distinct = len(projection.distinct_rows(items.unit)[0])
     found = measure.health(
         items.unit,
@@ -372,7 +443,7 @@ def _health(items: _Items, config: VisConfig) -> measure.Health:
         seed=config.seed,
     )
     for sentence in found.warnings():
-        logger.warning("%s", sentence)
+        logger.warning("%s: %s", path, sentence)
     return found
 
 
@@ -412,26 +483,30 @@ def _short_table(numbers: _Numbers, before: _Numbers | None) -> Table:
     return Table(f"{title}: before and after", columns, both)
 
 
-def _map_table(maps: _Maps) -> Table:
+def _map_table(maps: _Maps, before: _Maps | None) -> Table:
+    sides = [("", maps)] if before is None else [(": before", before), (": after", maps)]
     rows = [
         (
-            NAMES[m],
-            q.trustworthiness,
-            q.neighbours_kept,
-            q.points,
-            "; ".join(f"{k} {v}" for k, v in maps.settings[m].items()),
+            _map_name(method, side) + which,
+            quality.trustworthiness,
+            quality.neighbours_kept,
+            quality.points,
+            "; ".join(f"{k} {v}" for k, v in side.settings[method].items()),
         )
-        for m, q in maps.quality.items()
+        for method in maps.coords
+        for which, side in sides
+        if (quality := side.quality[method])
     ]
     return Table(
         "Maps: how far to trust them", ("map", "trustworthiness", "neighbours kept", "judged on", "made with"), rows
     )
 
 
-def _label_tables(numbers: _Numbers, items: _Items, labels: Groups, projected: int) -> Iterator[Table]:
+def _label_tables(
+    numbers: _Numbers, before: _Numbers | None, items: _Items, labels: Groups, projected: int
+) -> Iterator[Table]:
     among = f": neighbours among the {projected:,} projected rows" if projected < len(items) else ""
-    scores = [(shortened(labels.names[s.code], 40), s.rows, s.purity, s.silhouette) for s in numbers.labels]
-    yield Table(f"Labels ({labels.title}){among}", ("label", "rows", f"same label @{NEAR}", "silhouette"), scores)
+    yield _score_table(numbers, before, labels, f"Labels ({labels.title}){among}")
     pairs = [
         (
             shortened(labels.names[c.first], 30),
@@ -442,8 +517,21 @@ def _label_tables(numbers: _Numbers, items: _Items, labels: Groups, projected: i
         )
         for c in numbers.confusions
     ]
-    columns = ("label", "taken for", "share of its neighbours", "and back", "example", "and its neighbour")
+    columns = ("label", "taken for", TAKEN, TAKEN_BACK, "example", "and its neighbour")
     yield Table(f"Most confused pairs of labels{among}", columns, pairs)
+
+
+def _score_table(numbers: _Numbers, before: _Numbers | None, labels: Groups, title: str) -> Table:
+    """The score of each label, after that of before where there is one."""
+    then = {score.code: score for score in before.labels} if before else {}
+    measures = (PURITY, "silhouette")
+    columns = [f"{name} {side}" for name in measures for side in ("before", "after")] if before else measures
+    rows = []
+    for score in numbers.labels:
+        sides = (then[score.code], score) if before else (score,)
+        values = [value for name in measures for value in (getattr(side, name) for side in sides)]
+        rows.append((shortened(labels.names[score.code], 40), score.rows, *values))
+    return Table(title, ("label", "rows", *columns), rows)
 
 
 def _cluster_table(found: measure.Clusters, items: _Items) -> Table:
@@ -458,15 +546,29 @@ def _typical_texts(rows: Sequence[int], items: _Items, most: int = 3) -> list[st
     return list(dict.fromkeys(items.texts[row] or "" for row in rows))[:most]
 
 
-def _moved_table(shared: NDArray[np.float64], items: _Items, now: _Maps, before: _Maps, most: int = 10) -> Table:
-    """The items whose neighbours changed most."""
+def _moved_table(items: _Items, now: _Maps, before: _Maps, most: int = 10) -> Table:
+    """The items whose neighbours changed most: of equal shares first those that lie farthest from the old ones."""
+    old, new = before.near[:, :NEAR], now.near[:, :NEAR]
+    shared = measure.neighbours_shared(old, new)
+    apart = measure.neighbour_cosines(items.unit[now.rows], old).mean(axis=1)
     rows = [
-        (shortened(items.texts[now.rows[i]] or "", 50), float(shared[i]),
-         *(shortened(items.texts[maps.rows[maps.near[i, 0]]] or "", 50) for maps in (before, now)))
-        for i in np.argsort(shared, kind="stable")[:most]
+        (shortened(items.texts[now.rows[i]] or "", 50), float(shared[i]), float(apart[i]),
+         *(shortened(items.texts[now.rows[near[i, 0]]] or "", 50) for near in (old, new)))
+        for i in np.lexsort((apart, shared))[:most]
     ]  # fmt: skip
-    columns = ("item", f"of {NEAR} neighbours still there", "nearest before", "nearest after")
+    columns = ("item", STILL, MOVED_TO, "nearest before", "nearest after")
     return Table(f"Neighbours that changed most (on average {shared.mean():.0%} are still there)", columns, rows)
+
+
+def _meaning_table(tables: Sequence[Table]) -> Table:
+    """What the columns of the other tables mean, each once."""
+    columns = dict.fromkeys(_measure_of(column) for table in tables for column in table.columns)
+    rows = [(name, *MEANINGS[name]) for name in columns if name in MEANINGS]
+    return Table("What the columns mean", ("column", "better", "meaning"), rows)
+
+
+def _measure_of(column: str) -> str:
+    return column.removesuffix(" before").removesuffix(" after")
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
@@ -482,11 +584,14 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     """
     config = VisConfig.resolve(config)
     check_output_file(Path(config.output_path))
-    items = _read(config.embedding_path, config)
+    text = _text_column(_columns(config.embedding_path), config)
     old = None
-    if config.compare_path is not None:
-        items, old = _matched(items, _read(config.compare_path, config, labelled=False), config)
-    health = _health(items, config)
+    if config.compare_path is None:
+        items = _read(config.embedding_path, config.label_column, text, None)
+    else:
+        items, old = _read_pair(config, text)
+    _say_absent_fonts(config)
+    health = _health(items, config.embedding_path, config)
     labels = _groups(items.labels, config.label_column) if config.label_column else None
     if labels and len(labels.names) > SCORED:
         logger.warning(
@@ -496,70 +601,112 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     wanted = len(labels.names) if labels and len(labels.names) <= SCORED else 0
     clusters = measure.find_clusters(items.unit, config.clusters, wanted, config.seed)
     groups = labels if labels and labels.names else _cluster_groups(clusters)
-    rows = projection.sample_rows(groups.codes, config.max_points, config.seed)
 
     picture = Path(config.output_path)
     cache = projection.Cache(picture.with_suffix(".maps.npz") if config.cache and not config.fast else None)
-    before = _project(old.unit, rows, config, cache) if old else None
-    maps = _project(items.unit, rows, config, cache, before)
+    sample = _sampled(items, groups, config, cache)
+    before = _project(old.unit, sample, config, cache) if old else None
+    maps = _project(items.unit, sample, config, cache, before)
     cache.save()
     numbers = _measure(items, labels, clusters, maps, health)
-    tables = [_map_table(maps), _cluster_table(clusters, items)]
     then = None
     if old and before:
+        assert config.compare_path is not None
         old_clusters = measure.find_clusters(old.unit, clusters.k, 0, config.seed)
-        then = _measure(old, labels, old_clusters, before, _health(old, config))
-        shared = measure.neighbours_shared(before.near[:, :NEAR], maps.near[:, :NEAR])
-        tables.append(_moved_table(shared, items, maps, before))
-    if labels and labels.names:
-        tables += _label_tables(numbers, items, labels, len(rows))
-    tables.insert(0, _short_table(numbers, then))
+        then = _measure(old, labels, old_clusters, before, _health(old, config.compare_path, config))
+    tables = list(_tables(items, maps, numbers, labels, clusters, before=before, then=then))
     for table in tables:
         logger.info("%s", _head(table))
 
     panels = list(_panels(maps, before))
-    figure.draw(picture, panels, groups, title=_title(config), caption=_caption(items, maps, numbers, config),
-                fonts=config.chinese_fonts)  # fmt: skip
-    content = _content(config, maps, numbers, before=then, groups=groups, tables=tables)
+    caption = _caption(items, groups, maps, numbers, then, seed=config.seed)
+    figure.draw(picture, panels, groups, title=_title(config), caption=caption, fonts=config.chinese_fonts)
+    content = _content(config, maps, numbers, map_before=before, before=then, groups=groups, tables=tables)
     write_json(picture.with_suffix(".json"), content)
-    page = (
-        _explore(picture.with_suffix(".html"), items, maps, panels, groups, config=config) if config.explorer else None
-    )
+    config.save(picture.with_suffix(".yaml"))
+    page = None
+    if config.explorer:
+        sides = [(side.unit, drawn) for side, drawn in ((old, before), (items, maps)) if side and drawn]
+        page = _explore(picture.with_suffix(".html"), items, sides, panels, groups, config=config)
     logger.info("wrote %s", ", ".join(str(path) for path in (picture, page, picture.with_suffix(".json")) if path))
     return VisResult(picture, page, picture.with_suffix(".json"), content, tuple(tables))
 
 
+def _say_absent_fonts(config: VisConfig) -> None:
+    """Of the fonts that somebody named; the default names those of every system."""
+    named = [name for name in config.chinese_fonts if name not in VisConfig().chinese_fonts]
+    if absent := figure.absent_fonts(named):
+        logger.warning("chinese_fonts: there is no font %s here; others are taken", ", ".join(absent))
+
+
+def _tables(
+    items: _Items,
+    maps: _Maps,
+    numbers: _Numbers,
+    labels: Groups | None,
+    clusters: measure.Clusters,
+    *,
+    before: _Maps | None,
+    then: _Numbers | None,
+) -> Iterator[Table]:
+    tables = [_map_table(maps, before), _cluster_table(clusters, items)]
+    if before and maps.near.shape[1]:
+        tables.append(_moved_table(items, maps, before))
+    if labels and labels.names:
+        tables += _label_tables(numbers, then, items, labels, len(maps.rows))
+    return iter([_short_table(numbers, then), *tables, _meaning_table(tables)])
+
+
+def _map_name(method: str, maps: _Maps) -> str:
+    return NAMES[method] if maps.settings[method] else "PCA (too few distinct vectors)"
+
+
 def _panels(maps: _Maps, before: _Maps | None) -> Iterator[Panel]:
-    for method, coords in maps.coords.items():
-        if before:
-            yield Panel(f"{NAMES[method]}: before", before.coords[method], _note(before.quality[method]))
-        yield Panel(f"{NAMES[method]}: after" if before else NAMES[method], coords, _note(maps.quality[method]))
+    sides = [(before, "before"), (maps, "after")] if before else [(maps, "")]
+    methods = list(maps.coords)
+    if not any(side.settings[method] for side, _ in sides if side for method in methods):
+        methods = methods[:1]  # PCA draws both alike
+    for method in methods:
+        for space, (side, which) in enumerate(sides):
+            assert side is not None
+            name = _map_name(method, side)
+            note = _note(side.quality[method])
+            yield Panel(f"{name}: {which}" if which else name, side.coords[method], note, space)
 
 
 def _note(quality: projection.MapQuality) -> str:
+    if math.isnan(quality.trustworthiness):
+        return "trustworthiness not measurable"
     return f"trustworthiness {quality.trustworthiness:.3f}, neighbours kept {quality.neighbours_kept:.1%}"
 
 
 def _explore(
-    path: Path, items: _Items, maps: _Maps, panels: Sequence[Panel], groups: Groups, *, config: VisConfig
+    path: Path,
+    items: _Items,
+    sides: Sequence[tuple[Vectors, _Maps]],
+    panels: Sequence[Panel],
+    groups: Groups,
+    *,
+    config: VisConfig,
 ) -> Path:
-    """Write the page of up to 50,000 of the projected points."""
-    chosen = projection.sample_rows(groups.codes[maps.rows], explorer.MOST, config.seed)
-    rows = maps.rows[chosen]
-    near = _near_drawn(maps.near, chosen)
-    others = np.where(near < 0, 0, near)
-    products = [np.einsum("id,id->i", items.unit[rows], items.unit[rows[column]]) for column in others.T]
+    """Write the page of up to 50,000 of the projected points; `sides` are the spaces that the panels are maps of."""
+    projected = sides[0][1].rows
+    chosen = projection.sample_rows(groups.codes[projected], explorer.MOST, config.seed)
+    rows = projected[chosen]
     explorer.write_explorer(
         path,
         [dataclasses.replace(panel, coords=panel.coords[rows]) for panel in panels],
         dataclasses.replace(groups, codes=groups.codes[rows]),
         texts=[items.texts[row] for row in rows],
-        near=near,
-        cosines=np.stack(products, axis=1) if products else np.empty(near.shape, np.float32),
+        spaces=[_neighbourhood(unit[rows], _near_drawn(maps.near, chosen)) for unit, maps in sides],
         name=_title(config),
         all_rows=len(items),
     )
     return path
+
+
+def _neighbourhood(unit: Vectors, near: Ints) -> explorer.Neighbourhood:
+    return explorer.Neighbourhood(near, measure.neighbour_cosines(unit, np.maximum(near, 0)))
 
 
 def _near_drawn(near: Ints, chosen: Ints) -> Ints:
@@ -576,21 +723,42 @@ def _title(config: VisConfig) -> str:
     return f"{Path(config.compare_path).name} → {name}" if config.compare_path else name
 
 
-def _caption(items: _Items, maps: _Maps, numbers: _Numbers, config: VisConfig) -> str:
+def _caption(
+    items: _Items, groups: Groups, maps: _Maps, numbers: _Numbers, before: _Numbers | None, *, seed: int
+) -> str:
     n, drawn = len(items), len(maps.rows)
-    sample = f"All {n:,} vectors were projected (seed {config.seed})."
+    sample = f"All {n:,} vectors were projected (seed {seed})."
     if drawn < n:
-        by = config.label_column or NO_LABEL_TITLE
         sample = (
-            f"{drawn:,} of {n:,} vectors were projected (sampled by {by}, seed {config.seed}); "
+            f"{drawn:,} of {n:,} vectors were projected (sampled by {maps.sampled_by}, seed {seed}); "
             "the rest lie where their nearest projected neighbours do."
         )
     trust = (
         "Neighbours kept: share of the 15 nearest in the original space that are among the 15 nearest on the map. "
         "Distances between groups on a map mean little; the numbers are from the original space."
     )
-    shown = [f"{name} {number.value:.3f}" for name, number in numbers.short().items() if name in CAPTIONED]
-    return f"{sample} {trust}\n" + ("In the original space: " + ", ".join(shown) + "." if shown else "")
+    return "\n".join(filter(None, [f"{sample} {trust}", _left_out(items, groups), _captioned(numbers, before)]))
+
+
+def _left_out(items: _Items, groups: Groups) -> str:
+    """How many rows of the file are not on the map, or grey on it."""
+    counts = [
+        (items.without_vector, "without a vector are not drawn"),
+        (items.zero, "with a vector of zeros are not drawn"),
+        (groups.without, f"without {groups.title} are grey"),
+    ]
+    return " ".join(f"{count:,} rows {what}." for count, what in counts if count)
+
+
+def _captioned(numbers: _Numbers, before: _Numbers | None) -> str:
+    now, then = numbers.short(), before.short() if before else None
+    shown = [name for name in CAPTIONED if name in now and (then is None or name in then)]
+    if not shown:
+        return ""
+    if then is None:
+        return "In the original space: " + ", ".join(f"{name} {now[name].value:.3f}" for name in shown) + "."
+    pairs = [f"{name} {then[name].value:.3f} → {now[name].value:.3f}" for name in shown]
+    return "In the original space, before → after: " + ", ".join(pairs) + "."
 
 
 def _content(
@@ -598,6 +766,7 @@ def _content(
     maps: _Maps,
     numbers: _Numbers,
     *,
+    map_before: _Maps | None,
     before: _Numbers | None,
     groups: Groups,
     tables: Sequence[Table],
@@ -608,14 +777,21 @@ def _content(
         "rows": len(groups.codes),
         "projected": len(maps.rows),
         "health": dataclasses.asdict(numbers.health),
-        "maps": {m: dataclasses.asdict(q) | maps.settings[m] for m, q in maps.quality.items()},
+        "health_before": dataclasses.asdict(before.health) if before else None,
+        "maps": _map_content(maps),
+        "maps_before": _map_content(map_before) if map_before else None,
         "numbers": {n: _with_meaning(n, v) for n, v in numbers.short().items()},
         "before": {n: _with_meaning(n, v) for n, v in before.short().items()} if before else None,
         "groups": {"by": groups.title, "without": groups.without,
                    "sizes": dict(zip(groups.names, groups.counts, strict=True))},
-        "tables": [_table_content(table) for table in tables[1:]],
+        "meanings": {name: {"better": better, "meaning": what} for name, better, what in tables[-1].rows},
+        "tables": [_table_content(table) for table in tables[1:-1]],
     }  # fmt: skip
     return _plain(content)
+
+
+def _map_content(maps: _Maps) -> dict[str, Any]:
+    return {m: dataclasses.asdict(quality) | maps.settings[m] for m, quality in maps.quality.items()}
 
 
 def _table_content(table: Table) -> dict[str, Any]:

@@ -68,8 +68,19 @@ def test_purity_by_hand():
     codes = np.array([0, 0, 1, -1])
     found = measure.label_purity(near, codes, ks=(1, 2))
     assert found.at == {1: pytest.approx((1 + 1 + 0) / 3), 2: pytest.approx((0.5 + 0.5 + 0) / 3)}
-    assert found.chance == pytest.approx(2 * 1 / (3 * 2))
-    np.testing.assert_allclose(found.per_row, [0.5, 0.5, 0, np.nan])
+    assert found.chance == pytest.approx(2 * 1 / (3 * 2)) and found.judged == 3
+    # label 0 has one other row, so one neighbour is looked at; label 1 has none
+    np.testing.assert_allclose(found.per_row, [1, 1, np.nan, np.nan])
+
+
+def test_small_labels_that_lie_together_are_pure():
+    """Of three rows a row's ten nearest cannot all be of its label; its two nearest can."""
+    codes = np.repeat([0, 1], [3, 30])
+    x = (np.eye(2, 8)[codes] + 0.05 * unit_vectors(33, 8)).astype(np.float32)
+    near = np.argsort(-(x @ x.T) + 9 * np.eye(33), axis=1)[:, :10]
+    found = measure.label_purity(near, codes)
+    scores = {s.code: s.purity for s in measure.label_scores(codes, np.arange(33), found, None)}
+    assert scores == {0: 1.0, 1: 1.0} and found.at[10] < 1
 
 
 def test_purity_skips_neighbours_without_a_label():
@@ -93,7 +104,7 @@ def test_label_scores_average_their_rows():
     scores = measure.label_scores(codes, np.arange(len(codes)), purity, separated)
     assert [s.rows for s in scores] == sorted(np.bincount(codes), reverse=True)
     for score in scores:
-        assert score.purity == pytest.approx(purity.per_row[codes == score.code].mean())
+        assert score.purity == pytest.approx(purity.per_row[codes == score.code].mean(), nan_ok=True)
         assert score.silhouette == pytest.approx(separated.per_row[codes == score.code].mean())
 
 
@@ -164,6 +175,11 @@ def test_collapsed_vectors_are_said_to_be_the_same():
     x = np.repeat(unit_vectors(1, 4), 9, axis=0)
     found = measure.health(x, np.ones(9), distinct=1)
     assert any("all 9 vectors are the same" in sentence for sentence in found.warnings())
+
+
+def test_one_item_has_no_neighbours_to_share():
+    none = np.empty((1, 0), np.int64)
+    assert np.isnan(measure.neighbours_shared(none, none)).all()
 
 
 def test_neighbours_shared_by_hand():

@@ -15,19 +15,26 @@ from ebr_lib.view.figure import Groups, Panel
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'> </script><!-- 热水器"
 TEXTS = [HOSTILE, "蓝色 热水器", "red shoes", "Red hat", "青苹果", "书籍 book", None, "𠮷野家 🍜"]
 NEAR = np.array([[(i + step) % 8 for step in (1, 2, 3)] for i in range(8)])
+NAMES, SIZES = ["家电<b>", "clothes", "其他"], [3, 2, 2]
 
 
-def write_page(path, texts=TEXTS, near=NEAR):
+def space(near, first=0.5) -> explorer.Neighbourhood:
+    return explorer.Neighbourhood(near, np.full(near.shape, first, np.float32) - np.arange(3, dtype=np.float32) / 10)
+
+
+CODES = (0, 0, 1, 1, 2, 2, -1, 0)
+
+
+def write_page(path, texts=TEXTS, near=NEAR, *, names=NAMES, sizes=SIZES, codes=CODES, more=()):
     angle = np.linspace(0, 2 * np.pi, 8, endpoint=False)
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    groups = Groups(np.array([0, 0, 1, 1, 2, 2, -1, 0]), ["家电<b>", "clothes", "其他"], [3, 2, 2], "category")
+    groups = Groups(np.array(codes), names, sizes, "category")
     explorer.write_explorer(
         path,
-        [Panel("t-SNE", circle, "trust 0.9"), Panel("UMAP", circle[::-1], "trust 0.8")],
+        [Panel("t-SNE", circle, "trust 0.9"), Panel("UMAP", circle[::-1], "trust 0.8", space=len(more))],
         groups,
         texts=texts,
-        near=near,
-        cosines=np.full(near.shape, 0.5, np.float32) - np.arange(3, dtype=np.float32) / 10,
+        spaces=[space(near), *more],
         name="embeds <2>.txt",
         all_rows=80,
     )
@@ -42,7 +49,7 @@ def test_data_come_back_as_they_were(tmp_path):
     page = write_page(tmp_path / "page.html").read_text(encoding="utf-8")
     data = embedded(page)
     assert data["texts"] == [" ".join((text or "").split()) for text in TEXTS]
-    assert [group["name"] for group in data["groups"]] == ["家电<b>", "clothes", "其他", ""]
+    assert data["labels"] == NAMES and len(data["colours"]) == 5
 
 
 def test_the_page_names_no_address_and_allows_no_request(tmp_path):
@@ -152,6 +159,41 @@ def test_the_switch_changes_the_map(page):
     page.get_by_text("UMAP").click()
     assert place_of(page, 0) != before
     assert "trust 0.8" in page.inner_text("#note")
+
+
+def test_each_map_lights_up_the_neighbours_of_its_own_space(browser, tmp_path):
+    """Before and after are two spaces: the same point has other neighbours, at other cosines."""
+    page = browser.new_page()
+    page.goto(write_page(tmp_path / "page.html", more=[space(NEAR[:, ::-1], 0.9)]).as_uri())
+    page.mouse.click(*place_of(page, 2))
+    listed = "[...document.querySelectorAll('#near .item')].map(e => e.innerText.split('\\n').join('|'))"
+    before = page.evaluate(listed)
+    assert [text.split("|")[0] for text in before] == ["Red hat", "青苹果", "书籍 book"]
+    page.get_by_text("UMAP").click()
+    after = page.evaluate(listed)  # the point stays chosen
+    assert [text.split("|")[0] for text in after] == ["书籍 book", "青苹果", "Red hat"]
+    assert [text.split("|")[-1] for text in after] == ["0.900", "0.800", "0.700"]
+    assert page.evaluate("explorer.neighbours(2)") == [5, 4, 3]
+    page.get_by_text("t-SNE").click()
+    assert page.evaluate(listed) == before
+
+
+def test_labels_beyond_the_largest_are_one_row_of_the_legend(browser, tmp_path):
+    names = [f"label {i}" for i in range(30)]
+    page = browser.new_page(locale="en-US")
+    codes = (0, 1, 19, 20, 25, 29, -1, 0)
+    page.goto(write_page(tmp_path / "page.html", names=names, sizes=[2] + [1] * 29, codes=codes).as_uri())
+    keys = page.locator("#legend .key")
+    assert keys.all_inner_texts() == ["label 0\n2", "label 1\n1", "label 19\n1", "10 other labels\n3", "no label\n1"]
+    keys.nth(3).click()
+    assert lit(page) == [3, 4, 5]
+    page.mouse.move(*place_of(page, 4))
+    assert page.inner_text("#tip b") == "label 25"  # its own name all the same
+    page.click("#reset")
+    page.fill("input", "label 29")
+    assert lit(page) == [5]
+    page.fill("input", "label")
+    assert 6 not in lit(page)  # a row without a label is not found by the words for that
 
 
 def test_wheel_zooms_around_the_pointer(page):

@@ -84,7 +84,7 @@ def test_neighbours_of_rows_count_equal_rows_first():
     x = unit_vectors(30)
     rows = np.concatenate([np.arange(30), [0, 0, 7]])
     first, place = projection.distinct_rows(x[rows])
-    near = projection.neighbours_of_rows(projection.exact_neighbours(x[first], 10), place, 6)
+    near = projection.neighbours_of_rows(projection.exact_neighbours(x[first], 10), place, 6, seed=0)
     products = x[rows] @ x[rows].T
     np.fill_diagonal(products, -np.inf)
     assert set(near[0, :2]) == {30, 31} and near[7, 0] == 32 and near[32, 0] == 7
@@ -95,10 +95,42 @@ def test_neighbours_of_rows_count_equal_rows_first():
 
 def test_neighbours_of_rows_where_all_are_equal():
     near = projection.neighbours_of_rows(
-        projection.exact_neighbours(unit_vectors(1), 5), np.zeros(4, dtype=np.int64), 10
+        projection.exact_neighbours(unit_vectors(1), 5), np.zeros(4, dtype=np.int64), 10, seed=0
     )
     assert near.shape == (4, 3)
     assert all(set(row) == set(range(4)) - {i} for i, row in enumerate(near))
+
+
+def test_neighbours_of_rows_equal_brute_force_where_vectors_repeat():
+    """Nearest first, no row twice, never itself; whichever of equal rows are named."""
+    x = unit_vectors(25)
+    rows = np.random.default_rng(3).integers(0, 25, 200)
+    first, place = projection.distinct_rows(x[rows])
+    near = projection.neighbours_of_rows(projection.exact_neighbours(x[rows][first], 30), place, 30, seed=1)
+    products = x[rows] @ x[rows].T
+    np.fill_diagonal(products, -np.inf)
+    np.testing.assert_allclose(np.take_along_axis(products, near, 1), -np.sort(-products, axis=1)[:, :30], atol=1e-6)
+    assert all(len(set(row)) == 30 for row in near) and (near != np.arange(200)[:, None]).all()
+
+
+def test_the_order_of_the_file_does_not_decide_between_equal_rows():
+    """Equal vectors in a file sorted by label: a label is as frequent among neighbours as chance has it."""
+    codes = np.repeat([0, 1], [150, 50])
+    alone = projection.exact_neighbours(unit_vectors(1), 5)
+    near = projection.neighbours_of_rows(alone, np.zeros(200, dtype=np.int64), 10, seed=0)
+    for code, others in ((0, 149 / 199), (1, 49 / 199)):
+        assert (codes[near] == code)[codes == code].mean() == pytest.approx(others, abs=0.05)
+    other, same = (projection.neighbours_of_rows(alone, np.zeros(200, dtype=np.int64), 10, seed) for seed in (1, 0))
+    assert (near == same).all() and (near != other).any()
+
+
+def test_which_equal_rows_are_neighbours_of_another_is_drawn_by_lot():
+    """A hundred rows whose nearest vector is that of two hundred others, 150 of one label before 50 of another."""
+    nearest = projection.Neighbours(np.array([[100]] * 100 + [[0]], np.int32), np.zeros((101, 1), np.float32))
+    place = np.concatenate([np.arange(100), np.full(200, 100)])
+    near = projection.neighbours_of_rows(nearest, place, 10, seed=0)[:100]
+    assert near.min() >= 100 and all(len(set(row)) == 10 for row in near)
+    assert (near < 250).mean() == pytest.approx(0.75, abs=0.05)
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -241,6 +273,12 @@ def test_quality_of_a_perfect_map_and_of_noise():
     assert perfect.trustworthiness > 0.999 and perfect.neighbours_kept > 0.95
     noise = projection.map_quality(flat, neighbours, unit_vectors(200, 2), seed=0)
     assert noise.trustworthiness < 0.7 and noise.neighbours_kept < 0.2
+
+
+def test_a_map_of_too_few_points_cannot_be_judged():
+    x = unit_vectors(2)
+    found = projection.map_quality(x, projection.exact_neighbours(x, 15), projection.pca_map(x), seed=0)
+    assert np.isnan([found.trustworthiness, found.neighbours_kept]).all()
 
 
 def test_quality_is_judged_on_a_sample(monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from ebr_lib import VisConfig, visualize_embeddings
 from ebr_lib.data.vectors import write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.knobs import from_flags
-from ebr_lib.view import projection
+from ebr_lib.view import explorer, projection
 
 LABELS = ["书籍", "热水器", "shoes"]
 
@@ -70,6 +72,34 @@ def no_maps(monkeypatch):
     return drawn
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """What the picture is given: panels, groups, title, caption."""
+    from ebr_lib.view import figure
+
+    given = {}
+    draw = figure.draw
+
+    def record(path, panels, groups, **words):
+        given.update(panels=panels, groups=groups, **words)
+        draw(path, panels, groups, **words)
+
+    monkeypatch.setattr(figure, "draw", record)
+    return given
+
+
+def rows_of(texts) -> list[int]:
+    """The rows of the file that these texts are from."""
+    return [int(re.match(r"第(\d+)条", text)[1]) for text in texts]
+
+
+def nearest(x, rows, k=10) -> np.ndarray:
+    """By brute force: the k nearest of each of these rows among them, as places in `rows`."""
+    products = x[rows].astype(np.float64) @ x[rows].T.astype(np.float64)
+    np.fill_diagonal(products, -np.inf)
+    return np.argsort(-products, axis=1)[:, :k]
+
+
 # --- what it writes -----------------------------------------------------------------------------------------------
 
 
@@ -78,7 +108,7 @@ def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
         result = see(method="both", explorer=True)
     assert result.picture.read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in result.picture.parent.iterdir()) == [
-        "scatter.html", "scatter.json", "scatter.maps.npz", "scatter.png",
+        "scatter.html", "scatter.json", "scatter.maps.npz", "scatter.png", "scatter.yaml",
     ]  # fmt: skip
     found = json.loads(result.numbers_path.read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(result.numbers))
@@ -105,14 +135,120 @@ def test_every_number_has_a_meaning_and_a_direction(see, no_maps):
         assert entry["meaning"] and entry["better"] in ("higher", "lower", "")
 
 
-def test_same_seed_same_pixels(see):
-    first, again, other = (see(cache=False, seed=seed).picture.read_bytes() for seed in (3, 3, 4))
+@pytest.mark.parametrize("method", ["tsne", "umap"])
+def test_same_seed_same_pixels(see, method):
+    first, again, other = (see(cache=False, seed=seed, method=method).picture.read_bytes() for seed in (3, 3, 4))
     assert first == again and first != other
 
 
 def test_the_three_formats_draw_alike(see, tmp_path, no_maps):
     pictures = [see(write(tmp_path / f"embeds{end}")) for end in (".txt", ".parquet", ".npy")]
     assert len({json.dumps(p.numbers["numbers"]) for p in pictures}) == 1
+
+
+def test_the_page_holds_the_nearest_of_the_original_space(see, no_maps, monkeypatch):
+    """A page of 20 of 30 projected of 60 rows: labels, neighbours and cosines are those of the rows that are drawn."""
+    monkeypatch.setattr(explorer, "MOST", 20)
+    page = see(max_points=30, explorer=True).explorer.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    rows = rows_of(data["texts"])
+    assert len(rows) == len(set(rows)) == 20 and data["all"] == 60
+
+    def unpacked(name, kind, where=data):
+        return np.frombuffer(base64.b64decode(where[name]), kind)
+
+    assert [data["labels"][code] for code in unpacked("codes", "<i4")] == [LABELS[row % 3] for row in rows]
+    (space,) = data["spaces"]
+    near = unpacked("near", "<i4", space).reshape(20, 10)
+    np.testing.assert_array_equal(near, nearest(vectors(), rows))
+    x = vectors()[rows].astype(np.float64)
+    cosines = unpacked("cosines", "<i2", space).reshape(20, 10) / 10_000
+    np.testing.assert_allclose(cosines, np.take_along_axis(x @ x.T, near, 1), atol=1e-4)
+
+
+def test_the_page_of_a_pair_holds_both_spaces(see, tmp_path, no_maps):
+    base = vectors(seed=5, apart=0.2)
+    page = see(compare_path=write(tmp_path / "base.txt", base), explorer=True).explorer.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert [(each["name"], each["space"]) for each in data["maps"]] == [("t-SNE: before", 0), ("t-SNE: after", 1)]
+    for space, x in zip(data["spaces"], (base, vectors()), strict=True):
+        near = np.frombuffer(base64.b64decode(space["near"]), "<i4").reshape(60, 10)
+        np.testing.assert_array_equal(near, nearest(x, np.arange(60)))
+
+
+def test_each_map_says_how_far_it_can_be_trusted(see, seen):
+    from sklearn.manifold import trustworthiness
+
+    see()
+    (panel,) = seen["panels"]
+    near, drawn = nearest(vectors(), np.arange(60), 15), panel.coords.astype(np.float64)
+    gaps = np.linalg.norm(drawn[:, None] - drawn[None], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    kept = np.mean([np.isin(a, b).mean() for a, b in zip(np.argsort(gaps, axis=1)[:, :15], near, strict=True)])
+    trusted = trustworthiness(vectors().astype(np.float64), drawn, n_neighbors=15)
+    assert panel.note == f"trustworthiness {trusted:.3f}, neighbours kept {kept:.1%}"
+
+
+def test_confused_labels_come_with_the_texts_that_are_nearest(see, tmp_path, no_maps):
+    x = vectors(apart=0.5)
+    table = table_of(see(write(tmp_path / "mixed.txt", x)), "Most confused")
+    codes, near = np.arange(60) % 3, nearest(x, np.arange(60))
+    assert len(table.rows) == 3
+    for first, second, share, back, *texts in table.rows:
+        a, b = LABELS.index(first), LABELS.index(second)
+        assert share == pytest.approx((codes[near[codes == a]] == b).mean())
+        assert back == pytest.approx((codes[near[codes == b]] == a).mean())
+        one, other = rows_of(texts)
+        assert (codes[one], codes[other]) == (a, b)
+        assert x[one] @ x[other] == pytest.approx((x[codes == a] @ x[codes == b].T).max())
+
+
+def test_the_caption_says_what_is_drawn(see, tmp_path, no_maps, seen):
+    result = see(max_points=30, seed=7)
+    numbers = numbers_of(result)
+    assert "30 of 60 vectors were projected (sampled by category, seed 7)" in seen["caption"]
+    assert "the rest lie where their nearest projected neighbours do" in seen["caption"]
+    for name in ("same label @1", "same label @10", "chance", "silhouette"):
+        assert f"{name} {numbers[name]:.3f}" in seen["caption"]
+    assert "rows" not in seen["caption"]
+    x = vectors()
+    x[5] = 0
+    valid = np.arange(60) % 10 != 0
+    columns = {"category": [None if i % 7 == 1 else LABELS[i % 3] for i in range(60)], "description": ["text"] * 60}
+    see(str(write_embeddings(tmp_path / "gaps.txt", columns, x, valid)), seed=8)
+    assert "All 53 vectors were projected (seed 8)." in seen["caption"]
+    assert "6 rows without a vector are not drawn. 1 rows with a vector of zeros are not drawn." in seen["caption"]
+    without = sum(1 for i in range(60) if i % 7 == 1 and i % 10 and i != 5)
+    assert f"{without} rows without category are grey." in seen["caption"]
+
+
+def test_the_columns_of_all_tables_are_explained(see, tmp_path, no_maps):
+    result = see(compare_path=write(tmp_path / "base.txt", vectors(apart=0.2)))
+    explained = table_of(result, "What the columns mean")
+    assert {row[0] for row in explained.rows} == set(result.numbers["meanings"]) >= {
+        "trustworthiness", "neighbours kept", "purity", "silhouette", "share of its neighbours", "and back",
+    }  # fmt: skip
+    assert all(better in ("higher", "lower", "") and meaning for _, better, meaning in explained.rows)
+
+
+@pytest.mark.parametrize("end, start", [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")])
+def test_other_kinds_of_picture(see, tmp_path, no_maps, end, start):
+    first, again = (see(output_path=str(tmp_path / f"picture{end}")).picture.read_bytes() for _ in range(2))
+    assert first.startswith(start) and first == again
+    shown = see(output_path=str(tmp_path / f"picture{end}"))._repr_html_()
+    assert ("data:image/" in shown) != (end == ".pdf") and ("picture.pdf" in shown) == (end == ".pdf")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.html", "x", "x.jpg", "x.yaml"])
+def test_the_picture_is_not_named_like_what_lies_beside_it(name):
+    with pytest.raises(ConfigError, match=r"output_path.*\.png, \.svg or \.pdf"):
+        VisConfig(output_path=name)
+
+
+def test_the_config_lies_beside_the_picture_and_repeats_the_run(see, no_maps):
+    first = see(seed=9, clusters=4)
+    again = visualize_embeddings({"preset": str(first.picture.with_suffix(".yaml"))})
+    assert again.numbers == first.numbers
 
 
 # --- knobs --------------------------------------------------------------------------------------------------------
@@ -171,6 +307,14 @@ def test_explorer_can_be_left_out(see, no_maps):
     assert see(explorer=True).explorer.is_file()
 
 
+def test_fonts_that_somebody_named_and_are_not_here_are_told_once(see, no_maps, caplog):
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        see()
+        assert "chinese_fonts" not in caplog.text  # the default names the fonts of every system
+        see(chinese_fonts=["No Such Font", "nowhere.ttf", "SimHei"])
+    assert caplog.text.count("chinese_fonts") == caplog.text.count("no font No Such Font, nowhere.ttf here") == 1
+
+
 def test_chinese_fonts_reach_the_picture(see, no_maps, monkeypatch):
     from ebr_lib.view import figure
 
@@ -188,6 +332,20 @@ def test_another_colour_does_not_draw_the_map_again(see, no_maps):
     assert len(no_maps) == 2
     see(tsne_perplexity=5.0, cache=False)
     assert len(no_maps) == 3
+
+
+def test_another_colour_of_a_sample_does_not_draw_the_map_again(see, no_maps, seen, tmp_path):
+    """The sample is by label; the next one is shown on the same rows, and the caption says by what they were chosen."""
+    x = vectors()
+    path = write(tmp_path / "two.txt", x, shop=["A"] * 50 + ["B"] * 10)
+    first = see(path, max_points=30)
+    again = see(path, max_points=30, label_column="shop")
+    assert len(no_maps) == 1 and "sampled by category" in seen["caption"]
+    assert first.numbers["maps"] == again.numbers["maps"]
+    see(path, max_points=20, label_column="shop")
+    assert len(no_maps) == 2 and "20 of 60 vectors were projected (sampled by shop," in seen["caption"]
+    see(path, max_points=30, label_column="shop", cache=False)
+    assert len(no_maps) == 3 and "sampled by shop" in seen["caption"]
 
 
 # --- before and after ---------------------------------------------------------------------------------------------
@@ -211,6 +369,89 @@ def test_nothing_changed_reads_as_nothing(see, tmp_path, no_maps):
     result = see(compare_path=write(tmp_path / "base.txt"))
     assert all(row[3] == 0 for row in result.table.rows)
     assert "100% are still there" in table_of(result, "Neighbours").title
+
+
+def test_the_pair_lies_in_one_frame(see, tmp_path, seen, monkeypatch):
+    """A map that comes out turned, mirrored, shifted and of another size is brought back onto the one of before."""
+    turns = iter([np.eye(2), np.array([[0, -3], [-3, 0]])])
+    monkeypatch.setattr(projection, "tsne_map", lambda near, start, **_: (start @ next(turns) + 7).astype(np.float32))
+    see(compare_path=write(tmp_path / "base.parquet"), cache=False)
+    before, after = seen["panels"]
+    assert (before.title, after.title) == ("t-SNE: before", "t-SNE: after")
+    np.testing.assert_allclose(after.coords, before.coords, atol=1e-4)
+
+
+def test_both_sides_are_in_the_tables_the_json_and_the_caption(see, tmp_path, no_maps, seen):
+    base = vectors(apart=0.5)
+    alone = see(write(tmp_path / "base.txt", base))
+    result = see(compare_path=str(tmp_path / "base.txt"))
+    assert [row[0] for row in table_of(result, "Maps").rows] == ["t-SNE: before", "t-SNE: after"]
+    assert result.numbers["maps_before"]["tsne"]["points"] == 60
+    scores = table_of(result, "Labels")
+    assert scores.columns == (
+        "label", "rows", "purity before", "purity after", "silhouette before", "silhouette after",
+    )  # fmt: skip
+    codes = np.arange(60) % 3
+    for label, _, *values in scores.rows:
+        mine = codes == LABELS.index(label)
+        for purity, x in zip(values[:2], (base, vectors()), strict=True):
+            assert purity == pytest.approx(
+                (codes[nearest(x, np.arange(60))] == codes[:, None]).mean(axis=1)[mine].mean()
+            )
+    assert any(table["title"] == "Labels (category)" for table in result.numbers["tables"])
+    then, now = numbers_of(alone)["silhouette"], numbers_of(result)["silhouette"]
+    assert (
+        "before → after: same label @1 " in seen["caption"] and f"silhouette {then:.3f} → {now:.3f}" in seen["caption"]
+    )
+
+
+def test_of_equal_changes_the_farthest_comes_first(see, tmp_path, no_maps):
+    base, x = vectors(seed=5, apart=0.0), vectors(apart=0.0)
+    table = table_of(see(write(tmp_path / "a.txt", x), compare_path=write(tmp_path / "base.txt", base)), "Neighbours")
+    old, new = nearest(base, np.arange(60)), nearest(x, np.arange(60))
+    shared = np.array([np.isin(a, b).mean() for a, b in zip(old, new, strict=True)])
+    apart = np.einsum("id,ikd->ik", x, x[old]).mean(axis=1)
+    order = np.lexsort((apart, shared))[:10]
+    assert rows_of(row[0] for row in table.rows) == order.tolist() and len(set(shared[order])) < 10
+    np.testing.assert_allclose([row[1:3] for row in table.rows], np.c_[shared, apart][order], atol=1e-5)
+    assert rows_of(row[3] for row in table.rows) == old[order, 0].tolist()
+    assert rows_of(row[4] for row in table.rows) == new[order, 0].tolist()
+
+
+def test_what_is_wrong_with_the_vectors_names_the_file(see, tmp_path, no_maps, caplog):
+    x = vectors()[np.arange(60) % 20]
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        see(compare_path=write(tmp_path / "base.txt", x))
+    assert f"{tmp_path / 'base.txt'}: 40 of 60 vectors repeat another" in caplog.text
+
+
+def test_rows_in_another_order_are_not_compared(see, tmp_path, no_maps, caplog):
+    order = np.random.default_rng(0).permutation(60)
+    order[[0, 1]] = sorted(order[[0, 1]])
+    columns = {"id": [f"{i:03}" for i in order], "description": [f"第{i}条 text" for i in order]}
+    shuffled = str(write_embeddings(tmp_path / "shuffled.txt", columns, vectors()[order]))
+    wrong = int((order != np.arange(60)).argmax())
+    with pytest.raises(
+        DataError,
+        match=rf"description in \d+ rows. Row {wrong}: '第{wrong}条.*' here, '第{order[wrong]}条.*there.*id_column",
+    ):
+        see(compare_path=shuffled)
+    assert all(row[3] == 0 for row in see(compare_path=shuffled, id_column="id").table.rows)
+    ids = str(write_embeddings(tmp_path / "ids.txt", {"id": columns["id"]}, vectors()[order]))
+    with pytest.raises(
+        DataError, match=rf"differ in id in .*Row {wrong}: '{wrong:03}' here, '{order[wrong]:03}' there"
+    ):
+        see(compare_path=ids)  # no text in the old file: any column that both have will do
+    nothing = tmp_path / "bare.npy"
+    np.save(nothing, vectors())
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        see(compare_path=str(nothing))
+    assert "shares no column" in caplog.text and "by their order" in caplog.text
+
+
+def test_one_item_in_common(see, tmp_path, no_maps):
+    result = see(write(tmp_path / "a.txt", vectors(1)), compare_path=write(tmp_path / "b.txt", vectors(1, seed=3)))
+    assert result.picture.is_file() and not [t for t in result.tables if t.title.startswith("Neighbours")]
 
 
 def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
@@ -264,6 +505,31 @@ def test_the_learning_rate_is_a_number_or_auto(flag, value):
 def test_a_handful_of_points(see, tmp_path, n):
     result = see(write(tmp_path / "few.txt", vectors(n)), method="both", explorer=True)
     assert result.picture.is_file() and result.explorer.is_file() and result.numbers["rows"] == n
+
+
+def test_where_there_is_no_map_nothing_is_said_of_its_trust(see, tmp_path, seen):
+    result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 50, axis=0)), method="both")
+    (panel,) = seen["panels"]  # two would be the same one
+    assert panel.title == "PCA (too few distinct vectors)" and panel.note == "trustworthiness not measurable"
+    assert result.numbers["maps"]["tsne"]["trustworthiness"] is None
+    assert json.loads(result.numbers_path.read_text())["maps"]["umap"]["neighbours_kept"] is None
+
+
+def test_the_order_of_the_file_decides_no_number(see, tmp_path, no_maps):
+    """Equal vectors in a file that is sorted by label: every label is as pure as chance."""
+    x = np.repeat(vectors(1), 400, axis=0)
+    result = see(write(tmp_path / "sorted.txt", x, category=["A"] * 300 + ["B"] * 100))
+    purity = {row[0]: row[2] for row in table_of(result, "Labels").rows}
+    assert purity == {"A": pytest.approx(299 / 399, abs=0.03), "B": pytest.approx(99 / 399, abs=0.03)}
+    (pair,) = table_of(result, "Most confused").rows
+    assert {pair[0]: pair[2], pair[1]: pair[3]} == {
+        "A": pytest.approx(100 / 399, abs=0.03), "B": pytest.approx(300 / 399, abs=0.03),
+    }  # fmt: skip
+
+
+def test_a_label_called_empty_is_not_the_empty_one(see, tmp_path, no_maps):
+    result = see(write(tmp_path / "a.txt", category=["", "(empty)", "x"] * 20))
+    assert result.numbers["groups"]["sizes"] == {"((empty))": 20, "(empty)": 20, "x": 20}
 
 
 def test_perplexity_and_neighbours_are_lowered_with_a_message(see, tmp_path, no_maps, caplog):

@@ -106,27 +106,38 @@ class Purity:
 
     :param at: k to the share among the k nearest, averaged over rows.
     :param chance: the share that vectors without meaning would reach.
-    :param per_row: the share among the most neighbours counted, of each row; NaN where it has no label.
+    :param judged: rows that have a label and a neighbour with one.
+    :param per_row: of each row the share among the most neighbours counted, but no more than its label has other rows:
+        so a label of three rows can reach 1 too. NaN where there is no label, or no other row of it.
     """
 
     at: dict[int, float]
     chance: float
+    judged: int
     per_row: Floats
 
 
 def label_purity(near: Ints, codes: Ints, ks: Sequence[int] = (1, 5, 10)) -> Purity:
     """Share of each row's nearest neighbours (rows × k) with its own label; unlabelled neighbours are not counted."""
-    labelled = codes[near] >= 0
-    same = (codes[near] == codes[:, None]) & labelled
-    shares = {}
-    for k in ks:
-        with np.errstate(invalid="ignore"):
-            per_row = np.where(codes < 0, np.nan, same[:, :k].sum(1) / labelled[:, :k].sum(1))
-        shares[k] = float(np.nanmean(per_row)) if np.isfinite(per_row).any() else float("nan")
     sizes = np.bincount(codes[codes >= 0])
+    others = np.where(codes >= 0, np.append(sizes, 0)[codes] - 1, 0)
+    shares, per_row = {}, np.full(len(codes), np.nan)
+    for k in ks:
+        per_row = _share_of_label(near, codes, np.full(len(codes), k))
+        shares[k] = float(np.nanmean(per_row)) if np.isfinite(per_row).any() else float("nan")
     total = sizes.sum()
     chance = float((sizes * (sizes - 1)).sum() / (total * (total - 1))) if total > 1 else 1.0
-    return Purity(shares, chance, per_row)
+    return Purity(
+        shares, chance, int(np.isfinite(per_row).sum()), _share_of_label(near, codes, np.minimum(max(ks), others))
+    )
+
+
+def _share_of_label(near: Ints, codes: Ints, most: Ints) -> Floats:
+    """Of those of each row's first `most` neighbours that have a label, the share that has the row's own."""
+    counted = (codes[near] >= 0) & (np.arange(near.shape[1]) < most[:, None])
+    same = counted & (codes[near] == codes[:, None])
+    with np.errstate(invalid="ignore"):
+        return np.where(codes < 0, np.nan, same.sum(axis=1) / counted.sum(axis=1))
 
 
 # --- separation ---------------------------------------------------------------------------------------------------
@@ -227,7 +238,7 @@ def _calinski_harabasz(means: Floats, sizes: Ints, inside: float) -> float:
 
 @dataclass(frozen=True)
 class LabelScore:
-    """One label: its rows, share of their ten nearest neighbours with the same label, their mean silhouette."""
+    """One label: its rows, the mean of `Purity.per_row` over them, and their mean silhouette."""
 
     code: int
     rows: int
@@ -396,6 +407,14 @@ def agreement(codes: Ints, others: Ints) -> tuple[float, float]:
 # --- before and after ---------------------------------------------------------------------------------------------
 
 
+def neighbour_cosines(unit: Vectors, near: Ints) -> NDArray[np.float32]:
+    """Cosine of each row and each of its neighbours (rows × k)."""
+    products = [np.einsum("ij,ij->i", unit, unit[column]) for column in near.T]
+    return np.stack(products, axis=1) if products else np.empty(near.shape, np.float32)
+
+
 def neighbours_shared(before: Ints, after: Ints) -> Floats:
-    """For each row, the share of its neighbours (rows × k) that are the same in both."""
+    """For each row, the share of its neighbours (rows × k) that are the same in both; NaN without neighbours."""
+    if not before.shape[1]:
+        return np.full(len(before), np.nan)
     return np.array([len(np.intersect1d(a, b)) / len(a) for a, b in zip(before, after, strict=True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.files import written_whole
 from ebr_lib.tables import shortened
-from ebr_lib.view.figure import PALE, Groups, Panel
+from ebr_lib.view.figure import Groups, Panel
 
 MOST = 50_000  # points that a browser draws without a pause
 TEXT_COLUMNS = 240  # of a text are shown, in half-width columns
@@ -22,38 +23,49 @@ TEMPLATE = Path(__file__).with_name("explorer.html")
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Nearest neighbours of each point in an original space.
+
+    :param near: places among the points, n × k, nearest first; -1 for one that is not drawn.
+    :param cosines: cosine of each of them.
+    """
+
+    near: Ints
+    cosines: NDArray[np.float32]
+
+
 def write_explorer(
     path: Path,
     panels: Sequence[Panel],
     groups: Groups,
     *,
     texts: Sequence[str | None],
-    near: Ints,
-    cosines: NDArray[np.float32],
+    spaces: Sequence[Neighbourhood],
     name: str,
     all_rows: int,
 ) -> None:
     """Write the page.
 
-    :param panels: maps of the points that are drawn, n × 2 each.
+    :param panels: maps of the points that are drawn, n × 2 each; a panel's `space` is a place in `spaces`.
     :param groups: their labels; `texts` are what hovering shows.
-    :param near: nearest neighbours of each point in the original space as places among the points, n × k, nearest
-        first; -1 for one that is not drawn.
-    :param cosines: cosine of each of them.
+    :param spaces: the neighbours of each point in each original space that there are maps of.
     :param all_rows: how many rows the file has, for the line that says how many of them are here.
     """
     data = {
         "name": name,
         "all": all_rows,
         "title": groups.title,
-        "groups": [
-            *({"name": n, "colour": c} for n, c in zip(groups.names, groups.colours, strict=True)),
-            {"name": "", "colour": PALE},
+        "labels": groups.names,
+        "colours": groups.shade_colours,  # of the largest labels, of all others, of rows without a label
+        "maps": [
+            {"name": p.title, "note": p.note, "space": p.space, "coords": _packed(p.coords, np.float32)} for p in panels
         ],
-        "maps": [{"name": p.title, "note": p.note, "coords": _packed(p.coords, np.float32)} for p in panels],
         "codes": _packed(groups.codes, np.int32),
-        "near": _packed(near, np.int32),
-        "cosines": _packed(np.rint(cosines * 10_000), np.int16),
+        "spaces": [
+            {"near": _packed(s.near, np.int32), "cosines": _packed(np.rint(s.cosines * 10_000), np.int16)}
+            for s in spaces
+        ],
         "texts": [shortened(text or "", TEXT_COLUMNS) for text in texts],
     }
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", _harmless(data))

@@ -37,6 +37,8 @@ LONGEST = 200  # characters of a label that are looked at
 THINNED = 1000  # points of a label that decide where names may stand
 HIDDEN = 0.2  # share of any label's points that a name may hide
 FAR = 0.03  # what a name's distance of one text height costs, against the share of the points that it hides
+# kinds of picture, and what of their metadata would make the same picture another file each time
+KINDS: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 LATIN = "DejaVu Sans"  # comes with matplotlib
 CJK_PACKAGE, CJK_PIN = "noto-cjk-sans-otc", "noto-cjk-sans-otc==0.0.1"  # Noto Sans CJK Regular, OFL 1.1
 # Debian's packages for what that font lacks, and a family that each brings
@@ -48,11 +50,12 @@ UNUSABLE = (RuntimeError, NotImplementedError, OSError)  # what matplotlib raise
 
 @dataclass(frozen=True)
 class Panel:
-    """One map: its title, coordinates (n × 2), and a line on how far it can be trusted."""
+    """One map: its title, coordinates (n × 2), a line on how far it can be trusted, and which space it is a map of."""
 
     title: str
     coords: Floats
     note: str = ""
+    space: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,17 +294,20 @@ def draw(
 ) -> None:
     """Write the picture of one or several maps of the same points.
 
-    :param path: where the PNG goes; what stood there stays until the new one is whole.
+    :param path: where the picture goes, its ending (of `KINDS`) says what it is; what stood there stays until the new
+        one is whole.
     :param panels: maps, at most two beside each other.
     :param fonts: fonts for the labels' characters, tried before the system's.
     """
     import matplotlib as mpl
 
     texts = "".join([title, caption, groups.title, *groups.names[:SHOWN], *(p.title + p.note for p in panels)])
-    with _quiet_fonts(), mpl.rc_context({"font.family": fonts_for(texts, fonts), "text.parse_math": False}):
+    kind = path.suffix.lower()
+    settings = {"font.family": fonts_for(texts, fonts), "text.parse_math": False, "svg.hashsalt": "ebr"}
+    with _quiet_fonts(), mpl.rc_context(settings):
         figure = _composed(panels, groups, title, caption)
         with written_whole(path) as new:
-            figure.savefig(new, format="png", metadata={"Software": None})
+            figure.savefig(new, format=kind[1:], metadata=KINDS[kind])
 
 
 def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str) -> Figure:
@@ -377,7 +383,7 @@ def _scatter(axes: Axes, coords: Floats, groups: Groups) -> None:
     sizes = size * (1 + 0.7 * _labels_above(coords, turn)) ** 2
     axes.scatter(
         coords[order, 0], coords[order, 1], s=sizes[order], alpha=alpha, linewidths=0,
-        c=to_rgba_array(groups.shade_colours)[groups.shades[order]],
+        c=to_rgba_array(groups.shade_colours)[groups.shades[order]], rasterized=True,
     )  # fmt: skip
 
 

@@ -60,6 +60,8 @@ class MapQuality:
     :param neighbours_kept: 0 to 1, higher is better: share of a point's 15 nearest neighbours in the original space
         that are among its 15 nearest on the map.
     :param points: size of the sample.
+
+    Both are NaN where there are too few points to have neighbours.
     """
 
     trustworthiness: float
@@ -161,26 +163,41 @@ def _found_all(index: Any, vectors: Vectors, k: int) -> tuple[NDArray[np.float32
     return near, found
 
 
-def neighbours_of_rows(distinct: Neighbours, place: Ints, k: int) -> Ints:
+def neighbours_of_rows(distinct: Neighbours, place: Ints, k: int, seed: int) -> Ints:
     """Turn neighbours among distinct vectors into neighbours among rows, where equal rows are each other's nearest.
+
+    Which of many equal rows come first is drawn by lot for each row: the order of the file must not decide what labels
+    a row's neighbours have.
 
     :param place: for every row the place of its vector among the distinct ones.
     :returns: row numbers, rows × min(k, rows - 1), nearest first.
     """
-    k = min(k, len(place) - 1)
+    n, k = len(place), min(k, len(place) - 1)
+    rng = np.random.default_rng(seed)
+    members, starts, sizes, position = _shuffled_groups(place, rng)
+    groups = np.hstack([np.arange(len(sizes))[:, None], distinct.indices[:, :k]])[place]
+    here = sizes[groups]
+    here[:, 0] -= 1  # the row itself
+    ends = np.cumsum(here, axis=1)
+    begin = rng.integers(0, n, n)
+    rows, found = np.arange(n), np.empty((n, k), dtype=np.int64)
+    for slot in range(k):
+        turn = (ends <= slot).sum(axis=1)
+        group, before = groups[rows, turn], ends[rows, turn] - here[rows, turn]
+        step = np.where(turn == 0, position + 1, begin) + slot - before
+        found[:, slot] = members[starts[group] + step % sizes[group]]
+    return found
+
+
+def _shuffled_groups(place: Ints, rng: np.random.Generator) -> tuple[Ints, Ints, Ints, Ints]:
+    """Rows by group, each group shuffled; where each starts; their sizes; and the place of each row in its own."""
+    order = rng.permutation(len(place))
+    members = order[np.argsort(place[order], kind="stable")]
     sizes = np.bincount(place)
-    members, starts = np.argsort(place, kind="stable"), np.cumsum(sizes) - sizes
-    groups = np.hstack([np.arange(len(sizes))[:, None], distinct.indices[:, : k + 1]])
-    ends = np.cumsum(sizes[groups], axis=1)
-    found = np.empty((len(sizes), k + 1), dtype=np.int64)
-    for slot in range(k + 1):
-        turn = np.minimum((ends <= slot).sum(axis=1), groups.shape[1] - 1)[:, None]
-        group = np.take_along_axis(groups, turn, 1)[:, 0]
-        found[:, slot] = members[starts[group] + slot - (np.take_along_axis(ends, turn, 1)[:, 0] - sizes[group])]
-    rows = found[place]
-    others = rows != np.arange(len(place))[:, None]
-    others[others.all(axis=1), -1] = False
-    return rows[others].reshape(len(place), k)
+    starts = np.cumsum(sizes) - sizes
+    position = np.empty_like(members)
+    position[members] = np.arange(len(place)) - starts[place[members]]
+    return members, starts, sizes, position
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
@@ -348,7 +365,7 @@ def map_quality(unit: Vectors, neighbours: Neighbours, coords: Coords, seed: int
     n = len(unit)
     k = min(MAP_NEIGHBOURS, neighbours.k, (n - 1) // 2)
     if k < 1:
-        return MapQuality(1.0, 1.0, n)
+        return MapQuality(float("nan"), float("nan"), n)
     rows = np.sort(np.random.default_rng(seed).permutation(n)[:JUDGED])
     near = _near_on_map(coords, rows, k)
     kept = np.mean([np.isin(a, b).mean() for a, b in zip(near, neighbours.indices[rows, :k], strict=True)])
