@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +21,6 @@ from ebr_lib.engines import local
 from ebr_lib.errors import DataError, ModelError
 from tests.test_inference import FakeEncoder, catalogue, fake_vector, run, use
 
-ATTEMPTS = {".txt": 10, ".parquet": 1, ".npy": 1}  # each is killed twice
 WINDOW = 6
 
 # One process loads torch and the model once, then forks a child a run. The child counts the calls that the library
@@ -124,43 +125,76 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".yaml"}
 
 
-@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
+class Case(NamedTuple):
+    """A catalogue that is encoded whole, and again with runs that are killed; `first` is what an append begins with."""
+
+    ending: str
+    kills: int
+    heal_rows: bool = False
+    appends: bool = False
+
+
+CASES = [
+    Case(".txt", 8),
+    Case(".parquet", 3),
+    Case(".npy", 3),
+    Case(".txt", 3, heal_rows=True),
+    Case(".txt", 3, appends=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.ending} {case.heal_rows:d}{case.appends:d}")
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    tmp_path: Path, tiny_bert: Path, server: Server, ending: str
+    tmp_path: Path, tiny_bert: Path, server: Server, case: Case
 ):
+    """Twenty moments in all, each before the end of its run."""
     catalogue(tmp_path, some_rows()[:35])
-    catalogue(tmp_path, some_rows()[35:], "b.csv")
     knobs = {
         "model_name": str(tiny_bert),
         "data_path": str(tmp_path / "in"),
         "window_rows": WINDOW,
         "precision": "float32",
         "device": "cpu",
+        "heal_rows": case.heal_rows,
+        "append": case.appends,
     }
 
     def at(folder: str) -> dict:
-        return knobs | {"output_path": str(tmp_path / folder / f"e{ending}")}
+        return knobs | {"output_path": str(tmp_path / folder / f"e{case.ending}")}
 
     log = tmp_path / "log"
-    assert server.run(at("whole"), log) == 0
+    if case.appends:
+        assert server.run(at("begun"), log) == 0
+        log.unlink()
+    catalogue(tmp_path, some_rows()[35:], "b.csv")
+
+    def begun(folder: str) -> str:
+        if case.appends:
+            shutil.copytree(tmp_path / "begun", tmp_path / folder)
+        return folder
+
+    assert server.run(at(begun("whole")), log) == 0
     *windows, calls = log.read_text().splitlines()
     wanted = files_of(tmp_path / "whole")
     texts = [text for window in windows for text in json.loads(window)]
-    assert len(texts) == len(set(texts))
-    generator = random.Random(ending)
-    killed = 0
-    for attempt in range(ATTEMPTS[ending]):
-        folder, log = f"out{attempt}", tmp_path / f"log{attempt}"
-        unfinished = 0
-        for _ in range(2):
-            killed += server.run(at(folder), log, generator.randrange(1, int(calls))) == -9
-            # a run that came to its end leaves no work folder, and the same call is a new run
-            unfinished += 1 if (tmp_path / folder / f"e{ending}.work" / "state.sqlite").exists() else 100
+    assert len(texts) == len(set(texts)) > 3 * WINDOW
+    generator = random.Random(str(case))
+    killed = attempt = 0
+    while killed < case.kills:
+        attempt += 1
+        folder, log = begun(f"out{attempt}"), tmp_path / f"log{attempt}"
+        moments, ended = 0, False
+        while moments < min(2, case.kills - killed) and not ended:
+            status = server.run(at(folder), log, generator.randrange(1, int(calls)))
+            assert status in (0, -9)
+            moments += status == -9
+            # without a work folder it has come to its end, and the same call is a new run
+            ended = status == 0 or not (tmp_path / folder / f"e{case.ending}.work" / "state.sqlite").exists()
         assert server.run(at(folder), log) == 0
         assert files_of(tmp_path / folder) == wanted
         encoded = [t for line in log.read_text().splitlines() if line[0] == "[" for t in json.loads(line)]
-        assert len(encoded) - len(texts) <= unfinished * WINDOW
-    assert killed >= ATTEMPTS[ending]
+        assert ended or len(encoded) - len(texts) <= moments * WINDOW
+        killed += moments
 
 
 # --- what a resume refuses ----------------------------------------------------------------------------------------
