@@ -90,6 +90,14 @@ def test_ties_across_the_end_of_the_list():
         assert got["hit@10"][0] == pytest.approx(1 - math.comb(493, 2) / math.comb(500, 2))
 
 
+@pytest.mark.parametrize("chunk", [1, 60, 103])
+def test_one_place_for_four_that_tie(chunk):
+    scores = np.r_[np.arange(99) + 2, 1, 1, 1, 1]  # the last of a hundred places is one of four documents
+    got = measure(ranked(scores, [{100: 1}], chunk=chunk), (100,))
+    assert got["recall@100"][0] == pytest.approx(1 / 4)
+    assert got["map@100"][0] == pytest.approx(1 / 4 / 100)
+
+
 @pytest.mark.parametrize("documents", [130, 1000, 8200])
 def test_a_constant_scorer_gets_what_chance_gives(documents):
     vector = np.random.default_rng(0).normal(size=48).astype(np.float32)
@@ -157,6 +165,12 @@ def test_the_measures_that_are_asked_for_by_default():
     ks = (1, 5, 10, 50, 100)
     wanted = [*(f"recall@{k}" for k in ks), *(f"hit@{k}" for k in ks), "mrr@10", "ndcg@10", "map@100"]
     assert list(measure(ranked(np.arange(3.0), [{0: 1}]))) == wanted
+
+
+def test_vectors_are_ranked_as_deep_as_told():
+    documents = np.array([[0.5], [0.25], [1.0]], dtype=np.float32)
+    got = rank_vectors(np.ones((1, 1), dtype=np.float32), documents, [{}], depth=2)
+    np.testing.assert_array_equal(got.ids, [[2, 0]])
 
 
 def test_unit_vectors_have_length_1_and_zero_stays_zero():
