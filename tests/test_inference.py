@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from ebr_lib import inference
 from ebr_lib.config import InferenceConfig
@@ -615,118 +612,3 @@ def test_windows_end_at_many_bytes_too(tmp_path: Path, encoder: FakeEncoder, mon
     catalogue(tmp_path, [f"{i}\x01{i}{'long' * 100}\x01x" for i in range(10)])
     run(tmp_path)
     assert sizes == [3, 3, 3, 1]
-
-
-# --- a thousand nasty files ---------------------------------------------------------------------------------------
-
-LETTERS = [
-    "a",
-    "苹果",
-    '"',
-    "'",
-    "\r",
-    "\u2028",
-    "\u0085",
-    "\x0b",
-    "\x00",
-    "\\",
-    "\\N",
-    " ",
-    "\u3000",
-    "é",
-    "😀",
-    ",",
-    "\t",
-]
-BAD = [b"\xff\xfe", b"\xc4\xe3\xba\xc3", b"\xed\xa0\x80", b"\xe8\x8b", b"x" * 3000]
-LINES = [
-    "\n1\x01good\x01row\n",
-    "\n\\N\x01ok\x01\\N\n",
-    "\n\x01\\N\x01\n",
-    "\n2\x01\x01\n",
-    "\n3\x01\u3000\x01\n",
-    "\n4\x01",
-]
-TOKENS = [b"\x01"] * 12 + [b"\n"] * 5 + [text.encode() for text in LETTERS + 3 * LINES] + BAD
-FILES_A_RUN = 20
-
-
-def shows(text: str) -> bool:
-    """Whether a text made of `LETTERS` holds one that can be seen."""
-    return bool(text.translate(dict.fromkeys(map(ord, "\r\t \x00\x0b\u0085\u2028\u3000"))))
-
-
-class NastyFile:
-    """A file drawn as bytes, each of which stands for a letter, a delimiter, a newline, a whole line or worse."""
-
-    def __init__(self, drawn: bytes) -> None:
-        flags = drawn[0]
-        self.bom, self.crlf, self.gzip = bool(flags & 1), bool(flags & 2), flags % 8 == 4
-        self.body = b"".join(TOKENS[byte % len(TOKENS)] for byte in drawn[1:])
-
-    @property
-    def content(self) -> bytes:
-        text = b"id\x01description\x01label\n" + self.body
-        text = (b"\xef\xbb\xbf" if self.bom else b"") + (text.replace(b"\n", b"\r\n") if self.crlf else text)
-        return gzip.compress(text) if self.gzip else text
-
-    def wanted(self, on_empty: str) -> tuple[list[list[bytes]], int]:
-        """What the contract says of the file, worked out apart from the reader: the rows kept, how many are not."""
-        lines = self.body.split(b"\n")
-        if not lines[-1]:
-            lines.pop()  # what follows the last newline is no row
-        elif self.crlf:
-            lines[-1] = lines[-1].removesuffix(b"\r")
-        rows = []
-        for line in lines:
-            fields = line.split(b"\x01")
-            try:
-                texts = [field.decode() for field in fields]
-            except UnicodeDecodeError:
-                continue
-            if len(fields) == 3 and not (on_empty == "skip" and (fields[1] == b"\\N" or not shows(texts[1]))):
-                rows.append(fields)
-        return rows, len(lines) - len(rows)
-
-
-# no shrinking: a failing draw is small enough to read, and shrinking a thousand files takes minutes
-@settings(max_examples=50, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
-@given(data=st.data())
-def test_a_thousand_nasty_files_come_through(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    folder = tmp_path_factory.mktemp("nasty")
-    (folder / "in").mkdir()
-    drawn = st.binary(min_size=1, max_size=80)
-    files = [NastyFile(data.draw(drawn)) for _ in range(FILES_A_RUN)]
-    on_empty = data.draw(st.sampled_from(["skip", "empty"]))
-    ending = data.draw(st.sampled_from([".txt", ".txt", ".parquet", ".npy"]))
-    for number, file in enumerate(files):
-        (folder / "in" / f"{number:03}.csv").write_bytes(file.content)
-    wanted, rejected = [], 0
-    for file in files:
-        rows, missing = file.wanted(on_empty)
-        wanted += rows
-        rejected += missing
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, FakeEncoder())
-        patch.setattr(os, "fsync", lambda file: None)  # nothing is killed here, and a thousand files are many
-        result = run(
-            folder,
-            output_path=str(folder / f"out{ending}"),
-            on_empty_text=on_empty,
-            encoding="utf-8",
-            window_rows=data.draw(st.integers(10, 100)),
-        )
-    counts = result.counts
-    assert counts["read"] == counts["written"] + counts["rejected"]
-    assert (counts["written"], counts["rejected"]) == (len(wanted), rejected)
-    assert len(rejects_of(result.rejects) if result.rejects else []) == rejected
-    if not wanted or not counts["encoded"]:
-        return
-    back = read_embeddings(result.output, keep_empty=True)
-    for column, name in enumerate(("id", "description", "label")):
-        found = [b"\\N" if value is None else value.encode() for value in back.columns[name]]
-        assert found == [row[column] for row in wanted]
-    texts = [None if row[1] == b"\\N" or not shows(row[1].decode()) else row[1].decode() for row in wanted]
-    assert back.valid.tolist() == [text is not None for text in texts]
-    made = [fake_vector(text) for text in texts if text is not None]
-    assert (back.vectors[back.valid] == np.stack(made)).all()
