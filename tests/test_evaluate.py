@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,17 @@ from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.model.loading import identify
 from ebr_lib.retrieval.compare import Difference, changed_most, compare, holm_corrected
-from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels
+from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels, rank_with_bm25
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
-from ebr_lib.retrieval.task import Columns, find_sources, query_slices, read_records, read_task
+from ebr_lib.retrieval.task import (
+    Columns,
+    Corpus,
+    RetrievalTask,
+    find_sources,
+    query_slices,
+    read_records,
+    read_task,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DOCS = [
@@ -307,6 +316,23 @@ def test_labels():
 def test_bm25_tokens_in_both_languages():
     assert bm25_tokens("The RED shoes, of 2024!", frozenset({"the", "of"})) == ["red", "shoes", "2024"]
     assert bm25_tokens("透明手机壳，很快", frozenset()) == ["透明", "手机", "壳", "很快"]
+
+
+def test_bm25_holds_each_word_once():
+    """50 bytes a word are 2 GB for a million documents of 40 words; a text for each word would take 4.6 GB."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"word{i}x" for i in range(3000)])
+    texts = [" ".join(row) for row in words[rng.integers(0, 3000, (4000, 40))]]
+    corpus = Corpus([str(i) for i in range(4000)], texts, {}, {})
+    task = RetrievalTask(["q"], [texts[7]], {}, corpus, [{7: 1}], 0)
+    rank_with_bm25(replace(task, corpus=replace(corpus, texts=texts[:10])))  # what is loaded on first use
+    tracemalloc.start()
+    try:
+        ranking = rank_with_bm25(task)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 4000 * 40
+    finally:
+        tracemalloc.stop()
+    assert ranking.ids[0, 0] == 7
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------

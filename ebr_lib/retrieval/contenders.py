@@ -195,11 +195,14 @@ def rank_with_bm25(task: RetrievalTask) -> Ranking:
     stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
     documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
     index = bm25s.BM25(k1=BM25_K1, b=BM25_B, method="lucene")
-    words = [bm25_tokens(text, stopwords) for text in documents]
+    vocabulary: dict[str, int] = {}
+    # numbers, not texts: a word is held once, however often it stands in the corpus
+    words = [[vocabulary.setdefault(word, len(vocabulary)) for word in bm25_tokens(t, stopwords)] for t in documents]
     ranking = Ranking(task.relevant)
-    if not any(words):
+    if not vocabulary:
         return ranking
-    index.index(words, show_progress=False)
+    index.index((words, vocabulary), show_progress=False)
+    del words
     for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
         tokens = [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]
         if tokens:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.doctor import language_of
 from ebr_lib.data.hive import Layout, open_source, read_rows
 from ebr_lib.data.noise import split_words
-from ebr_lib.data.pairs import is_blank, normalised
+from ebr_lib.data.pairs import is_blank, normalised, text_keys
 from ebr_lib.data.vectors import VECTOR, iter_embeddings
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
@@ -71,7 +71,7 @@ class Corpus:
     ids: list[str]
     texts: list[str] | None
     number: dict[str, int] = field(repr=False)
-    number_of_text: dict[str, int] = field(repr=False)
+    number_of_text: dict[int, int] = field(repr=False)  # by `text_keys`: the texts are held once
     vectors: Path | None = None
     first_rows: NDArray[np.int64] | None = None
     seen: list[bool] | None = None
@@ -387,11 +387,10 @@ def _titled(record: Record, column: str) -> str:
 
 
 def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, trained: set[str]) -> Corpus:
-    number_of_text: dict[str, int] = {}
+    number_of_text: dict[int, int] = {}
     number: dict[str, int] = {}
     first: list[int] = []
-    for row, (id_, text) in enumerate(zip(ids, texts, strict=True)):
-        key = normalised(text)
+    for row, (id_, key) in enumerate(zip(ids, text_keys(texts).tolist(), strict=True)):
         if key not in number_of_text:
             number_of_text[key] = len(first)
             first.append(row)
@@ -419,16 +418,18 @@ def _holds_vectors(path: Path) -> bool:
 
 def _embedded_corpus(path: Path, columns: Columns, trained: set[str]) -> Corpus:
     """The documents of an embedding file; rows without a vector are none."""
-    batches = list(_without_vectors(path))
+    found = list(next(iter_embeddings(path)).columns)
+    column = columns.corpus or next((name for name in DOCUMENT_TEXTS if name in found), None)
+    id_column = columns.id or next((name for name in IDS if name in found), None)
+    wanted = [name for name in dict.fromkeys((column, id_column)) if name is not None]
+    for name in wanted:
+        if name not in found:
+            raise DataError(f"{path}: no column {name}; its columns are {', '.join(found) or 'none'}")
+    batches = list(_without_vectors(path, wanted))
     rows = np.concatenate([rows for rows, _ in batches])
-    kept = {name: [v for _, part in batches for v in part[name]] for name in batches[0][1]}
+    kept = {name: [v for _, part in batches for v in part[name]] for name in wanted}
     if not len(rows):
         raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
-    column = columns.corpus or next((name for name in DOCUMENT_TEXTS if name in kept), None)
-    id_column = columns.id or next((name for name in IDS if name in kept), None)
-    for name in (column, id_column):
-        if name is not None and name not in kept:
-            raise DataError(f"{path}: no column {name}; its columns are {', '.join(kept) or 'none'}")
     ids = [str(v) for v in kept[id_column]] if id_column else [str(row) for row in rows]
     # where there is no text, each row is a document of its own
     texts = [v or "" for v in kept[column]] if column else ids
@@ -451,8 +452,10 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str]) -> Corpus:
     )
 
 
-def _without_vectors(path: Path) -> Iterator[tuple[NDArray[np.int64], dict[str, list[str | None]]]]:
-    for batch in iter_embeddings(path):
+def _without_vectors(
+    path: Path, columns: Sequence[str]
+) -> Iterator[tuple[NDArray[np.int64], dict[str, list[str | None]]]]:
+    for batch in iter_embeddings(path, columns):
         yield batch.rows, batch.columns
 
 
@@ -482,8 +485,13 @@ def _judged_by_text(
     path: Path, texts: Sequence[str], answers: Sequence[Sequence[str]], corpus: Corpus
 ) -> list[dict[int, int]]:
     """Equal queries share their answers, and only the first of them stays."""
-    keys = [[normalised(text) for text in group] for group in answers]
-    unknown = [(i, text) for i, group in enumerate(keys) for text in group if text not in corpus.number_of_text]
+    keys = [text_keys(group).tolist() for group in answers]
+    unknown = [
+        (i, text)
+        for i, group in enumerate(answers)
+        for text, key in zip(group, keys[i], strict=True)
+        if key not in corpus.number_of_text
+    ]
     if unknown:
         shown = "; ".join(f"row {i + 1}: {text[:60]!r}" for i, text in unknown[:3])
         raise DataError(f"{path}: {len(unknown)} answers are no document of the corpus ({shown}); add them to it")
