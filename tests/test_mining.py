@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_they_are_the_documents_of_the_window_under_the_margin(monkeypatch, firs
     assert mined.counts.tolist() == [len(texts) for texts in wanted]
 
 
+@pytest.mark.parametrize("window", [1, 60, mining._CELLS])
+def test_groups_are_as_many_anchors_as_fit_and_at_least_one(window):
+    positives = np.random.default_rng(0).integers(1, 2000, size=5000)
+    groups = [group.tolist() for group in mining._groups(positives, window)]
+    assert sorted(itertools.chain(*groups)) == list(range(5000))
+
+    def cells(group):
+        return len(group) * (window + max(positives[group]))
+
+    assert all(cells(group) <= mining._CELLS or len(group) == 1 for group in groups)
+    assert all(cells([*group, after[0]]) > mining._CELLS for group, after in itertools.pairwise(groups))
+
+
 def test_no_row_is_lost_and_texts_are_letter_by_letter():
     rows = click_log(60, 25)
     mined = mine(rows, count=4, margin=0.5).rows
@@ -130,9 +144,12 @@ def test_rows_whose_documents_run_out_keep_what_there_is():
     assert "rows with none" in beyond.table.text()
 
 
-def test_the_table_counts():
+def test_the_table_counts(caplog, capsys):
     rows = [TrainingRow("热水器", "电热水器 60L"), TrainingRow("书籍", "小说"), TrainingRow("书", "小说")]
-    mined = mine(rows, count=2, margin=None)
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        mined = mine(rows, count=2, margin=None)
+    assert caplog.messages[0] == "挖掘难负例 mining hard negatives: 3 anchors, 2 documents"
+    assert capsys.readouterr().out == ""  # the library's miner would print
     table = dict(mined.table.rows)
     assert table["行数 rows"] == "3"
     assert table["挖到的负例 negatives found"] == "3"
