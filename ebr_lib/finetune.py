@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,6 +90,10 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     """
     from transformers import set_seed
 
+    from ebr_lib.model.training import is_first_process
+
+    if not is_first_process():
+        logger.setLevel(logging.ERROR)  # the first one says it
     config = FinetuneConfig.resolve(config)
     make_folder(Path(config.output_dir))
     data = _read(config)
@@ -137,8 +142,10 @@ def _place(config: FinetuneConfig, suffix: str) -> Path:
 def _read(config: FinetuneConfig) -> _Data:
     from ebr_lib.data.pairs import expand, normalised, read_pairs, split_by_anchor
     from ebr_lib.model.heldout import build_task
+    from ebr_lib.model.training import is_first_process
 
-    rejects = Path(config.output_dir) / REJECTS_FILE if config.on_bad_row == "skip" else None
+    writes = config.on_bad_row == "skip" and is_first_process()
+    rejects = Path(config.output_dir) / REJECTS_FILE if writes else None
     pairs = read_pairs(config.data_path, config.on_bad_row, rejects)
     if config.eval_data_path is not None:
         more = rejects.with_name(f"heldout_{REJECTS_FILE}") if rejects else None
@@ -196,6 +203,14 @@ def _mine(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> _D
     """The data, with hard negatives for the training rows; nothing that is held out is looked at."""
     if not config.mine_hard_negatives:
         return data
+    from ebr_lib.model.training import from_first_process, is_first_process
+
+    # one process mines: others might round a cosine otherwise, and all have to number the same rows
+    rows = _mined_rows(config, data, model) if is_first_process() else None
+    return dataclasses.replace(data, train=from_first_process(rows))
+
+
+def _mined_rows(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> Sequence[TrainingRow]:
     from ebr_lib.data.mining import mine_hard_negatives
     from ebr_lib.model.heldout import encoders_of
 
@@ -210,7 +225,7 @@ def _mine(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> _D
     logger.info("%s", mined.table.text())
     if not mined.counts.any():
         logger.warning("没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_margin")
-    return dataclasses.replace(data, train=mined.rows)
+    return mined.rows
 
 
 def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
@@ -451,13 +466,11 @@ def _noise(config: FinetuneConfig) -> Any:
 
 def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
     """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds."""
-    from accelerate.utils import broadcast_object_list
-
     from ebr_lib.model.cpu_speed import fast_training
-    from ebr_lib.model.training import KeepBest
+    from ebr_lib.model.training import KeepBest, from_first_process, is_first_process
 
-    checkpoint = _last_checkpoint(config, data) if trainer.is_world_process_zero() else None
-    checkpoint = broadcast_object_list([checkpoint])[0]  # one process tidies up, all go on from the same place
+    # one process tidies up, all go on from the same place
+    checkpoint = from_first_process(_last_checkpoint(config, data) if is_first_process() else None)
     start = time.perf_counter()
     with fast_training(trainer.model):
         _preflight(trainer)
@@ -469,7 +482,6 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
         where = _place(config, CHECKPOINTS_SUFFIX)
         logger.warning("已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", where)
         raise KeyboardInterrupt
-    trainer.accelerator.wait_for_everyone()  # the first process has written the best weights by then
     for callback in trainer.callback_handler.callbacks:  # a resumed run has its own copy, restored from the checkpoint
         if isinstance(callback, KeepBest):
             callback.restore(trainer.model)

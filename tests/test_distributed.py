@@ -5,47 +5,123 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from ebr_lib import train_sentence_transformer
 from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-def test_two_processes_equal_one(settings, tiny_models, tmp_path):  # noqa: F811
-    from ebr_lib import train_sentence_transformer
-
-    # a Qwen2 has no dropout of its own: two ways to the same loss can be compared
-    common = settings | {
+@pytest.fixture
+def common(settings, tiny_models) -> dict:  # noqa: F811
+    """A Qwen2 has no dropout of its own: two ways to the same loss can be compared."""
+    return settings | {
         "model_name": str(tiny_models("qwen2")),
         "lora_dropout": 0.0,
         "packed_rows": False,
         "lr_scheduler_type": "constant",
     }
-    one = train_sentence_transformer(common | {"train_batch_size": 8})
-    flags = [f"--{name}={value}" for name, value in common.items()]
-    flags += ["--train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-    ]
-    run = subprocess.run(
-        [*command, "ebr_finetune.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
-    )
+
+
+def in_two(*command: str) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run([*TORCHRUN, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
-    folder = tmp_path / "two" / Path(one.model_path).name
+    return run
 
-    def losses(path: Path) -> list[float]:
-        log = [json.loads(line) for line in (path / "training_log.jsonl").read_text().splitlines()]
-        return [entry["loss"] for entry in log if "loss" in entry]
 
-    # a last batch that is too small to share out is left out by two processes, so the first steps are compared
-    together, apart = losses(Path(one.model_path)), losses(folder)
-    assert len(apart) >= 4
+def log_of(folder: Path, name: str) -> list[float]:
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in log if name in entry]
+
+
+def test_two_processes_equal_one(common, tmp_path):
+    one = Path(train_sentence_transformer(common | {"train_batch_size": 8}).model_path)
+    flags = [f"--{name}={value}" for name, value in common.items()]
+    run = in_two("ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}")
+    two = tmp_path / "two" / one.name
+    # the last batch, which one process leaves short, is filled up by two: the steps before it are the same
+    together, apart = log_of(one, "loss"), log_of(two, "loss")
+    assert len(apart) == len(together) == 5
     torch.testing.assert_close(torch.tensor(apart[:4]), torch.tensor(together[:4]), atol=1e-4, rtol=1e-4)
-    assert load_file(folder / "adapter_model.safetensors").keys()
-    assert [path.name for path in (tmp_path / "two").iterdir()] == [folder.name]
+    assert load_file(two / "adapter_model.safetensors").keys()
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [two.name]
+    assert run.stdout.count("训练集大小") == 1  # one process speaks
+
+
+# Each process trains in a folder of its own, as machines that share none; it tells what it was given and ended with.
+TWO_MACHINES = """
+import json, os, sys, torch
+from ebr_lib import train_sentence_transformer
+from ebr_lib.model import training
+from ebr_lib.model.adapters import adapter_weights
+from ebr_lib.model.losses import ContrastiveLoss
+
+rank, seen, kept = os.environ["RANK"], [], {}
+forward, restore = ContrastiveLoss.forward, training.KeepBest.restore
+
+
+def spy(self, features, labels):
+    if getattr(self.model, "module", self.model).training:
+        seen.append(labels.tolist())
+    return forward(self, features, labels)
+
+
+def spy_restore(self, model):
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad and rank == "1":
+                weight.zero_()
+    restore(self, model)
+    kept.update(adapter_weights(model))
+
+
+ContrastiveLoss.forward, training.KeepBest.restore = spy, spy_restore
+training.fly_longest_batch = lambda trainer: training.Preflight(0.0, 0.0)
+config = json.loads(sys.argv[1])
+train_sentence_transformer(config | {"output_dir": config["output_dir"] + "/" + rank})
+torch.save({"labels": seen, "weights": kept}, config["output_dir"] + "/told" + rank)
+"""
+
+
+@pytest.fixture
+def repeating(tmp_path) -> Path:
+    """30 rows of 15 anchors and 10 documents: whatever the batch, known positives are among its negatives."""
+    path = tmp_path / "repeating.jsonl"
+    rows = [{"anchor": f"warm {i % 15}", "positive": f"pan {i % 5} of shop {i // 15}"} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_row(common, repeating, tmp_path):
+    knobs = {
+        "data_path": str(repeating),
+        "balanced_batches": False,
+        "eval_ratio": 0.2,
+        "num_epochs": 2,
+        "mine_hard_negatives": 1,
+        "mining_margin": None,
+    }
+    one = Path(train_sentence_transformer(common | knobs | {"train_batch_size": 8}).model_path)
+    unmasked = train_sentence_transformer(
+        common | knobs | {"train_batch_size": 8, "mask_known_positives": False, "output_dir": str(tmp_path / "plain")}
+    )
+    config = common | knobs | {"train_batch_size": 4, "output_dir": str(tmp_path)}
+    in_two("--no-python", sys.executable, "-c", TWO_MACHINES, json.dumps(config))
+    two = tmp_path / "0" / one.name
+    told = [torch.load(tmp_path / f"told{rank}") for rank in (0, 1)]
+
+    rows, steps = 24, 3
+    together, apart = log_of(one, "loss"), log_of(two, "loss")
+    torch.testing.assert_close(torch.tensor(apart), torch.tensor(together), atol=1e-4, rtol=1e-4)
+    assert log_of(two, "masked_share") == pytest.approx(log_of(one, "masked_share")) and apart[0] > 0
+    assert (torch.tensor(apart) - torch.tensor(log_of(Path(unmasked.model_path), "loss"))).abs().max() > 1e-2
+
+    epochs = [[row for each in told for batch in each["labels"][at : at + steps] for row in batch] for at in (0, steps)]
+    assert [sorted(set(epoch)) for epoch in epochs] == [list(range(rows))] * 2
+    assert epochs[0] != epochs[1]
+    assert all(torch.equal(weight, told[1]["weights"][name]) for name, weight in told[0]["weights"].items())
+    assert not list((tmp_path / "1").glob("*-peft-lora"))

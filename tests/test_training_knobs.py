@@ -23,8 +23,8 @@ from ebr_lib import finetune
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
-from ebr_lib.data.pairs import expand, read_pairs
-from ebr_lib.errors import ConfigError
+from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
+from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.model import precision, training
 from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
 from ebr_lib.model.encoder import Encoder
@@ -356,6 +356,30 @@ def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkey
     assert logits == {torch.float32}
 
 
+def test_negatives_drawn_to_fill_a_row_never_answer_its_anchor(caplog):
+    rows = [TrainingRow("wide", "pan 0", ("kite 1", "kite 2", "kite 3"))]
+    rows += [TrainingRow(f"a {i % 4}", f"pan {i}") for i in range(8)]  # two documents an anchor
+    rows += [
+        TrainingRow("PAN  7", "pan 6"),
+        TrainingRow("all", "pan 0"),
+        *(TrainingRow("all", f"pan {i}") for i in range(8)),
+    ]
+    documents = [row.positive for row in rows]
+    answers = {f"a {i}": {f"pan {i}", f"pan {i + 4}"} for i in range(4)} | {"PAN  7": {"pan 6", "pan 7"}}
+    for seed in range(50):
+        filled = training.with_equal_negatives(rows, documents, seed)
+        assert filled[0] == rows[0] and {len(row.negatives) for row in filled} == {3}
+        for row in filled[1:]:
+            assert not set(row.negatives) & answers.get(row.anchor, set())
+            assert set(row.negatives) <= set(documents)
+    assert len({training.with_equal_negatives(rows, documents, seed)[1].negatives for seed in range(9)}) > 1
+    assert filled == training.with_equal_negatives(rows, documents, seed)
+    assert "54 of 57 negatives are drawn at random" in caplog.text and "which has 3" in caplog.text
+    caplog.clear()
+    assert training.with_equal_negatives(rows[1:], documents, 0) == rows[1:]
+    assert not caplog.messages
+
+
 def test_prompts_stand_before_the_texts_of_their_column(with_negatives, batches, tmp_path):
     train(with_negatives, prompt={"anchor": "query: ", "positive": "passage: ", "negative": "not: "})
     model = load_model(with_negatives["model_name"], device="cpu")
@@ -412,7 +436,7 @@ def test_noise_reaches_training_alone_and_is_drawn_anew_each_epoch(plain, batche
         assert set(positives) <= clean
         for text, label in zip(anchors, labels.tolist(), strict=True):
             epoch = number // steps
-            assert text in {noise(anchor, epoch, label, "anchor").strip() for anchor in by_anchor}
+            assert text.strip() in {noise(anchor, epoch, label, "anchor").strip() for anchor in by_anchor}
             touched.append(text not in by_anchor)
     assert 0.5 < sum(touched) / len(touched) < 0.9
     first, second = (dict(zip(torch.cat([labels for _, labels in part]).tolist(),
@@ -531,6 +555,15 @@ def test_the_evaluation_loss_is_halved_too(plain, monkeypatch, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_one_of_several_processes_out_of_memory_ends_the_run_with_advice(plain, monkeypatch):
+    trainer = SimpleNamespace(loss=SimpleNamespace(mini_batch_size=None))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        ModelError, match=r"one of 4 processes .*contrastive_batch_size to 32 and train_batch_size to 16"
+    ):
+        training.EbrTrainer._halve(trainer, 32, torch.OutOfMemoryError("injected"))
+
+
 def test_the_memory_limit_is_for_machines_without_a_gpu(monkeypatch):
     monkeypatch.setattr(training, "peak_memory_mb", lambda: 900.0)
     for device, over in (("cpu", True), ("cuda", False)):
@@ -541,25 +574,28 @@ def test_the_memory_limit_is_for_machines_without_a_gpu(monkeypatch):
 
 def test_a_peak_is_seen_although_it_is_over(plain, monkeypatch, caplog):
     """Four pairs at a time take 400 MB more than two, and give them back inside the step."""
-    forward = ContrastiveLoss.forward
+    forward, before = ContrastiveLoss.forward, list[float]()
+
+    def resident() -> float:
+        return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
     def greedy(self, features, labels):
         rows = self.mini_batch_size or len(labels)
         if self.model.training and rows > 2:
+            before.append(resident())
             np.ones(400 * 2**20, dtype=np.uint8)  # written to, and gone at once
         return forward(self, features, labels)
 
     monkeypatch.setattr(ContrastiveLoss, "forward", greedy)
-    resident = int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20  # GB
     with caplog.at_level(logging.INFO, "ebr_lib"):
-        train(plain, memory_limit_gb=resident + 0.3)
+        train(plain, memory_limit_gb=resident() / 1024 + 0.3)
     assert [line for line in caplog.messages if "micro-batch 4 → 2" in line]
     assert not [line for line in caplog.messages if "micro-batch 2 → 1" in line]
     caplog.clear()
     with caplog.at_level(logging.INFO, "ebr_lib"):
         train(plain)
     (said,) = [line for line in caplog.messages if "preflight" in line]
-    assert float(said.split("peak memory ")[1].split()[0]) > resident * 1024 + 380
+    assert float(said.split("peak memory ")[1].split()[0]) > before[-1] + 380
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system counts a process's peak for good")

@@ -89,7 +89,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             loss = self.forward_cached(trained, labels)
         else:
             loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
-        if self.l1 and self.model.training:
+        if self.l1 and self._in_training:
             return {"contrastive": loss, "l1": self.l1 * sum_of_absolutes(self.weights)}
         return loss
 
@@ -104,6 +104,11 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             loss.backward()
             loss = loss.detach()
         return loss
+
+    @property
+    def _in_training(self) -> bool:
+        """What the model itself says: evaluation leaves the wrapper of several processes in training mode."""
+        return bool(getattr(self.model, "module", self.model).training)
 
     def _embed(self, columns: list[Features]) -> list[Tensor]:
         with self.autocast():
@@ -139,12 +144,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         """True (q, n · d) where a document is a known positive of the anchor, its own positive excepted."""
         if self.known_positives is None:
             return None
-        mask = self.known_positives(rows)[own].to(device)
-        mask[torch.arange(len(own)), own] = False
-        if self.model.training:
+        mask = self.known_positives(rows).to(device)
+        mask.fill_diagonal_(False)
+        if self._in_training:  # of all processes, so that each logs the batch's share
             self.masked += int(mask.sum())
-            self.negatives += mask.numel() - len(own)
-        return mask
+            self.negatives += mask.numel() - len(rows)
+        return mask[own]
 
     def _cross_entropy(self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None) -> Tensor:
         logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
@@ -153,7 +158,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         log_p = logits.log_softmax(dim=1)
         loss = -log_p[torch.arange(len(own)), own]
         # the evaluation loss stays comparable between runs of different smoothing
-        if self.label_smoothing and self.model.training:
+        if self.label_smoothing and self._in_training:
             kept = torch.ones_like(log_p, dtype=torch.bool) if out is None else ~out
             spread = -log_p.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * spread

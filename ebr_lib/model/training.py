@@ -13,13 +13,18 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -30,7 +35,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ebr_lib.data.batches import BalancedBatchSampler
-from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.data.pairs import TrainingRow, text_keys
 from ebr_lib.errors import ModelError
 from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
@@ -52,6 +57,8 @@ FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 NO_WARM_UP = (*FOLLOW_THE_METRIC, "constant")
 # evaluations in a row without a gain that such a scheduler lets pass; a run has too few for the library's ten
 STALLS = 2
+# tries at random before all documents are looked through for one that does not answer an anchor
+DRAWS = 32
 # of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
 CHECKPOINTED = 2
 
@@ -66,22 +73,68 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process that writes, says and decides."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def from_first_process(value: Any) -> Any:
+    """What the first process holds, on all of them."""
+    if world_size() == 1:
+        return value
+    # the first may take its time; torchrun sees a process that ends
+    PartialState(cpu=training_device() == "cpu", timeout=timedelta(days=1))
+    return broadcast_object_list([value])[0]
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
 def with_equal_negatives(rows: Sequence[TrainingRow], documents: Sequence[str], seed: int) -> list[TrainingRow]:
     """Rows that all have as many hard negatives as the one that has most.
 
-    What a row lacks is drawn from `documents`: the tensor wants equal numbers, and a repeated negative would count
-    twice. The draw depends on the seed and the row's number alone.
+    What a row lacks is drawn from those of `documents` that are not known to answer its anchor: the tensor wants equal
+    numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone.
     """
     most = max((len(row.negatives) for row in rows), default=0)
+    lacking = sum(most - len(row.negatives) for row in rows)
+    if not lacking:
+        return list(rows)
+    if lacking > len(rows) * most / 2:
+        logger.warning(
+            "负例数量悬殊 %d of %d negatives are drawn at random, for every batch is as wide as the widest row, "
+            "which has %d: give the rows about as many each",
+            lacking,
+            len(rows) * most,
+            most,
+        )
+    keys = text_keys(documents).tolist()
     filled = []
-    for number, row in enumerate(rows):
+    for number, (row, answers) in enumerate(zip(rows, _known_answers(rows), strict=True)):
         draw = random.Random(f"{seed} {number}")
-        more = tuple(draw.choice(documents) for _ in range(most - len(row.negatives)))
+        more = tuple(documents[_other(keys, answers, draw)] for _ in range(most - len(row.negatives)))
         filled.append(dataclasses.replace(row, negatives=row.negatives + more))
     return filled
+
+
+def _known_answers(rows: Sequence[TrainingRow]) -> list[set[int]]:
+    """Of each row the keys of all texts known to answer its anchor, as `KnownPositives` counts them."""
+    anchors = text_keys(row.anchor for row in rows).tolist()
+    positives = text_keys(row.positive for row in rows).tolist()
+    known = defaultdict[int, set[int]](set)
+    for anchor, positive in zip(anchors, positives, strict=True):
+        known[anchor] |= {anchor, positive}
+        known[positive] |= {anchor, positive}
+    return [known[anchor] for anchor in anchors]
+
+
+def _other(keys: Sequence[int], answers: set[int], draw: random.Random) -> int:
+    """The number of a key that is not among the answers; any number where all are."""
+    for _ in range(DRAWS):
+        number = draw.randrange(len(keys))
+        if keys[number] not in answers:
+            return number
+    return draw.choice([number for number, key in enumerate(keys) if key not in answers] or range(len(keys)))
 
 
 def to_dataset(rows: Sequence[TrainingRow], first: int) -> Dataset:
@@ -123,12 +176,20 @@ class NoisyCollator:
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of an epoch; tells the noise which epoch it is."""
+    """Batches of an epoch; tells the noise which epoch it is.
 
-    def __init__(self, batches: Any, epoch_cell: Tensor | None) -> None:
+    Several processes take turns, and gather what they embed: batches of one size, as many for each. The last round is
+    therefore filled up with the epoch's first rows once more; the mask knows their positives.
+
+    :param batches: full ones, but for the last.
+    """
+
+    drop_last = False
+
+    def __init__(self, batches: Any, epoch_cell: Tensor | None, processes: int = 1) -> None:
         self.batches = batches
         self.batch_size: int = batches.batch_size
-        self.drop_last: bool = batches.drop_last
+        self.processes = processes
         self._cell = epoch_cell
 
     def set_epoch(self, epoch: int) -> None:
@@ -137,10 +198,17 @@ class EpochBatches(Sampler[list[int]]):
             self._cell.fill_(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return iter(self.batches) if self.processes == 1 else self._filled_up()
+
+    def _filled_up(self) -> Iterator[list[int]]:
+        rows = [row for batch in self.batches for row in batch]
+        missing = len(self) * self.batch_size - len(rows)
+        rows += islice(cycle(rows[:]), missing)
+        for start in range(0, len(rows), self.batch_size):
+            yield rows[start : start + self.batch_size]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-len(self.batches) // self.processes) * self.processes
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -181,7 +249,7 @@ def training_arguments(
     """The library's arguments; what depends on the number of steps is worked out here."""
     if warmup_ratio and lr_scheduler_type in NO_WARM_UP:
         logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", warmup_ratio, lr_scheduler_type)
-    batches = max(1, rows // (batch_size * world_size()))
+    batches = -(-rows // (batch_size * world_size()))
     steps = max(1, round(batches * num_epochs / gradient_accumulation_steps))
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -201,8 +269,7 @@ def training_arguments(
         restore_callback_states_from_checkpoint=True,
         logging_steps=max(1, min(50, steps // 40)),
         logging_first_step=True,
-        # a batch that differs in size between processes could not be gathered
-        dataloader_drop_last=world_size() > 1,
+        dataloader_drop_last=world_size() > 1,  # as the library insists; `EpochBatches` drops nothing
         ddp_find_unused_parameters=False,
         use_cpu=training_device() == "cpu",
         activation_checkpointing_kwargs={"every_n_layers": CHECKPOINTED},
@@ -260,9 +327,10 @@ class KeepBest(TrainerCallback, ExportableState):
         write_json(folder / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
 
     def restore(self, model: SentenceTransformer) -> None:
-        """Put the best weights back into the model, bit for bit."""
+        """Put the best weights back into the model, bit for bit; the first process, which wrote them, shares them."""
         if self.best is not None:
-            set_adapter_weights(model, read_adapter(Path(self.folder)))
+            weights = read_adapter(Path(self.folder)) if is_first_process() else None
+            set_adapter_weights(model, from_first_process(weights))
             logger.info("最佳权重 best weights: step %d, %s %.4f", self.best_step, self.metric, self.best)
 
 
@@ -382,21 +450,21 @@ class EbrTrainer(SentenceTransformerTrainer):
             self.data_collator = clean
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
-        """Batches of full size that use every row once and hold as many different documents as they can."""
+        """Batches that lose no row, whatever the library says; balanced, with as many different documents as can be."""
         if not self._balanced:
-            batches = super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
+            batches = super().get_batch_sampler(dataset, batch_size, False, **kwargs)
         else:
             rows = np.asarray(dataset["label"])
             batches = BalancedBatchSampler(
                 self._documents[rows],
                 self._anchors[rows],
                 batch_size=batch_size,
-                drop_last=drop_last,
                 seed=kwargs.get("seed") or 0,
                 processes=world_size(),
             )
         is_train = dataset is self.train_dataset
-        return EpochBatches(batches, self._noisy.epoch if self._noisy and is_train else None)
+        epoch_cell = self._noisy.epoch if self._noisy and is_train else None
+        return EpochBatches(batches, epoch_cell, world_size())
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: a saved model's card is our own, and the library's looks up models on the hub."""
@@ -446,6 +514,12 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def _halve(self, rows: int, error: BaseException) -> None:
         now = min(self.loss.mini_batch_size or rows, rows)
+        if world_size() > 1:  # the others wait for this one's vectors: none can do its step anew alone
+            raise ModelError(
+                f"out of memory in one of {world_size()} processes ({error}), which cannot go on without the others. "
+                f"Set contrastive_batch_size to {rows} and train_batch_size to {max(now // 2, 1)}, which keeps the "
+                f"negatives (and lower eval_batch_size), or, in this order: {MEMORY_ADVICE}"
+            ) from error
         if now <= 1:
             raise ModelError(
                 f"out of memory with one row at a time ({error}); lower max_seq_length, or set gradient_checkpointing"
