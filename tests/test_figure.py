@@ -219,6 +219,16 @@ def test_a_small_label_is_not_buried(tmp_path):
     assert holds_colour(pixels, small) > 0.2 * holds_colour(alone, small) > 0
 
 
+def test_many_points_are_drawn_smaller_and_fainter():
+    sizes, opacity = [], []
+    for n in (20, 2000, 50_000):
+        (axes,) = figure._composed([Panel("map", points(n))], groups_of([0] * n, [" "]), "title", "caption").axes
+        (drawn_points,) = axes.collections
+        sizes.append(drawn_points.get_sizes().max())
+        opacity.append(drawn_points.get_alpha())
+    assert sizes[0] > sizes[1] > sizes[2] and opacity[0] > opacity[1] > opacity[2]
+
+
 def test_equal_vectors_of_two_labels_both_show(tmp_path):
     spot = np.zeros((40, 2), np.float32)
     pixels = drawn(tmp_path / "a.png", [Panel("map", spot)], groups_of([0, 1] * 20, [" ", " "]))
