@@ -18,12 +18,12 @@ from ebr_lib.data.pairs import normalised, read_pairs
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import logger
+from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
 from ebr_lib.retrieval.contenders import (
     BM25_B,
     BM25_K1,
     BM25_NAME,
-    EncoderSettings,
     How,
     check_bm25,
     check_model,
@@ -127,24 +127,23 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
 def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterator[tuple[str, _Contender]]:
     stored = _checked(config, task.corpus)
     names = labels(config.models, [BM25_NAME] if config.bm25 else [])
-    for label, (settings, is_stored) in zip(names, stored.items(), strict=True):
+    for label, (recipe, is_stored) in zip(names, stored.items(), strict=True):
         start = time.perf_counter()
-        yield label, _measured(*rank_with_model(settings, task, is_stored), config, start)
+        yield label, _measured(*rank_with_model(recipe, task, is_stored), config, start)
     if config.bm25:
         start = time.perf_counter()
         yield BM25_NAME, _measured(rank_with_bm25(task), {"k1": BM25_K1, "b": BM25_B}, config, start)
 
 
-def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSettings, bool]:
-    """Each model's settings, and whether its document vectors are stored; what cannot be measured is told of all
+def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderRecipe, bool]:
+    """Each model's recipe, and whether its document vectors are stored; what cannot be measured is told of all
     contenders at once, before any of them is ranked."""
-    knobs = {name: getattr(config, name) for name in EncoderSettings.__dataclass_fields__ if name != "model_name"}
-    stored: dict[EncoderSettings, bool] = {}
+    stored: dict[EncoderRecipe, bool] = {}
     errors: list[UserError] = []
     for name in config.models:
-        settings = EncoderSettings(name, **knobs)
+        recipe = _recipe(config, name)
         try:
-            stored[settings] = check_model(settings, corpus)
+            stored[recipe] = check_model(recipe, corpus)
         except UserError as error:
             errors.append(error)
     try:
@@ -155,6 +154,19 @@ def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSettings, bool]:
     if errors:
         raise errors[0] if len(errors) == 1 else type(errors[0])("\n".join(map(str, errors)))
     return stored
+
+
+def _recipe(config: EvalConfig, model_name: str) -> EncoderRecipe:
+    return EncoderRecipe(
+        model_name=model_name,
+        query_prompt=config.query_prompt,
+        document_prompt=config.document_prompt,
+        max_seq_length=config.max_seq_length,
+        truncate_dim=config.truncate_dim,
+        precision=config.precision,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _measured(ranking: Ranking, how: How, config: EvalConfig, start: float) -> _Contender:

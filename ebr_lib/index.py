@@ -18,7 +18,7 @@ from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.precision import Asked
-from ebr_lib.retrieval.contenders import EncoderSettings
+from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.faiss_index import (
     DELETED_FILE,
     INDEX_FILE,
@@ -172,8 +172,8 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
     if len(texts) > config.measure_queries:
         chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
         texts = [texts[i] for i in sorted(chosen)]
-    settings = _settings(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
-    return _encoder(settings, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
+    recipe = _recipe(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
+    return _encoder(recipe, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
 def _build(config: IndexConfig, index: Any, folder: Path, rows: int, real: Vectors | None) -> _Built:
@@ -278,9 +278,9 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
 # --- the model of an index ----------------------------------------------------------------------------------------
 
 
-def _settings(
+def _recipe(
     manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: bool
-) -> EncoderSettings:
+) -> EncoderRecipe:
     """How to encode queries for an index: with the model that made it, cut to its dimension.
 
     Where the maker is not known nothing is cut: another dimension then most likely means another model.
@@ -290,7 +290,7 @@ def _settings(
     name = model_name or (maker.name if moved else maker.path)
     if name is None:
         raise ModelError("which model made these vectors is not known (they had no manifest); give model_name")
-    return EncoderSettings(
+    return EncoderRecipe(
         model_name=name,
         query_prompt=query_prompt,
         max_seq_length=maker.max_seq_length,
@@ -301,25 +301,25 @@ def _settings(
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(settings: EncoderSettings, maker: Maker, dim: int, where: str) -> Encoder:
+def _encoder(recipe: EncoderRecipe, maker: Maker, dim: int, where: str) -> Encoder:
     """The query encoder of an index; remembered, so that a search need not load the model again.
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
     """
-    encoder = settings.encoder("query")
-    found = weights_of(settings.model_name)
+    encoder = recipe.encoder("query")
+    found = weights_of(recipe.model_name)
     if maker.sha256 is None:
-        logger.warning("%s: which model made these vectors is not known; taken to be %s", where, settings.model_name)
+        logger.warning("%s: which model made these vectors is not known; taken to be %s", where, recipe.model_name)
     elif not maker.weights & found:
         raise ModelError(
             f"{where} holds vectors of model {maker.name} (weights sha256 {maker.sha256[:12]}…), but "
-            f"{settings.model_name} has {', '.join(f'{sha[:12]}…' for sha in sorted(found)) or 'none'}: "
+            f"{recipe.model_name} has {', '.join(f'{sha[:12]}…' for sha in sorted(found)) or 'none'}: "
             "their vectors cannot be compared; "
             "give the model that made them, or encode and index again with this one"
         )
     if encoder.dim != dim:
         raise ModelError(
-            f"{where} holds vectors of {dim} dimensions, {settings.model_name} makes {encoder.dim}; "
+            f"{where} holds vectors of {dim} dimensions, {recipe.model_name} makes {encoder.dim}; "
             "give the model that made them, or encode and index again with this one"
         )
     return encoder
@@ -356,8 +356,8 @@ def search(
     if not isinstance(where or {}, Mapping):
         raise ConfigError(f"where: {where!r}; wanted column to value, such as {{'kind': 'a'}}")
     held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
-    settings = _settings(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
-    encoder = _encoder(settings, Maker.of(held.manifest), held.index.d, str(held.folder))
+    recipe = _recipe(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
+    encoder = _encoder(recipe, Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
     found = held.find(vector, k, {name: _texts(values) for name, values in (where or {}).items()})

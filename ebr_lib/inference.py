@@ -14,13 +14,14 @@ from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
 from ebr_lib.data.vectors import VECTOR, ids_path, is_plain, manifest_path
 from ebr_lib.engines.job import Job, Outcome, new_inputs, rejects_path, told_when_full, work_folder
-from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEngine
+from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_output_file, sha256_of, write_json
 from ebr_lib.logs import logger
 from ebr_lib.model.contract import files_sha256
 from ebr_lib.model.loading import ModelIdentity, find_model, identify, local_folder
+from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -183,10 +184,23 @@ def _hashed(sources: list[Source]) -> tuple[dict[str, Any], ...]:
 # --- model --------------------------------------------------------------------------------------------------------
 
 
+def _recipe(config: InferenceConfig) -> EncoderRecipe:
+    return EncoderRecipe(
+        model_name=config.model_name,
+        document_prompt=config.prompt,
+        max_seq_length=config.max_seq_length,
+        normalize=config.normalize,
+        truncate_dim=config.truncate_dim,
+        precision=config.precision,
+        batch_tokens=config.batch_tokens,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 @contextlib.contextmanager
 def _engine(config: InferenceConfig) -> Iterator[LocalEngine | RayEngine]:
-    names = EncoderRecipe.__dataclass_fields__
-    recipe = EncoderRecipe(**{name: getattr(config, name) for name in names})
+    recipe = _recipe(config)
     if config.engine == "ray":
         recipe = replace(recipe, model_name=find_model(recipe.model_name))  # workers have another current folder
         engine: LocalEngine | RayEngine = RayEngine(recipe, config.num_actors, config.ray_address)

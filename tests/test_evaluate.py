@@ -19,8 +19,9 @@ from ebr_lib.data.vectors import manifest_path, write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.model.loading import identify
+from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.compare import Difference, changed_most, compare, holm_corrected
-from ebr_lib.retrieval.contenders import EncoderSettings, bm25_tokens, labels, rank_with_bm25
+from ebr_lib.retrieval.contenders import bm25_tokens, labels, rank_with_bm25
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
 from ebr_lib.retrieval.task import (
     Columns,
@@ -449,7 +450,7 @@ def test_trec_export_gives_the_same_numbers(result):
 
 def test_embedding_file_as_corpus(beir, tiny_bert, tmp_path):
     """Vectors are used for the model that made them; for another, their texts are encoded."""
-    model = EncoderSettings(str(tiny_bert))
+    model = EncoderRecipe(str(tiny_bert))
     place = tmp_path / "embeds.txt"
     vectors = model.encoder("document").encode(DOCS)
     write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}, vectors)
@@ -612,7 +613,7 @@ def test_cranfield_equals_the_library_on_the_same_vectors(minilm):
     docs = [json.loads(line) for line in (DATA / "cranfield" / "docs.jsonl").open()]
     queries = [json.loads(line) for line in (DATA / "cranfield" / "queries.jsonl").open()]
     texts = list({row["text"]: None for row in docs + queries})
-    encoder = EncoderSettings(str(minilm), max_seq_length=64).encoder("document")
+    encoder = EncoderRecipe(str(minilm), max_seq_length=64).encoder("document")
     vectors = dict(zip(texts, encoder.encode(texts), strict=True))
 
     class Fixed:

@@ -15,7 +15,7 @@ from ebr_lib.data.vectors import manifest_path, write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.index import add_rows, build_faiss_index, delete_rows, search
 from ebr_lib.model.loading import identify
-from ebr_lib.retrieval.contenders import EncoderSettings
+from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.faiss_index import open_index
 
 TEXTS = ["red running shoes", "透明手机壳", "steel frying pan", "warm wool blanket", "南瓜的家常做法", "洗发水"]
@@ -23,8 +23,8 @@ KINDS = ["shoes", "phone", "kitchen", "home", "kitchen", "bath"]
 
 
 def embedding_file(path: Path, model: Path, texts=TEXTS, kinds=KINDS, first=0) -> Path:
-    settings = EncoderSettings(str(model))
-    vectors = settings.encoder("document").encode(texts)
+    recipe = EncoderRecipe(str(model))
+    vectors = recipe.encoder("document").encode(texts)
     columns = {"id": [f"p{i + first}" for i in range(len(texts))], "description": texts, "kind": kinds}
     write_embeddings(path, columns, vectors)
     identity = identify(str(model))
@@ -83,7 +83,7 @@ def test_filter_and_table(folder):
 
 def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):
     place = tmp_path / "rated.npy"
-    vectors = EncoderSettings(str(tiny_bert)).encoder("document").encode(TEXTS)
+    vectors = EncoderRecipe(str(tiny_bert)).encoder("document").encode(TEXTS)
     kept = {name: [f"{name} {i}" for i in range(6)] for name in ("score", "rank", "score_kept")}
     write_embeddings(place, kept, vectors)
     folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
@@ -255,9 +255,9 @@ def test_queries_are_encoded_in_the_precision_of_the_index(embeds, tmp_path, mon
     manifest_path(embeds).write_text(json.dumps(manifest | {"settings": {"precision": "float32"}}))
     folder = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
     asked = []
-    encoder = EncoderSettings.encoder
+    encoder = EncoderRecipe.encoder
     monkeypatch.setattr(
-        EncoderSettings, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side)
+        EncoderRecipe, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side)
     )
     search(folder, "pan")
     assert asked == ["float32"]

@@ -24,6 +24,7 @@ from ebr_lib.engines.local import EncoderFacts
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, UserError
 from ebr_lib.inference import run_batch_inference
 from ebr_lib.model.loading import ModelIdentity
+from ebr_lib.model.recipe import EncoderRecipe
 
 
 def fake_vector(text: str) -> np.ndarray:
@@ -459,7 +460,7 @@ def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path, tiny_
     shutil.copytree(tiny_bert, broken)
     (broken / "modules.json").unlink()
     (broken / "config.json").unlink()
-    recipe = local.EncoderRecipe(str(broken), device="cpu")
+    recipe = EncoderRecipe(str(broken), device="cpu")
     with pytest.raises(UserError) as alone:
         local.open_encoder(recipe)
     with pytest.raises(UserError) as of_two:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from ebr_lib.data.vectors import read_embeddings
 from ebr_lib.engines import local
+from ebr_lib.model.recipe import EncoderRecipe
 from tests.test_inference import FakeEncoder, fake_vector, run, use
 
 RUNS, FILES_A_RUN = 50, 20
@@ -181,7 +182,7 @@ def check_rejects(content: bytes, wanted: list[tuple[str, Wanted]]) -> None:
 
 @pytest.fixture(scope="module")
 def real(tiny_bert: Path) -> local.LocalEncoder:
-    return local.LocalEncoder(local.EncoderRecipe(str(tiny_bert), precision="float32", device="cpu"))
+    return local.LocalEncoder(EncoderRecipe(str(tiny_bert), precision="float32", device="cpu"))
 
 
 def vectors_of(texts: list[str], real: local.LocalEncoder | None) -> np.ndarray:

@@ -16,24 +16,10 @@ from numpy.typing import NDArray
 
 from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
 from ebr_lib.errors import ModelError
-from ebr_lib.model.precision import Asked
+from ebr_lib.model.loading import prompt_of
+from ebr_lib.model.recipe import EncoderRecipe
 
 Vectors = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class EncoderRecipe:
-    """How to make an encoder, in plain values that another process or machine can be told."""
-
-    model_name: str
-    trust_remote_code: bool = False
-    prompt: str | None = None
-    max_seq_length: int | None = None
-    normalize: bool = True
-    truncate_dim: int | None = None
-    precision: Asked = "auto"
-    batch_tokens: int | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,30 +37,12 @@ class LocalEncoder:
     """The model in this process."""
 
     def __init__(self, recipe: EncoderRecipe) -> None:
-        from ebr_lib.model.encoder import Encoder
-        from ebr_lib.model.loading import load_model, prompt_of
-
-        model = load_model(
-            recipe.model_name,
-            trust_remote_code=recipe.trust_remote_code,
-            max_seq_length=recipe.max_seq_length,
-            device=recipe.device,
-            side="document",
-            merged=True,
-        )
-        prompt = prompt_of(model, "document", recipe.prompt)
-        self._encoder = Encoder(
-            model,
-            prompt=prompt,
-            normalize=recipe.normalize,
-            truncate_dim=recipe.truncate_dim,
-            precision=recipe.precision,
-            batch_tokens=recipe.batch_tokens,
-        )
+        self._encoder = recipe.encoder("document")
+        model = self._encoder.model
         self.facts = EncoderFacts(
             dim=self._encoder.dim,
             precision=self._encoder.precision,
-            prompt=prompt,
+            prompt=self._encoder.prompt,
             trained_prompt=prompt_of(model, "document"),
             max_seq_length=int(model.max_seq_length or 0),
         )

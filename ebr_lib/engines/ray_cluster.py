@@ -17,10 +17,11 @@ from typing import Any
 import ebr_lib
 from ebr_lib.data.vectors import PART_PREFIX
 from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, run_job
-from ebr_lib.engines.local import EncoderFacts, EncoderRecipe, LocalEncoder
+from ebr_lib.engines.local import EncoderFacts, LocalEncoder
 from ebr_lib.errors import ConfigError, ModelError, UserError
 from ebr_lib.files import make_folder, replace_folder, written_whole
 from ebr_lib.logs import logger
+from ebr_lib.model.recipe import EncoderRecipe
 
 RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
 

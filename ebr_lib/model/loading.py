@@ -87,6 +87,13 @@ def local_folder(name: str) -> Path | None:
         return None
 
 
+def one_sided(model_name: str) -> bool:
+    """Whether a model's adapter is for queries only, so that its documents are the base model's."""
+    folder = local_folder(model_name)
+    contract = read_contract(folder) if folder else None
+    return contract is not None and contract.adapter_side == "query"
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """Which model made a set of vectors: its name, folder, the sha256 of its weights, and the same of its base."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,77 +13,34 @@ from ebr_lib.data.noise import split_words
 from ebr_lib.data.vectors import read_manifest
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import Side, find_model, load_model, prompt_of
-from ebr_lib.model.precision import Asked
-from ebr_lib.retrieval.maker import Maker, one_sided, weights_of
+from ebr_lib.model.loading import find_model
+from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.retrieval.maker import Maker, weights_of
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
 from ebr_lib.retrieval.task import Corpus, RetrievalTask
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
     from ebr_lib.model.encoder import Encoder
 
 BM25_NAME, BM25_K1, BM25_B = "BM25", 1.5, 0.75
 _TOKEN = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    """How an embedding model is to be used; prompts None take what the model was trained with."""
-
-    model_name: str
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    max_seq_length: int | None = None
-    truncate_dim: int | None = None
-    precision: Asked = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-
-    def encoder(self, side: Side) -> Encoder:
-        """Load the model and wrap it for queries or for documents; vectors have length 1."""
-        model = load_model(
-            self.model_name,
-            trust_remote_code=self.trust_remote_code,
-            max_seq_length=self.max_seq_length,
-            device=self.device,
-            side=side,
-            merged=True,
-        )
-        return self._wrapped(model, side)
-
-    def encoder_pair(self) -> tuple[Encoder, Encoder]:
-        """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
-        queries = self.encoder("query")
-        if one_sided(self.model_name):
-            return queries, self.encoder("document")
-        return queries, self._wrapped(queries.model, "document")
-
-    def _wrapped(self, model: SentenceTransformer, side: Side) -> Encoder:
-        from ebr_lib.model.encoder import Encoder
-
-        told = self.query_prompt if side == "query" else self.document_prompt
-        return Encoder(
-            model, prompt=prompt_of(model, side, told), truncate_dim=self.truncate_dim, precision=self.precision
-        )
-
-
 How = Mapping[str, object]
 """How a contender was used, for the report: prompts, precision and the like."""
 
 
-def check_model(settings: EncoderSettings, corpus: Corpus) -> bool:
+def check_model(recipe: EncoderRecipe, corpus: Corpus) -> bool:
     """Whether the model's document vectors are stored, see `stored_vectors`; what cannot be measured is told here.
 
     :raises MissingError: the model is not there.
     :raises DataError: the corpus holds other vectors, and no texts.
     """
-    find_model(settings.model_name)
-    return stored_vectors(settings, corpus)
+    find_model(recipe.model_name)
+    return stored_vectors(recipe, corpus)
 
 
-def rank_with_model(settings: EncoderSettings, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
+def rank_with_model(recipe: EncoderRecipe, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
     """Rank a task's documents by the inner product of unit vectors.
 
     :param stored: read the documents' vectors from the embedding file that is the corpus, else encode their texts; of
@@ -92,13 +48,13 @@ def rank_with_model(settings: EncoderSettings, task: RetrievalTask, stored: bool
     """
     corpus = task.corpus
     if stored:
-        queries = settings.encoder("query")
+        queries = recipe.encoder("query")
         maker = Maker.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
         ranking = rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
         return ranking, _how(queries, maker.prompt if maker else None, f"vectors of {corpus.vectors}")
-    queries, documents = settings.encoder_pair()
+    queries, documents = recipe.encoder_pair()
     vectors = queries.encode(task.queries)
-    ranking = rank_vectors(vectors, _encoded(documents, corpus, settings.model_name), task.relevant)
+    ranking = rank_vectors(vectors, _encoded(documents, corpus, recipe.model_name), task.relevant)
     return ranking, _how(queries, documents.prompt, "encoded")
 
 
@@ -123,7 +79,7 @@ def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> ND
     return encoder.encode(task.queries)
 
 
-def stored_vectors(settings: EncoderSettings, corpus: Corpus) -> bool:
+def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
     """Whether the corpus is an embedding file of this model, made as is wanted now; without a manifest that has to be
     believed where there are no texts.
 
@@ -133,22 +89,22 @@ def stored_vectors(settings: EncoderSettings, corpus: Corpus) -> bool:
         return False
     maker = Maker.of(read_manifest(corpus.vectors) or {})
     told = {
-        "prompt": settings.document_prompt,
-        "max_seq_length": settings.max_seq_length,
-        "precision": None if settings.precision == "auto" else settings.precision,
+        "prompt": recipe.document_prompt,
+        "max_seq_length": recipe.max_seq_length,
+        "precision": None if recipe.precision == "auto" else recipe.precision,
     }
     if maker.sha256 is None and corpus.texts is None:
-        logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, settings.model_name)
+        logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, recipe.model_name)
         return True
-    wrong = [] if maker.weights & weights_of(settings.model_name) else [f"made by {maker.said}"]
+    wrong = [] if maker.weights & weights_of(recipe.model_name) else [f"made by {maker.said}"]
     wrong += maker.differences(told)
     if wrong and corpus.texts is None:
         raise DataError(
-            f"{corpus.vectors} holds vectors that are not those wanted of {settings.model_name} ({'; '.join(wrong)}) "
+            f"{corpus.vectors} holds vectors that are not those wanted of {recipe.model_name} ({'; '.join(wrong)}) "
             "and no texts to encode; keep the text column in the inference run"
         )
     if wrong:
-        logger.info("%s: its texts are encoded for %s (%s)", corpus.vectors, settings.model_name, "; ".join(wrong))
+        logger.info("%s: its texts are encoded for %s (%s)", corpus.vectors, recipe.model_name, "; ".join(wrong))
     return not wrong
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebr_lib.model.contract import read_contract
-from ebr_lib.model.loading import identify, local_folder
+from ebr_lib.model.loading import identify, one_sided
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,3 @@ def weights_of(model_name: str) -> frozenset[str]:
     identity = identify(model_name)
     both = (identity.sha256, identity.base_sha256 if one_sided(model_name) else None)
     return frozenset(sha256 for sha256 in both if sha256)
-
-
-def one_sided(model_name: str) -> bool:
-    """Whether a model's adapter is for queries only, so that its documents are the base model's."""
-    folder = local_folder(model_name)
-    contract = read_contract(folder) if folder else None
-    return contract is not None and contract.adapter_side == "query"

@@ -1,0 +1,64 @@
+"""How to make an encoder: what inference, evaluation and search are told of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ebr_lib.model.loading import Side, load_model, one_sided, prompt_of
+from ebr_lib.model.precision import Asked
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from ebr_lib.model.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """How to make an encoder, in plain values that another process or machine can be told.
+
+    A prompt that is None is the one the model was trained with; see `load_model` and `Encoder` for the others.
+    """
+
+    model_name: str
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    max_seq_length: int | None = None
+    normalize: bool = True
+    truncate_dim: int | None = None
+    precision: Asked = "auto"
+    batch_tokens: int | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def encoder(self, side: Side) -> Encoder:
+        """Load the model, its adapter merged, and wrap it for queries or for documents."""
+        model = load_model(
+            self.model_name,
+            trust_remote_code=self.trust_remote_code,
+            max_seq_length=self.max_seq_length,
+            device=self.device,
+            side=side,
+            merged=True,
+        )
+        return self._wrapped(model, side)
+
+    def encoder_pair(self) -> tuple[Encoder, Encoder]:
+        """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
+        queries = self.encoder("query")
+        if one_sided(self.model_name):
+            return queries, self.encoder("document")
+        return queries, self._wrapped(queries.model, "document")
+
+    def _wrapped(self, model: SentenceTransformer, side: Side) -> Encoder:
+        from ebr_lib.model.encoder import Encoder
+
+        return Encoder(
+            model,
+            prompt=prompt_of(model, side, self.query_prompt if side == "query" else self.document_prompt),
+            normalize=self.normalize,
+            truncate_dim=self.truncate_dim,
+            precision=self.precision,
+            batch_tokens=self.batch_tokens,
+        )
