@@ -58,9 +58,6 @@ class EvalResult(Shown):
     facts: dict[str, Any]
     table: Table = field(repr=False)
 
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
 
 @dataclass(frozen=True)
 class _Contender:

@@ -63,7 +63,7 @@ class FinetuneResult(Shown):
         return f"{self.table.text()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
 
     def _repr_html_(self) -> str:
-        return self.table.html() + f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
+        return super()._repr_html_() + f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,6 @@ class IndexResult(Shown):
     measured_on: str
     table: Table = field(repr=False)
 
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
 
 @dataclass(frozen=True, repr=False)
 class SearchResult(Shown):
@@ -92,9 +89,6 @@ class SearchResult(Shown):
     rows: tuple[dict[str, Any], ...]
     milliseconds: float
     table: Table = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
 
 
 def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> IndexResult:

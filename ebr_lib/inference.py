@@ -61,9 +61,6 @@ class InferenceResult(Shown):
     seconds: float
     table: Table
 
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
 
 def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = None) -> InferenceResult:
     """Encode the text column of every input file and write the vectors beside the kept columns.

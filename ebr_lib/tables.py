@@ -30,13 +30,16 @@ def shortened(text: str, columns: int = 40) -> str:
 
 
 class Shown:
-    """What a stage returns: as text it is its table (or its own `str`), not every field of it."""
+    """What a stage returns: as text and in a notebook it is its table, or its own, and not every field of it."""
 
     def __str__(self) -> str:
         return str(self.table)  # type: ignore[attr-defined] # a field of every result
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, repr=False)
