@@ -87,11 +87,22 @@ def test_each_kind_by_hand():
 
     assert add_noise(" one two, three four. ", "random_delete", 0.5, Rng()) == " three four. "
     assert add_noise("你好，世界。", "random_delete", 0.5, Rng()) == "世界。"
+    assert add_noise("one two\tthree\nfour", "random_delete", 0.1, Rng()) == "two\tthree\nfour"
     assert add_noise("one two, three four.", "random_swap", 0.5, Rng()) == "two, one three four."
     assert add_noise("one two, three four.", "random_swap", 1, Rng()) == "two, one four. three"
     assert add_noise("你好，世界。", "random_swap", 0.1, Rng()) == "世界，你好。"
+    assert add_noise("go go now", "random_swap", 1, Rng()) == "go now go"
     assert add_noise("a b cd", "char_delete", 0.5, Rng()) == "  cd"
     assert add_noise("e\u0301a", "char_delete", 0.1, Rng()) == "a"
+    assert add_noise("a b", "char_delete", 1, Rng()) == " b"
+
+
+def test_words_beside_a_swapped_pair_are_still_free():
+    class LastFirst(random.Random):
+        def shuffle(self, x):
+            x.reverse()
+
+    assert add_noise("one two three four", "random_swap", 1, LastFirst()) == "two one four three"
 
 
 @pytest.mark.parametrize("kind", KINDS)
