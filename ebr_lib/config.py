@@ -12,6 +12,8 @@ from pydantic import Field
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
 from ebr_lib.model.precision import Asked
+from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
+from ebr_lib.names import COLUMNS, BestMetric, Column, NoiseKind, OnBadRow
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -67,7 +69,7 @@ class FinetuneConfig(Config):
         "Folder under which `<model>-peft-lora/` is saved.",
         "输出目录，模型保存为其中的 `<模型名>-peft-lora/`。",
     )
-    on_bad_row: Literal["error", "skip"] = knob(
+    on_bad_row: OnBadRow = knob(
         "error",
         "A row that cannot be used stops the run, or is skipped, counted and written to a reject file.",
         "遇到坏行时报错停止，或跳过、计数并写入拒收文件。",
@@ -180,20 +182,7 @@ class FinetuneConfig(Config):
         "Share of the target spread evenly over all documents of the batch.",
         "对比损失的标签平滑：目标中均分给批内所有文档的比例。",
     )
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "reduce_lr_on_plateau",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "warmup_stable_decay",
-        "greedy",
-    ] = knob(
+    lr_scheduler_type: Scheduler = knob(
         "linear",
         "How the learning rate moves. `reduce_lr_on_plateau` and `greedy` lower it when `best_metric` has not got better "
         "for three evaluations; these two and `constant` have no warm-up.",
@@ -227,7 +216,7 @@ class FinetuneConfig(Config):
     noise_enabled: bool = knob(
         False, "Put noise into the training texts, anew each epoch.", "对训练文本加噪，每轮重新抽取。"
     )
-    noise_type: Literal["random_delete", "random_swap", "char_delete", "none"] = knob(
+    noise_type: NoiseKind = knob(
         "random_delete",
         "Drop words, swap neighbouring words, or drop characters.",
         "加噪方式：随机删词、交换相邻词、删字符。",
@@ -240,7 +229,7 @@ class FinetuneConfig(Config):
     noise_strength: Share = knob(
         0.1, "Share of a touched text's words or characters that change.", "被加噪文本中改动的词或字符比例。"
     )
-    noise_apply_to_fields: tuple[Literal["anchor", "positive", "negative"], ...] = knob(
+    noise_apply_to_fields: tuple[Column, ...] = knob(
         ["anchor", "positive"], "Columns that noise may touch.", "允许加噪的列。"
     )
     # evaluation and stopping
@@ -253,7 +242,7 @@ class FinetuneConfig(Config):
     eval_steps: Count = knob(
         0, "Steps between evaluations; 0 evaluates at the end of each epoch.", "评估间隔步数；0 表示每轮结束时评估。"
     )
-    best_metric: Literal["ndcg@10", "mrr@10", "recall@1", "recall@10", "loss"] = knob(
+    best_metric: BestMetric = knob(
         "ndcg@10", "Held-out metric that decides which weights are kept.", "决定保留哪一步权重的验证指标。"
     )
     eval_corpus_size: Positive = knob(
@@ -281,9 +270,7 @@ class FinetuneConfig(Config):
             yield "fp16 and bf16: choose one"
         if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):
             yield "early_stopping_patience needs held-out data: set eval_ratio above 0, or eval_data_path"
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and not (
-            self.eval_ratio or self.eval_data_path
-        ):
+        if self.lr_scheduler_type in FOLLOW_THE_METRIC and not (self.eval_ratio or self.eval_data_path):
             yield (
                 f"lr_scheduler_type: {self.lr_scheduler_type} follows best_metric on held-out data: set eval_ratio "
                 "above 0, or eval_data_path"
@@ -298,8 +285,8 @@ class FinetuneConfig(Config):
                 "merge_adapter and adapter_side query: merged weights would move the documents too, which the adapter "
                 "keeps where they are; choose one"
             )
-        if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - {"anchor", "positive", "negative"}):
-            yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are anchor, positive, negative"
+        if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - set(COLUMNS)):
+            yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are {', '.join(COLUMNS)}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import make_folder, replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
+from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.names import LOWER_IS_BETTER, METRICS
 from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -185,8 +187,6 @@ def _fingerprint(rows: Sequence[TrainingRow]) -> str:
 
 def _refuse_what_cannot_be(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> None:
     """Knobs against what only the data and the model can tell."""
-    from ebr_lib.model.training import FOLLOW_THE_METRIC
-
     width = model.get_embedding_dimension() or 0
     if (widest := max(config.matryoshka_dims, default=0)) > width:
         raise ConfigError(
@@ -376,7 +376,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
 
 
 def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int) -> Any:
-    from ebr_lib.model.training import LOWER_IS_BETTER, training_arguments
+    from ebr_lib.model.training import training_arguments
 
     return training_arguments(
         _place(config, CHECKPOINTS_SUFFIX),
@@ -557,8 +557,6 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: P
 
 
 def _before_after(before: Means, after: Means) -> Table:
-    from ebr_lib.model.heldout import METRICS
-
     rows = [
         (group, int(before[group]["queries"]), name, before[group][name], after[group][name], change)
         for group in before
@@ -573,7 +571,6 @@ def _before_after(before: Means, after: Means) -> Table:
 
 def _say_if_worse(config: FinetuneConfig, before: Means, after: Means) -> None:
     from ebr_lib.data.doctor import SMALL_DATA_PRESET
-    from ebr_lib.model.training import LOWER_IS_BETTER
 
     metric = config.best_metric if config.best_metric != LOWER_IS_BETTER else "ndcg@10"
     if before and after["all"][metric] <= before["all"][metric]:

@@ -30,6 +30,7 @@ from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import ContrastiveLoss
+from ebr_lib.model.schedulers import scheduler_extras
 from tests.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - pairs: a fixture's fixture
 
 
@@ -206,7 +207,7 @@ def test_every_scheduler_moves_the_rate_as_it_is_defined(plain, monkeypatch, nam
     total = train(plain, lr_scheduler_type=name, num_epochs=2, warmup_ratio=0.25).steps
     monkeypatch.undo()
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-3)
-    extras = training.scheduler_extras(name, total, 2e-3, rises=True)
+    extras = scheduler_extras(name, total, 2e-3, rises=True)
     scheduler = get_scheduler(name, optimizer, math.ceil(0.25 * total), total, extras)
     wanted = []
     for _ in range(total):
@@ -240,7 +241,7 @@ def test_a_scheduler_that_follows_the_metric_lowers_the_rate_when_it_stalls(plai
 def test_a_loss_stalls_when_it_no_longer_falls(name):
     for losses, lower in (([1.0, 0.9, 0.8, 0.7, 0.6], False), ([1.0, 1.1, 1.2, 1.3, 1.4], True)):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-4)
-        scheduler = get_scheduler(name, optimizer, 0, 5, training.scheduler_extras(name, 5, 2e-4, rises=False))
+        scheduler = get_scheduler(name, optimizer, 0, 5, scheduler_extras(name, 5, 2e-4, rises=False))
         for loss in losses:
             scheduler.step(loss)
         assert (optimizer.param_groups[0]["lr"] < 2e-4) is lower

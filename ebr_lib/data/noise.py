@@ -10,11 +10,9 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from ebr_lib.data.pairs import is_blank
-
-NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
+from ebr_lib.names import NoiseKind
 
 _CHUNK = re.compile(r"\S+")
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003347f]")

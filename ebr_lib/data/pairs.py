@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
+from ebr_lib.names import OnBadRow
 
 _ALIASES = {
     "anchor": "anchor",
@@ -115,7 +116,7 @@ class _Reading:
 
 def read_pairs(
     path: str | Path | Sequence[str | Path],
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: OnBadRow = "error",
     rejects: str | Path | None = None,
 ) -> list[Pair]:
     """Read training pairs from a JSON or JSON-lines file, a folder of them, or several of either.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ebr_lib.names import METRICS
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 
 Means = Mapping[str, Mapping[str, float]]
 """Group of queries ("all", "seen", "unseen") to metric to mean."""

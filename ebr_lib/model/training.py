@@ -43,6 +43,8 @@ from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, 
 from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import ContrastiveLoss
 from ebr_lib.model.packing import plain_is_faster
+from ebr_lib.model.schedulers import NO_WARM_UP, scheduler_extras
+from ebr_lib.names import LOWER_IS_BETTER
 
 # the library still calls activation checkpointing by its old name
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
@@ -51,12 +53,6 @@ Noise = Callable[[str, int, int, str], str]
 """(text, epoch, row, column) to the text with noise."""
 
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
-LOWER_IS_BETTER = "loss"
-LOWEST_RATE = 0.1  # of the peak learning rate, where a scheduler has a floor
-FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
-NO_WARM_UP = (*FOLLOW_THE_METRIC, "constant")
-# evaluations in a row without a gain that such a scheduler lets pass; a run has too few for the library's ten
-STALLS = 2
 # tries at random before all documents are looked through for one that does not answer an anchor
 DRAWS = 32
 # of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
@@ -212,22 +208,6 @@ class EpochBatches(Sampler[list[int]]):
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
-
-
-def scheduler_extras(name: str, steps: int, learning_rate: float, rises: bool) -> dict[str, Any]:
-    """What transformers' scheduler of that name cannot do without.
-
-    :param rises: whether the metric that a scheduler may follow gets better upwards.
-    """
-    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
-        return {"min_lr_rate": LOWEST_RATE}
-    if name in FOLLOW_THE_METRIC:
-        follow = {"mode": "max" if rises else "min", "patience": STALLS}
-        limits = {"min_lr": LOWEST_RATE * learning_rate, "max_lr": learning_rate}  # the knob is the peak
-        return follow | (limits if name == "greedy" else {})
-    if name == "warmup_stable_decay":
-        return {"num_decay_steps": max(1, steps // 10)}
-    return {}
 
 
 def training_arguments(

@@ -1,0 +1,41 @@
+"""The learning-rate schedulers: transformers' names of them, which follow the metric, and what they have to be told."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
+NO_WARM_UP = (*FOLLOW_THE_METRIC, "constant")
+LOWEST_RATE = 0.1  # of the peak learning rate, where a scheduler has a floor
+# evaluations in a row without a gain that the followers let pass; a run has too few for the library's ten
+STALLS = 2
+
+
+def scheduler_extras(name: str, steps: int, learning_rate: float, rises: bool) -> dict[str, Any]:
+    """What transformers' scheduler of that name cannot do without.
+
+    :param rises: whether the metric that a scheduler may follow gets better upwards.
+    """
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        return {"min_lr_rate": LOWEST_RATE}
+    if name in FOLLOW_THE_METRIC:
+        follow = {"mode": "max" if rises else "min", "patience": STALLS}
+        limits = {"min_lr": LOWEST_RATE * learning_rate, "max_lr": learning_rate}  # the knob is the peak
+        return follow | (limits if name == "greedy" else {})
+    if name == "warmup_stable_decay":
+        return {"num_decay_steps": max(1, steps // 10)}
+    return {}
