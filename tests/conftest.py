@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -25,14 +26,13 @@ FLAGS = [
 
 
 @pytest.fixture(autouse=True)
-def _log_as_it_was():
-    """A test that shows the log, as every command does, leaves it as it found it: caplog hears it again."""
+def _log_as_imported():
+    """Each test finds the log silent, whatever a test or a wider fixture before it showed: caplog hears it."""
     from ebr_lib.logs import logger
 
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
