@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
+from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import IndexConfig, SearchConfig
 from ebr_lib.data.vectors import Embeddings, iter_embeddings, read_manifest
 from ebr_lib.errors import ConfigError, DataError, ModelError
@@ -26,13 +27,11 @@ from ebr_lib.retrieval.faiss_index import (
     ROW,
     ROWS_FILE,
     TRAIN_POINTS,
-    Ints,
     Plan,
     Point,
     RowsWriter,
     SearchIndex,
     Truth,
-    Vectors,
     adding,
     cells_of,
     draw_curve,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import VisConfig
 from ebr_lib.data.vectors import iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
@@ -25,9 +26,6 @@ from ebr_lib.tables import Shown, Table, shortened
 from ebr_lib.view import clusters as measure
 from ebr_lib.view import explorer, figure, projection
 from ebr_lib.view.figure import Groups, Panel
-
-Vectors = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 NEAR = 10  # neighbours that purity, confusions and the explorer look at
 WIDE = 40  # neighbours to choose from where the explorer cannot draw all

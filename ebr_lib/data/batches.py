@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ebr_lib.arrays import Ints
 from ebr_lib.data.pairs import TrainingRow, text_keys
-
-Ints = NDArray[np.int64]
 
 # swaps tried for a row whose anchor is in its batch already: with rows of the same document, then with any
 _TRIES_SAME, _TRIES_ANY = 8, 16

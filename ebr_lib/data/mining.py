@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,14 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebr_lib.data.batches import Ints, KnownPositives
+from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.logs import logger
 from ebr_lib.tables import Shown, Table, shortened
-
-Vectors = NDArray[np.float32]
-Encode = Callable[[Sequence[str]], Vectors]
-"""Texts to vectors of length one (n, dim)."""
 
 _CELLS = 1 << 22  # of the miner's score table at one time: some hundred MB
 
@@ -53,6 +50,7 @@ def mine_hard_negatives(
     cosine is at most p − margin · |p|, where p is the lowest of the anchor's known positives (as NV-Retriever does by
     "percentage of the positive", arXiv 2407.15831).
 
+    :param encode_queries: makes vectors of length one, as `encode_documents` does.
     :param margin: None takes documents however near.
     """
     known = KnownPositives(rows)

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import BOM, NULL
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
@@ -36,7 +37,6 @@ WRITE_ROWS = 1 << 10  # formatted at once: the lock is given up between, so that
 SPACED = bytes.maketrans(b",", b" ")
 
 Fields = Sequence[bytes | None]
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -656,8 +656,9 @@ def write_embeddings(
     if valid is None:
         valid = np.asarray(~np.isnan(vectors).all(axis=1))
     rows = [
-        [None if value is None else value.encode() for value in row] for row in zip(*columns.values(), strict=True)
-    ] or [[] for _ in vectors]
+        [None if value is None else value.encode() for value in row]
+        for _, *row in zip(range(len(vectors)), *columns.values(), strict=True)
+    ]
     if path.suffix != ".parquet":
         _check_plain(path, rows)
     path.parent.mkdir(parents=True, exist_ok=True)

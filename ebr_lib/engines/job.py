@@ -24,20 +24,22 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
-from ebr_lib.data.vectors import DELIMITER, Sink, finish_sink, is_plain, open_sink, read_manifest, reopen
+from ebr_lib.data.vectors import DELIMITER, PART_PREFIX, Sink, finish_sink, is_plain, open_sink, read_manifest, reopen
 from ebr_lib.engines.store import Store, digest_of
 from ebr_lib.errors import DataError, ModelError
 from ebr_lib.logs import logger
 
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
+STATE_VERSION = 1  # of what a state holds and what its windows are; another version's run is not continued
 WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
+FIRST_ROWS = 1 << 10  # of the first window; each next one may hold as many as all before it
 WRITE_ROWS = 1 << 12
 EXAMPLES = 5
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of what does not show: spaces, controls, marks of format
 
-Vectors = NDArray[np.float32]
 Told = Callable[[int], None]
 Progress = Callable[[int, int, float], None]  # rows done, texts encoded in this run, share of the input
 
@@ -182,6 +184,21 @@ def told_when_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_other_engine(folder: Path, in_parts: bool) -> None:
+    """Make sure that a work folder holds no unfinished run of the engine that works otherwise.
+
+    :param in_parts: the engine that is to run writes a part a file.
+    :raises DataError: it holds one.
+    """
+    state, part = folder / Store.STATE, next(folder.glob(f"{PART_PREFIX}*"), None)
+    if other := (state if state.exists() else None) if in_parts else part:
+        engine = "local" if in_parts else "ray"
+        raise DataError(
+            f"{folder} holds an unfinished run of engine {engine} ({other.name}); end it with engine: {engine}, "
+            "or drop it with restart: true"
+        )
+
+
 def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
     resumed = store.state is not None
     state = store.state or _first_state(job)
@@ -203,6 +220,7 @@ def _first_state(job: Job) -> dict[str, Any]:
     earlier = job.rejects.read_bytes() if before and job.rejects.exists() else REJECT_HEADER
     (job.folder / REJECTS).write_bytes(earlier)
     return {
+        "version": STATE_VERSION,
         "settings": job.settings,
         "earlier": before.get("inputs", []),
         "inputs": new_inputs(job, before.get("inputs", [])),
@@ -256,6 +274,11 @@ def _continued(job: Job, state: dict[str, Any]) -> Job:
     With `append`, new files go behind them; but not into a run that had written all of its rows: that one is finished
     as it was, and what is new is for the next.
     """
+    if state.get("version") != STATE_VERSION:
+        raise DataError(
+            f"{job.folder} holds an unfinished run of another version of this program; end it with that version, or "
+            "drop it with restart: true"
+        )
     known = [*state["earlier"], *state["inputs"]]
     new = new_inputs(job, known)
     changes = [*_changed_settings(state["settings"], job), *_changed_contents(known, job), *_gone(state["inputs"], job)]
@@ -302,10 +325,14 @@ def _has_text(text: Value) -> bool:
 
 
 class _Builder:
-    """Collects rows until a window is full."""
+    """Collects rows until a window is full.
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    The first windows are small, so that encoding begins while the next is read and tokenised; how many rows a window
+    may hold follows from the rows before it, so that an interrupted run makes the same windows again.
+    """
+
+    def __init__(self, job: Job, rows_before: int) -> None:
+        self._job, self._rows_before = job, rows_before
         self._must_be_plain = job.output.suffix != ".parquet"
         self._clear()
 
@@ -320,7 +347,8 @@ class _Builder:
 
     @property
     def full(self) -> bool:
-        return self._counts["read"] >= self._job.window_rows or self._bytes >= WINDOW_BYTES
+        most = min(self._job.window_rows, max(FIRST_ROWS, self._rows_before))
+        return self._counts["read"] >= most or self._bytes >= WINDOW_BYTES
 
     @property
     def empty(self) -> bool:
@@ -391,12 +419,13 @@ class _Builder:
             after=after,
             share=share,
         )
+        self._rows_before += self._counts["read"]
         self._clear()
         return window
 
 
 def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]) -> Iterator[Window]:
-    builder = _Builder(job)
+    builder = _Builder(job, state["counts"].get("read", 0))
     file, position = state["file"], Position(*state["position"]) if state["position"] else None
     sizes = [source.size for source in job.sources]
     done, every = sum(sizes[:file]), max(1, sum(sizes))

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ebr_lib.arrays import Vectors
 from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
 from ebr_lib.errors import ModelError
 from ebr_lib.model.loading import prompt_of
 from ebr_lib.model.recipe import EncoderRecipe
-
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebr_lib.arrays import Vectors
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import keep_freed_memory
@@ -23,7 +24,6 @@ from ebr_lib.model.precision import Asked, choose_precision
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Vectors = NDArray[np.float32]
 
 BATCH_TOKENS = {"cpu float32": 2048, "cpu bfloat16": 4096}  # measured; in float32 1024 to 4096 are about equal
 GPU_BATCH_TOKENS = 32768

@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ebr_lib.arrays import Encode, Floats, Vectors
 from ebr_lib.names import METRICS
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 Means = Mapping[str, Mapping[str, float]]
 """Group of queries ("all", "seen", "unseen") to metric to mean."""
-
-Encode = Callable[[Sequence[str]], "np.ndarray[Any, Any]"]
-"""Texts to vectors (n, dim), float32."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class HeldoutTask:
     relevant: tuple[frozenset[int], ...]
     seen: tuple[bool, ...]
 
-    def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, np.ndarray[Any, Any]]:
+    def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
         """Each metric of `METRICS`, a value a query."""
         from ebr_lib.retrieval.metrics import evaluate_vectors
 
@@ -46,7 +44,7 @@ class HeldoutTask:
         """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
         return self.means(self.measure(*encoders_of(model, query_only)))
 
-    def means(self, values: Mapping[str, np.ndarray[Any, Any]]) -> Means:
+    def means(self, values: Mapping[str, Floats]) -> Means:
         """Means over all queries, and over those whose documents training has seen and has not."""
         seen = np.asarray(self.seen, dtype=bool)
         groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}
@@ -64,10 +62,10 @@ def encoders_of(model: SentenceTransformer, query_only: bool, show_bar: bool = F
     from ebr_lib.model.loading import prompt_of
     from ebr_lib.model.losses import base_model_only
 
-    def encode_queries(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+    def encode_queries(texts: Sequence[str]) -> Vectors:
         return Encoder(model, prompt=prompt_of(model, "query")).encode(texts, show_bar)
 
-    def encode_documents(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+    def encode_documents(texts: Sequence[str]) -> Vectors:
         with base_model_only(model) if query_only else nullcontext():
             return Encoder(model, prompt=prompt_of(model, "document")).encode(texts, show_bar)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import attention
-from ebr_lib.model.losses import evaluating
+from ebr_lib.model.losses import Features, evaluating
 from ebr_lib.model.positions import first_position
 from ebr_lib.model.varlen import VARLEN, attention_dropout, has_varlen, register
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
-Features = dict[str, Any]
 Ids = NDArray[np.int32]
 
 MIN_ROW = 64  # shorter rows make the matrix products of attention too small; measured on a CPU

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.vectors import Embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import written_whole
@@ -40,9 +41,6 @@ TIMED_QUERIES = 200
 REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
 INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
 ROW = "_row"  # sidecar column: number of the row in the embedding file
-
-Vectors = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 def _faiss() -> Any:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Vectors
+
 KS = (1, 5, 10, 50, 100)
 MRR_CUT, NDCG_CUT, MAP_CUT = 10, 10, 100
 CHUNK = 1 << 13  # documents scored at once
 BLOCK = 1 << 9  # queries scored at once: a block of scores takes 16 MB
 
-Floats = NDArray[np.float32]
+Scores = NDArray[np.float32]
 Values = NDArray[np.float64]
 Grades = Sequence[Mapping[int, int]]
 """For each query: document number to grade; 0 and less is not relevant."""
@@ -43,7 +45,7 @@ class Ranking:
         self._documents, self._queries, self._grades = table.T
         self._scores = np.full(len(table), -np.inf, dtype=np.float32)
 
-    def add(self, scores: Floats, first_query: int, first_document: int) -> None:
+    def add(self, scores: Scores, first_query: int, first_document: int) -> None:
         """Take in a block of scores (queries × documents) whose corner stands at the two numbers given."""
         self._note_relevant(scores, first_query, first_document)
         worst = self.scores[first_query : first_query + len(scores), -1]
@@ -52,13 +54,13 @@ class Ranking:
         if rows.size:
             self._merge(rows + first_query, scores[rows], first_document)
 
-    def _note_relevant(self, scores: Floats, first_query: int, first_document: int) -> None:
+    def _note_relevant(self, scores: Scores, first_query: int, first_document: int) -> None:
         low, high = np.searchsorted(self._documents, (first_document, first_document + scores.shape[1]))
         queries = self._queries[low:high] - first_query
         here = np.flatnonzero((queries >= 0) & (queries < len(scores)))
         self._scores[low + here] = scores[queries[here], self._documents[low + here] - first_document]
 
-    def _merge(self, queries: NDArray[np.int64], scores: Floats, first_document: int) -> None:
+    def _merge(self, queries: NDArray[np.int64], scores: Scores, first_document: int) -> None:
         old_ids, old_scores = self.ids[queries], self.scores[queries]
         take = min(self.depth, scores.shape[1])
         best = _best(scores, take)
@@ -198,7 +200,7 @@ def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
 # --- from vectors -------------------------------------------------------------------------------------------------
 
 
-def _best(scores: Floats, take: int) -> NDArray[np.int64]:
+def _best(scores: Scores, take: int) -> NDArray[np.int64]:
     """Columns of the best scores of each row, in any order; of those that tie for the last place, the first ones."""
     best = np.argpartition(-scores, take - 1, axis=1)[:, :take]
     last = np.take_along_axis(scores, best, axis=1).min(axis=1, keepdims=True)
@@ -207,13 +209,13 @@ def _best(scores: Floats, take: int) -> NDArray[np.int64]:
     return best
 
 
-def unit(vectors: Floats) -> Floats:
+def unit(vectors: Vectors) -> Vectors:
     """Vectors scaled to length 1; zero vectors stay what they are."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def rank_vectors(
-    queries: Floats, documents: Floats | Iterable[Floats], relevant: Grades, depth: int = max(KS)
+    queries: Vectors, documents: Vectors | Iterable[Vectors], relevant: Grades, depth: int = max(KS)
 ) -> Ranking:
     """Rank documents by inner product, in bounded memory.
 
@@ -232,7 +234,7 @@ def rank_vectors(
     return ranking
 
 
-def _chunks(documents: Floats | Iterable[Floats]) -> Iterator[tuple[Floats, int]]:
+def _chunks(documents: Vectors | Iterable[Vectors]) -> Iterator[tuple[Vectors, int]]:
     """The documents in arrays of exactly `CHUNK` rows, and how many of these are documents: every product then has the
     same shape and takes the same path through BLAS, so that equal vectors get equal scores to the last bit."""
     chunk, filled = np.empty((0, 0), np.float32), 0
@@ -251,7 +253,7 @@ def _chunks(documents: Floats | Iterable[Floats]) -> Iterator[tuple[Floats, int]
 
 
 def evaluate_vectors(
-    queries: Floats, documents: Floats | Iterable[Floats], relevant: Grades, ks: Sequence[int] = KS
+    queries: Vectors, documents: Vectors | Iterable[Vectors], relevant: Grades, ks: Sequence[int] = KS
 ) -> dict[str, Values]:
     """Rank by inner product and measure: `rank_vectors`, then `measure`."""
     return measure(rank_vectors(queries, documents, relevant, max(*ks, MAP_CUT)), ks)

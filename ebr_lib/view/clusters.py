@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Vectors = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from ebr_lib.arrays import Floats, Ints, Vectors
 
 BLOCK = 16_384
 NEARLY_EQUAL = 0.99  # cosine from which two vectors count as nearly equal

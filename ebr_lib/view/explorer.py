@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints
 from ebr_lib.files import written_whole
 from ebr_lib.tables import shortened
 from ebr_lib.view.figure import Groups, Panel
@@ -19,8 +20,6 @@ from ebr_lib.view.figure import Groups, Panel
 MOST = 50_000  # points that a browser draws without a pause
 TEXT_COLUMNS = 240  # of a text are shown, in half-width columns
 TEMPLATE = Path(__file__).with_name("explorer.html")
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
 from ebr_lib.tables import columns_of
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.floating[Any]]
+Points = NDArray[np.floating[Any]]
 
 SHOWN = 20  # labels that have a colour, a name on the map and a line in the legend
 GREY, PALE = "#9a9a9a", "#d4d4d4"  # labels beyond those, and rows without a label
@@ -53,7 +53,7 @@ class Panel:
     """One map: its title, coordinates (n × 2), a line on how far it can be trusted, and which space it is a map of."""
 
     title: str
-    coords: Floats
+    coords: Points
     note: str = ""
     space: int = 0
 
@@ -364,7 +364,7 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:
     _name_groups(axes, panel.coords, groups)
 
 
-def _frame(axes: Axes, coords: Floats) -> None:
+def _frame(axes: Axes, coords: Points) -> None:
     """Square limits around all points, with a margin."""
     low, high = coords.min(axis=0), coords.max(axis=0)
     middle, half = (low + high) / 2, max(float((high - low).max()) / 2 * 1.05, 1e-3)
@@ -372,7 +372,7 @@ def _frame(axes: Axes, coords: Floats) -> None:
     axes.set_ylim(middle[1] - half, middle[1] + half)
 
 
-def _scatter(axes: Axes, coords: Floats, groups: Groups) -> None:
+def _scatter(axes: Axes, coords: Points, groups: Groups) -> None:
     """Points, those of small labels last, so that a large one does not bury them."""
     from matplotlib.colors import to_rgba_array
 
@@ -401,7 +401,7 @@ def _turns(groups: Groups) -> Ints:
     return turn[groups.shades]
 
 
-def _labels_above(coords: Floats, turn: Ints, most: int = 3) -> Ints:
+def _labels_above(coords: Points, turn: Ints, most: int = 3) -> Ints:
     """How many other labels are drawn over each row on the very same spot: equal vectors show as rings."""
     spot = np.unique(coords, axis=0, return_inverse=True)[1].ravel()
     stacks, row = np.unique(spot * (turn.max() + 1) + turn, return_inverse=True)
@@ -410,7 +410,7 @@ def _labels_above(coords: Floats, turn: Ints, most: int = 3) -> Ints:
     return np.minimum(above, most)[row.ravel()]
 
 
-def _shade(axes: Axes, coords: Floats, groups: Groups) -> None:
+def _shade(axes: Axes, coords: Points, groups: Groups) -> None:
     """Density: each pixel mixes its labels' colours, small labels weighing more; more points make it darker."""
     from matplotlib.colors import to_rgba_array
 
@@ -434,7 +434,7 @@ def _shade(axes: Axes, coords: Floats, groups: Groups) -> None:
 # --- names on the map ---------------------------------------------------------------------------------------------
 
 
-def _name_groups(axes: Axes, coords: Floats, groups: Groups) -> None:
+def _name_groups(axes: Axes, coords: Points, groups: Groups) -> None:
     """Write labels at their medoids, the largest first; one that finds no free place stays in the legend alone."""
     from matplotlib.patheffects import withStroke
 
@@ -461,7 +461,7 @@ def _name_groups(axes: Axes, coords: Floats, groups: Groups) -> None:
             text.set_position((float(x), float(y)))
 
 
-def _core(points: Floats, cells: int = 10) -> Floats:
+def _core(points: Points, cells: int = 10) -> Points:
     """The points where they lie densest: the median of all may lie between two islands."""
     from scipy.ndimage import uniform_filter
 
@@ -473,7 +473,7 @@ def _core(points: Floats, cells: int = 10) -> Floats:
     return points[(np.abs(cell - densest) <= 1).all(axis=1)]
 
 
-def _medoid(points: Floats) -> Floats:
+def _medoid(points: Points) -> Points:
     """The point in the middle of the densest ones."""
     around = _core(points)
     return around[((around - np.median(around, axis=0)) ** 2).sum(axis=1).argmin()]
@@ -490,14 +490,14 @@ class _Room:
     :param taken: boxes of the names that stand, n × 2 corners × 2.
     """
 
-    frame: Floats
-    points: Floats
+    frame: Points
+    points: Points
     weights: NDArray[np.float32]
     radius: float
-    taken: list[Floats] = field(default_factory=list)
+    taken: list[Points] = field(default_factory=list)
 
     @classmethod
-    def on(cls, axes: Axes, coords: Floats, groups: Groups) -> _Room:
+    def on(cls, axes: Axes, coords: Points, groups: Groups) -> _Room:
         shades = groups.shades
         order = np.random.default_rng(0).permutation(len(shades))
         rows = np.concatenate([order[shades[order] == s][:THINNED] for s in np.unique(shades)])
@@ -508,7 +508,7 @@ class _Room:
             axes.get_window_extent().get_points(), axes.transData.transform(coords[rows]), weights, float(radius)
         )
 
-    def take(self, home: Floats, core: Floats, size: Floats) -> Floats | None:
+    def take(self, home: Points, core: Points, size: Points) -> Points | None:
         """Find the middle of a name of this size (width, height): near `home`, where it hides the fewest points.
 
         No place may hide a fifth of any label's points, lie over another name, or leave the map.
@@ -531,7 +531,7 @@ class _Room:
         self.taken.append(boxes[best])
         return np.asarray(middles[best])
 
-    def _around(self, home: Floats, core: Floats, size: Floats) -> Floats:
+    def _around(self, home: Points, core: Points, size: Points) -> Points:
         """Middles to choose from: on `home`, and in eight directions from it, beside it and beside the core."""
         below, above = home - core.min(axis=0), core.max(axis=0) - home
         places = [home]

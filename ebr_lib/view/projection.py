@@ -16,11 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
 
-Vectors = NDArray[np.float32]
-Ints = NDArray[np.int64]
 Coords = NDArray[np.float32]
 
 FEWEST = 5  # with fewer points than this there are no neighbourhoods to preserve, and PCA draws them as they lie

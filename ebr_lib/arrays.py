@@ -1,0 +1,17 @@
+"""The arrays that most parts hand on, and what makes vectors: their types, named once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float32]
+"""A row a text: (texts, dim)."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+Encode = Callable[[Sequence[str]], Vectors]
+"""Texts to their vectors."""
