@@ -178,3 +178,26 @@ def test_text_refuses_values_that_would_break_it(tmp_path: Path):
             v.write_embeddings(tmp_path / "e.txt", {"id": [value]}, some_vectors(1, 4))
         path = v.write_embeddings(tmp_path / "e.parquet", {"id": [value]}, some_vectors(1, 4))
         assert v.read_embeddings(path).columns == {"id": [value]}
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_column_shorter_than_the_vectors_is_refused(tmp_path: Path, ending: str):
+    for columns in ({"id": ["1"]}, {"id": ["1", "2"], "text": ["a"]}):
+        with pytest.raises(ValueError, match="zip"):
+            v.write_embeddings(tmp_path / f"e{ending}", columns, some_vectors(2, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_another_tool_has_written(tmp_path: Path):
+    path = tmp_path / "e.txt"
+    for content, name, value in [
+        (b"id\x01vector\n1\x010.5 12", "id", "1"),  # no newline at the end
+        (b"\xef\xbb\xbfid\x01vector\r\n1\x010.5 12\r\n2\x01\r\n", "id", "1"),
+        (b"vector\x01id\r\n0.5 12\x011\r\n", "id", "1"),
+        (b"vector\x01SIZE X\n0.5 12\x011\r\n", "SIZE X", "1\r"),
+        (b"vector\x01id \n0.5 12\x011\n", "id ", "1"),
+    ]:
+        path.write_bytes(content)
+        back = v.read_embeddings(path)
+        assert back.vectors.tolist() == [[0.5, 12]]
+        assert back.columns == {name: [value]}

@@ -201,10 +201,10 @@ def _format_of(path: str | Path) -> _Format:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _line_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
-    """Whole lines of a file, about `BLOCK_BYTES` at a time, without their newlines."""
+def _line_blocks(file: IO[bytes], carriage: bytes) -> Iterator[list[bytes]]:
+    """Whole lines of a file, about `BLOCK_BYTES` at a time, without their newlines and the `carriage` before them."""
     while lines := file.readlines(BLOCK_BYTES):
-        yield [line[:-1] if line.endswith(b"\n") else line for line in lines]
+        yield [line.removesuffix(b"\n").removesuffix(carriage) for line in lines]
 
 
 class _Text:
@@ -218,7 +218,7 @@ class _Text:
             place = _need_vector(path, found)
             wanted = [(name, found.index(name)) for name in _chosen(path, found, columns)]
             yield len(head), Embeddings(np.empty((0, dim or 0), np.float32), {n: [] for n, _ in wanted}, _no_rows(), 0)
-            for lines in _line_blocks(file):
+            for lines in _line_blocks(file, b"\r" if head.endswith(b"\r\n") else b""):
                 fields = [line.split(DELIMITER) for line in lines]
                 _check_widths(path, fields, len(found), done)
                 rows = np.array([i for i, row in enumerate(fields) if row[place]], dtype=np.int64)
