@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ebr_lib.data.doctor import DoctorReport
     from ebr_lib.data.pairs import Pair, TrainingRow
-    from ebr_lib.model.heldout import HeldoutTask, Means
+    from ebr_lib.model.heldout import GroupMeans, HeldoutTask
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.precision import Dtype, Precision
     from ebr_lib.model.training import EbrTrainer
@@ -55,8 +55,8 @@ class FinetuneResult(Shown):
     trainable_parameters: int
     steps: int
     seconds: float
-    before: Means
-    after: Means
+    before: GroupMeans
+    after: GroupMeans
     doctor: DoctorReport = field(repr=False)
     table: Table = field(repr=False)
 
@@ -328,7 +328,7 @@ def _prompts(config: FinetuneConfig) -> dict[str, str]:
     return {sides[column]: text for column, text in config.prompt.items() if column in sides}
 
 
-def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> Means:
+def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
     return task.measure_model(model, query_only=config.adapter_side == "query") if task else {}
 
 
@@ -556,7 +556,7 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: P
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def _before_after(before: Means, after: Means) -> Table:
+def _before_after(before: GroupMeans, after: GroupMeans) -> Table:
     rows = [
         (group, int(before[group]["queries"]), name, before[group][name], after[group][name], change)
         for group in before
@@ -569,7 +569,7 @@ def _before_after(before: Means, after: Means) -> Table:
     return Table("微调前后 before and after, on the held-out anchors", columns, rows)
 
 
-def _say_if_worse(config: FinetuneConfig, before: Means, after: Means) -> None:
+def _say_if_worse(config: FinetuneConfig, before: GroupMeans, after: GroupMeans) -> None:
     from ebr_lib.data.doctor import SMALL_DATA_PRESET
 
     metric = config.best_metric if config.best_metric != LOWER_IS_BETTER else "ndcg@10"

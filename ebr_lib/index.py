@@ -37,6 +37,7 @@ from ebr_lib.retrieval.faiss_index import (
     draw_curve,
     exact_neighbours,
     fill,
+    index_stamp,
     new_index,
     open_index,
     opened,
@@ -44,7 +45,6 @@ from ebr_lib.retrieval.faiss_index import (
     read_rows,
     save_vectors,
     share_of_twins,
-    stamp_of,
     sweep,
     train,
     write_deleted,
@@ -348,7 +348,7 @@ def search(
         raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
     if not isinstance(where or {}, Mapping):
         raise ConfigError(f"where: {where!r}; wanted column to value, such as {{'kind': 'a'}}")
-    held = index if isinstance(index, SearchIndex) else opened(str(index), stamp_of(index))
+    held = index if isinstance(index, SearchIndex) else opened(str(index), index_stamp(index))
     recipe = _recipe(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
     encoder = _encoder(recipe, Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()

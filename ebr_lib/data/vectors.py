@@ -33,7 +33,7 @@ PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
 ENDINGS = (".txt", ".csv", ".tsv", ".parquet", ".npy")
 BLOCK_BYTES = 1 << 24  # of text parsed at once
 BATCH_ROWS = 1 << 14
-WRITE_ROWS = 1 << 10  # formatted at once: the lock is given up between, so that encoding goes on
+FORMAT_ROWS = 1 << 10  # formatted at once: the lock is given up between, so that encoding goes on
 SPACED = bytes.maketrans(b",", b" ")
 
 Fields = Sequence[bytes | None]
@@ -548,8 +548,8 @@ class TextSink:
             self._file.write("\x01".join(names).encode() + b"\n")
 
     def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
-        for start in range(0, len(rows), WRITE_ROWS):
-            part = slice(start, start + WRITE_ROWS)
+        for start in range(0, len(rows), FORMAT_ROWS):
+            part = slice(start, start + FORMAT_ROWS)
             texts = iter(_vector_texts(vectors[part][valid[part]]))
             filled = zip(rows[part], valid[part].tolist(), strict=True)
             lines = [_line([*row, next(texts) if has_one else b""]) for row, has_one in filled]

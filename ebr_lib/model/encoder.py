@@ -34,7 +34,7 @@ TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
 TOKENIZER_CHARACTERS = 1 << 22  # of such texts in all: what is cut off of long ones are objects too
 FLUSH_ROWS = 16384  # vectors that wait on the device before they are copied to memory
 NO_LIMIT = 10**6  # a tokenizer that has no limit says 1e30
-PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s> <|endoftext|>\n\tÀé😀", "long " * 600)
+TOKENIZER_PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s> <|endoftext|>\n\tÀé😀", "long " * 600)
 
 
 @dataclass
@@ -111,12 +111,12 @@ class Tokenizer:
 
     def agrees_with(self, model: SentenceTransformer) -> bool:
         """Whether the model, asked to prepare the probe texts itself, makes the same tokens and nothing else."""
-        wanted = model.preprocess(list(PROBES), prompt=self.prompt or None)
+        wanted = model.preprocess(list(TOKENIZER_PROBES), prompt=self.prompt or None)
         more = wanted.keys() - {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
         if more or bool(wanted.get("token_type_ids", torch.zeros(1)).any()):
             return False
         ids = wanted["input_ids"][wanted["attention_mask"].bool()].numpy()
-        return np.array_equal(ids, self(PROBES).ids)
+        return np.array_equal(ids, self(TOKENIZER_PROBES).ids)
 
 
 class Encoder:

@@ -16,7 +16,7 @@ from ebr_lib.names import METRICS
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Means = Mapping[str, Mapping[str, float]]
+GroupMeans = Mapping[str, Mapping[str, float]]
 """Group of queries ("all", "seen", "unseen") to metric to mean."""
 
 
@@ -40,11 +40,11 @@ class HeldoutTask:
         values = evaluate_vectors(encode_queries(self.queries), encode_documents(self.documents), grades, ks=(1, 10))
         return {name: values[name] for name in METRICS}
 
-    def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> Means:
+    def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> GroupMeans:
         """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
         return self.means(self.measure(*encoders_of(model, query_only)))
 
-    def means(self, values: Mapping[str, Floats]) -> Means:
+    def means(self, values: Mapping[str, Floats]) -> GroupMeans:
         """Means over all queries, and over those whose documents training has seen and has not."""
         seen = np.asarray(self.seen, dtype=bool)
         groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}

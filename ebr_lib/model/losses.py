@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 Features = dict[str, Any]
-KnownPositives = Callable[[Tensor], Tensor]
+PositivesMask = Callable[[Tensor], Tensor]
 """Row numbers of the batch, of all devices (n,), to a mask (n, n · columns): true where the training set knows that
 the column's document answers the row's anchor."""
 
@@ -60,7 +60,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         label_smoothing: float = 0.0,
         l1: float = 0.0,
         matryoshka_dims: Sequence[int] = (),
-        known_positives: KnownPositives | None = None,
+        known_positives: PositivesMask | None = None,
         mini_batch_size: int | None = None,
         query_only: bool = False,
         packed: Callable[[Sequence[Features]], list[Tensor]] | None = None,

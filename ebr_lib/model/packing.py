@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where texts lie: text i is tokens `starts[i] : starts[i] + lengths[i]` of row `rows[i]`."""
 
     rows: NDArray[np.int64]
@@ -63,7 +63,7 @@ class Layout:
         return np.arange(int(self.lengths.sum())) - np.repeat(ends - self.lengths, self.lengths)
 
 
-def pack(lengths: Sequence[int] | NDArray[np.integer], row_length: int) -> Layout:
+def pack(lengths: Sequence[int] | NDArray[np.integer], row_length: int) -> PackedLayout:
     """Put texts into rows, longest first, each into the fullest row that still has room (best-fit decreasing).
 
     :param lengths: tokens of each text, none over `row_length`.
@@ -78,13 +78,13 @@ def pack(lengths: Sequence[int] | NDArray[np.integer], row_length: int) -> Layou
         row_count = max(row_count, row + 1)
         rows[text], starts[text] = row, row_length - room
         insort(open_rows, (room - int(sizes[text]), row))
-    return Layout(rows, starts, sizes, row_count, row_length)
+    return PackedLayout(rows, starts, sizes, row_count, row_length)
 
 
-def one_row(lengths: NDArray[np.integer]) -> Layout:
+def one_row(lengths: NDArray[np.integer]) -> PackedLayout:
     """Texts one after another in a single row, in their order."""
     sizes = np.asarray(lengths, dtype=np.int64)
-    return Layout(np.zeros_like(sizes), np.cumsum(sizes) - sizes, sizes, 1, int(sizes.sum()))
+    return PackedLayout(np.zeros_like(sizes), np.cumsum(sizes) - sizes, sizes, 1, int(sizes.sum()))
 
 
 class PackedForward:
@@ -126,7 +126,7 @@ class PackedForward:
         prompts = [column.get("prompt_length") for column in columns]
         return [self.pool(*part) for part in zip(parts, lengths, prompts, strict=True)]
 
-    def layout(self, lengths: NDArray[np.integer]) -> Layout:
+    def layout(self, lengths: NDArray[np.integer]) -> PackedLayout:
         """Where texts of these lengths shall lie."""
         return one_row(lengths) if self._in_one_row() else pack(lengths, row_length_for(lengths))
 
@@ -134,7 +134,7 @@ class PackedForward:
         drops = self.model.training and attention_dropout(self.model) > 0
         return self.one_row and not drops
 
-    def states(self, ids: Tensor, layout: Layout) -> Tensor:
+    def states(self, ids: Tensor, layout: PackedLayout) -> Tensor:
         """Token states (tokens, width) of texts that follow each other in `ids` (tokens,), laid out by `layout`."""
         if self._in_one_row():
             return self._states_in_one_row(ids, layout)
@@ -156,7 +156,7 @@ class PackedForward:
             out = self._transformer(features)["token_embeddings"]
         return out.flatten(0, 1).index_select(0, places)
 
-    def _states_in_one_row(self, ids: Tensor, layout: Layout) -> Tensor:
+    def _states_in_one_row(self, ids: Tensor, layout: PackedLayout) -> Tensor:
         ends = np.concatenate([layout.starts, [layout.slots]]).astype(np.int32)
         features = {
             "input_ids": ids.long()[None],

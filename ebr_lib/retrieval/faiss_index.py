@@ -630,11 +630,11 @@ def write_deleted(index: SearchIndex, numbers: Ints) -> None:
 
 @functools.lru_cache(maxsize=2)
 def opened(folder: str, stamp: tuple[int, ...]) -> SearchIndex:
-    """`open_index`, remembered while the folder's files keep their times (`stamp_of`)."""
+    """`open_index`, remembered while the folder's files keep their times (`index_stamp`)."""
     return open_index(folder)
 
 
-def stamp_of(folder: str | Path) -> tuple[int, ...]:
+def index_stamp(folder: str | Path) -> tuple[int, ...]:
     """The times at which an index's files were written; -1 for one that is not there."""
     files = [Path(folder) / name for name in (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE)]
     return tuple(file.stat().st_mtime_ns if file.is_file() else -1 for file in files)
