@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
 from ebr_lib.data.vectors import VECTOR, ids_path, is_plain, manifest_path
-from ebr_lib.engines.job import Job, Outcome, new_inputs, rejects_path, told_when_full, work_folder
+from ebr_lib.engines.job import Job, Outcome, new_inputs, refuse_other_engine, rejects_path, told_when_full, work_folder
 from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
@@ -273,6 +273,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
     if config.restart and job.folder.exists():
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
         shutil.rmtree(job.folder)
+    refuse_other_engine(job.folder, in_parts=config.engine == "ray")
     return job
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,49 @@ def test_a_resume_with_other_input_is_refused_and_new_files_are_appended(interru
     assert result.counts["read"] == 61
     assert len(encoder.asked) < result.counts["encoded"]  # it went on
     new.unlink()
+
+
+def test_a_run_of_another_version_is_refused_until_it_is_dropped(interrupted: Path, monkeypatch):
+    use(monkeypatch, FakeEncoder())
+    with sqlite3.connect(interrupted / "out.txt.work" / "state.sqlite") as database:
+        (state,) = database.execute("SELECT value FROM state").fetchone()
+        database.execute("UPDATE state SET value = ?", (json.dumps({"settings": json.loads(state)["settings"]}),))
+    database.close()
+    with pytest.raises(DataError, match="another version of this program.*restart: true"):
+        run(interrupted, window_rows=WINDOW)
+    assert run(interrupted, window_rows=WINDOW, restart=True).counts["read"] == 60
+
+
+def test_a_run_of_the_other_engine_is_refused_until_it_is_dropped(interrupted: Path, monkeypatch):
+    use(monkeypatch, FakeEncoder())
+    work = interrupted / "out.txt.work"
+    with pytest.raises(DataError, match=r"unfinished run of engine local \(state\.sqlite\).*restart: true"):
+        jobs.refuse_other_engine(work, in_parts=True)
+    shutil.rmtree(work)
+    (work / "part-00000.txt.work").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"unfinished run of engine ray \(part-00000\.txt\.work\).*restart: true"):
+        run(interrupted, window_rows=WINDOW)
+    assert run(interrupted, window_rows=WINDOW, restart=True).counts["read"] == 60
+
+
+def test_windows_grow_with_the_rows_before_them_and_a_resume_makes_the_same(tmp_path: Path, monkeypatch):
+    """Of 2, 2, 4, 8 and then 10 rows, whatever was interrupted."""
+    monkeypatch.setattr(jobs, "FIRST_ROWS", 2)
+    catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(40)])
+    encoder = use(monkeypatch, FakeEncoder())
+    sizes, real = [], encoder.encode
+
+    def stops_once(prepared: list[str], told):
+        sizes.append(len(prepared))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return real(prepared, told)
+
+    monkeypatch.setattr(encoder, "encode", stops_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, window_rows=10)
+    run(tmp_path, window_rows=10)
+    assert sizes == [2, 2, 4, 4, 8, 10, 10, 4]
 
 
 def test_speed_may_change_between_the_runs(interrupted: Path, monkeypatch):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
 from ebr_lib.data.vectors import DELIMITER, PART_PREFIX, Sink, finish_sink, is_plain, open_sink, read_manifest, reopen
-from ebr_lib.engines.store import Store, digest_of
+from ebr_lib.engines.store import STATE_FILE, Store, digest_of
 from ebr_lib.errors import DataError, ModelError
 from ebr_lib.logs import logger
 
@@ -190,7 +190,7 @@ def refuse_other_engine(folder: Path, in_parts: bool) -> None:
     :param in_parts: the engine that is to run writes a part a file.
     :raises DataError: it holds one.
     """
-    state, part = folder / Store.STATE, next(folder.glob(f"{PART_PREFIX}*"), None)
+    state, part = folder / STATE_FILE, next(folder.glob(f"{PART_PREFIX}*"), None)
     if other := (state if state.exists() else None) if in_parts else part:
         engine = "local" if in_parts else "ray"
         raise DataError(
@@ -214,7 +214,7 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
 
 def _first_state(job: Job) -> dict[str, Any]:
     for leftover in job.folder.iterdir():  # of a run that was killed before its first state
-        if not leftover.name.startswith(Store.STATE):
+        if not leftover.name.startswith(STATE_FILE):
             leftover.unlink()
     before = _before(job)
     earlier = job.rejects.read_bytes() if before and job.rejects.exists() else REJECT_HEADER
@@ -578,5 +578,5 @@ def _move_rejects(job: Job, state: dict[str, Any]) -> None:
 
 def clean_up(job: Job) -> None:
     """Take the work folder away, when the manifest is in its place; the state first, as without it the rest is void."""
-    (job.folder / Store.STATE).unlink()
+    (job.folder / STATE_FILE).unlink()
     shutil.rmtree(job.folder)

@@ -22,6 +22,7 @@ from ebr_lib.errors import DataError
 
 ASKED_AT_ONCE = 5000  # hashes in one query; SQLite takes up to 32766
 DIGEST_BYTES = 16
+STATE_FILE = "state.sqlite"
 TABLES = (
     "state (value TEXT)",
     "seen (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID",
@@ -43,7 +44,7 @@ class Store:
     written, `commit` the state that says so.
     """
 
-    STATE, VECTORS = "state.sqlite", "vectors.f32"
+    VECTORS = "vectors.f32"
 
     def __init__(self, folder: Path) -> None:
         """Open or make the store in `folder`.
@@ -51,7 +52,7 @@ class Store:
         :raises DataError: another run holds it.
         """
         self._folder = folder
-        self._database = sqlite3.connect(folder / self.STATE, timeout=0, check_same_thread=False, isolation_level=None)
+        self._database = sqlite3.connect(folder / STATE_FILE, timeout=0, check_same_thread=False, isolation_level=None)
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")  # a second run on the same output must not start
         try:
             with self._transaction():
