@@ -265,7 +265,7 @@ def test_a_run_of_another_version_is_refused_until_it_is_dropped(interrupted: Pa
         (state,) = database.execute("SELECT value FROM state").fetchone()
         database.execute("UPDATE state SET value = ?", (json.dumps({"settings": json.loads(state)["settings"]}),))
     database.close()
-    with pytest.raises(DataError, match="another version of this program.*restart: true"):
+    with pytest.raises(DataError, match=r"another version of this program.*restart: true"):
         run(interrupted, window_rows=WINDOW)
     assert run(interrupted, window_rows=WINDOW, restart=True).counts["read"] == 60
 
