@@ -19,7 +19,7 @@ from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import make_folder, replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
-from ebr_lib.names import LOWER_IS_BETTER, METRICS
+from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
 from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -570,8 +570,6 @@ def _before_after(before: GroupMeans, after: GroupMeans) -> Table:
 
 
 def _say_if_worse(config: FinetuneConfig, before: GroupMeans, after: GroupMeans) -> None:
-    from ebr_lib.data.doctor import SMALL_DATA_PRESET
-
     metric = config.best_metric if config.best_metric != LOWER_IS_BETTER else "ndcg@10"
     if before and after["all"][metric] <= before["all"][metric]:
         logger.warning(

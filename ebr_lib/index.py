@@ -14,7 +14,7 @@ import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import IndexConfig, SearchConfig
-from ebr_lib.data.vectors import Embeddings, iter_embeddings, read_manifest
+from ebr_lib.data.vectors import AGAIN, Embeddings, iter_embeddings, read_manifest
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import logger
@@ -137,7 +137,7 @@ def _size(path: str, made_by: Mapping[str, Any]) -> tuple[int, int]:
         rows += len(batch)
         dim = dim or batch.vectors.shape[1]
     if not rows:
-        raise DataError(f"{path} holds no vectors; run the inference again")
+        raise DataError(f"{path} holds no vectors; {AGAIN}")
     return rows, dim
 
 
@@ -184,7 +184,7 @@ def _build(config: IndexConfig, index: Any, folder: Path, rows: int, real: Vecto
     written = save_vectors(folder, index)
     seconds = time.perf_counter() - start
     if not index.ntotal:
-        raise DataError(f"{config.embedding_path} holds no vectors; run the inference again")
+        raise DataError(f"{config.embedding_path} holds no vectors; {AGAIN}")
     queries = taken if real is None else real
     own = own[own < index.ntotal] if real is None else np.full(len(real), -1)
     vectors = (unit(batch.vectors) for batch in iter_embeddings(config.embedding_path, ()) if len(batch))

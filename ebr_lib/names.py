@@ -17,3 +17,9 @@ METRICS = get_args(Metric)
 
 BestMetric = Literal[Metric, "loss"]
 LOWER_IS_BETTER = "loss"
+
+# presets that advice points to
+LOW_MEMORY_PRESET = "configs/finetune/low_memory.yaml"
+SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
+STRONG_PRESET = "configs/finetune/strong_regularization.yaml"
+FULL_PRESET = "configs/finetune/full_regularization.yaml"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import VisConfig
-from ebr_lib.data.vectors import iter_embeddings, read_embeddings
+from ebr_lib.data.vectors import AGAIN, iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.files import check_output_file, write_json
 from ebr_lib.logs import logger
@@ -162,7 +162,7 @@ def _read(path: str, label: str | None, text: str | None, key: str | None) -> _I
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     rows = np.flatnonzero(norms > 0)
     if not len(rows):
-        raise DataError(f"{path}: all {len(norms)} vectors are zeros; run the inference again")
+        raise DataError(f"{path}: all {len(norms)} vectors are zeros; {AGAIN}")
     vectors /= np.maximum(norms, 1e-30)[:, None].astype(np.float32)
     nothing: list[str | None] = [None] * len(data)
     items = _Items(

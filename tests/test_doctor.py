@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebr_lib import names
 from ebr_lib.data import doctor
 from ebr_lib.data.batches import KnownPositives
-from ebr_lib.data.doctor import SMALL_DATA_PRESET, STRONG_PRESET, ColumnTokens, examine, language_of
+from ebr_lib.data.doctor import ColumnTokens, examine, language_of
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import DataError
 
@@ -153,9 +154,12 @@ def test_few_rows_are_warned_about_in_both_languages():
     (line,) = look(rows[:99]).advice
     chinese, english = line.index("训练数据过少"), line.index("Only 99 training rows")
     assert chinese < english
-    for preset in (STRONG_PRESET, SMALL_DATA_PRESET):
-        assert line.count(preset) == 2
-        assert (Path(doctor.__file__).parents[2] / preset).is_file()
+    assert line.count(names.STRONG_PRESET) == line.count(names.SMALL_DATA_PRESET) == 2
+
+
+def test_the_presets_that_advice_points_to_are_there():
+    presets = [value for name, value in vars(names).items() if name.endswith("_PRESET")]
+    assert presets and all((Path(names.__file__).parents[1] / preset).is_file() for preset in presets)
 
 
 def test_each_fault_has_its_advice():

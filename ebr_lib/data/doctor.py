@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from ebr_lib.data.noise import HAN
 from ebr_lib.data.pairs import TrainingRow, is_blank
 from ebr_lib.errors import DataError
+from ebr_lib.names import SMALL_DATA_PRESET, STRONG_PRESET
 from ebr_lib.tables import Table, shortened
 
 if TYPE_CHECKING:
     from ebr_lib.data.batches import KnownPositives
 
 FEW_ROWS = 100
-STRONG_PRESET = "configs/finetune/strong_regularization.yaml"
-SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
 SAMPLE = 50_000
 _TOP_DOCUMENTS = 5
 _LOOKED_AT_BATCHES = 100

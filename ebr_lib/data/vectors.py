@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DELIMITER = b"\x01"
 VECTOR = "vector"
+AGAIN = "run the inference again"  # what helps against most of what can be wrong with such a file
 PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
 ENDINGS = (".txt", ".csv", ".tsv", ".parquet", ".npy")
 BLOCK_BYTES = 1 << 24  # of text parsed at once
@@ -80,9 +81,9 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{place} is no readable manifest ({error}); remove it, or run the inference again") from error
+        raise DataError(f"{place} is no readable manifest ({error}); remove it, or {AGAIN}") from error
     if not isinstance(manifest, dict):
-        raise DataError(f"{place}: wanted a JSON object, found {type(manifest).__name__}; run the inference again")
+        raise DataError(f"{place}: wanted a JSON object, found {type(manifest).__name__}; {AGAIN}")
     return manifest
 
 
@@ -101,7 +102,7 @@ def read_embeddings(path: str | Path, columns: Sequence[str] | None = None, *, k
     batches = list(iter_embeddings(path, columns, keep_empty=keep_empty))
     total = sum(batch.total for batch in batches)
     if not any(batch.valid.any() for batch in batches):
-        raise DataError(f"{path}: none of its {total} rows holds a vector; run the inference again")
+        raise DataError(f"{path}: none of its {total} rows holds a vector; {AGAIN}")
     names = list(batches[0].columns)
     dim = max(batch.vectors.shape[1] for batch in batches)
     return Embeddings(
@@ -136,8 +137,7 @@ def iter_embeddings(
                 bar.update(size)
     if manifest is not None and done != (wanted := manifest.get("rows", {}).get("written", done)):
         raise DataError(
-            f"{path} holds {done} rows, its manifest says {wanted}: the file was cut short or replaced; "
-            "run the inference again"
+            f"{path} holds {done} rows, its manifest says {wanted}: the file was cut short or replaced; {AGAIN}"
         )
 
 
@@ -213,7 +213,7 @@ class _Text:
         with open(path, "rb") as file:
             head = file.readline()
             if not head:
-                raise DataError(f"{path} is empty; run the inference again")
+                raise DataError(f"{path} is empty; {AGAIN}")
             found = head.rstrip(b"\r\n").removeprefix(BOM).decode("utf-8", "replace").split("\x01")
             place = _need_vector(path, found)
             wanted = [(name, found.index(name)) for name in _chosen(path, found, columns)]
@@ -253,8 +253,7 @@ def _check_widths(path: Path, fields: list[list[bytes]], wanted: int, done: int)
     if wrong:
         shown = "; ".join(f"line {done + i + 2} has {len(fields[i])}" for i in wrong[:5])
         raise DataError(
-            f"{path}: the header names {wanted} columns, but {shown}; the file was cut short or edited: "
-            "run the inference again"
+            f"{path}: the header names {wanted} columns, but {shown}; the file was cut short or edited: {AGAIN}"
         )
 
 
@@ -300,7 +299,7 @@ def _vector_error(path: Path, texts: list[bytes], rows: NDArray[np.int64], dim: 
         more = f" and {len(ragged) - 5} rows more" if len(ragged) > 5 else ""
         return DataError(
             f"{path}: vectors of different lengths: {dim} numbers in its first row, but {shown}{more}; "
-            "every row needs the same model and truncate_dim: run the inference again"
+            f"every row needs the same model and truncate_dim: {AGAIN}"
         )
     for row, text in zip(rows, texts, strict=True):
         for value in text.split(b" "):
@@ -329,7 +328,7 @@ class _Parquet:
         try:
             file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no whole Parquet file ({error}); run the inference again") from error
+            raise DataError(f"{path} is no whole Parquet file ({error}); {AGAIN}") from error
         _need_vector(path, file.schema_arrow.names)
         names = _chosen(path, file.schema_arrow.names, columns)
         yield 0, Embeddings(np.empty((0, dim or 0), np.float32), {name: [] for name in names}, _no_rows(), 0)
@@ -409,7 +408,7 @@ def _check_finite(path: Path, vectors: Vectors, rows: NDArray[np.int64]) -> None
         more = f" and {wrong.size - 5} more" if wrong.size > 5 else ""
         raise DataError(
             f"{path}: `{VECTOR}` holds a value that is no finite number in row {', '.join(map(str, wrong[:5]))}{more}; "
-            "run the inference again"
+            f"{AGAIN}"
         )
 
 
@@ -426,7 +425,7 @@ class _Npy:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{path} is no whole .npy file ({error}); run the inference again") from error
+            raise DataError(f"{path} is no whole .npy file ({error}); {AGAIN}") from error
         if array.ndim != 2 or array.dtype.kind != "f" or not array.shape[1]:
             raise DataError(f"{path}: wanted floats of rows × dimensions, found {array.dtype} of shape {array.shape}")
         if dim and array.shape[1] != dim:
@@ -464,7 +463,7 @@ def _read_ids(path: Path, columns: Sequence[str] | None, rows: int) -> dict[str,
         fields = [line.removesuffix(b"\n").split(DELIMITER) for line in file]
     _check_widths(place, fields, len(found), 0)
     if len(fields) != rows:
-        raise DataError(f"{place} holds {len(fields)} rows, {path} {rows}; run the inference again")
+        raise DataError(f"{place} holds {len(fields)} rows, {path} {rows}; {AGAIN}")
     return {name: _texts(place, [row[found.index(name)] for row in fields]) for name in wanted}
 
 

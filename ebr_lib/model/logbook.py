@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ebr_lib.data.doctor import FEW_ROWS, SMALL_DATA_PRESET, STRONG_PRESET
+from ebr_lib.data.doctor import FEW_ROWS
 from ebr_lib.logs import logger
+from ebr_lib.names import FULL_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 
 
 def _finite(value: Any) -> Any:
@@ -100,10 +101,7 @@ class RunFacts:
             causes.append(f"学习率偏高 / learning rate {self.learning_rate:g} ({STRONG_PRESET})")
         per_row = self.trainable_parameters / max(self.rows, 1)
         if per_row > 1000:
-            causes.append(
-                f"参数过多 / {per_row:,.0f} trainable parameters a row: lower lora_r "
-                "(configs/finetune/full_regularization.yaml)"
-            )
+            causes.append(f"参数过多 / {per_row:,.0f} trainable parameters a row: lower lora_r ({FULL_PRESET})")
         return causes or ["the data may be too easy: add hard negatives"]
 
 

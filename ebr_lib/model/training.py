@@ -44,7 +44,7 @@ from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import ContrastiveLoss
 from ebr_lib.model.packing import plain_is_faster
 from ebr_lib.model.schedulers import NO_WARM_UP, scheduler_extras
-from ebr_lib.names import LOWER_IS_BETTER
+from ebr_lib.names import LOW_MEMORY_PRESET, LOWER_IS_BETTER
 
 # the library still calls activation checkpointing by its old name
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
@@ -507,10 +507,11 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.loss.mini_batch_size = now // 2
         logger.warning(
             "内存不足 out of memory: micro-batch %d → %d; effective batch, negatives and seeds stay the same. "
-            "To settle it for good, in this order: %s (configs/finetune/low_memory.yaml)",
+            "To settle it for good, in this order: %s (%s)",
             now,
             now // 2,
             MEMORY_ADVICE,
+            LOW_MEMORY_PRESET,
         )
 
     # --- checkpoints and log ---
