@@ -1,5 +1,6 @@
 """Models are found, loaded, and refused with a sentence that says what to do."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -12,7 +13,7 @@ import pytest
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.model import saving
 from ebr_lib.model.adapters import add_lora
-from ebr_lib.model.contract import CONTRACT_FILE, weights_sha256
+from ebr_lib.model.contract import CONTRACT_FILE, read_contract, weights_sha256
 from ebr_lib.model.loading import find_model, identify, load_model, local_folder, packaged_model
 from ebr_lib.model.saving import make_contract, save_adapter
 
@@ -107,6 +108,16 @@ def test_a_base_named_from_another_folder_is_found_where_it_was(saved, copied, t
     )
 
 
+def test_the_card_says_what_loading_the_model_takes(saved):
+    contract = read_contract(saved[0])
+    base = identify(str(saved[1]))
+    card = saving.model_card("m", base, contract, {}, {})
+    assert 'load_model("m")' in card and "to be cut" not in card
+    remote = dataclasses.replace(contract, trust_remote_code=True, matryoshka_dims=(16, 8))
+    card = saving.model_card("m", base, remote, {}, {})
+    assert 'load_model("m", trust_remote_code=True)' in card and "to be cut to 16, 8 dimensions" in card
+
+
 @pytest.mark.parametrize(("kind", "positions"), [("bert", 512), ("xlm-r", 513), ("modernbert", None), ("qwen2", None)])
 def test_a_text_is_not_longer_than_the_table_of_positions(tiny_models, kind, positions):
     where = str(tiny_models(kind))
@@ -125,6 +136,11 @@ def test_vectors_that_are_not_those_saved_are_said_loudly(copied, caplog):
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         load_model(str(copied), device="cpu")
     assert "THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes -1.0000" in caplog.text
+    assert "have changed; vectors" in caplog.text
+    caplog.clear()
+    edit(copied, pooling="cls", normalize=False)
+    load_model(str(copied), device="cpu")
+    assert "have changed (pooling cls then, mean now, normalize False then, True now); vectors" in caplog.text
     caplog.clear()
     load_model(str(copied), device="cpu", side="document")  # no probes of this side: nothing to compare
     assert caplog.text == ""

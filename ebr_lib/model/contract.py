@@ -71,6 +71,16 @@ def read_contract(folder: str | Path) -> Contract | None:
         raise ModelError(f"{path} is no readable contract ({error}); take the model from its original place") from error
 
 
+def setup_of(model: SentenceTransformer) -> dict[str, Any]:
+    """What a model makes of its token vectors, by the names that a `Contract` has for it."""
+    pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
+    return {
+        "pooling": str(getattr(pooling, "pooling_mode", "none")),
+        "normalize": any(type(module).__name__ == "Normalize" for module in model),
+        "dimension": int(model.get_embedding_dimension() or 0),
+    }
+
+
 def probe_vectors(model: SentenceTransformer, prompt: str) -> list[list[float]]:
     """Vectors of the probe texts (texts × dimensions), as the model in its present state gives them."""
     vectors = model.encode(list(PROBES), prompt=prompt or None, show_progress_bar=False, convert_to_numpy=True)
@@ -94,12 +104,19 @@ def check_probes(model: SentenceTransformer, contract: Contract, side: str, wher
     if cosine < PROBE_COSINE:
         logger.warning(
             "%s: THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes %.4f, wanted %.3f or "
-            "more. The base model or the libraries have changed; vectors of this model do not match earlier ones.",
+            "more. The base model or the libraries have changed%s; vectors of this model do not match earlier ones.",
             where,
             cosine,
             PROBE_COSINE,
+            _changes(model, contract),
         )
     return cosine
+
+
+def _changes(model: SentenceTransformer, contract: Contract) -> str:
+    then = asdict(contract)
+    changes = [f"{name} {then[name]} then, {now} now" for name, now in setup_of(model).items() if now != then[name]]
+    return f" ({', '.join(changes)})" if changes else ""
 
 
 def weights_sha256(folder: str | Path) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_NAME, merge_adapter
-from ebr_lib.model.contract import PROBES, Contract, probe_vectors
+from ebr_lib.model.contract import PROBES, Contract, probe_vectors, setup_of
 from ebr_lib.model.loading import ModelIdentity, find_model, load_model
 from ebr_lib.model.losses import base_model_only
 
@@ -29,8 +29,6 @@ def make_contract(
     matryoshka_dims: tuple[int, ...] = (),
 ) -> Contract:
     """The contract of a model as it is now, probe vectors of both sides included."""
-    kinds = [type(module).__name__ for module in model]
-    pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
     prompts = {side: model.prompts.get(side) or "" for side in ("query", "document")}
     probes = {"query": probe_vectors(model, prompts["query"])}
     if adapter_side == "query":
@@ -44,13 +42,10 @@ def make_contract(
         trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
         prompts=prompts,
         max_seq_length=int(model.max_seq_length or 0),
-        pooling=str(pooling.pooling_mode) if pooling is not None and hasattr(pooling, "pooling_mode") else "none",
-        normalize="Normalize" in kinds,
-        dimension=int(model.get_embedding_dimension() or 0),
-        merged=False,
         adapter_side=adapter_side,
         matryoshka_dims=matryoshka_dims,
         probes=probes,
+        **setup_of(model),
     )
 
 
@@ -91,16 +86,19 @@ def model_card(
     name: str, base: ModelIdentity, contract: Contract, facts: Mapping[str, object], tables: Mapping[str, str]
 ) -> str:
     """The README.md of a saved model: what it was trained on, how well it does, how to use it."""
+    trusting = ", trust_remote_code=True" if contract.trust_remote_code else ""
     usage = f"""from ebr_lib.model.loading import load_model, prompt_of
 
-model = load_model("{name}")
+model = load_model("{name}"{trusting})
 queries = model.encode(["{PROBES[0]}"], prompt=prompt_of(model, "query"))"""
     if contract.adapter_side == "query":
         usage += f"""
 
-base = load_model("{name}", side="document")  # without the adapter: documents keep the base model's vectors
+base = load_model("{name}", side="document"{trusting})  # without the adapter: documents keep the base model's vectors
 documents = base.encode(["{PROBES[-2]}"], prompt=prompt_of(base, "document"))"""
     side = "queries and documents" if contract.adapter_side == "both" else "queries only; documents keep the base model"
+    dims = ", ".join(map(str, contract.matryoshka_dims))
+    cut = f" Trained to be cut to {dims} dimensions too." if dims else ""
     lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     blocks = "\n\n".join(f"## {title}\n\n```\n{text}\n```" for title, text in tables.items())
     return f"""---
@@ -112,7 +110,7 @@ tags: [sentence-transformers, feature-extraction, peft, lora]
 # {Path(name).name}
 
 A LoRA adapter on `{base.base_model}` (weights sha256 `{base.base_sha256}`), {contract.dimension} dimensions,
-{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens. Applied to {side}.
+{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens. Applied to {side}.{cut}
 
 ## Use
 
