@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,12 @@ from ebr_lib import train_sentence_transformer
 from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+TORCHRUN = "-m torch.distributed.run --nproc_per_node=2 --standalone".split()
+# told of GPUs, for on CPUs it starts one process alone; without one the processes meet by gloo all the same
+ACCELERATE = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --main_process_port=0".split()
+)
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]  # what it would warn of having chosen
 
 
 @pytest.fixture
@@ -27,8 +33,10 @@ def common(settings, tiny_models) -> dict:  # noqa: F811
     }
 
 
-def in_two(*command: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run([*TORCHRUN, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+def in_two(*command: str, by: Sequence[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run(
+        [sys.executable, *by, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return run
 
@@ -38,10 +46,11 @@ def log_of(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-def test_two_processes_equal_one(common, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_equal_one(common, tmp_path, launcher):
     one = Path(train_sentence_transformer(common | {"train_batch_size": 8}).model_path)
     flags = [f"--{name}={value}" for name, value in common.items()]
-    run = in_two("ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}")
+    run = in_two("ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}", by=launcher)
     two = tmp_path / "two" / one.name
     # the last batch, which one process leaves short, is filled up by two: the steps before it are the same
     together, apart = log_of(one, "loss"), log_of(two, "loss")

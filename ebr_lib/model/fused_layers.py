@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ebr_lib.logs import logger
+from ebr_lib.model.adapters import is_adapted
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import TOLERANCE
 
@@ -25,9 +26,12 @@ ROWS = 4096  # the products' layout is chosen for about this many tokens
 
 
 def fuse(model: SentenceTransformer) -> None:
-    """Put fused layers into a model that only encodes, where they give its vectors; else leave it as it was."""
+    """Put fused layers into a model that only encodes, where they give its vectors; else leave it as it was.
+
+    A model with an adapter is left so, too: training evaluates one often, and its layers are more than their weights.
+    """
     inner = model.transformers_model
-    if not _fits(inner):
+    if is_adapted(model) or not _fits(inner):
         return
     before = inner.encoder.layer
     try:
