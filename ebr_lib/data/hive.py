@@ -205,7 +205,6 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
         head = file.read(4)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{path} is UTF-16, whose bytes cannot be split; convert it: iconv -f UTF-16 -t UTF-8")
-        file.seek(0)
         bom = len(BOM) if head.startswith(BOM) else 0
         file.seek(bom)
         first = file.readline()
@@ -337,8 +336,7 @@ def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Posi
             return
         lines = _lines(source, start or Position(source.first_line, source.start))
         choose = _Chooser(source, wanted, layout.delimiter)
-        joined = _healed(lines, choose) if layout.heal and len(source.columns) > 1 else lines
-        for line in joined:
+        for line in _healed(lines, choose) if layout.heal else lines:
             yield choose.row(line)
 
 
