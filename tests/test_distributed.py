@@ -16,10 +16,8 @@ from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 # told of GPUs, for on CPUs it starts one process alone; without one the processes meet by gloo all the same
-ACCELERATE = (
-    ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
-)
-ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]  # what it would warn of having chosen
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]  # else it warns of its choice
 
 
 @pytest.fixture
