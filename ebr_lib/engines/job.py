@@ -122,7 +122,6 @@ class Outcome:
     reasons: Counter[str]
     examples: list[dict[str, Any]]
     inputs: list[dict[str, Any]]
-    resumed: bool = False
 
 
 class Window(NamedTuple):
@@ -200,7 +199,6 @@ def refuse_other_engine(folder: Path, in_parts: bool) -> None:
 
 
 def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
-    resumed = store.state is not None
     state = store.state or _first_state(job)
     job = _continued(job, state)
     if not state["done"]:
@@ -209,7 +207,7 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
     inputs = [*state["earlier"], *state["inputs"]]
-    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], inputs, resumed)
+    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], inputs)
 
 
 def _first_state(job: Job) -> dict[str, Any]:

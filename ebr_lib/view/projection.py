@@ -27,10 +27,12 @@ BLOCK = 4096
 COMPONENTS = 50  # principal components that UMAP's neighbours are looked for in
 MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on
 JUDGED = 5000  # points on which a map is judged
-# points from which interpolation replaces Barnes-Hut: at 1,000 MiniLM vectors it took 2.1 of its processor time, at
-FFT_FROM = 3000  # 3,000 0.97 (150 iterations, 2 cores), at 12,000 0.4 of its time
+# points from which interpolation replaces Barnes-Hut: of its processor time it took 2.1 at 1,000 MiniLM vectors, 0.97 at
+# 3,000 (150 iterations, 2 cores) and 0.4 at 12,000
+FFT_FROM = 3000
 # coarseness of the interpolation: half of openTSNE's grid took 0.4 of the time for 0.6 % of the neighbours kept
-GRID = 2  # (12,000 points, one run)
+# (12,000 points, one run)
+GRID = 2
 STEPS = ((250, 12.0, 0.5), (500, 1.0, 0.8))  # iterations, exaggeration, momentum: van der Maaten 2014, openTSNE
 
 
