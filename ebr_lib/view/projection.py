@@ -27,8 +27,8 @@ BLOCK = 4096
 COMPONENTS = 50  # principal components that UMAP's neighbours are looked for in
 MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on
 JUDGED = 5000  # points on which a map is judged
-# points from which interpolation replaces Barnes-Hut: of its processor time it took 2.1 at 1,000 MiniLM vectors, 0.97 at
-# 3,000 (150 iterations, 2 cores) and 0.4 at 12,000
+# points from which interpolation replaces Barnes-Hut: of its processor time it took 2.1 at 1,000 MiniLM vectors,
+# 0.97 at 3,000 (150 iterations, 2 cores) and 0.4 at 12,000
 FFT_FROM = 3000
 # coarseness of the interpolation: half of openTSNE's grid took 0.4 of the time for 0.6 % of the neighbours kept
 # (12,000 points, one run)
