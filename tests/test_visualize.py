@@ -14,7 +14,7 @@ from ebr_lib import VisConfig, visualize_embeddings
 from ebr_lib.data.vectors import write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.knobs import from_flags
-from ebr_lib.view import explorer, projection
+from ebr_lib.view import explorer, numbers, projection
 
 LABELS = ["书籍", "热水器", "shoes"]
 
@@ -649,6 +649,7 @@ def test_a_column_of_ids_is_called_one(see, monkeypatch, no_maps, caplog):
     from ebr_lib import visualize
 
     monkeypatch.setattr(visualize, "SCORED", 10)
+    monkeypatch.setattr(numbers, "SCORED", 10)
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         see(label_column="id")
     assert "60 different values" in caplog.text
