@@ -50,6 +50,7 @@ class VisResult(Shown):
 
     @property
     def table(self) -> Table:
+        """The numbers in short."""
         return self.tables[0]
 
     def __str__(self) -> str:

@@ -84,6 +84,7 @@ class DoctorReport:
 
     @property
     def duplicate_share(self) -> float:
+        """`duplicates` as a share of the rows, 0 to 1."""
         return self.duplicates / self.rows
 
     @property

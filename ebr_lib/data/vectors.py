@@ -547,6 +547,7 @@ class TextSink:
             self._file.write("\x01".join(names).encode() + b"\n")
 
     def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
+        """Append rows as lines; see `Sink`."""
         for start in range(0, len(rows), FORMAT_ROWS):
             part = slice(start, start + FORMAT_ROWS)
             texts = iter(_vector_texts(vectors[part][valid[part]]))
@@ -559,9 +560,11 @@ class TextSink:
         self._file.writelines(_line(row) + b"\n" for row in rows)
 
     def commit(self) -> dict[str, int]:
+        """Bring the lines to the disk; see `Sink`."""
         return {self.NAME: _sync(self._file)}
 
     def close(self) -> None:
+        """Let go of the work file."""
         self._file.close()
 
 
@@ -581,6 +584,7 @@ class ParquetSink:
             self._file.write(self._schema.serialize())
 
     def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
+        """Append rows as record batches; see `Sink`."""
         import pyarrow as pa
 
         for start in range(0, len(rows), BATCH_ROWS):
@@ -594,9 +598,11 @@ class ParquetSink:
             self._file.write(pa.RecordBatch.from_arrays([*texts, lists], schema=self._schema).serialize())
 
     def commit(self) -> dict[str, int]:
+        """Bring the record batches to the disk; see `Sink`."""
         return {self.NAME: _sync(self._file)}
 
     def close(self) -> None:
+        """Let go of the work file."""
         self._file.close()
 
 
@@ -622,11 +628,13 @@ class NpySink:
         return head.getvalue()
 
     def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
+        """Append rows to the array and to the texts beside it; see `Sink`."""
         filled = np.where(valid[:, None], vectors, np.float32("nan")).astype("<f4", copy=False)
         self._file.write(filled.tobytes())
         self._ids.append_fields(rows)
 
     def commit(self) -> dict[str, int]:
+        """Write into the array's header how many rows it has, and bring both files to the disk; see `Sink`."""
         rows = (self._file.tell() - len(self._header(0))) // (4 * self._dim)
         self._file.seek(0)
         self._file.write(self._header(rows))
@@ -634,6 +642,7 @@ class NpySink:
         return {self.NAME: _sync(self._file)} | self._ids.commit()
 
     def close(self) -> None:
+        """Let go of both work files."""
         self._file.close()
         self._ids.close()
 

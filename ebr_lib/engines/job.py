@@ -48,7 +48,8 @@ class TextEncoder(Protocol):
     """What a job needs of an encoder; the model's own is `ebr_lib.model.encoder.Encoder`."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
 
     def prepare(self, texts: list[str]) -> Any:
         """What can be done while other texts are encoded: tokens, say."""
@@ -102,10 +103,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """Where the job works."""
         return work_folder(self.output)
 
     @property
     def rejects(self) -> Path:
+        """Where its rejects lie once it is done."""
         return rejects_path(self.output)
 
     @property

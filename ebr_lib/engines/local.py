@@ -47,12 +47,15 @@ class LocalEncoder:
 
     @property
     def dim(self) -> int:
+        """Dimensions of the vectors."""
         return self.facts.dim
 
     def prepare(self, texts: list[str]) -> Any:
+        """Tokenise texts; see `TextEncoder`."""
         return self._encoder.tokenize(texts)
 
     def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) of what `prepare` returned, and what was counted; see `TextEncoder`."""
         before = Counter(asdict(self._encoder.stats))
         vectors = self._encoder.embed(prepared, told=told)
         counts = Counter(asdict(self._encoder.stats))
@@ -107,6 +110,7 @@ class LocalEngine:
         clean_up(job)
 
     def close(self) -> None:
+        """Let go of the model, or of the processes that hold it."""
         self._encoder.close()
 
 
@@ -130,12 +134,18 @@ class ProcessEncoder:
 
     @property
     def dim(self) -> int:
+        """Dimensions of the vectors."""
         return self.facts.dim
 
     def prepare(self, texts: list[str]) -> Any:
+        """The texts as they are: each process tokenises its own share."""
         return texts
 
     def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) in the order of the texts; see `TextEncoder`.
+
+        :raises ModelError: a process has died.
+        """
         order = sorted(range(len(prepared)), key=lambda i: (len(prepared[i]), i))
         shares = [order[i :: len(self._pools)] for i in range(len(self._pools))]
         futures = [
@@ -166,6 +176,7 @@ class ProcessEncoder:
         )
 
     def close(self) -> None:
+        """End the processes, when what they do is done."""
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
 

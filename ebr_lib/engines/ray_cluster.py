@@ -39,9 +39,11 @@ class ShardWorker:
         return self._loaded
 
     def facts(self) -> EncoderFacts:
+        """Load the model, and say what it turned out to be."""
         return self._encoder().facts
 
     def run(self, shard: Job) -> Outcome:
+        """Encode what is left of a shard; see `run_job`."""
         return run_job(shard, self._encoder(), lambda rows, texts, share: None)
 
 
@@ -124,6 +126,7 @@ class RayEngine:
             (job.output / shard.rejects.name).unlink(missing_ok=True)
 
     def close(self) -> None:
+        """End the actors, and the cluster if it was started here."""
         for actor in self.actors:
             self._ray.kill(actor)
         if self._began:

@@ -146,6 +146,7 @@ class Store:
         self.state = state
 
     def close(self) -> None:
+        """Let go of the files."""
         self._database.close()
         if self._vectors is not None:
             os.close(self._vectors)

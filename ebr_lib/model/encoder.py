@@ -89,6 +89,7 @@ class Tokenizer:
         self.prompt_length: int | None = model.preprocess(["a"], prompt=prompt or None).get("prompt_length")
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of the texts, each with the prompt before it."""
         backend = self._backend()
         special = backend.num_special_tokens_to_add(False)
         ids, lengths, lost = [np.empty(0, np.int32)], list[int](), list[int]()
@@ -171,6 +172,7 @@ class Encoder:
 
     @property
     def dim(self) -> int:
+        """Dimensions of the vectors, after the cut to `truncate_dim`."""
         full = int(self.model.get_embedding_dimension())
         return min(full, self.truncate_dim or full)
 

@@ -41,6 +41,7 @@ class FusedLinear(Linear):
     """PEFT's layer; where it has one adapter on a frozen `nn.Linear`, it computes as this file says."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output (…, out features) of an input (…, in features)."""
         base = self.base_layer
         if args or kwargs or not self._fuses(base, x):
             return super().forward(x, *args, **kwargs)

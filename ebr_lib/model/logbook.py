@@ -28,6 +28,7 @@ class JsonLinesLog(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the entries of steps that are about to be repeated."""
         if not state.is_world_process_zero:
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step and state.global_step]
@@ -35,6 +36,7 @@ class JsonLinesLog(TrainerCallback):
         self.path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Append one entry; a number that is not finite becomes null."""
         if not state.is_world_process_zero:
             return
         entry = {"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}}
@@ -117,6 +119,7 @@ class LossWatch(TrainerCallback):
         self.heldout: list[tuple[float, float]] = []  # (held-out loss, training loss then)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Note the losses; warn, once, when they show trouble."""
         if "loss" in logs:
             # where the loss has an L1 part, what is learned from the data is logged apart
             self.train.append(float(logs.get("contrastive", logs["loss"])))

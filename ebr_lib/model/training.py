@@ -158,6 +158,7 @@ class NoisyCollator:
         self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows, their texts with the noise of this epoch."""
         epoch = int(self.epoch)
         return self.collate([self._noisy(row, epoch) for row in rows])
 
@@ -189,6 +190,7 @@ class EpochBatches(Sampler[list[int]]):
         self._cell = epoch_cell
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of this epoch anew, and tell the epoch to those who prepare them."""
         self.batches.set_epoch(epoch)
         if self._cell is not None:
             self._cell.fill_(epoch)
@@ -275,6 +277,7 @@ class KeepBest(TrainerCallback, ExportableState):
         self.waited = 0
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as the library's callbacks export it."""
         names, kept = ("metric", "patience", "threshold", "folder"), ("best", "best_step", "waited")
         return {
             "args": {name: getattr(self, name) for name in names},
@@ -292,6 +295,7 @@ class KeepBest(TrainerCallback, ExportableState):
         return True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Keep the weights if they are the best so far; stop the run when patience is at its end."""
         if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
             self._keep(kwargs["model"])
         if self.patience and self.waited >= self.patience:
@@ -322,6 +326,7 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Catch the signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 self._before[number] = signal.signal(number, self._note)
@@ -332,6 +337,7 @@ class StopOnSignal(TrainerCallback):
         logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a signal: save a checkpoint and stop."""
         if self.received:
             control.should_save = control.should_training_stop = True
 
@@ -348,20 +354,24 @@ class TrainingBar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar, from the step at which the run goes on."""
         from tqdm.auto import tqdm
 
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Show the loss."""
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -526,6 +536,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         set_adapter_weights(self.model, read_adapter(Path(checkpoint_path)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the library does, and beside a loss the share of the negatives that were masked."""
         share = self.loss.take_masked_share() if "loss" in logs else None
         super().log(logs | ({} if share is None else {"masked_share": round(share, 5)}), start_time)
 

@@ -212,6 +212,7 @@ class RowsWriter:
         self._writer = pa.ipc.new_file(str(path), self.schema)
 
     def add(self, rows: Ints, columns: Mapping[str, Sequence[str | None]]) -> None:
+        """Append rows of the embedding file by number, with their kept columns."""
         import pyarrow as pa
 
         arrays = [pa.array(rows), *(pa.array(columns[name], pa.string()) for name in self.schema.names[1:])]
@@ -222,6 +223,7 @@ class RowsWriter:
         self._writer.write_batch(batch)
 
     def close(self) -> None:
+        """Write the end of the file."""
         self._writer.close()
 
 
@@ -600,6 +602,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> pa.Table:
+    """The sidecar of an index, mapped into memory: a row an indexed vector.
+
+    :raises DataError: the file is not whole.
+    """
     import pyarrow as pa
 
     try:

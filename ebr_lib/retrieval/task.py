@@ -106,6 +106,7 @@ class RetrievalTask:
     unjudged: int
 
     def facts(self) -> dict[str, int]:
+        """Counts of the task, by the names that the report shows."""
         merged = len(self.corpus.number) - len(self.corpus)
         return {
             "queries": len(self.queries),

@@ -333,6 +333,7 @@ class Clusters:
 
     @property
     def k(self) -> int:
+        """How many clusters there are."""
         return len(self.sizes)
 
 

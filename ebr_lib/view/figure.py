@@ -87,6 +87,7 @@ class Groups:
 
     @property
     def shade_colours(self) -> list[str]:
+        """A colour for each of the `SHOWN` largest labels, then for all others, then for no label."""
         return [*palette(min(SHOWN, len(self.names))), GREY, PALE]
 
     @property

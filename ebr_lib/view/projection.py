@@ -49,6 +49,7 @@ class Neighbours:
 
     @property
     def k(self) -> int:
+        """How many neighbours each row has."""
         return self.indices.shape[1]
 
 
