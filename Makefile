@@ -39,7 +39,7 @@ bench: $(VENV)/installed ## benchmarks/RESULTS.md: about 20 minutes; DATA=folder
 	$(OFFLINE) $(BIN)/python benchmarks/run.py --data $(DATA) $(ARGS)
 
 audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI
-	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt
+	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt -r requirements-ray.txt -r requirements-dev.txt
 
 mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or ARGS="ebr_lib.data.pairs*" for one file
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
