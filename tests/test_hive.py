@@ -64,9 +64,10 @@ def test_bom_and_windows_newlines(tmp_path: Path):
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "auto"])
 def test_chinese_encodings_become_utf8(tmp_path: Path, encoding: str):
     text = "镕基 手机壳丂乗" + ("𠀀" if encoding == "gb18030" else "")
-    content = f"编号\x01描述\n1\x01{text}\n2\x01abc\n".encode("gb18030" if encoding == "auto" else encoding)
-    path = written(tmp_path, content)
-    assert values_of(path, ["描述"], encoding=encoding) == [[text.encode()], [b"abc"]]
+    content = f"编号\x01描述\n1\x01{text}\n\\N\x01{text}\n2\x01abc\n"
+    path = written(tmp_path, content.encode("gb18030" if encoding == "auto" else encoding))
+    found = values_of(path, ["编号", "描述"], encoding=encoding)
+    assert found == [[b"1", text.encode()], [None, text.encode()], [b"2", b"abc"]]
 
 
 def test_one_bad_byte_does_not_turn_utf8_into_gb18030(tmp_path: Path):
@@ -74,6 +75,29 @@ def test_one_bad_byte_does_not_turn_utf8_into_gb18030(tmp_path: Path):
     rows = rows_of(path, ["text"])
     assert [row.reason for row in rows] == ["", "", "not utf-8: column text"]
     assert rows[2].raw == b"3\x01\xc4\xe3"
+
+
+def test_a_row_that_ends_within_a_character_is_no_utf8(tmp_path: Path):
+    rows = rows_of(written(tmp_path, b"id\x01text\n1\x01\xe8\x8b\xb9\n2\x01\xe8\x8b\n"), ["text"])
+    assert [row.reason for row in rows] == ["", "not utf-8: column text"]
+    # two bytes that begin a character of UTF-8, and are one of GB18030
+    path = written(tmp_path, b"id\x01text\n1\x01\xe4\xa1\n2\x01\xe4\xa1\n")
+    assert hive.open_source(path, Layout()).encoding == "gb18030"
+
+
+@pytest.mark.parametrize(("gbk", "utf8", "encoding"), [(2, 3, "utf-8"), (2, 2, "utf-8"), (3, 2, "gb18030")])
+def test_most_rows_tell_the_encoding_however_many_words_they_have(tmp_path: Path, caplog, gbk, utf8, encoding):
+    caplog.set_level("INFO")
+    rows = ["1\x01透 明 手 机\n".encode("gb18030")] * gbk + ["1\x01手机\n".encode()] * utf8 + [b"1\x01ascii\n"] * 9
+    path = written(tmp_path, b"id\x01text\n" + b"".join(rows))
+    assert hive.open_source(path, Layout()).encoding == encoding
+    told = f"{path}: 编码识别为 GB18030 ({gbk} of {gbk + utf8} rows are no UTF-8"
+    assert (told in caplog.text) == (encoding == "gb18030")
+
+
+def test_a_byte_order_mark_says_utf8_whatever_the_rows_say(tmp_path: Path):
+    path = written(tmp_path, b"\xef\xbb\xbfid\x01text\n1\x01" + "透明手机".encode("gb18030") + b"\n")
+    assert [row.reason for row in rows_of(path, ["text"], encoding="gb18030")] == ["not utf-8: column text"]
 
 
 def test_a_bad_byte_costs_its_row_only_where_the_column_is_wanted(tmp_path: Path):
@@ -93,7 +117,57 @@ def test_rejects_carry_place_reason_and_bytes(tmp_path: Path):
         (Position(4, 19), "1 fields, wanted 2", b""),
         (Position(5, 20), "3 fields, wanted 2", b"2\x01b\x01c"),
     ]
-    assert values_of(path, ["id"]) == [[b"1"], [b"3"]]
+    assert [row.values for row in rejects] == [[]] * 3
+    assert values_of(path, ["id", "text"]) == [[b"1", b"a"], [b"3", b"d"]]
+
+
+def test_every_row_carries_its_place(tmp_path: Path):
+    rows = rows_of(written(tmp_path, b"id\x01text\n1\x01a\nbroken\n2\x01b\n"), ["id"])
+    assert [(row.position, row.after) for row in rows] == [
+        (Position(2, 8), Position(3, 12)),
+        (Position(3, 12), Position(4, 19)),
+        (Position(4, 19), Position(5, 23)),
+    ]
+
+
+def test_a_source_knows_its_name_its_end_and_whether_it_is_still_the_same(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = b"id\x01text\n1\x01a\n2\x01b\n" * 100
+    pq.write_table(pa.table({"id": ["1", "2", "3"]}), tmp_path / "a.parquet")
+    written(tmp_path, gzip.compress(content), "a.gz")
+    for path, extent in (
+        (written(tmp_path, content), len(content)),
+        (tmp_path / "a.gz", len(content)),
+        (tmp_path / "a.parquet", 3),
+    ):
+        for layout in (Layout(), Layout(columns=("a", "b"))):
+            source = hive.open_source(path, layout)
+            assert source.extent == extent
+            assert list(hive.read_rows(source, source.columns[:1], layout))[-1].after.offset == extent
+            assert source.name == path.name
+            assert hive.open_source(path, layout, "shop/a").name == "shop/a"
+            source.check_unchanged()
+        before = path.read_bytes()
+        path.write_bytes(before + b"more")
+        with pytest.raises(DataError, match=rf"^{path} changed .*\({len(before)} bytes then, {len(before) + 4} now\)"):
+            source.check_unchanged()
+        path.unlink()
+        with pytest.raises(MissingError, match=f"^{path}: the file is no longer there"):
+            source.check_unchanged()
+
+
+def test_the_bytes_a_reject_is_reported_with(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (row,) = rows_of(written(tmp_path, b"id\x01text\n1\x01a\n"), ["text"])
+    assert hive.raw_of(["text"], row) == b"1\x01a"
+    pq.write_table(pa.table({"id": ["1"], "text": ["苹果"], "label": [None]}), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet", ["text", "label"])
+    assert row.raw == b""
+    assert hive.raw_of(["text", "label"], row) == '{"text": "苹果", "label": null}'.encode()
 
 
 def test_reading_goes_on_at_any_row(tmp_path: Path):
@@ -128,6 +202,33 @@ def test_healing_joins_what_a_newline_broke(tmp_path: Path):
     assert sum(bool(row.reason) for row in rows_of(path, ["id"])) == 6
 
 
+def test_healing_joins_two_lines_and_the_last_ones_of_a_file(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\x01x\n1\x01a\nb\x01c\n2\x01d\ne\x01f")
+    rows = rows_of(path, ["id", "text", "x"], heal=True)
+    assert [row.values for row in rows] == [[b"1", b"a b", b"c"], [b"2", b"d e", b"f"]]
+    assert [(row.position, row.after) for row in rows] == [
+        (Position(2, 10), Position(4, 18)),
+        (Position(4, 18), Position(6, 25)),
+    ]
+    assert values_of(written(tmp_path, b"id\x01text\n1\x01a\nb\n"), ["text"], heal=True) == [[b"a b"]]
+    assert values_of(written(tmp_path, b"text\na\nb\n"), ["text"], heal=True) == [[b"a"], [b"b"]]
+
+
+def test_healing_leaves_lines_apart_that_make_no_row(tmp_path: Path):
+    content = b"id\x01text\x01x\nlog\n1\x01a\x01b\n2\x01c\n3\x01d\x01e\n4\x01f\n"
+    rows = rows_of(written(tmp_path, content + b"\x01\x01\x01\n5\ng\n"), ["id"], heal=True)
+    assert [(row.raw, row.lines, bool(row.reason)) for row in rows] == [
+        (b"log", 1, True),
+        (b"1\x01a\x01b", 1, False),
+        (b"2\x01c", 1, True),
+        (b"3\x01d\x01e", 1, False),
+        (b"4\x01f", 1, True),
+        (b"\x01\x01\x01", 1, True),
+        (b"5", 1, True),
+        (b"g", 1, True),
+    ]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_with_healing_reading_goes_on_at_any_resumable_row(tmp_path: Path, seed: int, monkeypatch):
     monkeypatch.setattr(hive, "HEAL_LINES", 4)
@@ -157,13 +258,16 @@ def test_a_file_without_a_header_shows_its_newlines_by_its_rows(tmp_path: Path):
     layout = {"columns": ("id", "text")}
     assert values_of(written(tmp_path, b"1\x01a\r\n2\x01\r\n"), ["text"], **layout) == [[b"a"], [b""]]
     assert values_of(written(tmp_path, b"1\x01a\r\n2\x01b\n"), ["text"], **layout) == [[b"a\r"], [b"b"]]
+    assert values_of(written(tmp_path, b"1\x01a\r\n"), ["text"], **layout) == [[b"a"]]
+    assert values_of(written(tmp_path, b"1\x01a\r"), ["text"], **layout) == [[b"a\r"]]
 
 
 def test_a_header_of_another_order_than_columns_is_warned_of(tmp_path: Path, caplog):
     values_of(written(tmp_path, b"id\x01text\n1\x01a\n"), ["id"], columns=("id", "text"))
     assert not caplog.text
-    values_of(written(tmp_path, b"text\x01id\na\x011\n"), ["id"], columns=("id", "text"))
-    assert "the first row holds the names in columns, in another order (text, id)" in caplog.text
+    path = written(tmp_path, b"text\x01id\na\x011\n")
+    values_of(path, ["id"], columns=("id", "text"))
+    assert f"{path}: the first row holds the names in columns, in another order (text, id)" in caplog.text
 
 
 def first_row_long(filler: str) -> str:
@@ -194,19 +298,41 @@ def test_a_cut_line_is_judged_less_its_broken_end(tmp_path: Path, monkeypatch):
             assert found == encoding or (size <= 3 and found == "utf-8")
 
 
+def test_so_is_one_that_is_cut_in_a_later_block(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hive, "SAMPLE_BYTES", 10)
+    path = written(tmp_path, b"id\x01text\n" + b"1\x01ascii!!\n" + "2\x01苹果手机\n".encode())
+    assert "苹果手".encode()[:8].decode("gb18030")  # what the second block holds of it would pass for GB18030
+    assert hive.open_source(path, Layout()).encoding == "utf-8"
+
+
+@pytest.mark.parametrize(("ascii_rows", "encoding"), [(1, "gb18030"), (9, "utf-8")])
+def test_what_is_read_to_tell_the_encoding_is_bounded(tmp_path: Path, monkeypatch, ascii_rows: int, encoding: str):
+    monkeypatch.setattr(hive, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(hive, "SAMPLE_LIMIT", 60)
+    content = b"id\x01text\n" + b"1\x01ascii!!\n" * ascii_rows + "2\x01苹果手机壳透明\n".encode("gb18030")
+    assert hive.open_source(written(tmp_path, content), Layout()).encoding == encoding
+
+
 def test_gb18030_and_a_delimiter_that_can_be_half_a_character(tmp_path: Path):
     assert "丂".encode("gb18030").endswith(b"@")
-    path = written(tmp_path, "id@text\n1@丂货好\n".encode("gb18030"))
-    with pytest.raises(DataError, match="second byte of a character"):
-        hive.open_source(path, Layout(delimiter=b"@"))
+    assert "𠀀".encode("gb18030")[1:2] == b"2"
+    for delimiter in ("@", "0"):
+        path = written(tmp_path, f"id{delimiter}text\n1{delimiter}丂货好\n".encode("gb18030"))
+        with pytest.raises(DataError, match="second byte of a character"):
+            hive.open_source(path, Layout(delimiter=delimiter.encode()))
 
 
 def test_files_without_a_header(tmp_path: Path):
-    path = written(tmp_path, b"1\x01a\n2\x01b\n")
-    assert values_of(path, ["text"], columns=("id", "text")) == [[b"a"], [b"b"]]
+    for mark, encoding in ((b"", "utf-8"), (b"", "gb18030"), (b"\xef\xbb\xbf", "utf-8")):
+        path = written(tmp_path, mark + "1\x01a\n2\x01苹果手机壳\n".encode(encoding))
+        rows = rows_of(path, ["id", "text"], columns=("id", "text"))
+        assert [row.values for row in rows] == [[b"1", b"a"], [b"2", "苹果手机壳".encode()]]
+        assert [row.position for row in rows] == [Position(1, len(mark)), Position(2, len(mark) + 4)]
     headed = written(tmp_path, b"id\x01text\n2\x01b\n")
     assert values_of(headed, ["text"], columns=("id", "text")) == [[b"b"]]
     assert values_of(written(tmp_path, b""), ["text"], columns=("id", "text")) == []
+    bad = written(tmp_path, b"1\x01\xff\n2\x01b\n")  # the first row is looked at as a header, too
+    assert values_of(bad, ["text"], columns=("id", "text")) == [[b"b"]]
 
 
 def test_rows_of_several_megabytes(tmp_path: Path):
@@ -217,8 +343,9 @@ def test_rows_of_several_megabytes(tmp_path: Path):
 def test_gzip_is_known_by_its_bytes_and_damage_is_an_error(tmp_path: Path):
     packed = gzip.compress(b"id\x01text\n" + b"".join(b"%d\x01%d\n" % (i, i * i) for i in range(9999)))
     assert len(values_of(written(tmp_path, packed, "000000_0"), ["id"])) == 9999
-    with pytest.raises(DataError, match="damaged or cut short"):
-        values_of(written(tmp_path, packed[:-2000]), ["id"])
+    path = written(tmp_path, packed[:-2000])
+    with pytest.raises(DataError, match=f"^{path}: .* damaged or cut short"):
+        values_of(path, ["id"])
 
 
 def test_other_delimiters(tmp_path: Path):
@@ -238,11 +365,15 @@ def test_parquet_input(tmp_path: Path):
     rows = list(hive.read_rows(source, ["id"], layout))
     for at in range(10):
         assert list(hive.read_rows(source, ["id"], layout, rows[at].position)) == rows[at:]
+        assert list(hive.read_rows(source, ["id"], layout, rows[at].after)) == rows[at + 1 :]
+    assert [(row.position, row.after) for row in rows] == [
+        (Position(i + 1, i), Position(i + 2, i + 1)) for i in range(10)
+    ]
     hive.need_columns(source, ["id", "text"], b"\x01")
     with pytest.raises(DataError, match="column tags is list"):
         hive.need_columns(source, ["tags"], b"\x01")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="no whole Parquet"):
+    with pytest.raises(DataError, match=f"^{path} is no whole Parquet"):
         hive.open_source(path, layout)
 
 
@@ -258,14 +389,14 @@ def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str
         values = values.dictionary_encode()
     else:
         values = values.cast(getattr(pa, kind)())
-    pq.write_table(pa.table({"id": values, "text": list("abcd")}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": values, "text": list("abcd"), "none": [None] * 4}), tmp_path / "a.parquet")
     source = hive.open_source(tmp_path / "a.parquet", Layout())
     hive.need_columns(source, ["id", "text"], b"\x01")
-    rows = list(hive.read_rows(source, ["id", "text"], Layout()))
-    assert [row.values for row in rows] == [[b"1", b"a"], [], [None, b"c"], ["苹".encode(), b"d"]]
+    rows = list(hive.read_rows(source, ["id", "text", "none"], Layout()))
+    assert [row.values for row in rows] == [[b"1", b"a", None], [], [None, b"c", None], ["苹".encode(), b"d", None]]
     assert rows[1].reason == "not utf-8: column id"
-    assert rows[1].raw == b'{"id": "\\\\xff", "text": "b"}'
-    assert (rows[1].position, rows[3].position) == (Position(2, 1), Position(4, 3))
+    assert rows[1].raw == b'{"id": "\\\\xff", "text": "b", "none": null}'
+    assert (rows[1].position, rows[1].after, rows[3].position) == (Position(2, 1), Position(3, 2), Position(4, 3))
 
 
 def test_files_are_found_in_order_of_their_names(tmp_path: Path):
@@ -275,8 +406,11 @@ def test_files_are_found_in_order_of_their_names(tmp_path: Path):
         (tmp_path / name).touch()
     assert [p.name for p in hive.find_files(tmp_path, ["*.csv", "*.csv.gz"])] == ["a.csv", "b.csv", "c.csv.gz"]
     assert hive.find_files(tmp_path / "notes.md", ["*.csv"]) == [tmp_path / "notes.md"]
-    with pytest.raises(DataError, match=r"no file matches \*\.parquet; the folder holds a\.csv"):
-        hive.find_files(tmp_path, ["*.parquet"])
+    with pytest.raises(DataError, match=r"no file matches \*\.parquet or \*\.npy; the folder holds a\.csv, b\.csv"):
+        hive.find_files(tmp_path, ["*.parquet", "*.npy"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the folder holds nothing"):
+        hive.find_files(tmp_path / "empty", ["*.csv"])
     with pytest.raises(MissingError, match="no such file or folder"):
         hive.find_files(tmp_path / "none", ["*.csv"])
 
@@ -285,7 +419,8 @@ def test_files_are_found_in_order_of_their_names(tmp_path: Path):
     ("content", "words"),
     [
         (b"", ["is empty"]),
-        ("id\x01文本\n".encode("utf-16"), ["UTF-16", "iconv"]),
+        (b"\xff\xfe" + "id\x01文本\n".encode("utf-16-le"), ["UTF-16", "iconv"]),
+        (b"\xfe\xff" + "id\x01文本\n".encode("utf-16-be"), ["UTF-16", "iconv"]),
         (b"id\x01text\x01id\n", ["column id is there more than once"]),
     ],
 )
@@ -299,13 +434,17 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path):
     source = hive.open_source(written(tmp_path, b"id\x01text\n"), Layout())
     with pytest.raises(DataError, match=r"no column description; found id, text .* columns=\[…\]"):
         hive.need_columns(source, ["description"], b"\x01")
-    source = hive.open_source(written(tmp_path, b"id,description\n"), Layout())
-    with pytest.raises(DataError, match="the first row holds a comma"):
+    for sign, name in ((",", "a comma"), ("\t", "a tab"), ("|", "a bar"), (";", "a semicolon")):
+        source = hive.open_source(written(tmp_path, f"id{sign}description\n".encode()), Layout())
+        with pytest.raises(DataError, match=f"the first row holds {name}: is that the delimiter"):
+            hive.need_columns(source, ["description"], b"\x01")
+    source = hive.open_source(written(tmp_path, b"id\xff\n"), Layout())
+    with pytest.raises(DataError, match=r"found id\ufffd .* columns=\[…\]"):
         hive.need_columns(source, ["description"], b"\x01")
 
 
 def test_a_vanished_file_is_an_error(tmp_path: Path):
     source = hive.open_source(written(tmp_path, b"id\n1\n"), Layout())
     source.path.unlink()
-    with pytest.raises(MissingError, match="no longer there"):
+    with pytest.raises(MissingError, match=f"^{source.path}: the file is no longer there"):
         list(hive.read_rows(source, ["id"], Layout()))
