@@ -4,8 +4,10 @@ DATA ?= ./data
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# percent of the library's lines that the tests run; Ray's, which few install, are among those they need not
+# percent of the library's lines that the tests run
 FLOOR := 95
+# test processes, of a thread each
+JOBS ?= 2
 
 .PHONY: demo test lint audit bench mutate docs clean help
 
@@ -20,7 +22,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-ray.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
@@ -28,7 +30,7 @@ demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the execu
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests; fails when they run less of the library than the floor
-	$(OFFLINE) $(BIN)/python -m pytest --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
 
 lint: $(VENV)/installed-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """All benchmarks in one go, written to benchmarks/RESULTS.md with machine, versions and date.
 
-    python benchmarks/run.py --data DIR            # about 20 minutes on two cores
+    python benchmarks/run.py --data DIR            # 20 minutes on two cores with AMX, 30 without
     python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: to see that all of it runs
     python benchmarks/run.py --data DIR --only training files
     python benchmarks/run.py --data DIR --only projection100k stage quality    # longer ones, run only when named
@@ -51,9 +51,9 @@ class Part:
 
 
 PARTS = {
-    "training": Part("Training", "training.py --data DIR --rounds 3", "--quick"),
+    "training": Part("Training", "training.py --data DIR --steps 6", "--quick"),
     "shape": Part("Training, 0.5B shape", "training.py --data DIR --parts shape --rounds 2 --steps 8", "--quick"),
-    "inference": Part("Encoding", "inference.py --data DIR --rounds 3", "--quick --rounds 1 --sets short"),
+    "inference": Part("Encoding", "inference.py --data DIR", "--quick --rounds 1 --sets short"),
     "chinese": Part(
         "Encoding, Chinese",
         "inference.py --data DIR --sets chinese --model MODEL --rounds 3",
@@ -65,7 +65,8 @@ PARTS = {
     "files": Part("Files", "files.py", "--quick"),
     "memory": Part("Memory of encoding", "files.py --memory", "--quick"),
     "index": Part("Index and search", "index.py", "--quick"),
-    "projection": Part("Maps and numbers", "projection.py --sizes 5000 20000 --main --again", "--quick"),
+    "projection": Part("Maps and numbers", "projection.py --sizes 20000 --main --again", "--quick"),
+    "projection5k": Part("Maps of 5,000 vectors", "projection.py --sizes 5000 --again", "--quick", always=False),
     "projection100k": Part("Maps of 100,000 vectors", "projection.py --sizes 100000 --again", "--quick", always=False),
     "stage": Part("Drawing a million vectors", "projection.py --stage 1000000", "--quick --stage 3000", always=False),
     "million": Part("Evaluation against a million documents", "index.py --million", "", always=False),

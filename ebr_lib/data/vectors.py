@@ -34,7 +34,7 @@ PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
 ENDINGS = (".txt", ".csv", ".tsv", ".parquet", ".npy")
 BLOCK_BYTES = 1 << 24  # of text parsed at once
 BATCH_ROWS = 1 << 14
-FORMAT_ROWS = 1 << 10  # formatted at once: the lock is given up between, so that encoding goes on
+FORMAT_ROWS = 1 << 6  # formatted at once: their copies stay in the cache, and between them encoding gets the lock
 SPACED = bytes.maketrans(b",", b" ")
 
 Fields = Sequence[bytes | None]
