@@ -195,7 +195,8 @@ def _held(family: str, signs: set[str]) -> set[str]:
     """Which of the signs a family's regular face holds."""
     from matplotlib import font_manager
 
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
+    with _quiet_fonts():  # some families have no regular face: the nearest will do
+        font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
     return {c for c in signs if font.get_char_index(ord(c))}
 
 
