@@ -570,8 +570,9 @@ class EvalConfig(Config):
     )
     id_column: Name | None = knob(
         None,
-        "Column of the documents' ids, and of the queries' where their file has it; null takes _id or id.",
-        "文档的 ID 列（查询文件中也有该列时同样使用）；null 取 _id 或 id。",
+        "Column of the documents' ids, and of the queries' where their file has it; null takes _id, id, doc_id or docid, "
+        "and of queries query_id or qid.",
+        "文档的 ID 列（查询文件中也有该列时同样使用）；null 取 _id、id、doc_id 或 docid（查询为 query_id 或 qid）。",
     )
     slice_columns: tuple[Name, ...] = knob(
         [], "Columns of the query file whose values are measured apart.", "按这些查询列的取值分组评估。"
@@ -682,6 +683,7 @@ class SearchConfig(Config):
         [],
         "Filters `column=value` on kept columns; several values of a column are alternatives.",
         "按保留列过滤，写作 `列=值`；同一列的多个值为“或”。",
+        split=False,
     )
     model_name: Name | None = knob(
         None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"

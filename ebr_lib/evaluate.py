@@ -140,7 +140,7 @@ def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderRecipe, bool]:
     for name in config.models:
         recipe = _recipe(config, name)
         try:
-            stored[recipe] = check_model(recipe, corpus)
+            stored[recipe] = check_model(recipe, corpus, load=len(config.models) > 1)
         except UserError as error:
             errors.append(error)
     try:

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def check_output_file(path: Path) -> None:
         raise ConfigError(f"output folder {path.parent} cannot be written to; give another place")
 
 
-def check_replaceable(folder: Path, own: Collection[str]) -> None:
-    """Make sure that a folder, if it is there, can be replaced without loss: it holds nothing but `own` files.
+def check_replaceable(folder: Path, is_own: Callable[[str], bool]) -> None:
+    """Make sure that a folder, if it is there, can be replaced without loss.
+
+    :param is_own: whether a file of this name is one that the stage writes; nothing else may be there, but for what a
+        killed run left of such files and what a desktop puts everywhere.
 
     :raises ConfigError: it is a file, or holds others.
     """
@@ -64,12 +68,18 @@ def check_replaceable(folder: Path, own: Collection[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output folder {folder} is a file; give another place")
     found = [place.name for place in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(name for name in found if name not in own and not name.startswith("."))
+    others = sorted(name for name in found if not is_own(_of_unfinished(name)) and name != ".DS_Store")
     if others:
         raise ConfigError(
             f"output folder {folder} is replaced as a whole and holds other files ({', '.join(others[:5])}); "
             "give a folder of its own"
         )
+
+
+def _of_unfinished(name: str) -> str:
+    """The name under which `written_whole` would have moved a file in; of another file its own."""
+    beside = re.fullmatch(r"\.(.+)\.\d+\.(?:new|old)", name)
+    return beside[1] if beside else name
 
 
 def _move_in(new: Path, place: Path) -> None:

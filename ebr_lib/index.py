@@ -100,7 +100,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
-    check_replaceable(Path(config.output_dir), OWN_FILES)
+    check_replaceable(Path(config.output_dir), OWN_FILES.__contains__)
     made_by = read_manifest(config.embedding_path) or {}
     if not made_by:
         logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
@@ -177,18 +177,24 @@ def _build(config: IndexConfig, index: Any, folder: Path, rows: int, real: Vecto
     if not index.is_trained:
         wanted = min(rows, max(TRAIN_POINTS * cells_of(index), 20_000))
         sample = np.sort(rng.choice(rows, wanted, replace=False))
-        train(index, _gathered(_batches(config.embedding_path, (), dim, MANIFEST_SAYS), sample), config.seed)
+        vectors = _gathered(_batches(config.embedding_path, (), dim, MANIFEST_SAYS), sample)
+        _need_vectors(config, len(vectors))
+        train(index, vectors, config.seed)
     sampled = 0 if real is not None else min(rows, config.measure_queries)
     own = np.sort(rng.choice(rows, sampled, replace=False))
     taken = fill(index, _batches(config.embedding_path, None, dim, MANIFEST_SAYS), folder / ROWS_FILE, own)
     written = save_vectors(folder, index)
     seconds = time.perf_counter() - start
-    if not index.ntotal:
-        raise DataError(f"{config.embedding_path} holds no vectors; {AGAIN}")
+    _need_vectors(config, index.ntotal)
     queries = taken if real is None else real
     own = own[own < index.ntotal] if real is None else np.full(len(real), -1)
-    vectors = (unit(batch.vectors) for batch in iter_embeddings(config.embedding_path, ()) if len(batch))
-    return _Built(index, written, seconds, exact_neighbours(index, vectors, queries, own))
+    batches = (unit(batch.vectors) for batch in iter_embeddings(config.embedding_path, ()) if len(batch))
+    return _Built(index, written, seconds, exact_neighbours(index, batches, queries, own))
+
+
+def _need_vectors(config: IndexConfig, found: int) -> None:
+    if not found:
+        raise DataError(f"{config.embedding_path} holds no vectors; {AGAIN}")
 
 
 def _gathered(batches: Iterable[Embeddings], rows: Ints) -> Vectors:
@@ -198,7 +204,7 @@ def _gathered(batches: Iterable[Embeddings], rows: Ints) -> Vectors:
         low, high = np.searchsorted(rows, (done, done + len(batch)))
         parts.append(unit(batch.vectors[rows[low:high] - done]) if high > low else batch.vectors[:0])
         done += len(batch)
-    return np.concatenate([part for part in parts if len(part)])
+    return np.concatenate([part for part in parts if len(part)] or [np.empty((0, 0), np.float32)])
 
 
 def _measure(config: IndexConfig, plan: Plan, built: _Built, folder: Path) -> IndexResult:

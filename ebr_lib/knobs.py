@@ -25,9 +25,12 @@ from ebr_lib.errors import ConfigError, MissingError
 PRESET_KEY = "preset"
 
 
-def knob(default: Any, help: str, zh: str) -> Any:
-    """Declare a field: its default and what it does, in English and in Chinese."""
-    meta = {"help": help, "zh": zh}
+def knob(default: Any, help: str, zh: str, *, split: bool = True) -> Any:
+    """Declare a field: its default and what it does, in English and in Chinese.
+
+    :param split: whether a flag's comma parts items of a list; a text that may hold one is an item as it stands.
+    """
+    meta = {"help": help, "zh": zh, "split": split}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -248,8 +251,11 @@ def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
     """Build the config from what argparse found."""
     hints = get_type_hints(config_class, include_extras=True)
     presets = arguments.get(PRESET_KEY, [])
-    names = {field.name for field in dataclasses.fields(config_class)}
-    given = {name: _parsed(value, hints[name]) for name, value in arguments.items() if name in names}
+    given = {
+        field.name: _parsed(arguments[field.name], hints[field.name], split=field.metadata["split"])
+        for field in dataclasses.fields(config_class)
+        if field.name in arguments
+    }
     return config_class.resolve(given, presets)
 
 
@@ -263,16 +269,17 @@ def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
     )
 
 
-def _parsed(value: str | list[str], kind: Any) -> Any:
+def _parsed(value: str | list[str], kind: Any, *, split: bool = True) -> Any:
     """A flag's text as the value that a preset would hold; text knobs keep their text, `007` included."""
     if _one_or_several(kind) and isinstance(value, list):
         one = next(inner for inner in get_args(kind) if get_origin(inner) is not tuple)
         return _parsed(value[0], one) if len(value) == 1 else [_parsed(item, one) for item in value]
     if isinstance(value, list):
         (inner, *_) = get_args(kind)
-        items = [item for part in value for item in _list_items(part)]
+        items = [item for part in value for item in _list_items(part)] if split else value
         return [_parsed(item, inner) for item in items]
-    if _takes_text(kind) and not value.startswith("{") and value != "null":
+    is_text = (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) is str
+    if is_text or (_takes_text(kind) and not value.startswith("{") and value != "null"):
         return value
     try:
         return read_yaml(value)

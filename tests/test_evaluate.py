@@ -124,8 +124,33 @@ def test_heldout_folder(tmp_path):
     jsonl(tmp_path / "corpus.jsonl", [{"text": t, "seen": t == "z"} for t in "wxyz"])
     task = task_of(tmp_path)
     assert task.queries == ["a", "b"]  # "A" is "a": its answers are shared
+    assert (task.unjudged, task.repeated) == (0, 1)
     assert task.relevant == [{1: 1, 2: 1, 3: 1}, {3: 1}]
     assert task.corpus.seen == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("query_id", "document_id"), [("qid", "doc_id"), ("query_id", "docid"), ("id", "_id")])
+def test_usual_names_of_ids_are_found(tmp_path, query_id, document_id):
+    queries, corpus = tmp_path / "q.csv", tmp_path / "c.jsonl"
+    queries.write_text(f"{query_id},text\n1,shoes\n2,pan\n")
+    jsonl(corpus, [{document_id: "2", "text": "steel pan"}, {document_id: "1", "text": "red shoes"}])
+    (tmp_path / "qrels.tsv").write_text("1\t1\t1\n2\t2\t1\n")
+    task = task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv")
+    assert (task.query_ids, task.relevant) == (["1", "2"], [{1: 1}, {0: 1}])
+
+
+@pytest.mark.parametrize("without", ["q.csv", "c.jsonl", "e.txt"])
+def test_ids_of_judgements_are_never_taken_for_row_numbers(tmp_path, without):
+    names = {name: "number" if name == without else "id" for name in ("q.csv", "c.jsonl", "e.txt")}
+    (tmp_path / "q.csv").write_text(f"{names['q.csv']},text\n1,shoes\n2,pan\n")
+    jsonl(tmp_path / "c.jsonl", [{names["c.jsonl"]: i, "text": t} for i, t in (("1", "red shoes"), ("2", "a pan"))])
+    write_embeddings(
+        tmp_path / "e.txt", {names["e.txt"]: ["1", "2"], "text": ["red shoes", "a pan"]}, np.eye(2, dtype=np.float32)
+    )
+    (tmp_path / "qrels.tsv").write_text("1\t1\t1\n")
+    corpus = tmp_path / ("c.jsonl" if without == "q.csv" else without)
+    with pytest.raises(DataError, match=rf"{without}: judgements name its rows by their ids.*found number.*id_column"):
+        task_of(None, tmp_path / "q.csv", corpus, qrels=tmp_path / "qrels.tsv")
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "tsv", "txt", "parquet"])
@@ -219,6 +244,7 @@ BAD = {
     "no text column": ("queries.jsonl", '{"_id": "q0", "sentence": "x"}\n', "name it with query_column"),
     "id twice": ("queries.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "more than once"),
     "all documents blank": ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "none of its 1 documents has text"),
+    "no grade in the first line": ("qrels/test.tsv", "q0\td1\tx\nq1\td1\t1\n", "line 1: wanted `query document grade`"),
     "not JSON": ("corpus.jsonl", "{", "cannot be read as .jsonl"),
     "not objects": ("corpus.jsonl", "[1]", "row 1: wanted an object, found int"),
 }
@@ -230,6 +256,26 @@ def test_bad_input_is_named(beir, case):
     (beir / name).write_text(text)
     with pytest.raises(DataError, match=re.escape(said)):
         task_of(beir)
+
+
+def test_judgements_that_are_not_utf8_are_named(beir):
+    (beir / "qrels" / "test.tsv").write_bytes("查询\td1\t1\n".encode("gb18030"))
+    with pytest.raises(DataError, match=r"test\.tsv is not UTF-8"):
+        task_of(beir)
+
+
+@pytest.mark.parametrize("reads", [read_records, lambda path: task_of(path.parent / "beir", corpus=path)])
+def test_a_parquet_file_that_was_cut_short_is_named(beir, tmp_path, reads):
+    place = tmp_path / "c.parquet"
+    write_embeddings(place, {"id": ["d0"], "text": ["a"]}, np.eye(1, 4, dtype=np.float32))
+    place.write_bytes(place.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"c\.parquet is no whole Parquet file"):
+        reads(place)
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path):
+    (tmp_path / "c.csv").write_text(f"id,text\n1,{'ab ' * 70_000}\n")
+    assert len(read_records(tmp_path / "c.csv")[0]["text"]) == 210_000
 
 
 def test_missing_files_are_named(tmp_path, beir):
@@ -419,6 +465,19 @@ def test_contenders_that_cannot_be_measured_are_told_before_any_is_ranked(beir, 
         evaluate_retrieval(config | {"corpus_path": str(place), "output_dir": str(tmp_path / "o")})
 
 
+@pytest.mark.parametrize("wrong", ["too long", "no model"])
+def test_models_that_do_not_load_are_told_before_any_is_ranked(beir, tiny_models, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("ebr_lib.evaluate.rank_with_model", lambda *_: pytest.fail("ranked"))
+    other = tiny_models("bert")  # 128 positions; those of Qwen2 are computed
+    if wrong == "no model":
+        other = tmp_path / "empty"
+        other.mkdir()
+        (other / "config.json").write_text("{}")
+    config = {"models": [str(tiny_models("qwen2")), str(other)], "max_seq_length": 4096, "data_path": str(beir)}
+    with pytest.raises(ModelError, match=rf"model {other}"):
+        evaluate_retrieval(config | {"output_dir": str(tmp_path / "o")})
+
+
 def test_ids_and_labels_of_every_script_in_trec_files(tiny_bert, tmp_path, caplog):
     shutil.copytree(tiny_bert, tmp_path / "BM25")
     (tmp_path / "out").mkdir()
@@ -490,6 +549,67 @@ def test_vectors_made_otherwise_than_told_are_not_used(beir, tiny_bert, tmp_path
     manifest_path(place).write_text(json.dumps(made_by))
     with pytest.raises(DataError, match=f"{next(iter(told)).removeprefix('document_')} .* and no texts to encode"):
         evaluate_retrieval(stored | told | {"corpus_path": str(place)})
+
+
+def items_with_titles(place: Path, model: Path, **settings) -> tuple[Path, Path, Path]:
+    """Queries, judgements and an embedding file of titles, whose descriptions are equal and tell nothing."""
+    titles = ["red running shoes", "steel frying pan", "warm wool blanket", "green tea"]
+    vectors = EncoderRecipe(str(model)).encoder("document").encode(titles)
+    columns = {"id": list("1234"), "title": titles, "description": ["ships in two days"] * 4}
+    write_embeddings(place / "e.txt", columns, vectors)
+    made_by = {"model": {"sha256": identify(str(model)).sha256}, "settings": {"description_column": "title"} | settings}
+    manifest_path(place / "e.txt").write_text(json.dumps(made_by))
+    jsonl(place / "q.jsonl", [{"_id": f"q{i}", "text": title} for i, title in enumerate(titles, 1)])
+    (place / "r.tsv").write_text("".join(f"q{i}\t{i}\t1\n" for i in range(1, 5)))
+    return place / "q.jsonl", place / "e.txt", place / "r.tsv"
+
+
+def test_the_documents_are_the_texts_that_were_encoded(tiny_bert, tmp_path):
+    queries, corpus, qrels = items_with_titles(tmp_path, tiny_bert)
+    config = {"models": [str(tiny_bert)], "resamples": 100, "output_dir": str(tmp_path / "o")}
+    config |= {"queries_path": str(queries), "corpus_path": str(corpus), "qrels_path": str(qrels)}
+    result = evaluate_retrieval(config)
+    assert result.facts["documents"] == 4
+    assert result.metrics["tiny-bert"]["recall@1"] == result.metrics["BM25"]["recall@1"] == 1.0
+
+
+def test_vectors_of_another_column_are_not_used(tiny_bert, tmp_path, caplog):
+    queries, corpus, qrels = items_with_titles(tmp_path, tiny_bert)
+    config = {"models": [str(tiny_bert)], "resamples": 100, "output_dir": str(tmp_path / "o")}
+    config |= {"queries_path": str(queries), "corpus_path": str(corpus), "qrels_path": str(qrels)}
+    with caplog.at_level("INFO"):
+        result = evaluate_retrieval(config | {"corpus_column": "description"})
+    assert "its texts are encoded" in caplog.text and "description_column 'title', not 'description'" in caplog.text
+    assert result.facts["documents"] == 1
+
+
+def test_vectors_of_other_dimensions_are_not_used_and_queries_are_cut_as_the_stored_ones(tiny_bert, tmp_path):
+    queries, corpus, qrels = items_with_titles(tmp_path, tiny_bert, dimension=32)
+    config = {"models": [str(tiny_bert)], "resamples": 100, "output_dir": str(tmp_path / "o"), "bm25": False}
+    config |= {"queries_path": str(queries), "corpus_path": str(corpus), "qrels_path": str(qrels)}
+    evaluate_retrieval(config | {"truncate_dim": 8})
+    how = json.loads((tmp_path / "o" / "report.json").read_text())["how"]["tiny-bert"]
+    assert (how["documents"], how["dimensions"]) == ("encoded", 8)
+    cut = EncoderRecipe(str(tiny_bert), truncate_dim=8).encoder("document").encode(["a", "b", "c", "d"])
+    write_embeddings(corpus, {"id": list("1234"), "title": list("abcd")}, cut)
+    made_by = json.loads(manifest_path(corpus).read_text())
+    made_by["settings"]["dimension"] = 8
+    manifest_path(corpus).write_text(json.dumps(made_by))
+    evaluate_retrieval(config)
+    how = json.loads((tmp_path / "o" / "report.json").read_text())["how"]["tiny-bert"]
+    assert how["documents"] == f"vectors of {corpus}" and how["dimensions"] == 8
+
+
+def test_a_judged_row_without_a_vector_is_told_as_such(tmp_path):
+    vectors = np.array([[1, 0], [np.nan, np.nan]], dtype=np.float32)
+    write_embeddings(tmp_path / "e.txt", {"id": ["001", "009"], "text": ["a", ""]}, vectors)
+    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "q", "text": "a"}])
+    (tmp_path / "r.tsv").write_text("q\t001\t1\nq\t009\t1\n")
+    with pytest.raises(DataError, match=r"line 2: document '009' has no vector in .*e\.txt"):
+        task_of(None, queries, tmp_path / "e.txt", qrels=tmp_path / "r.tsv")
+    write_embeddings(tmp_path / "e.txt", {"id": ["001", None], "text": ["a", "b"]}, np.eye(2, dtype=np.float32))
+    with pytest.raises(DataError, match="no id in column id of rows 2"):
+        task_of(None, queries, tmp_path / "e.txt", qrels=tmp_path / "r.tsv")
 
 
 def test_embedding_file_without_texts(beir, tiny_bert, tmp_path):

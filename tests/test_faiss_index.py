@@ -154,6 +154,19 @@ def test_deleted_rows_leave_room_for_the_next_nearest(kind, two_clusters, tmp_pa
     assert len(held.find(query, 1000, {})) == (~second).sum()
 
 
+def test_as_many_rows_are_found_as_were_asked_for(tmp_path):
+    """One cell of 640 rows and seven of ten each: the nearest cell of a query alone does not hold fifty rows."""
+    rng = np.random.default_rng(0)
+    sizes = [640] + [10] * 7
+    rows = np.concatenate([np.eye(8, 16)[[i]].repeat(n, 0) for i, n in enumerate(sizes)])
+    vectors = unit((rows + 0.01 * rng.normal(size=rows.shape)).astype(np.float32))
+    _, index = build("IVF8,Flat", vectors, tmp_path)
+    index.manifest["search"]["setting"] = 1
+    for k in (10, 50, 5000):
+        found = [row["id"] for _, row in index.find(vectors[-1], k, {})]
+        assert len(set(found)) == len(found) == min(k, len(vectors))
+
+
 def test_find_refuses_what_does_not_fit(vectors, tmp_path):
     held = build("Flat", vectors, tmp_path)[1]
     with pytest.raises(DataError, match="8 dimensions, the index 16"):

@@ -286,6 +286,32 @@ def test_no_folder_with_other_files_is_replaced(embeds, tmp_path):
     assert embeds.is_file()
 
 
+@pytest.mark.parametrize("name", [".gitignore", ".git", ".env"])
+def test_hidden_files_are_others_too(folder, embeds, name):
+    (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"holds other files \({name}\)"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+    assert (folder / name).read_text() == "mine"
+
+
+def test_what_a_killed_run_left_in_the_folder_is_no_other_file(folder, embeds):
+    (folder / ".deleted.npy.4711.new").write_bytes(b"")
+    (folder / ".DS_Store").write_bytes(b"")
+    build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+    (folder / ".notes.txt.4711.new").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds other files"):
+        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+
+
+def test_rows_without_any_vector_are_told_for_every_kind(tmp_path):
+    place = tmp_path / "e.npy"
+    write_embeddings(place, {"id": list("abcd")}, np.full((4, 8), np.nan, dtype=np.float32))
+    manifest_path(place).write_text(json.dumps({"rows": {"written": 4}, "settings": {"dimension": 8}, "dimension": 8}))
+    for kind in ("Flat", "IVF1,Flat"):
+        with pytest.raises(DataError, match="holds no vectors"):
+            build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "i"), "kind": kind})
+
+
 @pytest.mark.parametrize("name", ["index.faiss", "rows.arrow", "manifest.json", "deleted.npy"])
 def test_a_truncated_file_is_named(folder, name):
     delete_rows(folder, "p1")

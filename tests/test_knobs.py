@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from ebr_lib.cli import main, main_finetune
-from ebr_lib.config import FinetuneConfig, InferenceConfig, check_configs
+from ebr_lib.config import FinetuneConfig, InferenceConfig, SearchConfig, check_configs
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, from_flags, knob, knob_table, read_yaml, with_tables
 
@@ -110,6 +110,12 @@ def test_flags_become_the_same_values_as_a_preset():
         "on": True,
     }
     assert from_flags(Small, {"names": ["a,b"]}).names == ("a", "b")
+
+
+def test_texts_are_taken_as_they_stand():
+    config = from_flags(SearchConfig, {"query": "null", "where": ["kind=k1, big", "size=[a, b]"]})
+    assert config.query == "null" and config.where == ("kind=k1, big", "size=[a, b]")
+    assert from_flags(SearchConfig, {"query": "{a}"}).query == "{a}"
 
 
 def test_a_place_is_one_or_several():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +82,28 @@ def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, m
 
     for number in range(4):
         catalogue(tmp_path, [f"{number}-{i}\x01blanket 毯子 {i}\x01x" for i in range(20)], f"{number}.csv")
-    met = tmp_path / "met"
-    met.mkdir()
+
+    @ray.remote(num_cpus=0)
+    class Place:
+        """Where workers wait until there are two."""
+
+        def __init__(self):
+            self.came, self.both = set(), asyncio.Event()
+
+        async def meet(self, worker: int) -> int:
+            self.came.add(worker)
+            if len(self.came) == 2:
+                self.both.set()
+            await self.both.wait()
+            return len(self.came)
+
+    place = Place.remote()
 
     class Meeting(ray_cluster.ShardWorker):
         """Begins its first shard when another worker has begun one too."""
 
         def run(self, shard):
-            (met / str(os.getpid())).touch()
-            deadline = time.monotonic() + 120
-            while len(list(met.iterdir())) < 2:
-                assert time.monotonic() < deadline, "no second worker came"
-                time.sleep(0.01)
+            ray.get(place.meet.remote(os.getpid()), timeout=120)
             return super().run(shard)
 
     monkeypatch.setattr(ray_cluster, "ShardWorker", Meeting)
@@ -104,7 +114,7 @@ def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, m
     assert one.columns == many.columns
     assert np.abs(one.vectors - many.vectors).max() < 1e-6
     assert result.counts["written"] == 80
-    assert len(list(met.iterdir())) == 2
+    assert ray.get(place.meet.remote(0)) == 3
 
 
 def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: Path, cluster):

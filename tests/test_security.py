@@ -192,6 +192,26 @@ def test_a_pickle_in_the_stead_of_safetensors_is_not_opened(tiny_bert, tmp_path,
     assert not mark.exists()
 
 
+def test_a_fine_tuned_folder_with_a_pickled_adapter_is_refused_and_converted(tiny_bert, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(8)))
+    folder = train_sentence_transformer({
+        "model_name": str(tiny_bert), "data_path": str(pairs), "output_dir": str(tmp_path / "out"), "eval_ratio": 0.0,
+    }).model_path  # fmt: skip
+    wanted = load_model(str(folder), device="cpu").encode(["hello"])
+    safe = Path(folder) / "adapter_model.safetensors"
+    torch.save(load_file(safe), safe.with_suffix(".bin"))
+    safe.unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.bin is a pickle.*weights_only=True") as refused:
+        load_model(str(folder), device="cpu")
+    exec(re.search(r'python -c "(.*)"', str(refused.value))[1])
+    assert np.array_equal(load_model(str(folder), device="cpu").encode(["hello"]), wanted)
+    safe.unlink()
+    safe.with_suffix(".bin").unlink()
+    with pytest.raises(ModelError, match="does not load"):
+        load_model(str(folder), device="cpu")
+
+
 def test_pickles_that_nothing_loads_do_no_harm(tiny_bert, tmp_path):
     folder, mark = tmp_path / "model", tmp_path / "opened"
     shutil.copytree(tiny_bert, folder)

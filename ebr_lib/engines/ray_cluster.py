@@ -19,7 +19,7 @@ from ebr_lib.data.vectors import PART_PREFIX
 from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, run_job
 from ebr_lib.engines.local import EncoderFacts, LocalEncoder
 from ebr_lib.errors import ConfigError, ModelError, UserError
-from ebr_lib.files import make_folder, replace_folder, written_whole
+from ebr_lib.files import check_replaceable, replace_folder, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.recipe import EncoderRecipe
 
@@ -138,15 +138,7 @@ def check_output_folder(folder: Path) -> None:
 
     :raises ConfigError: a file stands there, or a folder of other files, or the place cannot be written to.
     """
-    make_folder(folder.parent)
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; engine ray writes a folder of part files: give another output_path")
-    others = [place.name for place in folder.glob("*") if not place.name.startswith(PART_PREFIX)]
-    if others:
-        raise ConfigError(
-            f"output folder {folder} is replaced as a whole and holds other files ({', '.join(sorted(others)[:5])}); "
-            "give a folder of its own"
-        )
+    check_replaceable(folder, lambda name: name.startswith(PART_PREFIX))
 
 
 def _shards(job: Job) -> Iterator[Job]:

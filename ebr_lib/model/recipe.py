@@ -32,9 +32,9 @@ class EncoderRecipe:
     device: str | None = None
     trust_remote_code: bool = False
 
-    def encoder(self, side: Side) -> Encoder:
-        """Load the model, its adapter merged, and wrap it for queries or for documents."""
-        model = load_model(
+    def model(self, side: Side) -> SentenceTransformer:
+        """Load the model, its adapter merged."""
+        return load_model(
             self.model_name,
             trust_remote_code=self.trust_remote_code,
             max_seq_length=self.max_seq_length,
@@ -42,7 +42,10 @@ class EncoderRecipe:
             side=side,
             merged=True,
         )
-        return self._wrapped(model, side)
+
+    def encoder(self, side: Side) -> Encoder:
+        """Load the model and wrap it for queries or for documents."""
+        return self._wrapped(self.model(side), side)
 
     def encoder_pair(self) -> tuple[Encoder, Encoder]:
         """Encoders for queries and for documents, of one loaded model where both sides share their weights."""

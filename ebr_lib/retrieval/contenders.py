@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,13 +31,17 @@ How = Mapping[str, object]
 """How a contender was used, for the report: prompts, precision and the like."""
 
 
-def check_model(recipe: EncoderRecipe, corpus: Corpus) -> bool:
+def check_model(recipe: EncoderRecipe, corpus: Corpus, *, load: bool) -> bool:
     """Whether the model's document vectors are stored, see `stored_vectors`; what cannot be measured is told here.
 
+    :param load: load the model once to see that it can be.
     :raises MissingError: the model is not there.
+    :raises ModelError: it does not load, or not with so many tokens.
     :raises DataError: the corpus holds other vectors, and no texts.
     """
     find_model(recipe.model_name)
+    if load:
+        recipe.model("query")
     return stored_vectors(recipe, corpus)
 
 
@@ -48,8 +53,9 @@ def rank_with_model(recipe: EncoderRecipe, task: RetrievalTask, stored: bool) ->
     """
     corpus = task.corpus
     if stored:
-        queries = recipe.encoder("query")
         maker = Maker.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
+        cut = recipe.truncate_dim or (maker.dimension if maker else None)
+        queries = replace(recipe, truncate_dim=cut).encoder("query")
         ranking = rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
         return ranking, _how(queries, maker.prompt if maker else None, f"vectors of {corpus.vectors}")
     queries, documents = recipe.encoder_pair()
@@ -92,6 +98,8 @@ def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
         "prompt": recipe.document_prompt,
         "max_seq_length": recipe.max_seq_length,
         "precision": None if recipe.precision == "auto" else recipe.precision,
+        "dimension": recipe.truncate_dim,
+        "description_column": corpus.column if maker.description_column else None,
     }
     if maker.sha256 is None and corpus.texts is None:
         logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, recipe.model_name)

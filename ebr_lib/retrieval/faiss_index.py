@@ -434,22 +434,18 @@ class SearchIndex:
         if query.shape != (self.index.d,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
         allowed = self._allowed(where)
-        if allowed is None:
-            scores, ids = self._approximately(query, k)
-        elif where:
+        if where:
             scores, ids = self._among(query, k, allowed)
         else:
-            scores, ids = self._without_deleted(query, k, allowed)
+            scores, ids = self._nearest(query, k, allowed)
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
-    def _allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_] | None:
-        """Which rows may be found; None for all."""
+    def _allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:
+        """Which rows may be found."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if not where and not len(self.deleted):
-            return None
         allowed = np.ones(self.index.ntotal, dtype=bool)
         allowed[self.deleted] = False
         for name, values in where.items():
@@ -477,10 +473,10 @@ class SearchIndex:
         order = np.argsort(-scores, kind="stable")[:k]
         return scores[order], ids[order]
 
-    def _without_deleted(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
+    def _nearest(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
         """Deleted rows are few as a rule: look for more than is asked for and leave them out; where too few are left,
-        compare all."""
-        scores, ids = self._approximately(query, max(2 * k, SPARE_ROWS))
+        or the cells that were looked at held too few, compare all."""
+        scores, ids = self._approximately(query, max(2 * k, SPARE_ROWS) if len(self.deleted) else k)
         scores, ids = scores[allowed[ids]][:k], ids[allowed[ids]][:k]
         return (scores, ids) if len(ids) == min(k, len(self)) else self._among(query, k, allowed)
 

@@ -20,6 +20,8 @@ class Maker:
     prompt: str | None
     max_seq_length: int | None
     precision: str | None
+    dimension: int | None
+    description_column: str | None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Maker:
@@ -32,6 +34,8 @@ class Maker:
             prompt=settings.get("prompt"),
             max_seq_length=settings.get("max_seq_length"),
             precision=settings.get("precision"),
+            dimension=settings.get("dimension"),
+            description_column=settings.get("description_column"),
         )
 
     @property

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,19 +20,22 @@ from ebr_lib.data.doctor import language_of
 from ebr_lib.data.hive import Layout, open_source, read_rows
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import is_blank, normalised, text_keys
-from ebr_lib.data.vectors import VECTOR, iter_embeddings
+from ebr_lib.data.vectors import VECTOR, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
+from ebr_lib.retrieval.maker import Maker
 from ebr_lib.retrieval.metrics import unit
 
 QUERY_TEXTS = ("text", "query", "question", "anchor")
 DOCUMENT_TEXTS = ("text", "description", "document", "passage", "positive", "content")
 ANSWERS = ("positive", "pos", "positives")
-IDS = ("_id", "id")
+QUERY_IDS = ("_id", "id", "query_id", "qid")
+DOCUMENT_IDS = ("_id", "id", "doc_id", "docid")
 HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "heldout.jsonl", "corpus.jsonl", "queries.jsonl", "qrels"
 
 SEEN = {"true": True, "1": True, "false": False, "0": False}
 IN_TRAINING = "document in training"
+MOST_LETTERS = 2**31 - 1  # of a field of CSV
 
 Mask = NDArray[np.bool_]
 Record = Mapping[str, Any]
@@ -64,8 +67,9 @@ class Columns:
 class Corpus:
     """Distinct documents: the id of the first with a text stands for all of them.
 
-    `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, and `first_rows` its rows
-    that the documents stand for, in order. `seen` says which documents training has seen, where that is known.
+    `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, `column` the one of its
+    columns that holds `texts`, `first_rows` its rows that the documents stand for, in order, and `without_vector` the
+    ids of its rows that are no documents. `seen` says which documents training has seen, where that is known.
     """
 
     ids: list[str]
@@ -73,7 +77,9 @@ class Corpus:
     number: dict[str, int] = field(repr=False)
     number_of_text: dict[int, int] = field(repr=False)  # by `text_keys`: the texts are held once
     vectors: Path | None = None
+    column: str | None = None
     first_rows: NDArray[np.int64] | None = None
+    without_vector: frozenset[str] = frozenset()
     seen: list[bool] | None = None
 
     def __len__(self) -> int:
@@ -96,7 +102,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Queries that have at least one relevant document, and for each its documents' grades."""
+    """Queries that have at least one relevant document, and for each its documents' grades.
+
+    `unjudged` queries have none and are left out; `repeated` ones are equal to one before, which has their answers.
+    """
 
     query_ids: list[str]
     queries: list[str]
@@ -104,6 +113,7 @@ class RetrievalTask:
     corpus: Corpus
     relevant: list[dict[int, int]]
     unjudged: int
+    repeated: int = 0
 
     def facts(self) -> dict[str, int]:
         """Counts of the task, by the names that the report shows."""
@@ -111,6 +121,7 @@ class RetrievalTask:
         return {
             "queries": len(self.queries),
             "queries_without_judgement": self.unjudged,
+            "queries_repeated": self.repeated,
             "documents": len(self.corpus),
             "documents_of_equal_text": merged,
             "judgements": sum(map(len, self.relevant)),
@@ -172,14 +183,17 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
     for name in slice_columns:
         _need_column(sources.queries, records, name)
     answers = None if sources.qrels else _answers(sources.queries, records)
-    corpus = _read_corpus(sources.corpus, columns, answers or [], trained)
+    corpus = _read_corpus(sources.corpus, columns, answers, trained)
+    repeated = 0
     if answers is None:
         assert sources.qrels is not None
-        ids = _ids(sources.queries, records, columns.id if columns.id in records[0] else None)
-        judged = _read_qrels(sources.qrels, {query: i for i, query in enumerate(ids)}, corpus.number)
+        own = columns.id if columns.id in records[0] else None
+        ids = _ids(sources.queries, records, own, QUERY_IDS, needed=True)
+        judged = _read_qrels(sources.qrels, {query: i for i, query in enumerate(ids)}, corpus)
     else:
         ids = [str(i) for i in range(len(records))]
         judged = _judged_by_text(sources.queries, texts, answers, corpus)
+        repeated = len(texts) - len({normalised(text) for text in texts})
     kept = [i for i, grades in enumerate(judged) if any(grade > 0 for grade in grades.values())]
     if not kept:
         raise DataError(f"{sources.qrels or sources.queries}: no query has a relevant document; nothing to measure")
@@ -189,7 +203,8 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
         query_columns={name: [_text(records[i].get(name)) for i in kept] for name in slice_columns},
         corpus=corpus,
         relevant=[judged[i] for i in kept],
-        unjudged=len(records) - len(kept),
+        unjudged=len(records) - len(kept) - repeated,
+        repeated=repeated,
     )
 
 
@@ -220,13 +235,21 @@ def read_records(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        yield from pq.read_table(path).to_pylist()
+        yield from _parquet(path).read().to_pylist()
     elif path.suffix in (".json", ".jsonl"):
         yield from _json_records(path)
     else:
         yield from _delimited_records(path)
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no whole Parquet file: {error}") from error
 
 
 def _json_records(path: Path) -> Iterator[Record]:
@@ -261,6 +284,7 @@ def _delimited_records(path: Path) -> Iterator[Record]:
 
 def _split_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """The rows of a `.tsv` or CSV file, each with the line it begins at."""
+    csv.field_size_limit(MOST_LETTERS)  # 131,072 unless told: a long page is no broken quote
     rows = (
         csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if path.suffix == ".tsv"
@@ -325,30 +349,50 @@ def read_queries(path: Path, column: str | None) -> list[str]:
     return list(dict.fromkeys(_query_texts(path, read_records(path), column)))
 
 
-def _ids(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
-    column = told or next((name for name in IDS if name in records[0]), None)
+def _ids(path: Path, records: Sequence[Record], told: str | None, usual: Sequence[str], *, needed: bool) -> list[str]:
+    """The ids of a file's rows; their numbers where it has none and no judgement names them."""
+    column = told or next((name for name in usual if name in records[0]), None)
     if column is None:
+        if needed:
+            raise _no_ids(path, usual, list(records[0]))
         return [str(i) for i in range(len(records))]
     _need_column(path, records, column)
     ids = [_text(record.get(column)) for record in records]
+    _check_ids(path, column, ids)
+    return ids
+
+
+def _check_ids(path: Path, column: str, ids: Sequence[str]) -> None:
     if blank := [str(row) for row, id_ in enumerate(ids, 1) if not id_]:
         raise DataError(f"{path}: no id in column {column} of rows {', '.join(blank[:5])}; every row needs one")
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise DataError(f"{path}: id {twice!r} in column {column} is there more than once; ids must be unique")
-    return ids
+        raise DataError(
+            f"{path}: id {twice!r} in column {column} is there more than once; ids must be unique: name another column "
+            "with id_column"
+        )
+
+
+def _no_ids(path: Path, usual: Sequence[str], found: Sequence[str]) -> DataError:
+    return DataError(
+        f"{path}: judgements name its rows by their ids, and no column has any; looked for {', '.join(usual)}, found "
+        f"{', '.join(found) or 'none'}; name it with id_column"
+    )
 
 
 # --- the corpus ---------------------------------------------------------------------------------------------------
 
 
-def _read_corpus(path: Path | None, columns: Columns, answers: Sequence[Sequence[str]], trained: set[str]) -> Corpus:
+def _read_corpus(
+    path: Path | None, columns: Columns, answers: Sequence[Sequence[str]] | None, trained: set[str]
+) -> Corpus:
+    """The documents of a file; of the answers where there is none. Without answers, judgements name documents by id."""
     if path is None:
-        texts = list(dict.fromkeys(text for group in answers for text in group))
+        texts = list(dict.fromkeys(text for group in answers or () for text in group))
         return _distinct([str(i) for i in range(len(texts))], texts, None, trained)
     if _holds_vectors(path):
-        return _embedded_corpus(path, columns, trained)
+        return _embedded_corpus(path, columns, trained, ids_needed=answers is None)
     try:
         records = read_records(path)
     except DataError as error:
@@ -357,7 +401,8 @@ def _read_corpus(path: Path | None, columns: Columns, answers: Sequence[Sequence
     texts = [_titled(record, column) for record in records]
     _check_not_blank(path, column, texts)
     flags = _seen_flags(path, records)
-    return _distinct(_ids(path, records, columns.id), texts, flags, trained)
+    ids = _ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
+    return _distinct(ids, texts, flags, trained)
 
 
 def _check_not_blank(path: Path, column: str, texts: Sequence[str]) -> None:
@@ -410,54 +455,63 @@ def _holds_vectors(path: Path) -> bool:
     if path.suffix == ".npy" or path.is_dir():
         return True
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return VECTOR in pq.read_schema(path).names
+        return VECTOR in _parquet(path).schema_arrow.names
     with open(path, "rb") as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
 
 
-def _embedded_corpus(path: Path, columns: Columns, trained: set[str]) -> Corpus:
+def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_needed: bool) -> Corpus:
     """The documents of an embedding file; rows without a vector are none."""
     found = list(next(iter_embeddings(path)).columns)
-    column = columns.corpus or next((name for name in DOCUMENT_TEXTS if name in found), None)
-    id_column = columns.id or next((name for name in IDS if name in found), None)
+    column = _encoded_column(path, columns.corpus, found)
+    id_column = columns.id or next((name for name in DOCUMENT_IDS if name in found), None)
+    if ids_needed and id_column is None:
+        raise _no_ids(path, DOCUMENT_IDS, found)
     wanted = [name for name in dict.fromkeys((column, id_column)) if name is not None]
     for name in wanted:
         if name not in found:
             raise DataError(f"{path}: no column {name}; its columns are {', '.join(found) or 'none'}")
-    batches = list(_without_vectors(path, wanted))
-    rows = np.concatenate([rows for rows, _ in batches])
-    kept = {name: [v for _, part in batches for v in part[name]] for name in wanted}
+    valid, kept = _without_vectors(path, wanted)
+    rows = np.flatnonzero(valid)
     if not len(rows):
         raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
-    ids = [str(v) for v in kept[id_column]] if id_column else [str(row) for row in rows]
+    all_ids = [v or "" for v in kept[id_column]] if id_column else [str(row) for row in range(len(valid))]
+    if id_column:
+        _check_ids(path, id_column, all_ids)
+    ids = [all_ids[row] for row in rows]
     # where there is no text, each row is a document of its own
-    texts = [v or "" for v in kept[column]] if column else ids
+    texts = [kept[column][row] or "" for row in rows] if column else ids
     if column:
         _check_not_blank(path, column, texts)
     corpus = _distinct(ids, texts, None, trained)
-    if id_column and len(corpus.number) < len(ids):
-        raise DataError(f"{path}: ids in column {id_column} are not unique; name another with id_column")
     place = dict(zip(reversed(ids), reversed(rows.tolist()), strict=True))  # the first row of an id
-    first_rows = np.array([place[id_] for id_ in corpus.ids], dtype=np.int64)
     logger.info("语料: %s (corpus: %d distinct documents of %d rows)", path, len(corpus), len(rows))
-    return Corpus(
-        corpus.ids,
-        corpus.texts if column else None,
-        corpus.number,
-        corpus.number_of_text,
-        path,
-        first_rows,
-        corpus.seen,
+    return replace(
+        corpus,
+        texts=corpus.texts if column else None,
+        vectors=path,
+        column=column,
+        first_rows=np.array([place[id_] for id_ in corpus.ids], dtype=np.int64),
+        without_vector=frozenset(all_ids[row] for row in np.flatnonzero(~valid)),
     )
 
 
-def _without_vectors(
-    path: Path, columns: Sequence[str]
-) -> Iterator[tuple[NDArray[np.int64], dict[str, list[str | None]]]]:
-    for batch in iter_embeddings(path, columns):
-        yield batch.rows, batch.columns
+def _encoded_column(path: Path, told: str | None, found: Sequence[str]) -> str | None:
+    """The column of the documents' texts: what is told, else the one that was encoded, where it was kept."""
+    encoded = Maker.of(read_manifest(path) or {}).description_column
+    usual = (encoded,) if encoded else DOCUMENT_TEXTS
+    return told or next((name for name in usual if name in found), None)
+
+
+def _without_vectors(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str, list[str | None]]]:
+    """Which rows of an embedding file hold a vector, and the columns of all rows."""
+    valid: list[Mask] = []
+    kept: dict[str, list[str | None]] = {name: [] for name in columns}
+    for batch in iter_embeddings(path, columns, keep_empty=True):
+        valid.append(batch.valid)
+        for name, values in batch.columns.items():
+            kept[name] += values
+    return np.concatenate(valid), kept
 
 
 # --- judgements ---------------------------------------------------------------------------------------------------
@@ -504,11 +558,17 @@ def _judged_by_text(
     return judged
 
 
-def _read_qrels(path: Path, queries: Mapping[str, int], documents: Mapping[str, int]) -> list[dict[int, int]]:
+def _read_qrels(path: Path, queries: Mapping[str, int], corpus: Corpus) -> list[dict[int, int]]:
     """Read judgements: BEIR's three columns (query, document, grade) or TREC's four, with or without a header."""
     judged: list[dict[int, int]] = [{} for _ in queries]
     unknown: list[str] = []
-    for line, query, document, grade in _qrel_lines(path):
+    documents = corpus.number
+    for line, query, document, grade in _qrel_lines(path, queries):
+        if document in corpus.without_vector:
+            raise DataError(
+                f"{path}: line {line}: document {document!r} has no vector in {corpus.vectors}, so that no model can "
+                "find it; encode its text, or leave its judgements out"
+            )
         missing = [f"{kind} {id_!r}" for kind, id_, known in
                    (("query", query, queries), ("document", document, documents)) if id_ not in known]  # fmt: skip
         unknown += [f"line {line}: {name}" for name in missing]
@@ -523,19 +583,28 @@ def _read_qrels(path: Path, queries: Mapping[str, int], documents: Mapping[str, 
     return judged
 
 
-def _qrel_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
+def _qrel_lines(path: Path, queries: Collection[str]) -> Iterator[tuple[int, str, str, int]]:
+    """Line, query, document and grade; a first line that names no query and has no grade is a header."""
+    for number, line in enumerate(_lines(path), 1):
+        fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
+        is_header = number == 1 and fields and fields[0] not in queries and _number(fields[-1]) is None
+        if not fields or is_header:
+            continue
+        grade = _number(fields[-1])
+        if len(fields) not in (3, 4) or grade is None or not grade.is_integer():
+            raise DataError(
+                f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), the grade a whole "
+                f"number; found {line.strip()!r}"
+            )
+        yield number, fields[0].strip(), fields[-2].strip(), int(grade)
+
+
+def _lines(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-            if not fields or (number == 1 and _number(fields[-1]) is None):
-                continue
-            grade = _number(fields[-1])
-            if len(fields) not in (3, 4) or grade is None or not grade.is_integer():
-                raise DataError(
-                    f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), the grade a whole "
-                    f"number; found {line.strip()!r}"
-                )
-            yield number, fields[0].strip(), fields[-2].strip(), int(grade)
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
 def _number(text: str) -> float | None:
