@@ -16,6 +16,7 @@ from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
 from ebr_lib.names import COLUMNS, BestMetric, Column, NoiseKind, OnBadRow
 
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -130,8 +131,8 @@ class FinetuneConfig(Config):
     )
     balanced_batches: bool = knob(
         True,
-        "Deal the rows of popular documents evenly over the batches; every row is used once an epoch.",
-        "把热门文档的样本均匀分到各批；每轮每行都恰好使用一次。",
+        "Deal the rows of popular documents evenly over the batches; no row is left out of an epoch.",
+        "把热门文档的样本均匀分到各批；每轮不漏任何一行。",
     )
     packed_rows: bool = knob(
         True,
@@ -261,7 +262,7 @@ class FinetuneConfig(Config):
         "Treat more resident memory than this as out of memory, on machines without a GPU; 0 is no limit.",
         "无 GPU 时，常驻内存超过该值即按内存不足处理；0 为不限制。",
     )
-    seed: Count = knob(
+    seed: Seed = knob(
         42, "Seed of the split, the order, the noise and the adapter.", "随机种子：划分、顺序、噪声与适配器初始化。"
     )
 
@@ -483,7 +484,7 @@ class VisConfig(Config):
         "UMAP 的邻居数；点数太少时自动降低。",
     )
     umap_min_dist: Share = knob(0.1, "How tightly UMAP packs points.", "UMAP 中点的最小间距。")
-    seed: Count = knob(42, "Same seed, same picture.", "随机种子；种子相同则图片相同。")
+    seed: Seed = knob(42, "Same seed, same picture.", "随机种子；种子相同则图片相同。")
     fast: bool = knob(
         False,
         "UMAP on all cores: faster, and another map each time.",
@@ -601,7 +602,7 @@ class EvalConfig(Config):
         "自助法区间与置换检验的重采样次数。",
     )
     examples: Count = knob(10, "Queries to show that were won most, and lost most.", "展示提升最多与下降最多的查询数。")
-    seed: Count = knob(42, "Seed of interval and test.", "区间与检验的随机种子。")
+    seed: Seed = knob(42, "Seed of interval and test.", "区间与检验的随机种子。")
     output_dir: Name = knob(
         "./evaluation",
         "Folder for report.html, report.json, and the runs and judgements in TREC format.",
@@ -669,7 +670,7 @@ class IndexConfig(Config):
         "Recall@10 against exact search that the saved setting has to reach.",
         "所选参数须达到的 recall@10（相对精确检索）。",
     )
-    seed: Count = knob(42, "Seed of the samples and of training.", "抽样与训练的随机种子。")
+    seed: Seed = knob(42, "Seed of the samples and of training.", "抽样与训练的随机种子。")
 
 
 @dataclass(frozen=True)

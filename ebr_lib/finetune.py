@@ -11,12 +11,13 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
-from ebr_lib.errors import ConfigError, ModelError
-from ebr_lib.files import make_folder, replace_folder, write_json, written_whole
+from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
@@ -24,7 +25,9 @@ from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
+    from ebr_lib.data.batches import KnownPositives
     from ebr_lib.data.doctor import DoctorReport
     from ebr_lib.data.pairs import Pair, TrainingRow
     from ebr_lib.model.heldout import GroupMeans, HeldoutTask
@@ -97,7 +100,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if not is_first_process():
         logger.setLevel(logging.ERROR)  # the first one says it
     config = FinetuneConfig.resolve(config)
-    make_folder(Path(config.output_dir))
+    _check_places(config)
     data = _read(config)
     set_seed(config.seed)
     model = _model_with_adapter(config)
@@ -136,6 +139,23 @@ def _place(config: FinetuneConfig, suffix: str) -> Path:
 
     label = model_label(config.model_name).removesuffix(ADAPTER_SUFFIX)
     return Path(config.output_dir) / f"{label}{suffix}"
+
+
+def _check_places(config: FinetuneConfig) -> None:
+    """Make sure, before the work, that what will be written can be, in the stead of nothing but such."""
+    from ebr_lib.model.contract import CONTRACT_FILE
+
+    make_folder(Path(config.output_dir))
+    for suffix in (ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX):
+        place = _place(config, suffix)
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"output folder {place} is a file; give another output_dir, or move it")
+        is_ours = suffix == CHECKPOINTS_SUFFIX or (place / CONTRACT_FILE).is_file()
+        if place.is_dir() and any(place.iterdir()) and not is_ours:
+            raise ConfigError(
+                f"output folder {place} is replaced as a whole and holds no model of this stage; give another "
+                "output_dir, or move it"
+            )
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -224,7 +244,9 @@ def _mined_rows(config: FinetuneConfig, data: _Data, model: SentenceTransformer)
     )
     logger.info("%s", mined.table.text())
     if not mined.counts.any():
-        logger.warning("没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_margin")
+        logger.warning(
+            "没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_rank_min or mining_margin"
+        )
     return mined.rows
 
 
@@ -248,7 +270,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     import torch
 
     from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
-    from ebr_lib.model.loading import load_model
+    from ebr_lib.model.loading import cut_texts_at, load_model
     from ebr_lib.model.training import training_device
 
     precision = _precision(config)
@@ -256,11 +278,18 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     model = load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
-        max_seq_length=config.max_seq_length,
         device=training_device(),
         dtype=torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32,
         trainable=True,
     )
+    if config.adapter_side == "query" and model.max_seq_length != config.max_seq_length:
+        logger.warning(
+            "训练时文档的截断长度不同 documents are cut at max_seq_length %d in training; encoding cuts them where the "
+            "base model does, at %s, for adapter_side query keeps its vectors",
+            config.max_seq_length,
+            model.max_seq_length,
+        )
+    cut_texts_at(model, config.max_seq_length, config.model_name)
     model.prompts |= _prompts(config)
     if is_adapted(model):
         _refuse_other_adapter(config, model)
@@ -303,11 +332,26 @@ def _as_the_adapter_is(config: FinetuneConfig, model: SentenceTransformer) -> Fi
     from ebr_lib.model.adapters import lora_knobs
 
     own = lora_knobs(model)
+    _say_what_changes(config)
     ignored = {name: getattr(config, name) for name, value in own.items() if getattr(config, name) != value}
     if ignored:
         shown = ", ".join(f"{name} {own[name]} ({value} is ignored)" for name, value in ignored.items())
         logger.warning("适配器保持原有设置 the adapter stays as it was saved: %s", shown)
     return dataclasses.replace(config, **own)
+
+
+def _say_what_changes(config: FinetuneConfig) -> None:
+    """Other settings that a saved adapter was trained with may change from here on, but not unnoticed."""
+    from ebr_lib.model.contract import read_contract
+    from ebr_lib.model.loading import find_model
+
+    if (contract := read_contract(find_model(config.model_name))) is None:
+        return
+    then = {"max_seq_length": contract.max_seq_length, "matryoshka_dims": tuple(contract.matryoshka_dims)}
+    changed = {name: value for name, value in then.items() if getattr(config, name) != value}
+    if changed:
+        shown = ", ".join(f"{name} {getattr(config, name)} (was {value})" for name, value in changed.items())
+        logger.warning("与该模型此前的训练不同 not as this model was trained before: %s", shown)
 
 
 def _precision(config: FinetuneConfig) -> Precision:
@@ -336,17 +380,15 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
 
 
 def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
-    from ebr_lib.data.batches import KnownPositives
     from ebr_lib.model import training
     from ebr_lib.model.adapters import trainable_counts
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
 
     checkpoints = _place(config, CHECKPOINTS_SUFFIX)
     documents = [row.positive for row in data.train]
-    rows = training.with_equal_negatives([*data.train, *data.heldout], documents, config.seed)
-    train = training.to_dataset(rows[: len(data.train)], 0)
-    heldout = training.to_dataset(rows[len(data.train) :], len(data.train))
-    known = KnownPositives(rows)
+    train = training.with_equal_negatives(data.train, documents, config.seed)
+    heldout = training.with_equal_negatives(data.heldout, documents, config.seed, known=data.train)
+    known, all_known = _known_positives(train, heldout)
     facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
     callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts)]
     if data.task:
@@ -360,12 +402,12 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
         )
     return training.EbrTrainer(
         model=model,
-        args=_arguments(config, model, data, len(rows[0].negatives)),
-        train_dataset=train,
-        eval_dataset=heldout if data.heldout else None,
-        loss=_loss(config, model, known.mask),
-        anchors=known.anchors,
-        documents=known.documents,
+        args=_arguments(config, model, data, max(len(row.negatives) for row in (*train[:1], *heldout[:1]))),
+        train_dataset=training.to_dataset(train, 0),
+        eval_dataset=training.to_dataset(heldout, len(train)) if heldout else None,
+        loss=_loss(config, model, known, all_known),
+        anchors=all_known.anchors,
+        documents=all_known.documents,
         balanced=config.balanced_batches,
         measure=(lambda m: _measure(config, data.task, m)["all"]) if data.task else None,
         noise=_noise(config),
@@ -373,6 +415,19 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
     )
+
+
+def _known_positives(
+    train: Sequence[TrainingRow], heldout: Sequence[TrainingRow]
+) -> tuple[KnownPositives, KnownPositives]:
+    """What training knows, which nothing held out decides; and, for evaluation, what both know, as wide as the
+    held-out rows are."""
+    from ebr_lib.data.batches import KnownPositives
+
+    known = KnownPositives(train)
+    if not heldout:
+        return known, known
+    return known, KnownPositives([*(dataclasses.replace(row, negatives=()) for row in train), *heldout])
 
 
 def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int) -> Any:
@@ -410,7 +465,13 @@ def _with_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> Fine
     Batches that were to be accumulated are then embedded one row at a time and compared together (GradCache), which
     takes as little memory.
     """
-    if _batch_size(config) > 1 or any(row.negatives for row in rows):
+    has_negatives = any(row.negatives for row in rows)
+    if len(rows) == 1 and not has_negatives:
+        raise DataError(
+            "one training row, and no negative to tell its positive from: nothing can be learnt; give more rows (with "
+            "eval_ratio: 0 none is held out), or a negative"
+        )
+    if _batch_size(config) > 1 or has_negatives:
         return config
     pairs = max(config.gradient_accumulation_steps, 2)
     logger.warning(
@@ -436,10 +497,15 @@ def _column_prompts(config: FinetuneConfig, model: SentenceTransformer, negative
     return columns | {f"negative_{i + 1}": negative for i in range(negatives)}
 
 
-def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> ContrastiveLoss:
+def _loss(
+    config: FinetuneConfig, model: SentenceTransformer, known: KnownPositives, all_known: KnownPositives
+) -> ContrastiveLoss:
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.packing import packed_forward
     from ebr_lib.model.training import world_size
+
+    def answers(rows: Tensor) -> Tensor:
+        return (known if model.training else all_known).mask(rows)
 
     # processes synchronise gradients in the wrapped model's forward, which packed rows go past
     packs = config.packed_rows and world_size() == 1
@@ -449,7 +515,7 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, known: Any) -> Con
         label_smoothing=config.label_smoothing,
         l1=config.l1_regularization,
         matryoshka_dims=config.matryoshka_dims,
-        known_positives=known if config.mask_known_positives else None,
+        known_positives=answers if config.mask_known_positives else None,
         mini_batch_size=config.train_batch_size if config.contrastive_batch_size else None,
         query_only=config.adapter_side == "query",
         packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
@@ -503,21 +569,32 @@ def _preflight(trainer: EbrTrainer) -> None:
 
 def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
     """Where to go on from, after a check that it is the same run; a run that starts anew puts old checkpoints aside."""
+    from ebr_lib.model.loading import identify
+
     folder = _place(config, CHECKPOINTS_SUFFIX)
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
-    run["data_sha256"] = data.sha256
+    base = identify(config.model_name)
+    run |= {"data_sha256": data.sha256, "model_sha256": base.sha256, "base_sha256": base.base_sha256}
     note = folder / "run.json"
     if config.resume_from_checkpoint == "auto" and note.is_file() and (last := _last_whole_checkpoint(folder)):
         _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
         logger.info("从检查点继续 going on from %s", last)
         return last
-    if note.is_file():
-        aside = folder.with_name(folder.name + ".previous")
-        replace_folder(folder, aside)
+    if note.is_file() and _last_whole_checkpoint(folder):
+        aside = _free_name(folder.with_name(folder.name + ".previous"))
+        folder.rename(aside)
         logger.warning("上次中断的检查点已移到 checkpoints of an unfinished run were moved to %s", aside)
+    elif note.is_file():
+        shutil.rmtree(folder)  # it ended before its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, run)
     return None
+
+
+def _free_name(place: Path) -> Path:
+    """`place`, or it with the first number behind it that is not taken."""
+    names = (place if n == 1 else place.with_name(f"{place.name}-{n}") for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, _numbered, _Swaps, deal, keep_anchors_apart
 from ebr_lib.data.pairs import TrainingRow, normalised
+from ebr_lib.model.training import EpochBatches
 
 
 def repeated(batches, keys) -> int:
@@ -68,6 +69,25 @@ def test_promises(rows, batch_size, epoch, processes):
     assert sorted(itertools.chain(*batches)) == list(range(len(rows)))
     gathered = [list(itertools.chain(*batches[i : i + processes])) for i in range(0, len(batches), processes)]
     assert repeated(gathered, documents) == fewest_repeats(documents, batch_size * processes)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 6])
+def test_no_row_is_alone_in_its_batch(batch_size):
+    rows = 6 + 1
+    batches = EpochBatches(BalancedBatchSampler(range(rows), range(rows), batch_size=batch_size), None)
+    for epoch in range(5):
+        batches.set_epoch(epoch)
+        found = list(batches)
+        assert len(found) == len(batches) == 6 // batch_size + 1
+        assert all(2 <= len(set(batch)) <= batch_size for batch in found)
+        assert {row for batch in found for row in batch} == set(range(rows))
+        assert sum(map(len, found)) == rows + 1
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (5, 1), (8, 4), (6, 4)])
+def test_other_batches_are_as_they_were(rows, batch_size):
+    sampler = BalancedBatchSampler(range(rows), range(rows), batch_size=batch_size)
+    assert list(EpochBatches(sampler, None)) == list(sampler)
 
 
 def repeats(seats, keys) -> int:

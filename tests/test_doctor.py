@@ -213,6 +213,7 @@ def test_one_row():
     report = look([TrainingRow("a", "b")])
     assert (report.batch_size, report.false_negatives, report.false_negatives_balanced) == (1, 0, 0)
     assert report.table.rows[-1] == ("每批假负例 false negatives, balanced batch of 1", "0.0", "")  # a share of nothing
+    assert not any("repeat" in advice for advice in report.advice)
     assert (
         "a pair of" in look(ROWS)._repr_html_() and "<script" not in look([TrainingRow("a", "<script>")])._repr_html_()
     )

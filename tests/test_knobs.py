@@ -48,6 +48,12 @@ def test_nan_truth_and_text_are_no_numbers(given):
     assert next(iter(given)) in problems(given)
 
 
+def test_a_seed_is_one_that_every_library_takes():
+    with pytest.raises(ConfigError, match="seed"):
+        FinetuneConfig.resolve({"seed": 2**32})
+    assert FinetuneConfig.resolve({"seed": 2**32 - 1}).seed == 2**32 - 1
+
+
 def test_an_int_is_a_float():
     assert Small.resolve({"rate": 1}).rate == 1
 

@@ -14,7 +14,7 @@ from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.model import saving
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.contract import CONTRACT_FILE, read_contract, weights_sha256
-from ebr_lib.model.loading import find_model, identify, load_model, local_folder, packaged_model
+from ebr_lib.model.loading import find_model, identify, load_model, local_folder, model_label, packaged_model
 from ebr_lib.model.saving import make_contract, save_adapter
 
 
@@ -62,6 +62,12 @@ def test_a_folder_whose_parts_cannot_be_read_is_named(tiny_bert, tmp_path):
     (tmp_path / "model" / "modules.json").write_text("[{")
     with pytest.raises(ModelError, match="does not load as a sentence-transformers model"):
         load_model(str(tmp_path / "model"), device="cpu")
+
+
+def test_a_label_is_the_folder_s_own_name(tmp_path, monkeypatch):
+    (tmp_path / "shop" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "shop" / "sub")
+    assert [model_label(name) for name in (".", "./", "..", "a/b/", "b")] == ["sub", "sub", "shop", "b", "b"]
 
 
 # --- what a saved model is held to --------------------------------------------------------------------------------

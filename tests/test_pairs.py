@@ -124,10 +124,10 @@ def test_other_libraries_names(tmp_path, row, wanted):
 
 def test_unused_columns_are_logged(tmp_path, caplog):
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"query": "q", "pos": ["p"], "prompt": "x", "type": "y"}))
+    file.write_text(json.dumps({"query": "q", "pos": ["p"], "prompt": "x", "type": "y", "half \ud83d": 1}))
     with caplog.at_level("INFO", "ebr_lib"):
         read_pairs(file)
-    assert caplog.messages == ["未使用的列 columns not used: prompt, type"]
+    assert caplog.messages == ["未使用的列 columns not used: prompt, type, half \\ud83d"]
 
 
 BAD = [
@@ -404,6 +404,14 @@ def test_split_size_and_seed():
     assert (len(train), len(held)) == (900, 100)
     assert {p.anchor for p in held} != {p.anchor for p in split_by_anchor(pairs, 0.1, 1)[1]}
     assert split_by_anchor(pairs, 0, 0) == (pairs, [])
+
+
+def test_a_split_that_near_duplicates_make_larger_is_said(caplog):
+    halves = ["where is my parcel number {}x", "how do i cancel a standing order {}y"]
+    pairs = [Pair(half.format(letter), ("d",)) for half in halves for letter in "abcdefghijklmnopqrstuvwxyz"]
+    _, held = split_by_anchor(pairs, 0.1, 0)
+    assert len(held) == 26
+    assert "50 % of them are held out, eval_ratio is 0.1" in caplog.text
 
 
 def test_anchors_that_are_all_alike_are_still_split(caplog):

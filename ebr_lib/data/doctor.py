@@ -361,7 +361,7 @@ def _too_long(report: DoctorReport) -> str | None:
 
 
 def _popular_documents(report: DoctorReport) -> str | None:
-    if report.false_negatives < 0.005 * report.negatives:
+    if report.false_negatives <= 0.005 * report.negatives:
         return None
     random = _percent(report.false_negatives, report.negatives)
     balanced = _percent(report.false_negatives_balanced, report.negatives)

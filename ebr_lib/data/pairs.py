@@ -133,7 +133,7 @@ def read_pairs(
     for file in files:
         _read_file(file, reading)
     if reading.unused:
-        logger.info("未使用的列 columns not used: %s", ", ".join(reading.unused))
+        logger.info("未使用的列 columns not used: %s", ", ".join(map(_printable, reading.unused)))
     _settle_bad_rows(reading, on_bad_row, rejects)
     if not reading.pairs:
         raise DataError(f"no training rows in {', '.join(map(str, files))}; wanted objects with {_WANTED}")
@@ -400,6 +400,11 @@ _BANDS, _BAND_ROWS = 8, 3  # finds a pair of overlap 0.8 with probability 0.997,
 _BLOCK_LETTERS = 1 << 22
 
 
+def _printable(name: str) -> str:
+    """A name as a terminal can take it: half a surrogate pair becomes its escape."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def split_by_anchor(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Split into training and held-out pairs, each in the order given, so that no anchor is on both sides.
 
@@ -435,6 +440,12 @@ def _held_out_anchors(anchors: Sequence[str], eval_ratio: float, seed: int) -> s
             taken.add(group)
             count += int(sizes[group])
     taken = taken or {min(order, key=lambda group: int(sizes[group]))}
+    if (share := sizes[list(taken)].sum() / len(anchors)) > 2 * eval_ratio and len(anchors) * eval_ratio >= 1:
+        logger.warning(
+            "近似 anchor 不可拆分 near-duplicate anchors stay together: %.0f %% of them are held out, eval_ratio is %g",
+            100 * share,
+            eval_ratio,
+        )
     return {anchor for anchor, group in zip(anchors, groups.tolist(), strict=True) if group in taken}
 
 

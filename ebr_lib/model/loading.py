@@ -71,7 +71,8 @@ def find_model(name: str) -> str:
 
 def model_label(name: str) -> str:
     """The last part of a model's name, for folders and tables."""
-    return Path(name.rstrip("/")).name
+    last = Path(name).name
+    return last if last not in ("", "..") else Path(name).resolve().name
 
 
 def local_folder(name: str) -> Path | None:
@@ -140,7 +141,8 @@ def load_model(
     Pickled weights are refused, for a pickle can hold code, unless `use_safetensors=False` is among `model_kwargs`.
 
     A folder that fine-tuning saved is loaded as its base model plus the adapter; its probe texts are encoded and
-    compared, and a warning is logged when the vectors are not those that were saved.
+    compared, and a warning is logged when the vectors are not those that were saved. Documents of an adapter that was
+    trained for queries only are the base model's, its own length included.
 
     :param name: the packaged name, a folder, or a hub name.
     :param trust_remote_code: run the modelling code that the model brings along.
@@ -162,25 +164,29 @@ def load_model(
         model = _load(base, base, trust_remote_code, device, model_kwargs)
         if contract.adapter_side == "both" or side == "query":
             _load_adapter(name, where, model, trainable)
+            model.max_seq_length = contract.max_seq_length
         model.prompts = dict(contract.prompts)
-        model.max_seq_length = contract.max_seq_length
     if contract is not None:
         check_probes(model, contract, side, name)
     if merged and is_adapted(model):
         merge_adapter(model)
     if max_seq_length is not None:
-        _refuse_beyond_positions(name, model, max_seq_length)
-        model.max_seq_length = max_seq_length
+        cut_texts_at(model, max_seq_length, name)
     return model
 
 
-def _refuse_beyond_positions(name: str, model: SentenceTransformer, max_seq_length: int) -> None:
+def cut_texts_at(model: SentenceTransformer, max_seq_length: int, name: str) -> None:
+    """Set the tokens that a model cuts texts to.
+
+    :raises ModelError: it has fewer positions.
+    """
     limit = position_limit(model)
     if limit is not None and max_seq_length > limit:
         raise ModelError(
             f"max_seq_length: {max_seq_length} tokens wanted, model {name} has positions for {limit}; "
             f"set max_seq_length to {limit} or less"
         )
+    model.max_seq_length = max_seq_length
 
 
 def _checked_base(name: str, where: str, contract: Contract) -> str:

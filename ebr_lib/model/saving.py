@@ -12,8 +12,7 @@ from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_NAME, merge_adapter
 from ebr_lib.model.contract import PROBES, Contract, probe_vectors, setup_of
-from ebr_lib.model.loading import ModelIdentity, find_model, load_model
-from ebr_lib.model.losses import base_model_only
+from ebr_lib.model.loading import ModelIdentity, find_model, load_model, prompt_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -28,18 +27,21 @@ def make_contract(
     adapter_side: str,
     matryoshka_dims: tuple[int, ...] = (),
 ) -> Contract:
-    """The contract of a model as it is now, probe vectors of both sides included."""
-    prompts = {side: model.prompts.get(side) or "" for side in ("query", "document")}
-    probes = {"query": probe_vectors(model, prompts["query"])}
+    """The contract of a model as it is now, probe vectors of both sides included; documents that an adapter for queries
+    leaves alone are the base model's, which is loaded for them."""
+    trust_remote_code = bool(getattr(model, "trust_remote_code", False))
+    of_documents = model
     if adapter_side == "query":
-        with base_model_only(model):
-            probes["document"] = probe_vectors(model, prompts["document"])
-    else:
-        probes["document"] = probe_vectors(model, prompts["document"])
+        of_documents = load_model(base.base_model, trust_remote_code=trust_remote_code, device="cpu")
+    prompts = {"query": prompt_of(model, "query"), "document": prompt_of(model, "document")}
+    probes = {
+        "query": probe_vectors(model, prompts["query"]),
+        "document": probe_vectors(of_documents, prompts["document"]),
+    }
     return Contract(
         base_model=base.base_model,
         base_sha256=base.base_sha256,
-        trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
+        trust_remote_code=trust_remote_code,
         prompts=prompts,
         max_seq_length=int(model.max_seq_length or 0),
         adapter_side=adapter_side,

@@ -86,11 +86,15 @@ def from_first_process(value: Any) -> Any:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def with_equal_negatives(rows: Sequence[TrainingRow], documents: Sequence[str], seed: int) -> list[TrainingRow]:
+def with_equal_negatives(
+    rows: Sequence[TrainingRow], documents: Sequence[str], seed: int, known: Sequence[TrainingRow] = ()
+) -> list[TrainingRow]:
     """Rows that all have as many hard negatives as the one that has most.
 
     What a row lacks is drawn from those of `documents` that are not known to answer its anchor: the tensor wants equal
     numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone.
+
+    :param known: other rows whose answers are known, too.
     """
     most = max((len(row.negatives) for row in rows), default=0)
     lacking = sum(most - len(row.negatives) for row in rows)
@@ -106,22 +110,22 @@ def with_equal_negatives(rows: Sequence[TrainingRow], documents: Sequence[str], 
         )
     keys = text_keys(documents).tolist()
     filled = []
-    for number, (row, answers) in enumerate(zip(rows, _known_answers(rows), strict=True)):
+    for number, (row, answers) in enumerate(zip(rows, _known_answers(rows, known), strict=True)):
         draw = random.Random(f"{seed} {number}")
         more = tuple(documents[_other(keys, answers, draw)] for _ in range(most - len(row.negatives)))
         filled.append(dataclasses.replace(row, negatives=row.negatives + more))
     return filled
 
 
-def _known_answers(rows: Sequence[TrainingRow]) -> list[set[int]]:
+def _known_answers(rows: Sequence[TrainingRow], more: Sequence[TrainingRow]) -> list[set[int]]:
     """Of each row the keys of all texts known to answer its anchor, as `KnownPositives` counts them."""
-    anchors = text_keys(row.anchor for row in rows).tolist()
-    positives = text_keys(row.positive for row in rows).tolist()
+    anchors = text_keys(row.anchor for row in (*rows, *more)).tolist()
+    positives = text_keys(row.positive for row in (*rows, *more)).tolist()
     known = defaultdict[int, set[int]](set)
     for anchor, positive in zip(anchors, positives, strict=True):
         known[anchor] |= {anchor, positive}
         known[positive] |= {anchor, positive}
-    return [known[anchor] for anchor in anchors]
+    return [known[anchor] for anchor in anchors[: len(rows)]]
 
 
 def _other(keys: Sequence[int], answers: set[int], draw: random.Random) -> int:
@@ -175,8 +179,9 @@ class NoisyCollator:
 class EpochBatches(Sampler[list[int]]):
     """Batches of an epoch; tells the noise which epoch it is.
 
-    Several processes take turns, and gather what they embed: batches of one size, as many for each. The last round is
-    therefore filled up with the epoch's first rows once more; the mask knows their positives.
+    A row that is alone in the last batch has no negatives there and would teach nothing: the epoch's first row keeps it
+    company. Several processes take turns, and gather what they embed: batches of one size, as many for each. The last
+    round is therefore filled up with the epoch's first rows once more; the mask knows their positives.
 
     :param batches: full ones, but for the last.
     """
@@ -196,7 +201,14 @@ class EpochBatches(Sampler[list[int]]):
             self._cell.fill_(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches) if self.processes == 1 else self._filled_up()
+        return self._in_company() if self.processes == 1 else self._filled_up()
+
+    def _in_company(self) -> Iterator[list[int]]:
+        first = None
+        for batch in self.batches:
+            first = batch[0] if first is None else first
+            is_alone = len(batch) == 1 < self.batch_size and batch[0] != first
+            yield [*batch, first] if is_alone else batch
 
     def _filled_up(self) -> Iterator[list[int]]:
         rows = [row for batch in self.batches for row in batch]
