@@ -112,6 +112,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     before = _measure(config, data.task, model)
     trainer = _trainer(config, data, model, report)
     seconds = _train(config, data, trainer)
+    _refuse_nan(config, model)
     after = _measure(config, data.task, model)
     result = FinetuneResult(
         model_path=str(_place(config, ADAPTER_SUFFIX)),
@@ -390,7 +391,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
     heldout = training.with_equal_negatives(data.heldout, documents, config.seed, known=data.train)
     known, all_known = _known_positives(train, heldout)
     facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
-    callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts)]
+    callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts, _causes_of_nan(config))]
     if data.task:
         callbacks.append(
             training.KeepBest(
@@ -552,6 +553,22 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
         if isinstance(callback, KeepBest):
             callback.restore(trainer.model)
     return time.perf_counter() - start
+
+
+def _causes_of_nan(config: FinetuneConfig) -> list[str]:
+    from ebr_lib.model.logbook import causes_of_nan
+
+    return causes_of_nan(config.learning_rate, config.temperature, _precision(config).dtype == "float16")
+
+
+def _refuse_nan(config: FinetuneConfig, model: SentenceTransformer) -> None:
+    from ebr_lib.model.saving import is_finite
+
+    if not is_finite(model):
+        raise ModelError(
+            "training ended in weights, or vectors, that are not finite numbers (NaN); nothing is saved, and what "
+            f"stood in {_place(config, ADAPTER_SUFFIX)} stays. Likely causes: {'; '.join(_causes_of_nan(config))}"
+        )
 
 
 def _preflight(trainer: EbrTrainer) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ebr_lib import train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
-from ebr_lib.model import precision
+from ebr_lib.model import precision, training
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
@@ -324,6 +324,81 @@ def test_keep_best_counts_as_documented():
     assert [loss.offer(v, i) for i, v in enumerate([2.0, 1.0, 1.5])] == [True, True, False]
 
 
+def test_what_is_no_number_is_never_better():
+    keeper = KeepBest("loss", patience=0, threshold=0.0, folder="unused")
+    values = [0.5, float("nan"), 9.0, 0.4, -float("inf")]
+    assert [keeper.offer(v, i) for i, v in enumerate(values)] == [True, False, False, True, False]
+    assert (keeper.best, keeper.best_step, keeper.waited) == (0.4, 3, 1)
+    first = KeepBest("ndcg@10", patience=0, threshold=0.0, folder="unused")
+    assert [first.offer(v, i) for i, v in enumerate([float("nan"), 0.1, float("inf")])] == [False, True, False]
+    assert (first.best, first.waited) == (0.1, 1)
+
+
+def spoil_weights_after(step: int, monkeypatch) -> None:
+    """One weight becomes NaN after that step."""
+
+    class Spoil(training.TrainingBar):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == step:
+                weight = next(weight for weight in model.parameters() if weight.requires_grad)
+                torch.nn.init.constant_(weight, float("nan"))
+
+    monkeypatch.setattr(training, "TrainingBar", Spoil)
+
+
+def test_a_run_that_ends_in_nan_saves_nothing_and_loses_nothing(settings, monkeypatch, caplog):
+    before = adapter(train(settings))
+    spoil_weights_after(2, monkeypatch)
+    with (
+        caplog.at_level(logging.WARNING, "ebr_lib"),
+        pytest.raises(ModelError, match=r"not finite .*learning_rate 0.002.*temperature 0.05"),
+    ):
+        train(settings, eval_ratio=0.0)
+    assert any("the training loss is nan" in line for line in caplog.messages)
+    (folder,) = Path(settings["output_dir"]).glob("*-peft-lora")
+    assert same(load_file(folder / ADAPTER_FILE), before)
+
+
+@pytest.mark.parametrize("knobs", [{"temperature": 1e-45}, {"learning_rate": 1e30, "train_batch_size": 64}])
+def test_numbers_too_large_for_their_type_end_the_run(settings, knobs):
+    """The second makes finite weights in its only step, with which no vector is finite."""
+    with pytest.raises(ModelError, match="not finite"):
+        train(settings, **knobs)
+    assert not list(Path(settings["output_dir"]).glob("*-peft-lora"))
+
+
+def test_good_weights_before_nan_are_those_that_are_saved(settings, monkeypatch, tmp_path):
+    knobs = {"best_metric": "loss", "eval_steps": 2}
+    stopped = adapter(train(settings, **knobs, lr_scheduler_type="constant", num_epochs=0.4))  # two steps of five
+    spoil_weights_after(3, monkeypatch)
+    spoilt = train(settings, **knobs, lr_scheduler_type="constant", output_dir=str(tmp_path / "spoilt"))
+    assert same(adapter(spoilt), stopped)
+    text = (Path(spoilt.model_path) / "training_log.jsonl").read_text()
+    losses = [
+        (entry["step"], entry["eval_loss"]) for entry in map(json.loads, text.splitlines()) if "eval_loss" in entry
+    ]
+    assert [(step, loss is None) for step, loss in losses] == [(2, False), (4, True), (5, True)]
+
+
+def test_one_loss_that_is_no_number_is_one_entry_of_the_log(settings, monkeypatch, tmp_path):
+    step = EbrTrainer.training_step
+
+    def spoilt(self, model, inputs, num=None):
+        loss = step(self, model, inputs, num)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+    whole = losses_of(train(settings))
+    monkeypatch.setattr(EbrTrainer, "training_step", spoilt)
+    found = losses_of(train(settings, output_dir=str(tmp_path / "spoilt")))
+    assert found == [whole[0], None, *whole[2:]] and len(whole) == 5
+
+
+def losses_of(result) -> list[float | None]:
+    text = (Path(result.model_path) / "training_log.jsonl").read_text()
+    return [entry["loss"] for entry in map(json.loads, text.splitlines()) if "loss" in entry]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch, bf16):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # a base in bfloat16 must not round the adapter
@@ -393,8 +468,6 @@ def test_a_row_that_fits_nowhere_is_an_error(settings, monkeypatch):
 
 
 def test_a_memory_limit_counts_as_out_of_memory(settings, monkeypatch, caplog):
-    from ebr_lib.model import training
-
     readings = iter([900.0, 100.0])
     monkeypatch.setattr(training, "peak_memory_mb", lambda: next(readings, 100.0))
     with caplog.at_level(logging.WARNING, "ebr_lib"):

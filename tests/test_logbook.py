@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts, draw_curve, read_log
+from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan, draw_curve, read_log
 
 HARMLESS = RunFacts(rows=5000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000)
 STATE = SimpleNamespace(is_world_process_zero=True, global_step=7)
@@ -16,7 +16,7 @@ OTHER_PROCESS = SimpleNamespace(is_world_process_zero=False, global_step=7)
 
 
 def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
-    watch = LossWatch(facts)
+    watch = LossWatch(facts, causes_of_nan(1e-4, 0.05, fp16=True))
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         for entry in entries:
             watch.on_log(None, state, None, entry)
@@ -26,6 +26,19 @@ def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
 def test_a_loss_of_nothing_is_said_once(caplog):
     (said,) = heard(caplog, [{"loss": x} for x in (2.0, 9e-4, 8e-4, 7e-4)])
     assert "损失接近零" in said and "the data may be too easy" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_said_with_its_own_causes(caplog, value):
+    few = RunFacts(rows=9, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000)
+    nothing, said = heard(caplog, [{"loss": x} for x in (8e-4, 7e-4, value, value)], few)  # after another warning too
+    assert "损失接近零" in nothing and "9 training rows" in nothing
+    assert "损失不是有限数" in said and f"loss is {value}" in said and "rows" not in said
+    assert all(cause in said for cause in ("learning_rate 0.0001", "temperature 0.05", "fp16"))
+
+
+def test_half_precision_is_no_cause_where_there_is_none():
+    assert not [cause for cause in causes_of_nan(1e-4, 0.05, fp16=False) if "fp16" in cause]
 
 
 def test_what_l1_adds_hides_nothing(caplog):
@@ -71,9 +84,9 @@ def test_the_causes_are_those_of_the_numbers():
 def test_the_log_is_one_entry_a_line_without_nan(tmp_path):
     log = JsonLinesLog(tmp_path / "log" / "log.jsonl")
     log.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
-    log.on_log(None, STATE, None, {"loss": float("nan"), "grad_norm": float("inf"), "epoch": 0.5})
+    log.on_log(None, STATE, None, {"loss": float("nan"), "grad_norm": -float("inf"), "epoch": 0.5})
     log.on_log(None, OTHER_PROCESS, None, {"loss": 1.0})
-    assert read_log(log.path) == [{"step": 7, "loss": "nan", "grad_norm": "inf", "epoch": 0.5}]
+    assert log.path.read_text() == '{"step": 7, "loss": null, "grad_norm": null, "epoch": 0.5}\n'
 
 
 def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
@@ -89,7 +102,8 @@ def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
 def test_the_curve_is_a_picture_of_what_was_logged(tmp_path, metric):
     log = tmp_path / "log.jsonl"
     log.write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.0, "eval_ndcg@10": 0.5}\n{"step": 3, "loss": "nan"}\n'
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.0, "eval_ndcg@10": 0.5}\n{"step": 3, "loss": null}\n'
+        '{"step": 4, "eval_loss": null, "eval_ndcg@10": null}\n'
     )
     draw_curve(log, tmp_path / "curve.png", metric)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
@@ -18,7 +18,7 @@ from ebr_lib.names import FULL_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLinesLog(TrainerCallback):
@@ -74,7 +74,7 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
             left.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     left.set(xlabel="step", ylabel="loss", title="Training")
     left.grid(alpha=0.3)
-    right_points = [(e["step"], e[f"eval_{metric}"]) for e in entries if f"eval_{metric}" in e]
+    right_points = [(e["step"], e[f"eval_{metric}"]) for e in entries if isinstance(e.get(f"eval_{metric}"), float)]
     if right_points and metric != "loss":
         right = left.twinx()
         right.plot(*zip(*right_points, strict=True), "s-", color="tab:green", label=f"held-out {metric}", markersize=4)
@@ -107,35 +107,55 @@ class RunFacts:
         return causes or ["the data may be too easy: add hard negatives"]
 
 
+def causes_of_nan(learning_rate: float, temperature: float, fp16: bool) -> list[str]:
+    """What makes numbers too large for their type, and what to do about it."""
+    causes = [
+        f"学习率 / learning_rate {learning_rate:g}: lower it",
+        f"温度 / temperature {temperature:g}: raise it",
+    ]
+    return [*causes, "半精度 / fp16: train in bf16, or in neither"] if fp16 else causes
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a loss: its name (Chinese), what is seen of it, and likely causes."""
+
+    name: str
+    seen: str
+    causes: Sequence[str]
+
+
 class LossWatch(TrainerCallback):
-    """Says once when the loss falls to nothing early, or held-out loss rises while training loss falls."""
+    """Says, once each, when the loss is no number, falls to nothing early, or rises on held-out rows alone."""
 
     collapsed_below = 1e-3
 
-    def __init__(self, facts: RunFacts) -> None:
-        self.facts = facts
-        self.said = False
+    def __init__(self, facts: RunFacts, causes_of_nan: Sequence[str]) -> None:
+        self.facts, self.causes_of_nan = facts, causes_of_nan
+        self.said: set[str] = set()
         self.train: list[float] = []
         self.heldout: list[tuple[float, float]] = []  # (held-out loss, training loss then)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
-        """Note the losses; warn, once, when they show trouble."""
+        """Note the losses; warn when they show trouble that was not said yet."""
         if "loss" in logs:
             # where the loss has an L1 part, what is learned from the data is logged apart
             self.train.append(float(logs.get("contrastive", logs["loss"])))
         if "eval_loss" in logs and self.train:
             self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
         trouble = self.trouble()
-        if trouble and not self.said and state.is_world_process_zero:
-            self.said = True
-            logger.warning("%s. 可能原因 likely causes: %s", trouble, "; ".join(self.facts.causes()))
+        if trouble and trouble.name not in self.said and state.is_world_process_zero:
+            self.said.add(trouble.name)
+            logger.warning("%s / %s. 可能原因 likely causes: %s", trouble.name, trouble.seen, "; ".join(trouble.causes))
 
-    def trouble(self) -> str | None:
+    def trouble(self) -> Trouble | None:
         """What is wrong, or None."""
+        if self.train and not math.isfinite(self.train[-1]):
+            return Trouble("损失不是有限数", f"the training loss is {self.train[-1]}", self.causes_of_nan)
         if len(self.train) >= 2 and max(self.train[-2:]) < self.collapsed_below:
-            return f"损失接近零 / the training loss fell to {self.train[-1]:.2g}: the model learns nothing more from it"
+            seen = f"the training loss fell to {self.train[-1]:.2g}: the model learns nothing more from it"
+            return Trouble("损失接近零", seen, self.facts.causes())
         if len(self.heldout) >= 3 and _overfits(self.heldout[-3:]):
-            return "过拟合 / held-out loss rises while training loss falls"
+            return Trouble("过拟合", "held-out loss rises while training loss falls", self.facts.causes())
         return None
 
 

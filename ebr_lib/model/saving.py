@@ -10,7 +10,7 @@ import numpy as np
 
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
-from ebr_lib.model.adapters import ADAPTER_NAME, merge_adapter
+from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights, merge_adapter
 from ebr_lib.model.contract import PROBES, Contract, probe_vectors, setup_of
 from ebr_lib.model.loading import ModelIdentity, find_model, load_model, prompt_of
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MERGED_TOLERANCE = 1e-3  # float32 stays below 1e-6, bfloat16 weights round the product
+
+
+def is_finite(model: SentenceTransformer) -> bool:
+    """Whether an adapter's weights are numbers, and so are the vectors that the model makes with them."""
+    weights = adapter_weights(model).values()
+    return all(bool(weight.isfinite().all()) for weight in weights) and bool(
+        np.isfinite(probe_vectors(model, "")).all()
+    )
 
 
 def make_contract(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import random
 import re
@@ -263,6 +264,7 @@ def training_arguments(
         restore_callback_states_from_checkpoint=True,
         logging_steps=max(1, min(50, steps // 40)),
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # which would log 0 for NaN
         dataloader_drop_last=world_size() > 1,  # as the library insists; `EpochBatches` drops nothing
         ddp_find_unused_parameters=False,
         use_cpu=training_device() == "cpu",
@@ -278,7 +280,8 @@ def training_arguments(
 class KeepBest(TrainerCallback, ExportableState):
     """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
 
-    An evaluation counts as better when the metric moved by more than `threshold` in the right direction.
+    An evaluation counts as better when the metric moved by more than `threshold` in the right direction, which
+    NaN never does.
     `patience` evaluations in a row without one stop the run; 0 never does.
     """
 
@@ -298,13 +301,17 @@ class KeepBest(TrainerCallback, ExportableState):
 
     def offer(self, value: float, step: int) -> bool:
         """Take note of an evaluation; true when it is the best so far."""
-        if self.best is not None:
-            gain = self.best - value if self.metric == LOWER_IS_BETTER else value - self.best
-            if gain <= self.threshold:
-                self.waited += 1
-                return False
+        if not self._is_better(value):
+            self.waited += 1
+            return False
         self.best, self.best_step, self.waited = value, step, 0
         return True
+
+    def _is_better(self, value: float) -> bool:
+        if self.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        gain = self.best - value if self.metric == LOWER_IS_BETTER else value - self.best
+        return gain > self.threshold
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Keep the weights if they are the best so far; stop the run when patience is at its end."""
@@ -550,6 +557,8 @@ class EbrTrainer(SentenceTransformerTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the library does, and beside a loss the share of the negatives that were masked."""
         share = self.loss.take_masked_share() if "loss" in logs else None
+        if "loss" in logs:
+            self._tr_loss.zero_()  # what the library takes from itself to begin anew, and NaN less NaN is not 0
         super().log(logs | ({} if share is None else {"masked_share": round(share, 5)}), start_time)
 
 
