@@ -374,11 +374,7 @@ def test_good_weights_before_nan_are_those_that_are_saved(settings, monkeypatch,
     spoil_weights_after(3, monkeypatch)
     spoilt = train(settings, **knobs, lr_scheduler_type="constant", output_dir=str(tmp_path / "spoilt"))
     assert same(adapter(spoilt), stopped)
-    text = (Path(spoilt.model_path) / "training_log.jsonl").read_text()
-    losses = [
-        (entry["step"], entry["eval_loss"]) for entry in map(json.loads, text.splitlines()) if "eval_loss" in entry
-    ]
-    assert [(step, loss is None) for step, loss in losses] == [(2, False), (4, True), (5, True)]
+    assert [(step, loss is None) for step, loss in evaluations_of(spoilt)] == [(2, False), (4, True), (5, True)]
 
 
 def test_one_loss_that_is_no_number_is_one_entry_of_the_log(settings, monkeypatch, tmp_path):
@@ -526,6 +522,41 @@ def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, num
     with pytest.raises(ConfigError, match=r"learning_rate: was 0.002, is 0.001"):
         train(settings, num_epochs=3, resume_from_checkpoint="auto", learning_rate=1e-3)
     assert train(settings, num_epochs=3, resume_from_checkpoint="auto").steps == 15
+
+
+@pytest.mark.parametrize(
+    ("step", "knobs"),
+    [
+        (3, {}),  # within an epoch of five steps
+        (5, {}),  # at its end
+        (5, {"save_steps": 100}),
+        (3, {"eval_steps": 2}),
+        (3, {"lr_scheduler_type": "reduce_lr_on_plateau", "early_stopping_patience": 1}),
+    ],
+)
+def test_after_a_signal_the_run_goes_on_as_if_there_had_been_none(settings, monkeypatch, tmp_path, step, knobs):
+    knobs = {"num_epochs": 2, "lora_dropout": 0.3, **knobs}
+    whole = train(settings, **knobs, output_dir=str(tmp_path / "whole"))
+    make = EbrTrainer.training_step
+
+    def signalled(self, model, inputs, num=None):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(self, model, inputs, num)
+
+    monkeypatch.setattr(EbrTrainer, "training_step", signalled)
+    monkeypatch.setattr("ebr_lib.model.training.fly_longest_batch", lambda trainer: Preflight(0.0, 0.0))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, **knobs)
+    monkeypatch.setattr(EbrTrainer, "training_step", make)
+    resumed = train(settings, **knobs, resume_from_checkpoint="auto")
+    assert same(adapter(resumed), adapter(whole))
+    assert evaluations_of(resumed) == evaluations_of(whole)
+
+
+def evaluations_of(result) -> list[tuple[int, float]]:
+    text = (Path(result.model_path) / "training_log.jsonl").read_text()
+    return [(entry["step"], entry["eval_loss"]) for entry in map(json.loads, text.splitlines()) if "eval_loss" in entry]
 
 
 @pytest.mark.parametrize("cut", ["no state", "half a state"])

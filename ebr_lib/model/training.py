@@ -360,6 +360,16 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a signal: the library takes an epoch that was left for one that ended, and would evaluate here.
+
+        The run that goes on evaluates where a whole one does, and so has the same best weights, rates and random state.
+        """
+        if self.received:
+            ended = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+            control.should_evaluate = control.should_evaluate and ended
+            control.should_save = ended  # the checkpoint of this step has to know of the evaluation
+
     def put_handlers_back(self) -> None:
         """For when training is over, however it ended: no callback hears of an error."""
         while self._before:
