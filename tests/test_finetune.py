@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebr_lib import train_sentence_transformer
+from ebr_lib import finetune, train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.model import precision, training
@@ -532,6 +532,7 @@ def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, num
         (5, {"save_steps": 100}),
         (3, {"eval_steps": 2}),
         (3, {"lr_scheduler_type": "reduce_lr_on_plateau", "early_stopping_patience": 1}),
+        (8, {"num_epochs": 1.6, "lr_scheduler_type": "constant"}),  # at the end of the run, within an epoch
     ],
 )
 def test_after_a_signal_the_run_goes_on_as_if_there_had_been_none(settings, monkeypatch, tmp_path, step, knobs):
@@ -550,6 +551,34 @@ def test_after_a_signal_the_run_goes_on_as_if_there_had_been_none(settings, monk
         train(settings, **knobs)
     monkeypatch.setattr(EbrTrainer, "training_step", make)
     resumed = train(settings, **knobs, resume_from_checkpoint="auto")
+    assert same(adapter(resumed), adapter(whole))
+    assert evaluations_of(resumed) == evaluations_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "steps"),
+    [
+        # the first evaluation is the best, for no other is better by so much; the second ends the run
+        ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0}, 10),
+        ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0, "eval_steps": 2}, 4),
+        ({"early_stopping_patience": 1, "early_stopping_threshold": 100.0, "eval_steps": 2, "save_steps": 3}, 4),
+        ({"num_epochs": 1.6, "lr_scheduler_type": "constant", "best_metric": "loss"}, 8),
+    ],
+)
+def test_a_run_that_died_while_it_saved_is_not_trained_on(settings, monkeypatch, tmp_path, knobs, steps):
+    knobs = {"num_epochs": 4, **knobs}
+    whole = train(settings, **knobs, output_dir=str(tmp_path / "whole"))
+    assert whole.steps == steps
+
+    def dies(*given):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_save", dies)
+        with pytest.raises(OSError, match="no space left"):
+            train(settings, **knobs)
+    resumed = train(settings, **knobs, resume_from_checkpoint="auto")
+    assert resumed.steps == whole.steps
     assert same(adapter(resumed), adapter(whole))
     assert evaluations_of(resumed) == evaluations_of(whole)
 

@@ -317,6 +317,13 @@ class KeepBest(TrainerCallback, ExportableState):
         """Keep the weights if they are the best so far; stop the run when patience is at its end."""
         if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
             self._keep(kwargs["model"])
+        self._stop_at_end_of_patience(control)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop at once where the run that goes on had stopped early."""
+        self._stop_at_end_of_patience(control)
+
+    def _stop_at_end_of_patience(self, control: Any) -> None:
         if self.patience and self.waited >= self.patience:
             logger.info("早停 early stopping: %d evaluations without a better %s", self.waited, self.metric)
             control.should_training_stop = True
@@ -554,6 +561,11 @@ class EbrTrainer(SentenceTransformerTrainer):
         )
 
     # --- checkpoints and log ---
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Not one that begins where the run had ended already: the library would make a step before it looks."""
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
