@@ -547,6 +547,28 @@ def test_out_of_memory_leaves_batches_negatives_and_weights_as_they_were(plain, 
         torch.testing.assert_close(weight, whole[name], atol=2e-4, rtol=1e-3)
 
 
+def test_a_step_made_twice_is_logged_once(plain, monkeypatch):
+    """Memory runs out after backward, twice, in the second batch of a step."""
+    knobs = {"gradient_accumulation_steps": 2, "l1_regularization": 1e-3, "balanced_batches": False}
+    whole = log_of(train(plain, **knobs))
+    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(0.0, 0.0))
+    make, made = SentenceTransformerTrainer.training_step, []
+
+    def tight(self, model, inputs, num=None):
+        loss = make(self, model, inputs, num)
+        made.append(self.loss.mini_batch_size)
+        if len(made) in (2, 3):
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    monkeypatch.setattr(SentenceTransformerTrainer, "training_step", tight)
+    found = log_of(train(plain, **knobs, output_dir=plain["output_dir"] + "-tight"))
+    assert made[:4] == [None, None, 4, 2]
+    for name in ("loss", "contrastive", "l1", "masked_share"):
+        wanted = [entry[name] for entry in whole if "loss" in entry]
+        assert [entry[name] for entry in found if "loss" in entry] == pytest.approx(wanted, rel=1e-3) and any(wanted)
+
+
 def test_the_evaluation_loss_is_halved_too(plain, monkeypatch, tmp_path):
     knobs = {"eval_ratio": 0.25, "eval_batch_size": 12}
     whole = log_of(train(plain, **knobs))

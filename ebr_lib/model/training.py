@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, islice
@@ -499,8 +500,7 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; when memory runs out, again in micro-batches of half the size."""
-        accumulated = [weight.grad.clone() if weight.grad is not None else None for weight in self.loss.weights]
-        states = _random_states()
+        go_back = self._way_back()
         while True:
             if self.memory_limit_mb:
                 count_peak_anew()
@@ -511,10 +511,24 @@ class EbrTrainer(SentenceTransformerTrainer):
                 return loss
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(len(inputs["label"]), error)
-            for weight, gradient in zip(self.loss.weights, accumulated, strict=True):
+            go_back()
+            _give_memory_back()  # not before: the error held on to what the step had made
+
+    def _way_back(self) -> Callable[[], None]:
+        """What puts all that a step changes back to what it is now: gradients, random states, what the log counts."""
+        gradients = [None if weight.grad is None else weight.grad.clone() for weight in self.loss.weights]
+        states = _random_states()
+        components = deepcopy(self.accum_loss_components["train"])
+        counts = self.loss.masked, self.loss.negatives
+
+        def go_back() -> None:
+            for weight, gradient in zip(self.loss.weights, gradients, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
             _set_random_states(states)
-            _give_memory_back()  # not before: the error held on to what the step had made
+            self.accum_loss_components["train"] = deepcopy(components)
+            self.loss.masked, self.loss.negatives = counts
+
+        return go_back
 
     def _attention(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
         """The attention of packed rows under checkpointing: backward runs layers again, and has to find the same."""
