@@ -186,9 +186,11 @@ class FinetuneConfig(Config):
     lr_scheduler_type: Scheduler = knob(
         "linear",
         "How the learning rate moves. `reduce_lr_on_plateau` and `greedy` lower it when `best_metric` has not got better "
-        "for three evaluations; these two and `constant` have no warm-up.",
+        "for three evaluations; these two and `constant` have no warm-up. `cosine_with_restarts` has a cycle an epoch, at "
+        "least two; `polynomial` falls with the square of the steps left.",
         "学习率调度方式。`reduce_lr_on_plateau` 与 `greedy` 在 `best_metric` 连续三次评估未提升时降低学习率；"
-        "这两种与 `constant` 没有预热。",
+        "这两种与 `constant` 没有预热。`cosine_with_restarts` 每轮一个周期（至少两个）；"
+        "`polynomial` 按剩余步数的平方下降。",
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.0, "Share of the steps in which the learning rate rises.", "学习率预热占总步数的比例。"

@@ -7,8 +7,10 @@ import logging
 import math
 import re
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import ContrastiveLoss
-from ebr_lib.model.schedulers import scheduler_extras
+from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler, scheduler_extras
 from tests.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - pairs: a fixture's fixture
 
 
@@ -207,7 +209,7 @@ def test_every_scheduler_moves_the_rate_as_it_is_defined(plain, monkeypatch, nam
     total = train(plain, lr_scheduler_type=name, num_epochs=2, warmup_ratio=0.25).steps
     monkeypatch.undo()
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-3)
-    extras = scheduler_extras(name, total, 2e-3, rises=True)
+    extras = scheduler_extras(name, total, 2, 2e-3, rises=True)
     scheduler = get_scheduler(name, optimizer, math.ceil(0.25 * total), total, extras)
     wanted = []
     for _ in range(total):
@@ -215,8 +217,48 @@ def test_every_scheduler_moves_the_rate_as_it_is_defined(plain, monkeypatch, nam
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(wanted)
-    if name == "linear":  # by hand: a quarter of 12 steps up from 0, then down to 0
-        assert rates == pytest.approx([2e-3 * (i / 3 if i < 3 else (12 - i) / 9) for i in range(12)])
+    by_hand = {  # of the share of the steps that is over, warm-up left out
+        "linear": lambda t: 1 - t,
+        "polynomial": lambda t: (1 - t) ** 2,
+        "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+        "cosine_with_restarts": lambda t: (1 + math.cos(math.pi * (2 * t % 1))) / 2,
+    }
+    if name in by_hand:  # a quarter of 12 steps up from 0, then as it says
+        shares = [i / 3 if i < 3 else by_hand[name]((i - 3) / 9) for i in range(12)]
+        assert rates == pytest.approx([2e-3 * share for share in shares])
+
+
+def rates_of(name: str, epochs: float, steps: int = 40) -> list[float]:
+    """A scheduler's rates, as shares of the peak, for a metric that falls after each step."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = get_scheduler(name, optimizer, 10, steps, scheduler_extras(name, steps, epochs, 1e-3, rises=True))
+    rates = []
+    for number in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-3)
+        optimizer.step()
+        scheduler.step(*([-float(number)] if name in FOLLOW_THE_METRIC else []))
+    return rates
+
+
+def test_no_two_schedulers_are_the_same():
+    rates = {name: rates_of(name, epochs=2) for name in get_args(Scheduler)}
+    alike = [(a, b) for a, b in combinations(rates, 2) if rates[a] == pytest.approx(rates[b], rel=1e-3)]
+    assert len(rates) == 12 and not alike
+
+
+@pytest.mark.parametrize(
+    ("epochs", "restarts"), [(0.5, [25]), (1, [25]), (2, [25]), (3, [20, 30]), (5, [16, 22, 28, 34])]
+)
+def test_the_rate_rises_again_once_an_epoch(epochs, restarts):
+    """30 steps after 10 of warm-up, in as many cycles as epochs, but at least two."""
+    rates = rates_of("cosine_with_restarts", epochs)
+    risen = [i for i in range(11, 40) if rates[i] > rates[i - 1]]
+    assert risen == restarts
+    assert [rates[i] for i in risen] == pytest.approx([1.0] * len(restarts))
+
+
+def test_a_polynomial_takes_any_rate(plain):
+    assert log_of(train(plain, lr_scheduler_type="polynomial", learning_rate=1e-8))[0]["learning_rate"] == 1e-8
 
 
 @pytest.mark.parametrize(
@@ -241,7 +283,7 @@ def test_a_scheduler_that_follows_the_metric_lowers_the_rate_when_it_stalls(plai
 def test_a_loss_stalls_when_it_no_longer_falls(name):
     for losses, lower in (([1.0, 0.9, 0.8, 0.7, 0.6], False), ([1.0, 1.1, 1.2, 1.3, 1.4], True)):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-4)
-        scheduler = get_scheduler(name, optimizer, 0, 5, scheduler_extras(name, 5, 2e-4, rises=False))
+        scheduler = get_scheduler(name, optimizer, 0, 5, scheduler_extras(name, 5, 1, 2e-4, rises=False))
         for loss in losses:
             scheduler.step(loss)
         assert (optimizer.param_groups[0]["lr"] < 2e-4) is lower

@@ -25,11 +25,15 @@ LOWEST_RATE = 0.1  # of the peak learning rate, where a scheduler has a floor
 STALLS = 2
 
 
-def scheduler_extras(name: str, steps: int, learning_rate: float, rises: bool) -> dict[str, Any]:
-    """What transformers' scheduler of that name cannot do without.
+def scheduler_extras(name: str, steps: int, epochs: float, learning_rate: float, rises: bool) -> dict[str, Any]:
+    """What transformers' scheduler of that name cannot do without, or what makes it another than its neighbour.
 
     :param rises: whether the metric that a scheduler may follow gets better upwards.
     """
+    if name == "cosine_with_restarts":
+        return {"num_cycles": max(2, round(epochs))}  # the library's one is plain cosine
+    if name == "polynomial":
+        return {"power": 2.0, "lr_end": 0.0}  # the library's 1 is linear, and its end above a rate of 1e-7
     if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         return {"min_lr_rate": LOWEST_RATE}
     if name in FOLLOW_THE_METRIC:

@@ -253,7 +253,7 @@ def training_arguments(
         num_train_epochs=num_epochs,
         gradient_accumulation_steps=gradient_accumulation_steps,
         lr_scheduler_type=lr_scheduler_type,
-        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps, learning_rate, greater_is_better),
+        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps, num_epochs, learning_rate, greater_is_better),
         learning_rate=learning_rate,
         warmup_steps=warmup_ratio,
         greater_is_better=greater_is_better,
