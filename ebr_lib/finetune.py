@@ -109,9 +109,11 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     data = _mine(config, data, model)
     config = _with_negatives(config, data.train)
     report = _examine(config, data.train, model)
+    start = time.perf_counter()
     before = _measure(config, data.task, model)
+    measuring = time.perf_counter() - start
     trainer = _trainer(config, data, model, report)
-    seconds = _train(config, data, trainer)
+    seconds = _train(config, data, trainer, measuring)
     _refuse_nan(config, model)
     after = _measure(config, data.task, model)
     result = FinetuneResult(
@@ -531,8 +533,11 @@ def _noise(config: FinetuneConfig) -> Any:
     return TextNoise(config.noise_type, config.noise_prob, config.noise_strength, config.seed)
 
 
-def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
-    """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds."""
+def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer, measuring: float) -> float:
+    """Train, from a checkpoint where there is one to go on from; put the best weights back; return the seconds.
+
+    :param measuring: seconds that it takes to measure the model.
+    """
     from ebr_lib.model.cpu_speed import fast_training
     from ebr_lib.model.training import KeepBest, from_first_process, is_first_process
 
@@ -540,7 +545,7 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer) -> float:
     checkpoint = from_first_process(_last_checkpoint(config, data) if is_first_process() else None)
     start = time.perf_counter()
     with fast_training(trainer.model):
-        _preflight(trainer)
+        _preflight(trainer, measuring)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -571,16 +576,16 @@ def _refuse_nan(config: FinetuneConfig, model: SentenceTransformer) -> None:
         )
 
 
-def _preflight(trainer: EbrTrainer) -> None:
-    from ebr_lib.model.training import fly_longest_batch
+def _preflight(trainer: EbrTrainer, measuring: float) -> None:
+    from ebr_lib.model.training import fly_longest_batch, longest_seconds
 
     flown = fly_longest_batch(trainer)
-    batches = len(trainer.train_dataset) / (trainer.args.train_batch_size * trainer.args.world_size)
+    seconds = longest_seconds(trainer, flown.seconds, measuring)
     logger.info(
-        "预检 preflight: longest batch %.2f s, peak memory %.0f MB; 预计 the run takes at most %.1f min",
+        "预检 preflight: longest batch %.2f s, peak memory %.0f MB; 预计 batches and evaluations take at most %s",
         flown.seconds,
         flown.peak_mb,
-        flown.seconds * batches * trainer.args.num_train_epochs / 60,
+        f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min",
     )
 
 

@@ -696,13 +696,45 @@ def test_the_preflight_flies_with_checkpointing_as_the_run_does(settings, monkey
 
 
 def test_the_log_says_what_the_longest_batch_took(settings, monkeypatch, caplog):  # noqa: F811
-    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(30.0, 1234.4))
+    for seconds, longest in ((30.0, "3.0 min"), (9.5, "57.0 s")):  # 48 rows, 8 a batch
+        monkeypatch.setattr(training, "fly_longest_batch", lambda trainer, s=seconds: training.Preflight(s, 1234.4))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="ebr_lib"):
+            train(settings, eval_ratio=0.0)
+        (line,) = [line for line in caplog.messages if "preflight" in line]
+        assert f"longest batch {seconds:.2f} s, peak memory 1234 MB" in line
+        assert line.endswith(f"at most {longest}")
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"eval_steps": 1, "eval_batch_size": 4},
+        {"eval_steps": 2, "num_epochs": 2, "eval_batch_size": 4},
+        {"eval_steps": 3, "num_epochs": 1.5, "gradient_accumulation_steps": 2},
+        {"num_epochs": 2.5, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_the_longest_a_run_takes_has_its_evaluations(settings, monkeypatch, caplog, knobs):  # noqa: F811
+    """Each batch takes 1 s on a clock that stands still but for measuring, which takes 2 s."""
+    now, measure, batches = [0.0], finetune._measure, []
+    make = training.EbrTrainer.training_step
+
+    def measured(*given):
+        now[0] += 2.0
+        return measure(*given)
+
+    monkeypatch.setattr(finetune, "_measure", measured)
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(1.0, 0.0))
+    monkeypatch.setattr(training.EbrTrainer, "training_step", lambda *given: batches.append(1) or make(*given))
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
-        found = train(settings)
-    line = next(record.getMessage() for record in caplog.records if "preflight" in record.getMessage())
-    assert "longest batch 30.00 s, peak memory 1234 MB" in line
-    minutes = float(line.split("at most ")[1].split()[0])
-    assert 30 * (found.steps - 1) / 60 < minutes <= 30 * found.steps / 60  # the last batch is a part of one
+        result = train(settings, **knobs)
+    evaluations = sum("eval_loss" in entry for entry in log_of(result))
+    loss = -(-result.heldout_rows // knobs.get("eval_batch_size", 8))  # batches, of which none is larger than 8
+    said = next(line for line in caplog.messages if "preflight" in line).split("at most ")[1]
+    assert said == f"{len(batches) + evaluations * (2 + loss):.1f} s"
 
 
 def test_without_held_out_rows_the_table_says_so(settings):  # noqa: F811

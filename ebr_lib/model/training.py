@@ -226,6 +226,12 @@ class EpochBatches(Sampler[list[int]]):
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
+def count_steps(rows: int, batch_size: int, accumulation: int, epochs: float) -> int:
+    """Steps of a run, as the library counts them: an epoch's last batch may be smaller, and its last step."""
+    batches = -(-rows // (batch_size * world_size()))
+    return math.ceil(-(-batches // accumulation) * epochs)
+
+
 def training_arguments(
     folder: Path,
     *,
@@ -245,8 +251,7 @@ def training_arguments(
     """The library's arguments; what depends on the number of steps is worked out here."""
     if warmup_ratio and lr_scheduler_type in NO_WARM_UP:
         logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", warmup_ratio, lr_scheduler_type)
-    batches = -(-rows // (batch_size * world_size()))
-    steps = max(1, round(batches * num_epochs / gradient_accumulation_steps))
+    steps = count_steps(rows, batch_size, gradient_accumulation_steps, num_epochs)
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
@@ -641,6 +646,21 @@ def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
     trainer.loss.take_masked_share()
     trainer.accum_loss_components = {"train": {}, "eval": {}}
     return Preflight(seconds, peak_memory_mb())
+
+
+def longest_seconds(trainer: EbrTrainer, batch: float, measure: float) -> float:
+    """Seconds of a run of which every batch takes as long as the longest, and every evaluation measures as long as
+    before training; the loss of the held-out rows is counted as if they were trained on."""
+    args, rows = trainer.args, len(trainer.train_dataset)
+    size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    steps = count_steps(rows, size, accumulation, args.num_train_epochs)
+    epochs, rest = divmod(steps, count_steps(rows, size, accumulation, 1))
+    training = batch * (epochs * count_steps(rows, size, 1, 1) + rest * accumulation)
+    if trainer.eval_dataset is None:
+        return training
+    evaluations = -(-steps // args.eval_steps) if args.eval_steps else math.ceil(args.num_train_epochs)
+    losses = batch * count_steps(len(trainer.eval_dataset), min(size, args.eval_batch_size), 1, 1)
+    return training + evaluations * (measure + losses)
 
 
 def longest_rows(dataset: Dataset, tokenizer: Any, count: int) -> list[int]:
