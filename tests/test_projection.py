@@ -214,6 +214,25 @@ def test_neighbours_in_principal_components(monkeypatch, block):
     assert (found.indices != np.arange(400)[:, None]).all()
 
 
+@pytest.mark.parametrize("dim", [16, 384])
+@pytest.mark.parametrize("n", [5, 6, 8, 10, 12, 20, 30])
+def test_few_vectors_are_not_drawn_as_one_dot(n, dim):
+    """Far apart, each as near to all others: t-SNE draws a map, and one as true as PCA's."""
+    from sklearn.manifold import trustworthiness
+
+    lost = []
+    for seed in range(3):
+        x = unit_vectors(n, dim, seed)
+        maps = {
+            "tsne": tsne(x, perplexity=projection.fitting_perplexity(30, n), seed=seed),
+            "pca": projection.pca_map(x),
+        }
+        assert np.ptp(maps["tsne"], axis=0).min() > 1e-3
+        trust = {name: trustworthiness(x, coords, n_neighbors=(n - 1) // 2) for name, coords in maps.items()}
+        lost.append(trust["pca"] - trust["tsne"])
+    assert np.mean(lost) < (0.12 if n >= projection.FEWEST else 0.25)
+
+
 def test_knobs_of_tsne_bite():
     x, _ = grouped(90)
     base = tsne(x)

@@ -507,6 +507,18 @@ def test_a_handful_of_points(see, tmp_path, n):
     assert result.picture.is_file() and result.explorer.is_file() and result.numbers["rows"] == n
 
 
+@pytest.mark.parametrize("n, distinct", [(5, 5), (6, 6), (8, 8), (12, 12), (300, 6)])
+def test_a_map_of_few_distinct_vectors_is_a_map(see, tmp_path, seen, n, distinct):
+    from sklearn.manifold import trustworthiness
+
+    x = vectors(distinct, dim=16, apart=0.0)[np.arange(n) % distinct]
+    see(write(tmp_path / "few.txt", x))
+    (panel,) = seen["panels"]
+    assert np.isfinite(panel.coords).all() and np.ptp(panel.coords, axis=0).min() > 1e-3
+    k = (distinct - 1) // 2
+    assert trustworthiness(x[:distinct], panel.coords[:distinct], n_neighbors=k) > 0.7  # a dot's is 0.5
+
+
 def test_where_there_is_no_map_nothing_is_said_of_its_trust(see, tmp_path, seen):
     result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 50, axis=0)), method="both")
     (panel,) = seen["panels"]  # two would be the same one
