@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+LONGEST = 200  # characters of either end of a text that `squeezed` looks at
 
 
 def _cell(value: Any) -> str:
@@ -29,6 +31,23 @@ def shortened(text: str, columns: int = 40) -> str:
     return text.rstrip() + "…"
 
 
+def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
+    """A label on one line, cut in its middle: labels that begin alike often end apart.
+
+    :param most: width it may take, as `width_of` measures it.
+    """
+    text = " ".join(text.split())
+    if width_of(text) <= most:
+        return text
+    tail = text[-LONGEST:]
+    while width_of(tail) > most / 3:
+        tail = tail[1:]
+    head = text[:LONGEST]
+    while head and width_of(f"{head.rstrip()}…{tail}") > most:
+        head = head[:-1]
+    return f"{head.rstrip()}…{tail}"
+
+
 class Shown:
     """What a stage returns: as text and in a notebook it is its table, or its own, and not every field of it."""
 
@@ -44,15 +63,27 @@ class Shown:
 
 @dataclass(frozen=True, repr=False)
 class Table(Shown):
-    """A titled table; cells are shown with `str`, floats with four decimals."""
+    """A titled table; cells are shown with `str`, floats with four decimals.
+
+    :param widths: to how many half-width columns a column's texts are cut where they are shown; `rows` has them whole.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def _shown(self) -> list[list[str]]:
+        """The cells as text."""
+        return [[self._fitted(c, v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def _fitted(self, column: str, value: Any) -> str:
+        text = _cell(value)
+        return squeezed(text, self.widths[column]) if column in self.widths else text
 
     def text(self) -> str:
         """Columns aligned by spaces, for logs and terminals."""
-        lines = [list(self.columns), *([_cell(value) for value in row] for row in self.rows)]
+        lines = [list(self.columns), *self._shown()]
         widths = [max(columns_of(line[i]) for line in lines) for i in range(len(self.columns))]
         shown = (
             "  ".join(c + " " * (w - columns_of(c)) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -64,7 +95,7 @@ class Table(Shown):
         """An HTML table; every cell is escaped, for cells hold users' texts."""
         head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) + "</tr>" for row in self.rows
+            "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in self._shown()
         )
         return f"<b>{html.escape(self.title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

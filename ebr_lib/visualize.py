@@ -73,7 +73,8 @@ def _head(table: Table) -> Table:
     """As much of a table as a person reads; the JSON has all of it."""
     if len(table.rows) <= LISTED:
         return table
-    return Table(f"{table.title}: the first {LISTED} of {len(table.rows)}", table.columns, table.rows[:LISTED])
+    title = f"{table.title}: the first {LISTED} of {len(table.rows)}"
+    return dataclasses.replace(table, title=title, rows=table.rows[:LISTED])
 
 
 @dataclass(frozen=True)

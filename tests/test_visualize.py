@@ -684,6 +684,31 @@ def test_long_tables_are_shown_in_part_and_kept_whole(see, no_maps, caplog):
     assert [len(t["rows"]) for t in result.numbers["tables"] if t["title"] == "Labels (id)"] == [60]
 
 
+def test_long_labels_are_whole_in_the_json_and_apart_in_the_log(see, tmp_path, no_maps, caplog):
+    """Paths of a catalogue begin alike and end apart."""
+    names = ["服饰鞋包>女装/女士精品>连衣裙>长袖连衣裙>" + "某" * 40 + end for end in "123"]
+    x = vectors(apart=0.3)
+    path = write(tmp_path / "long.txt", x, category=[names[i % 3] for i in range(60)])
+    with caplog.at_level(logging.INFO, logger="ebr_lib"):
+        result = see(path, compare_path=write(tmp_path / "base.txt", vectors(apart=0.1)))
+    tables = {table["title"]: table["rows"] for table in result.numbers["tables"]}
+    assert {row["label"] for row in tables["Labels (category)"]} == set(names)
+    confused = tables["Most confused pairs of labels"]
+    assert confused and {row[side] for row in confused for side in ("label", "taken for")} <= set(names)
+    lines = table_of(result, "Labels").text().split("\n")[2:]
+    assert len({line.split("  ")[0] for line in lines}) == 3 and "…" in lines[0]
+    assert names[0] not in caplog.text
+
+
+def test_texts_are_whole_in_the_json(see, tmp_path, no_maps):
+    texts = [f"第{i}条 " + "字" * 90 + f" {i}" for i in range(60)]
+    path = write(tmp_path / "long.txt", vectors(apart=0.3), description=texts)
+    result = see(path, compare_path=write(tmp_path / "base.txt", vectors(apart=0.1), description=texts))
+    tables = {table["title"].split(" ")[0]: table["rows"] for table in result.numbers["tables"]}
+    for table, column in (("Most", "example"), ("Neighbours", "item"), ("Neighbours", "nearest after")):
+        assert {row[column] for row in tables[table]} <= set(texts)
+
+
 def test_presets_are_valid():
     from pathlib import Path
 

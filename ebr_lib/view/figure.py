@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Ints
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
-from ebr_lib.tables import columns_of
+from ebr_lib.tables import columns_of, squeezed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,6 @@ SHADED = 100_000  # from this many points on, density is drawn instead of points
 PANEL, LEGEND, EDGE, GAP, LINE, DPI = 7.0, 3.0, 0.15, 0.35, 0.2, 150  # inches; LINE is one of the caption
 TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 15.0, 10.5, 9.0  # points
 NAME_WIDTH = 1.9  # inches that a name on the map may take
-LONGEST = 200  # characters of a label that are looked at
 THINNED = 1000  # points of a label that decide where names may stand
 HIDDEN = 0.2  # share of any label's points that a name may hide
 FAR = 0.03  # what a name's distance of one text height costs, against the share of the points that it hides
@@ -549,23 +548,6 @@ def _darker(colour: str) -> tuple[float, ...]:
     from matplotlib.colors import to_rgb
 
     return tuple(0.62 * c for c in to_rgb(colour))
-
-
-def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
-    """A label cut in its middle: labels that begin alike often end apart.
-
-    :param most: width it may take, as `width_of` measures it.
-    """
-    text = " ".join(text.split())
-    if width_of(text) <= most:
-        return text
-    tail = text[-LONGEST:]
-    while width_of(tail) > most / 3:
-        tail = tail[1:]
-    head = text[:LONGEST]
-    while head and width_of(f"{head.rstrip()}…{tail}") > most:
-        head = head[:-1]
-    return f"{head.rstrip()}…{tail}"
 
 
 # --- legend and caption -------------------------------------------------------------------------------------------

@@ -193,16 +193,17 @@ def _label_tables(
     yield _score_table(numbers, before, labels, f"Labels ({labels.title}){among}")
     pairs = [
         (
-            shortened(labels.names[c.first], 30),
-            shortened(labels.names[c.second], 30),
+            labels.names[c.first],
+            labels.names[c.second],
             c.share,
             c.share_back,
-            *(shortened(items.texts[row] or "", 60) for row in c.example),
+            *(items.texts[row] or "" for row in c.example),
         )
         for c in numbers.confusions
     ]
     columns = ("label", "taken for", TAKEN, TAKEN_BACK, "example", "and its neighbour")
-    yield Table(f"Most confused pairs of labels{among}", columns, pairs)
+    widths = {"label": 30, "taken for": 30, "example": 60, "and its neighbour": 60}
+    yield Table(f"Most confused pairs of labels{among}", columns, pairs, widths)
 
 
 def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title: str) -> Table:
@@ -214,8 +215,8 @@ def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title
     for score in numbers.labels:
         sides = (then[score.code], score) if before else (score,)
         values = [value for name in measures for value in (getattr(side, name) for side in sides)]
-        rows.append((shortened(labels.names[score.code], 40), score.rows, *values))
-    return Table(title, ("label", "rows", *columns), rows)
+        rows.append((labels.names[score.code], score.rows, *values))
+    return Table(title, ("label", "rows", *columns), rows, {"label": 40})
 
 
 def _cluster_table(found: measure.Clusters, items: Items) -> Table:
@@ -236,12 +237,15 @@ def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> Table
     shared = measure.neighbours_shared(old, new)
     apart = measure.neighbour_cosines(items.unit[now.rows], old).mean(axis=1)
     rows = [
-        (shortened(items.texts[now.rows[i]] or "", 50), float(shared[i]), float(apart[i]),
-         *(shortened(items.texts[now.rows[near[i, 0]]] or "", 50) for near in (old, new)))
+        (items.texts[now.rows[i]] or "", float(shared[i]), float(apart[i]),
+         *(items.texts[now.rows[near[i, 0]]] or "" for near in (old, new)))
         for i in np.lexsort((apart, shared))[:most]
     ]  # fmt: skip
     columns = ("item", STILL, MOVED_TO, "nearest before", "nearest after")
-    return Table(f"Neighbours that changed most (on average {shared.mean():.0%} are still there)", columns, rows)
+    widths = {"item": 50, "nearest before": 50, "nearest after": 50}
+    return Table(
+        f"Neighbours that changed most (on average {shared.mean():.0%} are still there)", columns, rows, widths
+    )
 
 
 def _meaning_table(tables: Sequence[Table]) -> Table:
