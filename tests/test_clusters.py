@@ -63,6 +63,27 @@ def test_separation_of_equal_vectors():
     assert np.isfinite([found.davies_bouldin, found.calinski_harabasz]).all()
 
 
+@pytest.mark.parametrize("dim", [16, 384])
+def test_labels_of_equal_vectors_are_not_separated_at_all(dim):
+    x = np.repeat(unit_vectors(1, dim, seed=dim), 40, axis=0)
+    codes = np.arange(40) % 3
+    found = measure.separation(x, codes)
+    near = np.array([[(i + 1) % 40] for i in range(40)])
+    scores = measure.label_scores(codes, np.arange(40), measure.label_purity(near, codes), found)
+    assert found.silhouette == 0 and [s.silhouette for s in scores] == [0, 0, 0]
+    assert (found.davies_bouldin, found.calinski_harabasz) == (0, 1)  # as scikit-learn defines them
+
+
+def test_equal_vectors_among_others_are_as_scikit_learn_has_them():
+    from sklearn.metrics import silhouette_samples
+
+    x = unit_vectors(30, 16)[np.arange(90) % 30]
+    codes = np.arange(90) % 30 % 4
+    exact = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    expected = silhouette_samples(exact, codes, metric="cosine")
+    np.testing.assert_allclose(measure.separation(x, codes).per_row, expected, atol=1e-9)
+
+
 def test_purity_by_hand():
     near = np.array([[1, 2], [0, 2], [1, 0], [2, 1]])
     codes = np.array([0, 0, 1, -1])

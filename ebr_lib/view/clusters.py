@@ -20,6 +20,7 @@ PAIRED = 2000  # rows whose pairs are looked at
 CHOICES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # numbers of clusters that are tried
 TRIED_ON = 20_000
 SMALLEST = 5  # labels with fewer rows are not called confused
+ROUNDING = 1e-12  # a distance below this is what rounding left of none
 
 
 # --- health -------------------------------------------------------------------------------------------------------
@@ -206,12 +207,17 @@ def _row_silhouettes(x: Floats, codes: Ints, means: Floats, sizes: Ints) -> tupl
     here = np.arange(len(x))
     own, size = products[here, codes], sizes[codes]
     with np.errstate(invalid="ignore", divide="ignore"):
-        within = size * (1 - own) / (size - 1)  # the row itself is at distance 0
+        within = _real(size * (1 - own) / (size - 1))  # the row itself is at distance 0
         products[here, codes] = -np.inf
-        nearest = 1 - products.max(axis=1)
+        nearest = _real(1 - products.max(axis=1))
         silhouettes = (nearest - within) / np.maximum(nearest, within)
-    squares = np.maximum(1 - 2 * own + np.einsum("ij,ij->i", means, means)[codes], 0)
+    squares = _real(1 - 2 * own + np.einsum("ij,ij->i", means, means)[codes])
     return np.where(size > 1, np.nan_to_num(silhouettes), 0.0), squares
+
+
+def _real(distances: Floats) -> Floats:
+    """Distances without what rounding left of none: between equal vectors its quotients would be noise."""
+    return np.where(distances < ROUNDING, 0.0, distances)
 
 
 def _davies_bouldin(means: Floats, spread: Floats) -> float:
