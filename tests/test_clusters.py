@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -157,6 +159,43 @@ def test_kmeans_finds_what_is_there_and_says_why():
     assert measure.agreement(chosen.codes, truth) == (pytest.approx(1), pytest.approx(1))
     assert measure.find_clusters(x, 3, 6, seed=0).k == 3
     assert "labels" in measure.find_clusters(x, None, 6, seed=0).why
+
+
+def equal_vectors(n: int, distinct: int) -> np.ndarray:
+    return unit_vectors(distinct, 8)[np.arange(n) % distinct]
+
+
+@pytest.mark.parametrize(
+    "vectors, k, labels, why",
+    [
+        ((10, 10), 50, 0, "50 were asked for; 10 vectors gave 9"),
+        ((40, 6), 20, 3, "20 were asked for; 40 vectors gave 6"),
+        ((40, 6), None, 20, "there are 20 labels; 40 vectors gave 6"),
+        ((9, 9), None, 9, "there are 9 labels; 9 vectors gave 8"),
+    ],
+)
+def test_fewer_clusters_than_wanted_are_told_once(vectors, k, labels, why, caplog):
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        found = measure.find_clusters(equal_vectors(*vectors), k, labels, seed=0)
+    assert found.why == why and why.endswith(f" {found.k}")
+    assert [record.getMessage() for record in caplog.records] == [f"k-means: {why}"]
+
+
+def test_as_many_clusters_as_wanted_need_no_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="ebr_lib"):
+        measure.find_clusters(equal_vectors(40, 6), 6, 0, seed=0)
+        measure.find_clusters(equal_vectors(40, 6), None, 1, seed=0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_one_cluster_has_no_silhouette(n):
+    assert np.isnan(measure.find_clusters(equal_vectors(n, 1), 1, 0, seed=0).silhouette)
+
+
+def test_one_row_has_no_pairs():
+    found = measure.health(unit_vectors(1, 4), np.ones(1), distinct=1)
+    assert np.isnan([found.mean_cosine, found.near_pairs]).all() and not list(found.warnings())
 
 
 def test_clusters_are_the_same_for_the_same_seed():

@@ -519,6 +519,12 @@ def test_a_map_of_few_distinct_vectors_is_a_map(see, tmp_path, seen, n, distinct
     assert trustworthiness(x[:distinct], panel.coords[:distinct], n_neighbors=k) > 0.7  # a dot's is 0.5
 
 
+def test_what_one_row_cannot_say_is_left_out(see, tmp_path, seen):
+    result = see(write(tmp_path / "one.txt", vectors(1)))
+    assert not {"mean cosine", "pairs above 0.99", "k-means silhouette", "silhouette"} & set(numbers_of(result))
+    assert result.numbers["health"]["mean_cosine"] is None and "silhouette" not in seen["caption"]
+
+
 def test_where_there_is_no_map_nothing_is_said_of_its_trust(see, tmp_path, seen):
     result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 50, axis=0)), method="both")
     (panel,) = seen["panels"]  # two would be the same one

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Floats, Ints, Vectors
+from ebr_lib.logs import logger
 
 BLOCK = 16_384
 NEARLY_EQUAL = 0.99  # cosine from which two vectors count as nearly equal
@@ -32,8 +33,8 @@ class Health:
 
     :param rows: rows read; `without_vector` of them hold none, `zero` only zeros.
     :param distinct: different vectors.
-    :param mean_cosine: mean cosine of two different rows; 1 is a collapsed model.
-    :param near_pairs: share of pairs of rows with a cosine above 0.99, among up to 2,000 rows.
+    :param mean_cosine: mean cosine of two different rows; 1 is a collapsed model, NaN a single row.
+    :param near_pairs: share of pairs of rows with a cosine above 0.99, among up to 2,000 rows; NaN of a single row.
     """
 
     rows: int
@@ -85,7 +86,7 @@ def health(
         norm_min=0.0 if zero else float(norms.min()),
         norm_median=float(np.median(norms)),
         norm_max=float(norms.max()),
-        mean_cosine=float((total @ total - n) / (n * (n - 1))) if n > 1 else 1.0,
+        mean_cosine=float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan"),
         near_pairs=_near_pairs(unit[np.random.default_rng(seed).permutation(n)[:PAIRED]]),
     )
 
@@ -93,7 +94,7 @@ def health(
 def _near_pairs(unit: Vectors) -> float:
     n = len(unit)
     above = int((unit @ unit.T > NEARLY_EQUAL).sum()) - n
-    return max(above, 0) / (n * (n - 1)) if n > 1 else 0.0
+    return max(above, 0) / (n * (n - 1)) if n > 1 else float("nan")
 
 
 # --- neighbours with the same label -------------------------------------------------------------------------------
@@ -328,6 +329,7 @@ class Clusters:
 
     :param codes: cluster of each row, largest cluster first.
     :param why: why so many clusters.
+    :param silhouette: of all rows; NaN where there is one cluster, or as many as rows.
     :param typical: rows nearest to each cluster's centre, nearest first.
     """
 
@@ -349,8 +351,12 @@ def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical:
     :param k: how many; None takes as many as there are labels, or without labels the number with the best silhouette.
     """
     codes, why = _chosen(unit, k, labels, seed)
-    _, codes = np.unique(codes, return_inverse=True)
+    _, codes = np.unique(codes, return_inverse=True)  # k-means may leave clusters empty
     sizes = np.bincount(codes)
+    if len(sizes) < (k or labels):
+        wanted = f"{k} were asked for" if k else f"there are {labels} labels"
+        why = f"{wanted}; {len(unit)} vectors gave {len(sizes)}"
+        logger.warning("k-means: %s", why)
     order = np.argsort(-sizes, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -359,7 +365,7 @@ def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical:
     return Clusters(
         codes=codes,
         why=why,
-        silhouette=separated.silhouette if separated else 0.0,
+        silhouette=separated.silhouette if separated else float("nan"),
         sizes=tuple(int(s) for s in sizes[order]),
         typical=tuple(_typical(unit, np.flatnonzero(codes == c), typical) for c in range(len(sizes))),
     )
