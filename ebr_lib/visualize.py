@@ -24,7 +24,7 @@ from ebr_lib.view import explorer, figure, projection
 from ebr_lib.view.figure import Groups, Panel
 from ebr_lib.view.items import Items, columns_in, groups_of, read_both, read_items
 from ebr_lib.view.maps import NEAR, Maps, project, sampled
-from ebr_lib.view.numbers import MEANINGS, SCORED, Numbers, health_of, measured, tables_of
+from ebr_lib.view.numbers import MEANINGS, SCORED, Numbers, health_of, meaning_of_kept, measured, tables_of
 
 LISTED = 20  # rows of a table that are shown
 NO_LABEL_TITLE = "k-means cluster"
@@ -272,7 +272,7 @@ def _caption(now: _Side, before: _Side | None, groups: Groups, *, seed: int) -> 
             "the rest lie where their nearest projected neighbours do."
         )
     trust = (
-        "Neighbours kept: share of the 15 nearest in the original space that are among the 15 nearest on the map. "
+        f"Neighbours kept: {meaning_of_kept(now.maps, before.maps if before else None)}. "
         "Distances between groups on a map mean little; the numbers are from the original space."
     )
     numbers = _captioned(now.numbers, before.numbers if before else None)

@@ -297,7 +297,7 @@ def test_quality_of_a_perfect_map_and_of_noise():
 def test_a_map_of_too_few_points_cannot_be_judged():
     x = unit_vectors(2)
     found = projection.map_quality(x, projection.exact_neighbours(x, 15), projection.pca_map(x), seed=0)
-    assert np.isnan([found.trustworthiness, found.neighbours_kept]).all()
+    assert np.isnan([found.trustworthiness, found.neighbours_kept]).all() and found.neighbours == 0
 
 
 def test_quality_is_judged_on_a_sample(monkeypatch):

@@ -222,6 +222,31 @@ def test_the_caption_says_what_is_drawn(see, tmp_path, no_maps, seen):
     assert f"{without} rows without category are grey." in seen["caption"]
 
 
+@pytest.mark.usefixtures("no_maps")
+@pytest.mark.parametrize("n, k", [(3, 1), (5, 2), (20, 9), (60, 15)])
+def test_the_neighbours_that_a_map_is_judged_by_are_as_many_as_told(see, tmp_path, seen, n, k):
+    result = see(write(tmp_path / "few.txt", vectors(n)))
+    told = f"share of the {k} nearest in the original space that are among the {k} nearest on the map"
+    assert f"Neighbours kept: {told}." in seen["caption"]
+    assert result.numbers["meanings"]["neighbours kept"]["meaning"] == told
+    assert result.numbers["maps"]["tsne"]["neighbours"] == k
+    (panel,) = seen["panels"]
+    gaps = np.linalg.norm(panel.coords[:, None] - panel.coords[None], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    there = np.argsort(gaps, axis=1)[:, :k]
+    kept = np.mean([np.isin(a, b).mean() for a, b in zip(there, nearest(vectors(n), np.arange(n), k), strict=True)])
+    assert result.numbers["maps"]["tsne"]["neighbours_kept"] == pytest.approx(kept)
+
+
+def test_scores_that_lengths_would_change_say_that_there_are_none(see, tmp_path, no_maps):
+    x = vectors()
+    path = write(tmp_path / "long.txt", x * np.linspace(0.1, 9, 60, dtype=np.float32)[:, None])
+    of_long, of_unit = (run.numbers["numbers"] for run in (see(path), see(write(tmp_path / "unit.txt", x))))
+    for name in ("Davies-Bouldin", "Calinski-Harabasz"):
+        assert of_long[name]["value"] == pytest.approx(of_unit[name]["value"], rel=1e-4)
+        assert "of vectors brought to length 1" in of_long[name]["meaning"]
+
+
 def test_the_columns_of_all_tables_are_explained(see, tmp_path, no_maps):
     result = see(compare_path=write(tmp_path / "base.txt", vectors(apart=0.2)))
     explained = table_of(result, "What the columns mean")

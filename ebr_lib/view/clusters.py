@@ -148,7 +148,7 @@ class Separation:
     """How well labels separate the vectors.
 
     :param silhouette: mean of `per_row`; -1 to 1, higher is better (Rousseeuw 1987), cosine distance, all rows.
-    :param davies_bouldin: 0 up, lower is better (Davies and Bouldin 1979), Euclidean.
+    :param davies_bouldin: 0 up, lower is better (Davies and Bouldin 1979), Euclidean, unit vectors.
     :param calinski_harabasz: 0 up, higher is better, grows with the rows (Caliński and Harabasz 1974), Euclidean.
     :param per_row: silhouette of each row; NaN where it has no label.
     """

@@ -17,7 +17,9 @@ from ebr_lib.view.items import Items
 from ebr_lib.view.maps import NEAR, Maps
 
 SCORED = 1000  # labels that are scored; a column with more values is rather an id
+KEPT = "neighbours kept"
 PURITY, TAKEN, TAKEN_BACK = "purity", "share of its neighbours", "and back"
+SCALED = "of vectors brought to length 1"
 STILL, MOVED_TO = f"of {NEAR} neighbours still there", "cosine to the old ones now"
 
 MEANINGS = {
@@ -31,17 +33,17 @@ MEANINGS = {
     "same label @10": ("higher", "the same among the 10 nearest"),
     "chance": ("", "what vectors without meaning would reach in the three above"),
     "silhouette": ("higher", "-1 to 1: nearer to the own label than to the next one (cosine)"),
-    "Davies-Bouldin": ("lower", "spread of labels against the gaps between their centres (Euclidean)"),
-    "Calinski-Harabasz": ("higher", "variance between labels over within; grows with rows: compare equal files only"),
+    "Davies-Bouldin": ("lower", f"spread of labels against the gaps between their centres (Euclidean; {SCALED})"),
+    "Calinski-Harabasz": (
+        "higher",
+        f"variance between labels over within ({SCALED}); grows with rows: compare equal files only",
+    ),
     "k-means silhouette": ("higher", "-1 to 1: whether the vectors fall into clusters by themselves"),
     "ARI": ("higher", "agreement of k-means with the labels, 0 by chance, 1 equal"),
     "NMI": ("higher", "information that k-means shares with the labels, 0 to 1"),
     # columns of the other tables
     "trustworthiness": ("higher", "0 to 1: whether neighbours on the map are near in the original space"),
-    "neighbours kept": (
-        "higher",
-        "share of the 15 nearest in the original space that are among the 15 nearest on the map",
-    ),
+    KEPT: ("higher", "share of the {0} nearest in the original space that are among the {0} nearest on the map"),
     PURITY: ("higher", f"share of the {NEAR} nearest with the label (of as many as it has other rows, where fewer)"),
     TAKEN: ("lower", f"of the {NEAR} nearest of the label's rows, the share that has the other label"),
     TAKEN_BACK: ("lower", "the same of the other label's rows and this label"),
@@ -148,7 +150,7 @@ def tables_of(
         tables.append(_moved_table(items, maps, maps_before))
     if labels and labels.names:
         tables += _label_tables(numbers, before, items, labels, len(maps.rows))
-    return [_short_table(numbers, before), *tables, _meaning_table(tables)]
+    return [_short_table(numbers, before), *tables, _meaning_table(tables, maps, maps_before)]
 
 
 def _short_table(numbers: Numbers, before: Numbers | None) -> Table:
@@ -181,9 +183,7 @@ def _map_table(maps: Maps, before: Maps | None) -> Table:
         for which, side in sides
         if (quality := side.quality[method])
     ]
-    return Table(
-        "Maps: how far to trust them", ("map", "trustworthiness", "neighbours kept", "judged on", "made with"), rows
-    )
+    return Table("Maps: how far to trust them", ("map", "trustworthiness", KEPT, "judged on", "made with"), rows)
 
 
 def _label_tables(
@@ -248,10 +248,17 @@ def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> Table
     )
 
 
-def _meaning_table(tables: Sequence[Table]) -> Table:
+def meaning_of_kept(*sides: Maps | None) -> str:
+    """What "neighbours kept" means on these maps: of how many neighbours it is the share."""
+    looked_at = {quality.neighbours for side in sides if side for quality in side.quality.values()} - {0}
+    return MEANINGS[KEPT][1].format(" or ".join(map(str, sorted(looked_at or {projection.MAP_NEIGHBOURS}))))
+
+
+def _meaning_table(tables: Sequence[Table], *sides: Maps | None) -> Table:
     """What the columns of the other tables mean, each once."""
     columns = dict.fromkeys(_measure_of(column) for table in tables for column in table.columns)
-    rows = [(name, *MEANINGS[name]) for name in columns if name in MEANINGS]
+    meanings = MEANINGS | {KEPT: (MEANINGS[KEPT][0], meaning_of_kept(*sides))}
+    rows = [(name, *meanings[name]) for name in columns if name in meanings]
     return Table("What the columns mean", ("column", "better", "meaning"), rows)
 
 

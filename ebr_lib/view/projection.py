@@ -27,7 +27,7 @@ Coords = NDArray[np.float32]
 FEWEST = 8
 BLOCK = 4096
 COMPONENTS = 50  # principal components that UMAP's neighbours are looked for in
-MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on
+MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on; fewer of few points
 JUDGED = 5000  # points on which a map is judged
 # points from which interpolation replaces Barnes-Hut: of its processor time it took 2.1 at 1,000 MiniLM vectors,
 # 0.97 at 3,000 (150 iterations, 2 cores) and 0.4 at 12,000
@@ -64,9 +64,10 @@ class MapQuality:
 
     :param trustworthiness: 0 to 1, higher is better: whether neighbours on the map are near in the original space
         (Venna and Kaski 2001), within the sample.
-    :param neighbours_kept: 0 to 1, higher is better: share of a point's 15 nearest neighbours in the original space
-        that are among its 15 nearest on the map.
+    :param neighbours_kept: 0 to 1, higher is better: share of a point's nearest neighbours in the original space that
+        are among its nearest on the map.
     :param points: size of the sample.
+    :param neighbours: how many neighbours both look at: 15, or fewer where there are few points.
 
     Both are NaN where there are too few points to have neighbours.
     """
@@ -74,6 +75,7 @@ class MapQuality:
     trustworthiness: float
     neighbours_kept: float
     points: int
+    neighbours: int
 
 
 # --- rows to project ----------------------------------------------------------------------------------------------
@@ -374,11 +376,11 @@ def map_quality(unit: Vectors, neighbours: Neighbours, coords: Coords, seed: int
     n = len(unit)
     k = min(MAP_NEIGHBOURS, neighbours.k, (n - 1) // 2)
     if k < 1:
-        return MapQuality(float("nan"), float("nan"), n)
+        return MapQuality(float("nan"), float("nan"), n, 0)
     rows = np.sort(np.random.default_rng(seed).permutation(n)[:JUDGED])
     near = _near_on_map(coords, rows, k)
     kept = np.mean([np.isin(a, b).mean() for a, b in zip(near, neighbours.indices[rows, :k], strict=True)])
-    return MapQuality(trustworthiness(unit[rows], coords[rows], k), float(kept), len(rows))
+    return MapQuality(trustworthiness(unit[rows], coords[rows], k), float(kept), len(rows), k)
 
 
 def _near_on_map(coords: Coords, rows: Ints, k: int) -> Ints:
