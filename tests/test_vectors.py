@@ -279,6 +279,15 @@ def test_rows_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Pat
         v.read_embeddings(path)
 
 
+@pytest.mark.parametrize(("wrong", "more"), [(1, ""), (3, ""), (5, ""), (6, " and 1 rows more")])
+def test_rows_of_text_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Path, wrong: int, more: str):
+    path = tmp_path / "e.txt"
+    path.write_bytes(b"vector\n1 2\n" + b"nan x\n" * wrong + b"3 4\n")
+    named = ", ".join(rf"b'nan' in row {row} \(line {row + 2}\)" for row in range(1, 1 + min(5, wrong)))
+    with pytest.raises(DataError, match=rf"^{path}: .*: {named}{more}; "):
+        v.read_embeddings(path)
+
+
 @pytest.mark.parametrize(("wrong", "more"), [(5, ""), (6, " and 1 rows more"), (7, " and 2 rows more")])
 def test_rows_of_another_length_are_named_up_to_five(tmp_path: Path, wrong: int, more: str):
     path = tmp_path / "e.txt"

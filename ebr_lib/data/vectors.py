@@ -291,7 +291,7 @@ def _parse_vectors(path: Path, texts: list[bytes], rows: NDArray[np.int64], dim:
 
 
 def _vector_error(path: Path, texts: list[bytes], rows: NDArray[np.int64], dim: int) -> DataError:
-    """Say what is wrong with a block that does not parse: lengths first, then the value that is no number."""
+    """Say what is wrong with a block that does not parse: lengths first, then the values that are no numbers."""
     ragged = [(int(row), len(text.split(b" "))) for row, text in zip(rows, texts, strict=True)]
     ragged = [(row, length) for row, length in ragged if length != dim]
     if ragged:
@@ -301,13 +301,17 @@ def _vector_error(path: Path, texts: list[bytes], rows: NDArray[np.int64], dim: 
             f"{path}: vectors of different lengths: {dim} numbers in its first row, but {shown}{more}; "
             f"every row needs the same model and truncate_dim: {AGAIN}"
         )
-    for row, text in zip(rows, texts, strict=True):
-        for value in text.split(b" "):
-            if not _is_number(value):
-                return DataError(
-                    f"{path}: row {row} (line {row + 2}): {value[:40]!r} in `{VECTOR}` is no finite number"
-                )
-    return DataError(f"{path}: the vectors of rows {rows[0]} to {rows[-1]} cannot be read")
+    wrong = [(row, value) for row, text in zip(rows, texts, strict=True) if (value := _no_number(text)) is not None]
+    if not wrong:
+        return DataError(f"{path}: the vectors of rows {rows[0]} to {rows[-1]} cannot be read")
+    shown = ", ".join(f"{value[:40]!r} in row {row} (line {row + 2})" for row, value in wrong[:5])
+    more = f" and {len(wrong) - 5} rows more" if len(wrong) > 5 else ""
+    return DataError(f"{path}: `{VECTOR}` holds values that are no finite numbers: {shown}{more}; {AGAIN}")
+
+
+def _no_number(vector: bytes) -> bytes | None:
+    """The first of a vector's values that is no finite number."""
+    return next((value for value in vector.split(b" ") if not _is_number(value)), None)
 
 
 def _is_number(value: bytes) -> bool:
