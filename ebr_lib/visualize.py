@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -276,17 +277,22 @@ def _caption(now: _Side, before: _Side | None, groups: Groups, *, seed: int) -> 
         "Distances between groups on a map mean little; the numbers are from the original space."
     )
     numbers = _captioned(now.numbers, before.numbers if before else None)
-    return "\n".join(filter(None, [f"{sample} {trust}", _left_out(now.items, groups), numbers]))
+    left_out = _left_out(now.items, before.items if before else None, groups)
+    return "\n".join(filter(None, [f"{sample} {trust}", left_out, numbers]))
 
 
-def _left_out(items: Items, groups: Groups) -> str:
-    """How many rows of the file are not on the map, or grey on it."""
+def _left_out(items: Items, old: Items | None, groups: Groups) -> str:
+    """How many rows of the files are not on the map, grey on it, or not in the numbers."""
+    sides = [(" in the new file", items), (" in the old file", old)] if old else [("", items)]
     counts = [
-        (items.without_vector, "without a vector are not drawn"),
-        (items.zero, "with a vector of zeros are not drawn"),
+        *((side.without_vector, f"without a vector{where} are not drawn") for where, side in sides),
+        *((side.zero, f"with a vector of zeros{where} are not drawn") for where, side in sides),
         (groups.without, f"without {groups.title} are grey"),
+        (sum(groups.counts[SCORED:]), f"have a smaller {groups.title} than the largest {SCORED:,} and are not scored"),
     ]
-    return " ".join(f"{count:,} rows {what}." for count, what in counts if count)
+    n, missing = len(items), items.unmatched + (old.unmatched if old else 0)
+    shared = f"{n:,} of {n + missing:,} items are in both files." if missing else ""
+    return " ".join(filter(None, [shared, *(f"{count:,} rows {what}." for count, what in counts if count)]))
 
 
 def _captioned(numbers: Numbers, before: Numbers | None) -> str:
@@ -294,10 +300,12 @@ def _captioned(numbers: Numbers, before: Numbers | None) -> str:
     shown = [name for name in CAPTIONED if name in now and (then is None or name in then)]
     if not shown:
         return ""
-    if then is None:
-        return "In the original space: " + ", ".join(f"{name} {now[name].value:.3f}" for name in shown) + "."
-    pairs = [f"{name} {then[name].value:.3f} → {now[name].value:.3f}" for name in shown]
-    return "In the original space, before → after: " + ", ".join(pairs) + "."
+    told = {name: f"{then[name].value:.3f} → " if then else "" for name in shown}
+    parts = []
+    for rows, names in itertools.groupby(shown, key=lambda name: now[name].rows):
+        of = f" (of {rows:,} rows)" if rows < len(numbers.clusters.codes) else ""
+        parts.append(", ".join(f"{name} {told[name]}{now[name].value:.3f}" for name in names) + of)
+    return f"In the original space{', before → after' if then else ''}: {', '.join(parts)}."
 
 
 def _content(
@@ -308,6 +316,8 @@ def _content(
         "config": config.to_dict(),
         "rows": len(groups.codes),
         "projected": len(now.maps.rows),
+        "unmatched": now.items.unmatched if before else None,
+        "unmatched_before": before.items.unmatched if before else None,
         "health": dataclasses.asdict(now.numbers.health),
         "health_before": dataclasses.asdict(before.numbers.health) if before else None,
         "maps": _map_content(now.maps),

@@ -210,7 +210,8 @@ def test_the_caption_says_what_is_drawn(see, tmp_path, no_maps, seen):
     assert "the rest lie where their nearest projected neighbours do" in seen["caption"]
     for name in ("same label @1", "same label @10", "chance", "silhouette"):
         assert f"{name} {numbers[name]:.3f}" in seen["caption"]
-    assert "rows" not in seen["caption"]
+    assert f"chance {numbers['chance']:.3f} (of 30 rows), silhouette {numbers['silhouette']:.3f}, " in seen["caption"]
+    assert "not drawn" not in seen["caption"] and "grey" not in seen["caption"]
     x = vectors()
     x[5] = 0
     valid = np.arange(60) % 10 != 0
@@ -488,6 +489,44 @@ def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
     assert all(row[3] == 0 for row in result.table.rows)
 
 
+@pytest.mark.usefixtures("no_maps")
+@pytest.mark.parametrize(
+    "old, new", [(range(60), range(10, 60)), (range(15, 60), range(60)), (range(50), range(5, 60))]
+)
+def test_items_of_one_file_alone_are_counted(see, tmp_path, seen, old, new):
+    def of(name, rows):
+        rows = list(rows)
+        columns = {"id": [f"{i:03}" for i in rows], "category": [LABELS[i % 3] for i in rows]}
+        return write(tmp_path / name, vectors()[rows], **columns)
+
+    result = see(of("new.txt", new), compare_path=of("old.txt", old), id_column="id")
+    both = set(old) & set(new)
+    assert f"{len(both)} of 60 items are in both files." in seen["caption"]
+    found = result.numbers
+    assert (found["rows"], found["unmatched"], found["unmatched_before"]) == (
+        len(both), len(set(new) - both), len(set(old) - both),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [None, "id"])
+def test_rows_without_a_vector_in_the_old_file_are_counted(see, tmp_path, no_maps, seen, key):
+    columns = {"id": [f"{i:03}" for i in range(60)], "description": [f"第{i}条 text" for i in range(60)]}
+    x = vectors()
+    x[7] = 0
+    old = str(write_embeddings(tmp_path / "gaps.txt", columns, x, np.arange(60) % 20 != 0))
+    result = see(compare_path=old, id_column=key)
+    assert result.numbers["unmatched"] == 4 and result.numbers["unmatched_before"] == 0
+    assert "56 of 60 items are in both files." in seen["caption"]
+    assert "3 rows without a vector in the old file are not drawn." in seen["caption"]
+    assert "1 rows with a vector of zeros in the old file are not drawn." in seen["caption"]
+
+
+def test_files_with_the_same_items_need_no_count(see, tmp_path, no_maps, seen):
+    result = see(compare_path=write(tmp_path / "base.txt"))
+    assert "in both files" not in seen["caption"] and result.numbers["unmatched"] == 0
+    assert see().numbers["unmatched"] is None
+
+
 def test_unequal_files_want_an_id(see, tmp_path, no_maps):
     before = write(tmp_path / "base.txt", vectors(50))
     with pytest.raises(DataError, match=r"60 rows.*50.*id_column"):
@@ -696,6 +735,24 @@ def test_a_column_of_ids_is_called_one(see, monkeypatch, no_maps, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         see(label_column="id")
     assert "60 different values" in caplog.text
+
+
+def test_the_caption_says_how_many_rows_are_scored(see, tmp_path, monkeypatch, no_maps, seen):
+    from ebr_lib import visualize
+
+    monkeypatch.setattr(visualize, "SCORED", 2)
+    monkeypatch.setattr(numbers, "SCORED", 2)
+    path = write(tmp_path / "four.txt", category=["a"] * 30 + ["b"] * 20 + ["c"] * 6 + ["d"] * 4)
+    found = numbers_of(see(path))
+    told = ", ".join(
+        f"{name} {found[name]:.3f}" for name in ("same label @1", "same label @10", "chance", "silhouette")
+    )
+    assert f"{told} (of 50 rows), k-means silhouette" in seen["caption"]
+    assert "10 rows have a smaller category than the largest 2 and are not scored." in seen["caption"]
+    see(path, compare_path=write(tmp_path / "base.txt", vectors(seed=3)))
+    assert seen["caption"].count(" → ") > 3 and seen["caption"].count("(of 50 rows)") == 1
+    see(write(tmp_path / "two.txt", category=["a", "b"] * 30))
+    assert "(of" not in seen["caption"] and "not scored" not in seen["caption"]
 
 
 def test_a_failed_run_leaves_the_old_picture(see, tmp_path, monkeypatch, no_maps):

@@ -24,7 +24,8 @@ class Items:
 
     :ivar keys: what tells the rows apart: values of an id column, or row numbers.
     :ivar norms: lengths of the vectors as they stand in the file.
-    :ivar zero: rows of the file whose vector is zeros; `without_vector` have none at all."""
+    :ivar zero: rows of the file whose vector is zeros; `without_vector` have none at all.
+    :ivar unmatched: rows that are left out because the file to compare with has no vector for them."""
 
     path: str
     unit: Vectors
@@ -34,14 +35,15 @@ class Items:
     norms: Floats
     zero: int
     without_vector: int
+    unmatched: int = 0
 
     def __len__(self) -> int:
         return len(self.unit)
 
     @property
     def rows_of_file(self) -> int:
-        """Those without a direction included."""
-        return len(self) + self.zero + self.without_vector
+        """Those that are left out included."""
+        return len(self) + self.zero + self.without_vector + self.unmatched
 
     def chosen(self, rows: Ints) -> Items:
         """Some of the items, in the order of `rows`."""
@@ -139,7 +141,11 @@ def _matched(now: Items, before: Items, key_column: str | None = None) -> tuple[
         raise DataError(f"{now.path} and {before.path} have no item in common")
     if len(rows) < len(now):
         logger.warning("%d of %d items are in both files; the others are left out", len(rows), len(now))
-    return now.chosen(rows), before.chosen(np.array([places[now.keys[row]] for row in rows], dtype=np.int64))
+    return _kept(now, rows), _kept(before, np.array([places[now.keys[row]] for row in rows], dtype=np.int64))
+
+
+def _kept(items: Items, rows: Ints) -> Items:
+    return dataclasses.replace(items.chosen(rows), unmatched=len(items) - len(rows))
 
 
 def groups_of(labels: Sequence[str | None], title: str) -> Groups:
