@@ -22,16 +22,16 @@ def space(near, first=0.5) -> explorer.Neighbourhood:
     return explorer.Neighbourhood(near, np.full(near.shape, first, np.float32) - np.arange(3, dtype=np.float32) / 10)
 
 
+ANGLE = np.linspace(0, 2 * np.pi, 8, endpoint=False)
+CIRCLE = np.stack([np.cos(ANGLE), np.sin(ANGLE)], axis=1).astype(np.float32)
 CODES = (0, 0, 1, 1, 2, 2, -1, 0)
 
 
-def write_page(path, texts=TEXTS, near=NEAR, *, names=NAMES, sizes=SIZES, codes=CODES, more=()):
-    angle = np.linspace(0, 2 * np.pi, 8, endpoint=False)
-    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+def write_page(path, texts=TEXTS, near=NEAR, *, names=NAMES, sizes=SIZES, codes=CODES, more=(), panels=None):
     groups = Groups(np.array(codes), names, sizes, "category")
     explorer.write_explorer(
         path,
-        [Panel("t-SNE", circle, "trust 0.9"), Panel("UMAP", circle[::-1], "trust 0.8", space=len(more))],
+        panels or [Panel("t-SNE", CIRCLE, "trust 0.9"), Panel("UMAP", CIRCLE[::-1], "trust 0.8", space=len(more))],
         groups,
         texts=texts,
         spaces=[space(near), *more],
@@ -64,9 +64,21 @@ def test_no_text_can_leave_its_element(tmp_path):
     assert "<!--" not in page.lower().removeprefix("<!doctype")
 
 
-def test_long_texts_are_cut(tmp_path):
-    page = write_page(tmp_path / "page.html", ["长" * 5000] * 8).read_text(encoding="utf-8")
-    assert all(len(text) <= explorer.TEXT_COLUMNS for text in embedded(page)["texts"])
+def test_long_texts_are_whole_while_there_is_room(tmp_path, monkeypatch):
+    texts = ["长" * 5000, *["short"] * 6, None]
+    data = embedded(write_page(tmp_path / "page.html", texts).read_text(encoding="utf-8"))
+    assert data["texts"] == [text or "" for text in texts] and data["longest"] is None
+    monkeypatch.setattr(explorer, "TEXT_ROOM", 6 * 5 + 1000)
+    data = embedded(write_page(tmp_path / "page.html", texts).read_text(encoding="utf-8"))
+    assert data["texts"] == ["长" * 1000 + "…", *["short"] * 6, ""] and data["longest"] == 1000
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [5, 5, 5], [1, 2, 30, 400], [100] * 7, [0, 0, 9]])
+@pytest.mark.parametrize("room", [0, 1, 10, 100, 433, 10_000])
+def test_texts_fill_the_room_and_no_more(lengths, room):
+    longest = explorer._longest(lengths, room)
+    taken, more = (sum(min(length, most) for length in lengths) for most in (longest, longest + 1))
+    assert taken <= room and (more > room or more == taken)
 
 
 @pytest.fixture
@@ -194,6 +206,75 @@ def test_labels_beyond_the_largest_are_one_row_of_the_legend(browser, tmp_path):
     assert lit(page) == [5]
     page.fill("input", "label")
     assert 6 not in lit(page)  # a row without a label is not found by the words for that
+
+
+def opened(browser, path, width, height):
+    page = browser.new_page(viewport={"width": width, "height": height}, locale="en-US")
+    page.goto(path.as_uri())
+    return page
+
+
+def test_the_end_of_a_long_text_is_found_and_read(browser, tmp_path):
+    texts = [f"{i} " + "word " * 1000 + ("Ende" if i == 3 else "stop") for i in range(8)]
+    page = opened(browser, write_page(tmp_path / "page.html", texts), 1200, 800)
+    page.fill("input", "ende")
+    assert lit(page) == [3]
+    page.mouse.move(*place_of(page, 3))
+    assert page.locator("#tip").bounding_box()["height"] < 250  # cut where it is shown
+    page.mouse.click(*place_of(page, 3))
+    assert page.inner_text("#near .chosen span").endswith("Ende")
+    assert all(item.bounding_box()["height"] < 250 for item in page.locator("#near .item").all())
+    assert "cut" not in page.inner_text("header p")
+
+
+def test_the_page_says_where_texts_are_cut(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(explorer, "TEXT_ROOM", 8 * 1000)
+    page = opened(browser, write_page(tmp_path / "page.html", ["word " * 1000] * 8), 1200, 800)
+    assert "texts are cut to 1,000 characters here" in page.inner_text("header p")
+
+
+def test_names_of_the_legend_that_end_apart_are_read_apart(browser, tmp_path):
+    """Whole lines of text, none hidden; of very long names the middle is left out."""
+    names = ["服饰>女装>连衣裙>" + "某" * 30 + "1", "服饰>女装>连衣裙>" + "某" * 30 + "2", "long " * 60 + "3"]
+    page = opened(browser, write_page(tmp_path / "page.html", names=names), 1200, 800)
+    spans = page.locator("#legend .key span")
+    shown = spans.all_inner_texts()[:3]
+    assert shown[:2] == names[:2] and len(shown[2]) == 80 and shown[2].endswith("3") and "…" in shown[2]
+    for span in spans.all():
+        hidden = span.evaluate("e => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1")
+        assert not hidden
+
+
+def apart(page, *names) -> bool:
+    a, b = (page.locator(name).bounding_box() for name in names)
+    return (
+        a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+        or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+    )  # fmt: skip
+
+
+def test_the_neighbours_have_room_on_a_phone(browser, tmp_path):
+    names = [f"label {i}" for i in range(20)]
+    path = write_page(tmp_path / "page.html", ["word " * 50] * 8, names=names, sizes=[1] * 20, codes=[*range(8)])
+    page = opened(browser, path, 375, 700)
+    legend = page.locator("#legend").bounding_box()
+    assert legend["height"] >= 100
+    page.mouse.click(*place_of(page, 2))
+    near = page.locator("#near").bounding_box()
+    assert near["height"] >= 150 and near["y"] + near["height"] <= 700
+    page.keyboard.press("Escape")
+    assert page.locator("#legend").bounding_box() == legend
+
+
+@pytest.mark.parametrize("width", [320, 375, 761, 1200])
+def test_the_switch_of_four_maps_leaves_room_for_the_reset(browser, tmp_path, width):
+    titles = [f"{method}: {side}" for method in ("t-SNE", "UMAP") for side in ("before", "after")]
+    path = write_page(tmp_path / "page.html", panels=[Panel(title, CIRCLE) for title in titles])
+    page = opened(browser, path, width, 700)
+    assert page.locator("#maps button").count() == 4 and apart(page, "#maps", "#reset")
+    page.locator("#maps button").nth(3).click()
+    page.locator("#reset").click()
+    assert page.locator("#maps button").nth(3).get_attribute("aria-pressed") == "true"
 
 
 def test_wheel_zooms_around_the_pointer(page):

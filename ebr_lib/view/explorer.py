@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints
 from ebr_lib.files import written_whole
-from ebr_lib.tables import shortened
 from ebr_lib.view.figure import Groups, Panel
 
 MOST = 50_000  # points that a browser draws without a pause
-TEXT_COLUMNS = 240  # of a text are shown, in half-width columns
+TEXT_ROOM = 20_000_000  # characters of all texts together: of 50,000 points each may have 400, and what others leave
 TEMPLATE = Path(__file__).with_name("explorer.html")
 
 
@@ -51,6 +50,8 @@ def write_explorer(
     :param spaces: the neighbours of each point in each original space that there are maps of.
     :param all_rows: how many rows the file has, for the line that says how many of them are here.
     """
+    whole = [" ".join((text or "").split()) for text in texts]
+    longest = _longest([len(text) for text in whole], TEXT_ROOM)
     data = {
         "name": name,
         "all": all_rows,
@@ -65,11 +66,22 @@ def write_explorer(
             {"near": _packed(s.near, np.int32), "cosines": _packed(np.rint(s.cosines * 10_000), np.int16)}
             for s in spaces
         ],
-        "texts": [shortened(text or "", TEXT_COLUMNS) for text in texts],
+        "texts": [text if len(text) <= longest else text[:longest] + "…" for text in whole],
+        "longest": longest if any(len(text) > longest for text in whole) else None,
     }
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", _harmless(data))
     with written_whole(path) as new:
         new.write_text(page, encoding="utf-8")
+
+
+def _longest(lengths: Sequence[int], room: int) -> int:
+    """How long a text may be so that all of them fit; short texts leave their share to the long ones."""
+    for done, length in enumerate(sorted(lengths)):
+        share = room // (len(lengths) - done)
+        if length > share:
+            return share
+        room -= length
+    return max(lengths, default=0)
 
 
 def _packed(values: NDArray[Any], kind: type[np.generic]) -> str:
