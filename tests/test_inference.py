@@ -592,6 +592,27 @@ def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: Fake
     assert run(tmp_path, window_rows=4).output.read_bytes() == wanted
 
 
+def test_rows_of_a_file_that_was_rewritten_for_a_while_are_never_written(
+    tmp_path: Path, encoder: FakeEncoder, monkeypatch
+):
+    path = catalogue(
+        tmp_path, [f"{i}\x01good {i} {'x' * 9000}\x01x" for i in range(30)]
+    )  # wider than what is read ahead
+    wanted = run(tmp_path, output_path=str(tmp_path / "whole.txt"), window_rows=3).output.read_bytes()
+    good, real = path.read_bytes(), encoder.encode
+
+    def encode(prepared, told):
+        path.write_bytes(good.replace(b"good", b"evil"))
+        os.utime(path, ns=(1, 1))
+        return real(prepared, told)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="changed while it was read"):
+        patch.setattr(encoder, "encode", encode)
+        run(tmp_path, window_rows=3)
+    path.write_bytes(good)
+    assert run(tmp_path, window_rows=3).output.read_bytes() == wanted
+
+
 def test_two_runs_on_one_output_are_refused(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, ["1\x01a\x01x"])
     real = encoder.encode

@@ -436,6 +436,7 @@ def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]
             builder.add(source, row)
             after = row.after
             if builder.full and row.resumable:
+                source.check_unchanged()  # what another file held under this name must not come to the disk
                 read = source.size * min(1.0, after.offset / max(1, source.extent))
                 yield builder.build(store, encoder, number, after, (done + read) / every)
         source.check_unchanged()
