@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
-from ebr_lib.data.vectors import VECTOR, ids_path, is_plain, manifest_path
+from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
 from ebr_lib.engines.job import Job, Outcome, new_inputs, refuse_other_engine, rejects_path, told_when_full, work_folder
 from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
@@ -140,14 +140,14 @@ def _with_rows(files: list[Path]) -> list[Path]:
 
 def _kept_columns(config: InferenceConfig, sources: list[Source]) -> tuple[str, ...]:
     kept = config.output_columns or _all_columns(sources)
-    is_text = Path(config.output_path).suffix != ".parquet"
+    in_text = is_text(config.output_path)
     for name in kept:
         if "\ufffd" in name:
             raise DataError(
                 f"{sources[0].path}: the column name {name!r} is no {sources[0].encoding}; set encoding to what the "
                 "file is written in, or name the columns to keep in output_columns"
             )
-        if is_text and not is_plain(name.encode()):
+        if in_text and not is_plain(name.encode()):
             raise DataError(
                 f"{sources[0].path}: the column name {name!r} holds what separates fields or rows of text; "
                 "name the columns to keep in output_columns, or write .parquet"
@@ -235,7 +235,7 @@ def _settings(
         "normalize": config.normalize,
         "description_column": config.description_column,
         "output_columns": list(kept),
-        "format": Path(config.output_path).suffix,
+        "format": ending_of(config.output_path),
         "delimiter": config.delimiter,
         "columns": list(config.columns),
         "encoding": config.encoding,

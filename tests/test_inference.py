@@ -132,6 +132,14 @@ def test_every_format_holds_the_same(tmp_path: Path, encoder: FakeEncoder, endin
     assert (back.vectors[back.valid] == np.stack([fake_vector("a"), fake_vector("b")])).all()
 
 
+@pytest.mark.parametrize(("name", "head"), [("o.PARQUET", b"PAR1"), ("o.Npy", b"\x93NUMPY"), ("o", b"id\x01")])
+def test_an_ending_says_the_format_however_it_is_written(tmp_path: Path, encoder: FakeEncoder, name: str, head: bytes):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    result = run(tmp_path, output_path=str(tmp_path / name))
+    assert result.output.read_bytes().startswith(head)
+    assert (read_embeddings(result.output).vectors == fake_vector("a")).all()
+
+
 EMPTY = ["1\x01\\N\x01x", "2\x01\x01x", "3\x01 \u3000\x01x", "4\x01ok\x01x"]
 
 

@@ -77,6 +77,15 @@ def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: 
     assert not (tmp_path / "parts.txt.work").exists()
 
 
+@pytest.mark.parametrize(("name", "part"), [("parts", "part-00000.txt"), ("p.PARQUET", "part-00000.parquet")])
+def test_parts_have_an_ending_that_says_their_format(tmp_path: Path, tiny_bert: Path, cluster, name: str, part: str):
+    catalogue(tmp_path, ["1\x01warm blanket\x01x"])
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
+    result = run(tmp_path, **knobs, output_path=str(tmp_path / name))
+    assert [path.name for path in result.output.iterdir()] == [part]
+    assert read_embeddings(result.output).columns["id"] == ["1"]
+
+
 def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
     from ebr_lib.engines import ray_cluster
 

@@ -31,7 +31,8 @@ DELIMITER = b"\x01"
 VECTOR = "vector"
 AGAIN = "run the inference again"  # what helps against most of what can be wrong with such a file
 PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
-ENDINGS = (".txt", ".csv", ".tsv", ".parquet", ".npy")
+TEXT, PARQUET, NPY = ".txt", ".parquet", ".npy"
+ENDINGS = (TEXT, ".csv", ".tsv", PARQUET, NPY)
 BLOCK_BYTES = 1 << 24  # of text parsed at once
 BATCH_ROWS = 1 << 14
 FORMAT_ROWS = 1 << 6  # formatted at once: their copies stay in the cache, and between them encoding gets the lock
@@ -63,6 +64,17 @@ class Embeddings:
     def valid(self) -> NDArray[np.bool_]:
         """Which rows hold a vector."""
         return ~np.isnan(self.vectors[:, 0]) if self.vectors.shape[1] else np.zeros(len(self), dtype=bool)
+
+
+def ending_of(path: str | Path) -> str:
+    """The ending that says which format an embedding file has, in lower case; `.txt` where a name has none of them."""
+    ending = Path(path).suffix.lower()
+    return ending if ending in ENDINGS else TEXT
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether the kept columns of an embedding file are delimited text, which cannot hold every value."""
+    return ending_of(path) != PARQUET
 
 
 def manifest_path(path: str | Path) -> Path:
@@ -144,7 +156,9 @@ def iter_embeddings(
 def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    parts = sorted(p for p in path.glob(f"{PART_PREFIX}*") if p.suffix in ENDINGS and not p.name.endswith(".ids.txt"))
+    parts = sorted(
+        p for p in path.glob(f"{PART_PREFIX}*") if p.suffix.lower() in ENDINGS and not p.name.endswith(".ids.txt")
+    )
     if not parts:
         raise MissingError(f"embedding file {path}: there is no such file; run the inference stage first")
     return parts
@@ -194,8 +208,8 @@ class _Format(Protocol):
 
 
 def _format_of(path: str | Path) -> _Format:
-    formats: dict[str, _Format] = {".parquet": _Parquet(), ".npy": _Npy()}
-    return formats.get(Path(path).suffix, _Text())
+    formats: dict[str, _Format] = {PARQUET: _Parquet(), NPY: _Npy()}
+    return formats.get(ending_of(path), _Text())
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -671,7 +685,7 @@ def write_embeddings(
         [None if value is None else value.encode() for value in row]
         for _, *row in zip(range(len(vectors)), *columns.values(), strict=True)
     ]
-    if path.suffix != ".parquet":
+    if is_text(path):
         _check_plain(path, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
-from ebr_lib.data.vectors import DELIMITER, PART_PREFIX, Sink, finish_sink, is_plain, open_sink, read_manifest, reopen
+from ebr_lib.data.vectors import (
+    DELIMITER,
+    PART_PREFIX,
+    Sink,
+    finish_sink,
+    is_plain,
+    is_text,
+    open_sink,
+    read_manifest,
+    reopen,
+)
 from ebr_lib.engines.store import STATE_FILE, Store, digest_of
 from ebr_lib.errors import DataError, ModelError
 from ebr_lib.logs import logger
@@ -334,7 +344,7 @@ class _Builder:
 
     def __init__(self, job: Job, rows_before: int) -> None:
         self._job, self._rows_before = job, rows_before
-        self._must_be_plain = job.output.suffix != ".parquet"
+        self._must_be_plain = is_text(job.output)
         self._clear()
 
     def _clear(self) -> None:

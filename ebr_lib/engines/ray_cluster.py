@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ebr_lib
-from ebr_lib.data.vectors import PART_PREFIX
+from ebr_lib.data.vectors import PART_PREFIX, ending_of
 from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, run_job
 from ebr_lib.engines.local import EncoderFacts, LocalEncoder
 from ebr_lib.errors import ConfigError, ModelError, UserError
@@ -144,7 +144,7 @@ def check_output_folder(folder: Path) -> None:
 def _shards(job: Job) -> Iterator[Job]:
     """A job a file, whose part lies in the work folder until all are done."""
     for number, (source, entry) in enumerate(zip(job.sources, job.inputs, strict=True)):
-        output = (job.folder / f"{PART_PREFIX}{number:05}{job.output.suffix}").resolve()
+        output = (job.folder / f"{PART_PREFIX}{number:05}{ending_of(job.output)}").resolve()
         source = replace(source, path=source.path.resolve())  # noqa: PLW2901 - workers have another current folder
         yield replace(job, sources=(source,), inputs=(entry,), output=output)
 

@@ -20,7 +20,7 @@ from ebr_lib.data.doctor import language_of
 from ebr_lib.data.hive import Layout, open_source, read_rows
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import is_blank, normalised, text_keys
-from ebr_lib.data.vectors import VECTOR, iter_embeddings, read_manifest
+from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
 from ebr_lib.retrieval.maker import Maker
@@ -234,7 +234,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    if path.suffix == ".parquet":
+    if ending_of(path) == PARQUET:
         yield from _parquet(path).read().to_pylist()
     elif path.suffix in (".json", ".jsonl"):
         yield from _json_records(path)
@@ -452,9 +452,9 @@ def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, traine
 
 
 def _holds_vectors(path: Path) -> bool:
-    if path.suffix == ".npy" or path.is_dir():
+    if ending_of(path) == NPY or path.is_dir():
         return True
-    if path.suffix == ".parquet":
+    if ending_of(path) == PARQUET:
         return VECTOR in _parquet(path).schema_arrow.names
     with open(path, "rb") as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
