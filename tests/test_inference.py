@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -461,6 +465,39 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
     assert told == [20, 40]
     assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
     assert one.counts["truncated"] == two.counts["truncated"] > 0
+
+
+PARENT = """
+import contextlib, multiprocessing, sys
+from ebr_lib.engines.local import open_encoder
+from ebr_lib.model.recipe import EncoderRecipe
+if __name__ == "__main__":
+    recipe = EncoderRecipe(sys.argv[1], device="cpu")
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(open_encoder(recipe, 2)) as encoder:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        encoder.encode(["text"] * 10**5, print)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_end_with_the_one_that_began_them_and_say_nothing(
+    tmp_path: Path, tiny_bert: Path, kind: signal.Signals
+):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(tiny_bert)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True)
+    assert parent.stdout is not None
+    assert len(parent.stdout.readline().split()) == 2
+    (os.killpg if kind == signal.SIGINT else os.kill)(parent.pid, kind)
+    try:
+        _, errors = parent.communicate(timeout=60)  # ends when nobody holds the pipes any more
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert "Traceback" not in errors
 
 
 def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path, tiny_bert: Path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -187,12 +189,22 @@ _worker: TextEncoder | None = None  # of a process that encodes; nowhere else
 def _start(recipe: EncoderRecipe, threads: int) -> EncoderFacts:
     """Load the model. (Not as the pool's initializer: what that raises does not come back.)"""
     global _worker  # noqa: PLW0603 - what a process of a pool keeps between its tasks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: it ends, and the parent speaks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
     encoder = LocalEncoder(recipe)
     _worker = encoder
     return encoder.facts
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, killed say: it would wait for texts for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(texts: list[str]) -> tuple[Vectors, EncodeReport]:
