@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import random
@@ -257,6 +259,52 @@ def test_a_resume_with_other_input_is_refused_and_new_files_are_appended(interru
     assert result.counts["read"] == 61
     assert len(encoder.asked) < result.counts["encoded"]  # it went on
     new.unlink()
+
+
+@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
+@pytest.mark.parametrize("append", [False, True])
+def test_a_damaged_input_is_fetched_again_and_the_files_before_it_are_kept(
+    tmp_path: Path, monkeypatch, ending: str, append: bool
+):
+    encoder = use(monkeypatch, FakeEncoder())
+    knobs = {"file_patterns": ["*.gz"], "window_rows": 7, "append": append}
+    ours, fresh = ({"output_path": str(tmp_path / f"{name}{ending}")} for name in ("ours", "fresh"))
+    if append:
+        catalogue(tmp_path, [], "0.csv.gz").write_bytes(zipped("0"))
+        run(tmp_path, **knobs, **ours)
+        run(tmp_path, **knobs, **fresh)
+    for name in "abc":
+        catalogue(tmp_path, [], f"{name}.csv.gz").write_bytes(zipped(name))
+    whole = zipped("c")
+    (tmp_path / "in" / "c.csv.gz").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(DataError, match="damaged or cut short"):
+        run(tmp_path, **knobs, **ours)
+    asked = len(encoder.asked)
+    # other texts than those that were kept ahead
+    (tmp_path / "in" / "c.csv.gz").write_bytes(zipped("C"))
+    result = run(tmp_path, **knobs, **ours)
+    again = encoder.asked[asked:]
+    assert sum(not text.startswith("C") for text in again) < 7
+    wanted = run(tmp_path, **knobs, **fresh)
+    assert result.output.read_bytes() == wanted.output.read_bytes()
+    assert result.counts == wanted.counts
+    assert json.loads(result.manifest.read_text())["inputs"] == json.loads(wanted.manifest.read_text())["inputs"]
+
+
+def zipped(name: str) -> bytes:
+    """A file of 200 rows, some texts among them equal; larger than what is read of it to tell its encoding by."""
+    rows = [f"{name}{i}\x01{name} 毯子 {hashlib.sha256(str(i % 150).encode()).hexdigest() * 300}" for i in range(200)]
+    return gzip.compress("\n".join(["id\x01description", *rows, ""]).encode())
+
+
+def test_an_input_that_changed_when_its_rows_were_written_is_refused(tmp_path: Path, monkeypatch):
+    use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows()[:8])
+    catalogue(tmp_path, some_rows()[8:], "b.csv")
+    stop(tmp_path, jobs._Writer, "write", 2, window_rows=WINDOW)
+    catalogue(tmp_path, some_rows()[:7])
+    with pytest.raises(DataError, match=r"input a\.csv: its contents changed"):
+        run(tmp_path, window_rows=WINDOW)
 
 
 def test_a_run_of_another_version_is_refused_until_it_is_dropped(interrupted: Path, monkeypatch):

@@ -85,7 +85,7 @@ class Source:
         if now != self.stamp:
             raise DataError(
                 f"{self.path} changed while it was read ({self.size} bytes then, {now[0]} now); what "
-                "was written stays. Put the file back and run the same call again, or set restart: true"
+                "was written stays. Run the same call again when it is whole: it reads that file anew"
             )
 
 

@@ -43,11 +43,12 @@ from ebr_lib.logs import logger
 
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
-STATE_VERSION = 1  # of what a state holds and what its windows are; another version's run is not continued
+STATE_VERSION = 2  # of what a state holds and what its windows are; another version's run is not continued
 WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
 FIRST_ROWS = 1 << 10  # of the first window; each next one may hold as many as all before it
 WRITE_ROWS = 1 << 12
 EXAMPLES = 5
+PROGRESS = ("file", "position", "first", "sizes", "rejects", "counts", "reasons", "examples", "share")  # of a state
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of what does not show: spaces, controls, marks of format
 
 Told = Callable[[int], None]
@@ -213,7 +214,11 @@ def refuse_other_engine(folder: Path, in_parts: bool) -> None:
 
 def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
     state = store.state or _first_state(job)
+    _check_version(job, state)
+    back, state = _without_changed(job, state)
     job = _continued(job, state)
+    if back:
+        store.go_back(state)
     if not state["done"]:
         store.begin(encoder.dim, state["first"])
         state = _write_all(job, store, encoder, state, progress)
@@ -244,6 +249,7 @@ def _first_state(job: Job) -> dict[str, Any]:
         "reasons": before.get("rejects", {}).get("reasons", {}),
         "examples": before.get("truncated", {}).get("examples", []),
         "share": 0.0,
+        "before": None,
         "done": False,
     }
 
@@ -279,17 +285,20 @@ def new_inputs(job: Job, held: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
+def _check_version(job: Job, state: dict[str, Any]) -> None:
+    if state.get("version") != STATE_VERSION:
+        raise DataError(
+            f"{job.folder} holds an unfinished run of another version of this program; end it with that version, or "
+            "drop it with restart: true"
+        )
+
+
 def _continued(job: Job, state: dict[str, Any]) -> Job:
     """Check that the interrupted run was the same job, and take its files in its order.
 
     With `append`, new files go behind them; but not into a run that had written all of its rows: that one is finished
     as it was, and what is new is for the next.
     """
-    if state.get("version") != STATE_VERSION:
-        raise DataError(
-            f"{job.folder} holds an unfinished run of another version of this program; end it with that version, or "
-            "drop it with restart: true"
-        )
     known = [*state["earlier"], *state["inputs"]]
     new = new_inputs(job, known)
     changes = [*_changed_settings(state["settings"], job), *_changed_contents(known, job), *_gone(state["inputs"], job)]
@@ -306,6 +315,25 @@ def _continued(job: Job, state: dict[str, Any]) -> Job:
     sources = {source.name: source for source in job.sources}
     taken = tuple(sources[entry["path"]] for entry in state["inputs"])
     return replace(job, sources=taken, inputs=tuple(state["inputs"]))
+
+
+def _without_changed(job: Job, state: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """The state with inputs as they are now that have changed since, where no row of theirs was written.
+
+    One that was being read is read anew: the state goes back to where the one before it ended. Says too whether
+    anything has changed, for then texts that were kept ahead may not come.
+    """
+    now = {entry["path"]: entry for entry in job.inputs}
+    changed = [i for i, e in enumerate(state["inputs"]) if now.get(e["path"], e)["sha256"] != e["sha256"]]
+    if not changed or state["done"]:
+        return False, state
+    for progress in filter(None, ({}, state["before"])):
+        earlier = state | progress
+        if changed[0] > earlier["file"] or not earlier["position"]:
+            names = ", ".join(state["inputs"][i]["path"] for i in changed[:EXAMPLES])
+            logger.info("输入有变，重新读取: %s (inputs that changed are read anew)", names)
+            return True, earlier | {"inputs": [now.get(entry["path"], entry) for entry in state["inputs"]]}
+    return False, state
 
 
 def _changed_settings(before: dict[str, Any], job: Job) -> list[str]:
@@ -559,6 +587,8 @@ class _Writer:
             "examples": [*self.state["examples"], *examples][:EXAMPLES],
             "share": window.share,
         }
+        if window.file != self.state["file"] or not self.state["position"]:
+            changes["before"] = {name: self.state[name] for name in PROGRESS}
         self.commit(changes)
 
     def commit(self, changes: dict[str, Any]) -> None:

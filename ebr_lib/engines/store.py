@@ -140,10 +140,21 @@ class Store:
     def commit(self, state: dict[str, Any]) -> None:
         """Make the job's state durable: all that it tells of was brought to the disk before."""
         with self._transaction():
-            self._database.execute("DELETE FROM state")
-            self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
+            self._put(state)
             self._database.execute("DELETE FROM reports WHERE first < ?", (state["first"],))
         self.state = state
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Make an earlier state the job's again, and drop what was kept of the texts that come after it."""
+        with self._transaction():
+            self._put(state)
+            self._database.execute("DELETE FROM seen WHERE place >= ?", (state["first"],))
+            self._database.execute("DELETE FROM reports WHERE first >= ?", (state["first"],))
+        self.state = state
+
+    def _put(self, state: dict[str, Any]) -> None:
+        self._database.execute("DELETE FROM state")
+        self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
 
     def close(self) -> None:
         """Let go of the files."""
