@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.config import InferenceConfig, delimiter_byte
 from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
-from ebr_lib.engines.job import Job, Outcome, new_inputs, refuse_other_engine, rejects_path, told_when_full, work_folder
+from ebr_lib.engines.job import (
+    Job,
+    Outcome,
+    drop_run,
+    new_inputs,
+    refuse_other_engine,
+    rejects_path,
+    told_when_full,
+    work_folder,
+)
 from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
@@ -272,7 +280,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
     )
     if config.restart and job.folder.exists():
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
-        shutil.rmtree(job.folder)
+        drop_run(job.folder)
     refuse_other_engine(job.folder, in_parts=config.engine == "ray")
     return job
 

@@ -661,8 +661,9 @@ def test_two_runs_on_one_output_are_refused(tmp_path: Path, encoder: FakeEncoder
     real = encoder.encode
 
     def encode(prepared, told):
-        with pytest.raises(DataError, match="another run is writing this output"):
-            run(tmp_path)
+        for knobs in ({}, {"restart": True}):
+            with pytest.raises(DataError, match="another run is writing this output"):
+                run(tmp_path, **knobs)
         return real(prepared, told)
 
     monkeypatch.setattr(encoder, "encode", encode)

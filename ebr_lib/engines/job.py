@@ -212,6 +212,18 @@ def refuse_other_engine(folder: Path, in_parts: bool) -> None:
         )
 
 
+def drop_run(folder: Path) -> None:
+    """Take away the work folder of an unfinished run.
+
+    :raises DataError: the run is not ended, but at work.
+    """
+    with contextlib.ExitStack() as held:
+        for state in [*folder.glob(STATE_FILE), *folder.glob(f"{PART_PREFIX}*/{STATE_FILE}")]:
+            with contextlib.suppress(sqlite3.DatabaseError):  # a damaged one is nobody's
+                held.enter_context(contextlib.closing(Store(state.parent)))
+        shutil.rmtree(folder)
+
+
 def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
     state = store.state or _first_state(job)
     _check_version(job, state)
