@@ -168,6 +168,25 @@ def test_stopped_at_its_end_it_has_lost_nothing(tmp_path: Path, tiny_bert: Path,
     assert read_embeddings(tmp_path / "parts.txt").total == 18
 
 
+def test_a_resume_with_other_files_is_refused(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+    from ebr_lib.engines import ray_cluster
+
+    for name in "bc":
+        catalogue(tmp_path, [f"{name}\x01blanket\x01x"], f"{name}.csv")
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
+    knobs["output_path"] = str(tmp_path / "parts")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ray_cluster, "_collect_rejects", lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path, **knobs)
+    (tmp_path / "in" / "c.csv").rename(tmp_path / "in" / "a.csv")
+    with pytest.raises(DataError, match=r"input c\.csv: no longer there\n  - input a\.csv: new\n"):
+        run(tmp_path, **knobs)
+    (tmp_path / "in" / "a.csv").rename(tmp_path / "in" / "c.csv")
+    result = run(tmp_path, **knobs)
+    assert sorted(path.name for path in result.output.iterdir()) == ["part-00000.txt", "part-00001.txt"]
+    assert read_embeddings(result.output).columns["id"] == ["b", "c"]
+
+
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path, cluster):
     catalogue(tmp_path, ["1\x01a\x01x"])
     with pytest.raises(ConfigError, match=r"replaced as a whole and holds other files \(a\.csv\)"):

@@ -316,12 +316,7 @@ def _continued(job: Job, state: dict[str, Any]) -> Job:
     changes = [*_changed_settings(state["settings"], job), *_changed_contents(known, job), *_gone(state["inputs"], job)]
     if not job.append:
         changes += [f"input {entry['path']}: new (append: true takes it in)" for entry in new]
-    if changes:
-        raise DataError(
-            f"{job.folder} holds an unfinished run that cannot be continued, for these have changed:\n"
-            + "\n".join(f"  - {change}" for change in changes)
-            + "\nGo back to what they were, or drop that run with restart: true"
-        )
+    _refuse(job, changes)
     if not state["done"]:
         state["inputs"] = [*state["inputs"], *new]
     sources = {source.name: source for source in job.sources}
@@ -346,6 +341,24 @@ def _without_changed(job: Job, state: dict[str, Any]) -> tuple[bool, dict[str, A
             logger.info("输入有变，重新读取: %s (inputs that changed are read anew)", names)
             return True, earlier | {"inputs": [now.get(entry["path"], entry) for entry in state["inputs"]]}
     return False, state
+
+
+def refuse_other_job(job: Job, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    """Make sure that the interrupted run had the same settings and the same files, whatever these hold.
+
+    :raises DataError: it had others.
+    """
+    new = [f"input {entry['path']}: new" for entry in new_inputs(job, inputs)]
+    _refuse(job, [*_changed_settings(settings, job), *_gone(inputs, job), *new])
+
+
+def _refuse(job: Job, changes: list[str]) -> None:
+    if changes:
+        raise DataError(
+            f"{job.folder} holds an unfinished run that cannot be continued, for these have changed:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nGo back to what they were, or drop that run with restart: true"
+        )
 
 
 def _changed_settings(before: dict[str, Any], job: Job) -> list[str]:

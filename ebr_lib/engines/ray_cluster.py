@@ -7,6 +7,7 @@ All machines must see the input, the model and the output under the same paths.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from typing import Any
 
 import ebr_lib
 from ebr_lib.data.vectors import PART_PREFIX, ending_of
-from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, run_job
+from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, refuse_other_job, run_job
 from ebr_lib.engines.local import EncoderFacts, LocalEncoder
-from ebr_lib.errors import ConfigError, ModelError, UserError
-from ebr_lib.files import check_replaceable, replace_folder, written_whole
+from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
+from ebr_lib.files import check_replaceable, replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.recipe import EncoderRecipe
 
+JOB_FILE = f"{PART_PREFIX}job.json"  # named as what is moved with the parts
 RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
 
 
@@ -95,6 +97,7 @@ class RayEngine:
         :raises DataError: as `run_job`.
         :raises ModelError: a worker was lost more than RETRIES times.
         """
+        _begin(job)
         progress(0, 0, 0.0)
         shards = list(_shards(job))
         outcomes: dict[int, Outcome] = {}
@@ -124,6 +127,7 @@ class RayEngine:
         for shard in shards:
             shutil.rmtree(job.output / shard.folder.name)
             (job.output / shard.rejects.name).unlink(missing_ok=True)
+        (job.output / JOB_FILE).unlink()
 
     def close(self) -> None:
         """End the actors, and the cluster if it was started here."""
@@ -139,6 +143,23 @@ def check_output_folder(folder: Path) -> None:
     :raises ConfigError: a file stands there, or a folder of other files, or the place cannot be written to.
     """
     check_replaceable(folder, lambda name: name.startswith(PART_PREFIX))
+
+
+def _begin(job: Job) -> None:
+    """Note what the job is, or make sure that it is the one that was interrupted; what files hold their shards check.
+
+    :raises DataError: it is another.
+    """
+    note = job.folder / JOB_FILE
+    if note.exists():
+        begun = json.loads(note.read_text(encoding="utf-8"))
+        refuse_other_job(job, begun["settings"], begun["inputs"])
+        return
+    if any(job.folder.glob(f"{PART_PREFIX}*")):
+        raise DataError(
+            f"{job.folder} holds parts of a run that are not known to be of this one; drop it with restart: true"
+        )
+    write_json(note, {"settings": job.settings, "inputs": job.inputs})
 
 
 def _shards(job: Job) -> Iterator[Job]:
