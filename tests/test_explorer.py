@@ -255,13 +255,15 @@ def apart(page, *names) -> bool:
 
 def test_the_neighbours_have_room_on_a_phone(browser, tmp_path):
     names = [f"label {i}" for i in range(20)]
-    path = write_page(tmp_path / "page.html", ["word " * 50] * 8, names=names, sizes=[1] * 20, codes=[*range(8)])
+    path = write_page(tmp_path / "page.html", ["word " * 500] * 8, names=names, sizes=[1] * 20, codes=[*range(8)])
     page = opened(browser, path, 375, 700)
     legend = page.locator("#legend").bounding_box()
     assert legend["height"] >= 100
     page.mouse.click(*place_of(page, 2))
     near = page.locator("#near").bounding_box()
     assert near["height"] >= 150 and near["y"] + near["height"] <= 700
+    first = page.locator("#near .item").first.bounding_box()
+    assert first["y"] < 650  # however long the text of the chosen point is
     page.keyboard.press("Escape")
     assert page.locator("#legend").bounding_box() == legend
 
