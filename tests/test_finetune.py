@@ -524,6 +524,31 @@ def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, num
     assert train(settings, num_epochs=3, resume_from_checkpoint="auto").steps == 15
 
 
+def test_a_signal_to_the_processes_that_prepare_batches_too_is_said_once(settings):
+    """Ctrl-C in a terminal goes to all of them."""
+    code = (
+        "import os, signal, sys, json\n"
+        "from ebr_lib import train_sentence_transformer\n"
+        "from ebr_lib.logs import show_logs\n"
+        "from ebr_lib.model.training import EbrTrainer\n"
+        "make = EbrTrainer.training_step\n"
+        "def signalled(self, *given):\n"
+        "    if self.state.global_step == 2: os.killpg(0, signal.SIGINT)\n"
+        "    return make(self, *given)\n"
+        "EbrTrainer.training_step = signalled\n"
+        "show_logs()\n"
+        "train_sentence_transformer(json.loads(sys.argv[1]))\n"
+    )
+    config = json.dumps(settings | {"dataloader_num_workers": 2, "num_epochs": 2})
+    run = subprocess.run(
+        [sys.executable, "-c", code, config], cwd=ROOT, capture_output=True, text=True, check=False,
+        start_new_session=True,
+    )  # fmt: skip
+    assert "resume_from_checkpoint: auto" in run.stdout, run.stderr[-2000:]
+    assert run.stdout.count("收到中断信号") == 1
+    assert train(settings, dataloader_num_workers=2, num_epochs=2, resume_from_checkpoint="auto").steps == 10
+
+
 @pytest.mark.parametrize(
     ("step", "knobs"),
     [

@@ -356,14 +356,18 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
+        self._process = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Catch the signals."""
+        self._process = os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # one that prepares batches and was forked with this handler: the step may still need it
         self.received = number
         signal.signal(number, self._before.pop(number))
         logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
