@@ -580,6 +580,26 @@ def test_after_a_signal_the_run_goes_on_as_if_there_had_been_none(settings, monk
     assert evaluations_of(resumed) == evaluations_of(whole)
 
 
+@pytest.mark.parametrize("knobs", [{"save_steps": 5}, {"save_steps": 5, "num_epochs": 1.6}])
+def test_a_checkpoint_at_the_end_of_an_epoch_has_its_evaluation(settings, monkeypatch, tmp_path, knobs):
+    """Five steps an epoch, and the run dies in the next one."""
+    knobs = {"num_epochs": 2, "lora_dropout": 0.3, **knobs}
+    whole = train(settings, **knobs, output_dir=str(tmp_path / "whole"))
+    make = EbrTrainer.training_step
+
+    def dies(self, *given):
+        if self.state.global_step == 6:
+            raise RuntimeError("injected")
+        return make(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="injected"):
+        patch.setattr(EbrTrainer, "training_step", dies)
+        train(settings, **knobs)
+    resumed = train(settings, **knobs, resume_from_checkpoint="auto")
+    assert same(adapter(resumed), adapter(whole))
+    assert evaluations_of(resumed) == evaluations_of(whole)
+
+
 @pytest.mark.parametrize(
     ("knobs", "steps"),
     [

@@ -382,15 +382,36 @@ class StopOnSignal(TrainerCallback):
 
         The run that goes on evaluates where a whole one does, and so has the same best weights, rates and random state.
         """
-        if self.received:
-            ended = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
-            control.should_evaluate = control.should_evaluate and ended
-            control.should_save = ended  # the checkpoint of this step has to know of the evaluation
+        if self.received and not _epoch_is_over(state):
+            control.should_evaluate = control.should_save = False
 
     def put_handlers_back(self) -> None:
         """For when training is over, however it ended: no callback hears of an error."""
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Takes the checkpoint of an epoch's last step after the evaluation that ends the epoch, not before.
+
+    A run that goes on from that step begins the next epoch: the evaluation would never be made.
+    """
+
+    def __init__(self) -> None:
+        self.due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put off what is to be saved now."""
+        self.due = control.should_save and args.eval_strategy == "epoch" and _epoch_is_over(state)
+        control.should_save = control.should_save and not self.due
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save what was put off."""
+        control.should_save = control.should_save or self.due
+
+
+def _epoch_is_over(state: Any) -> bool:
+    return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
 
 
 class TrainingBar(TrainerCallback):
@@ -471,6 +492,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.stop = StopOnSignal()
         self.remove_callback(ProgressCallback)
         self.add_callback(self.stop)
+        self.add_callback(SaveAfterEvaluation())
         self.add_callback(TrainingBar())
 
     # --- data ---
