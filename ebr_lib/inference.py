@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
-from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source
+from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source, readable
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
 from ebr_lib.engines.job import (
     Job,
@@ -183,7 +183,12 @@ def _hashed(sources: list[Source]) -> tuple[dict[str, Any], ...]:
     from tqdm.auto import tqdm
 
     bar = tqdm(sources, desc="sha256", unit="file", delay=2, leave=False)
-    return tuple({"path": s.name, "size": s.size, "sha256": sha256_of(s.path)} for s in bar)
+    return tuple({"path": s.name, "size": s.size, "sha256": _sha256(s)} for s in bar)
+
+
+def _sha256(source: Source) -> str:
+    with readable(source.path):
+        return sha256_of(source.path)
 
 
 # --- model --------------------------------------------------------------------------------------------------------

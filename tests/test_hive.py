@@ -29,6 +29,26 @@ def written(folder: Path, content: bytes, name: str = "a.csv") -> Path:
     return path
 
 
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "gzip", "none"])
+def test_damaged_parquet_is_told_as_such(tmp_path: Path, codec: str):
+    """A byte is changed at each of many places: the rows are read, or the error is ours."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, errors = tmp_path / "a.parquet", 0
+    pq.write_table(pa.table({"id": [f"苹果 {i % 99} {i}" for i in range(999)]}), path, compression=codec)
+    whole = path.read_bytes()
+    for place in range(4, len(whole) - 8, max(1, len(whole) // 200)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            source = hive.open_source(path, Layout())
+            hive.need_columns(source, ["id"], b"\x01")
+            list(hive.read_rows(source, ["id"], Layout()))
+        except DataError as error:
+            errors += "is no whole Parquet file" in str(error)
+    assert errors > 9
+
+
 def test_nothing_but_delimiter_and_newline_means_anything(tmp_path: Path):
     odd = [
         '"unclosed',

@@ -20,6 +20,7 @@ import pytest
 
 from ebr_lib import inference
 from ebr_lib.config import InferenceConfig
+from ebr_lib.data import hive
 from ebr_lib.data.vectors import read_embeddings
 from ebr_lib.engines import job as jobs
 from ebr_lib.engines import local
@@ -633,6 +634,28 @@ def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: Fake
             run(tmp_path, window_rows=4, restart=True)
     path.write_bytes(whole)
     assert run(tmp_path, window_rows=4).output.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("step", ["open_source", "sha256_of"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, encoder: FakeEncoder, monkeypatch, step: str):
+    path = catalogue(tmp_path, ["1\x01a\x01x"])
+    real = getattr(inference, step)
+
+    def vanishing(*arguments):
+        path.unlink(missing_ok=True)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(MissingError, match=r"a\.csv: the file is no longer there"):
+        patch.setattr(inference, step, vanishing)
+        run(tmp_path)
+
+    def forbidden(*ignored):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a\.csv cannot be read \(Permission denied\)"):
+        patch.setattr(inference if step == "sha256_of" else hive, step if step == "sha256_of" else "_open", forbidden)
+        run(tmp_path)
 
 
 def test_rows_of_a_file_that_was_rewritten_for_a_while_are_never_written(

@@ -80,7 +80,7 @@ class Source:
         :raises DataError: its size or time of change is another.
         :raises MissingError: it is no longer there.
         """
-        with _readable(self.path):
+        with readable(self.path):
             now = stamp_of(self.path)
         if now != self.stamp:
             raise DataError(
@@ -158,8 +158,12 @@ def _is_parquet(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into an error that names it."""
+def readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that names it.
+
+    :raises MissingError: it is no longer there.
+    :raises DataError: its data is damaged, or it cannot be read.
+    """
     import pyarrow as pa
 
     try:
@@ -168,8 +172,18 @@ def _readable(path: Path) -> Iterator[None]:
         raise MissingError(f"{path}: the file is no longer there; put it back and run the same call again") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip data is damaged or cut short ({error}); fetch the file again") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}); see to it and run the same call again"
+            ) from error
+        raise _no_parquet(path, error) from error  # the codecs of Arrow tell of damaged data so
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is no whole Parquet file ({error}); fetch it again") from error
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is no whole Parquet file ({error}); fetch it again")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -185,7 +199,7 @@ def open_source(path: Path, layout: Layout, name: str | None = None) -> Source:
     :raises DataError: the file is empty, is UTF-16, or names a column twice.
     """
     name = name or path.name
-    with _readable(path):
+    with readable(path):
         source = _open_parquet(path, name) if _is_parquet(path) else _open_text(path, layout, name)
     twice = sorted({column for column in source.columns if source.columns.count(column) > 1})
     if twice:
@@ -330,7 +344,7 @@ def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Posi
     :raises MissingError: the file is no longer there.
     :raises DataError: the compressed data ends early, or the file is no Parquet.
     """
-    with _readable(source.path):
+    with readable(source.path):
         if _is_parquet(source.path):
             yield from _parquet_rows(source, wanted, start.line if start else 1)
             return
@@ -479,7 +493,8 @@ def _need_texts(source: Source, wanted: Sequence[str]) -> None:
 
     if not _is_parquet(source.path):
         return
-    schema = pq.read_schema(source.path)
+    with readable(source.path):
+        schema = pq.read_schema(source.path)
     for name in wanted:
         try:
             _as_bytes(pa.array([], schema.field(name).type))
