@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
-from ebr_lib.data.hive import Layout, Source, find_files, need_columns, open_source, readable
+from ebr_lib.data.hive import Layout, Source, find_files, is_empty, need_columns, open_source, readable
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
 from ebr_lib.engines.job import (
     Job,
@@ -138,7 +138,7 @@ def _not_written_here(files: list[Path], output: Path) -> list[Path]:
 
 
 def _with_rows(files: list[Path]) -> list[Path]:
-    empty = [file for file in files if not file.stat().st_size]
+    empty = [file for file in files if is_empty(file)]
     if not empty or len(empty) == len(files):
         return files
     shown = ", ".join(str(file) for file in empty[:5])

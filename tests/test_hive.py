@@ -414,7 +414,7 @@ def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str
     hive.need_columns(source, ["id", "text"], b"\x01")
     rows = list(hive.read_rows(source, ["id", "text", "none"], Layout()))
     assert [row.values for row in rows] == [[b"1", b"a", None], [], [None, b"c", None], ["苹".encode(), b"d", None]]
-    assert rows[1].reason == "not utf-8: column id"
+    assert rows[1].reason == "bytes that are no utf-8: column id"
     assert rows[1].raw == b'{"id": "\\\\xff", "text": "b", "none": null}'
     assert (rows[1].position, rows[1].after, rows[3].position) == (Position(2, 1), Position(3, 2), Position(4, 3))
 

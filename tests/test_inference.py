@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -232,8 +233,9 @@ def test_empty_files_among_others_are_left_out_with_a_warning(tmp_path: Path, en
     catalogue(tmp_path, ["1\x01a\x01x"])
     (tmp_path / "in" / "b.csv").write_bytes(b"")
     (tmp_path / "in" / "c.parquet").write_bytes(b"")
+    (tmp_path / "in" / "d.csv.gz").write_bytes(gzip.compress(b""))
     assert run(tmp_path).counts["written"] == 1
-    assert "2 files are empty and left out" in caplog.text
+    assert "3 files are empty and left out" in caplog.text
     (tmp_path / "in" / "a.csv").unlink()
     with pytest.raises(DataError, match=r"b\.csv is empty"):
         run(tmp_path, file_patterns=["*.csv"])
@@ -246,6 +248,21 @@ def test_rows_that_are_not_utf8_are_said_to_be_gb18030_perhaps(tmp_path: Path, e
     assert "GB18030 may read them: set encoding to gb18030" in caplog.text
     caplog.clear()
     run(tmp_path, encoding="utf-8")
+    assert "GB18030" not in caplog.text
+
+
+def test_parquet_is_known_by_its_bytes_and_its_rejects_have_no_hint_on_encodings(tmp_path: Path, encoder, caplog):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "in").mkdir()
+    table = pa.table({"id": ["1", "2"], "description": [b"a", "手机".encode("gbk")]})
+    pq.write_table(table, tmp_path / "in" / "000000_0")
+    catalogue(tmp_path, ["a\x01b"], "text_0", header="PAR1\x01description")
+    knobs = {"file_patterns": ["*_0"], "output_columns": ["description"]}
+    result = run(tmp_path, **knobs)
+    assert read_embeddings(result.output).columns == {"description": ["a", "b"]}
+    assert "bytes that are no utf-8: column description" in caplog.text
     assert "GB18030" not in caplog.text
 
 

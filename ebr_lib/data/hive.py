@@ -29,6 +29,7 @@ NULL = b"\\N"
 BOM = b"\xef\xbb\xbf"
 SAMPLE_BYTES = 1 << 20  # read at once to tell the encoding by
 SAMPLE_LIMIT = 1 << 26  # read in all, where all of it is ASCII
+PARQUET_HEAD = b"PAR1\x15"  # its mark, and how the first header begins; a column of text may be named PAR1
 HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is put together again
 PARQUET_ROWS = 4096
 
@@ -154,7 +155,10 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_parquet(path: Path) -> bool:
-    return path.suffix == ".parquet"
+    if path.suffix.lower() == ".parquet":
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET_HEAD)) == PARQUET_HEAD
 
 
 @contextlib.contextmanager
@@ -191,6 +195,12 @@ def _open(path: Path) -> IO[bytes]:
     if file.peek(2)[:2] != b"\x1f\x8b":
         return file
     return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20))
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file holds nothing, compressed or not."""
+    with readable(path), _open(path) as file:
+        return not file.read(1)
 
 
 def open_source(path: Path, layout: Layout, name: str | None = None) -> Source:
@@ -476,7 +486,7 @@ def _parquet_row(position: Position, wanted: Sequence[str], values: list[Value])
     bad = [name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value)]
     if not bad:
         return Row(position, after, values, b"")
-    return Row(position, after, [], _as_json(wanted, values), f"not utf-8: column {', '.join(bad)}")
+    return Row(position, after, [], _as_json(wanted, values), f"bytes that are no utf-8: column {', '.join(bad)}")
 
 
 def _as_bytes(column: pa.Array) -> list[Any]:
@@ -491,9 +501,9 @@ def _need_texts(source: Source, wanted: Sequence[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not _is_parquet(source.path):
-        return
     with readable(source.path):
+        if not _is_parquet(source.path):
+            return
         schema = pq.read_schema(source.path)
     for name in wanted:
         try:
