@@ -411,6 +411,24 @@ def test_stopped_at_the_end_it_takes_in_new_files(tmp_path: Path, monkeypatch, e
     assert not (tmp_path / f"out{ending}.work").exists()
 
 
+def test_a_conversion_to_parquet_that_was_stopped_leaves_nothing(tmp_path: Path, monkeypatch):
+    import pyarrow.parquet as pq
+
+    use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows())
+    knobs = {"output_path": str(tmp_path / "out" / "e.parquet")}
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(pq.ParquetWriter, "close", lambda self: os._exit(9))
+        run(tmp_path, **knobs)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["e.parquet.work"]
+    result = run(tmp_path, **knobs)
+    assert result.counts["read"] == 60
+    assert not (tmp_path / "out" / "e.parquet.work").exists()
+
+
 @pytest.mark.parametrize("windows", [0, 1, 3])
 @pytest.mark.parametrize("rows", [1, 4, WINDOW, 50])
 def test_vectors_that_were_kept_but_not_written_are_used_in_windows_of_any_size(

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import BOM, NULL
 from ebr_lib.errors import DataError, MissingError
-from ebr_lib.files import written_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -378,7 +377,8 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with written_whole(place) as new, pa.OSFile(str(folder / ParquetSink.NAME)) as file:
+        new = folder / "rows.parquet"  # not beside `place`, where a kill would leave it
+        with pa.OSFile(str(folder / ParquetSink.NAME)) as file:
             stream = pa.ipc.open_stream(file)
             texts = [name for name in stream.schema.names if name != VECTOR]
             # float32 of an embedding does not compress, and reads fastest as it is
@@ -387,6 +387,7 @@ class _Parquet:
             with pq.ParquetWriter(new, stream.schema, **options) as out:
                 for batch in stream:
                     out.write_batch(batch)
+        os.replace(new, place)
 
 
 def _arrow_texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
