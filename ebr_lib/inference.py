@@ -326,6 +326,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
         "precision": job.settings["precision"],
         "settings": job.settings,
         "inputs": outcome.inputs,
+        "bytes": outcome.size,
         "rows": {name: counts[name] for name in COUNTS},
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
@@ -338,7 +339,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
 
 def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceResult:
     counts = {name: outcome.counts[name] for name in COUNTS}
-    table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, _size(job.output))))
+    table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, outcome.size)))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
     for reason, number in outcome.reasons.most_common():
         logger.warning("%d rows rejected: %s (see %s)%s", number, reason, job.rejects, _hint(job, reason))
@@ -365,12 +366,6 @@ def _stats(counts: Mapping[str, int]) -> EncodeStats:
     from ebr_lib.model.encoder import EncodeStats
 
     return EncodeStats(**{name: counts[name] for name in ("tokens", "slots", "truncated", "tokens_lost")})
-
-
-def _size(output: Path) -> int:
-    """Bytes of the embedding file and its ids, or of the part files of a folder."""
-    parts = output.iterdir() if output.is_dir() else [output, ids_path(output)]
-    return sum(part.stat().st_size for part in parts if part.is_file())
 
 
 def _summary(counts: dict[str, int], bar: _Bar, size: int) -> Iterator[tuple[str, Any]]:

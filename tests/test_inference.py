@@ -284,6 +284,19 @@ def test_append_takes_in_new_files_only(tmp_path: Path, encoder: FakeEncoder):
         (tmp_path / "in" / "a.csv").unlink()
 
 
+@pytest.mark.parametrize("cut", ["o.txt", "o.parquet", "o.npy", "o.ids.txt"])
+def test_append_refuses_an_output_that_was_cut(tmp_path: Path, encoder: FakeEncoder, cut: str):
+    out = tmp_path / cut.replace(".ids.txt", ".npy")
+    catalogue(tmp_path, ["1\x01a\x01x", "2\x01b\x01x"])
+    run(tmp_path, output_path=str(out))
+    whole = (tmp_path / cut).read_bytes()
+    (tmp_path / cut).write_bytes(whole[:-3])
+    catalogue(tmp_path, ["3\x01c\x01x"], "b.csv")
+    with pytest.raises(DataError, match=r"its manifest says \d+: the file was cut short"):
+        run(tmp_path, output_path=str(out), append=True)
+    assert (tmp_path / cut).read_bytes() == whole[:-3]
+
+
 @pytest.mark.parametrize("ending", [".csv", ".parquet", ".npy"])
 def test_an_output_among_the_input_is_never_input(tmp_path: Path, encoder: FakeEncoder, ending: str):
     catalogue(tmp_path, ["1\x01a\x01x", "broken"])

@@ -65,6 +65,12 @@ class Embeddings:
         return ~np.isnan(self.vectors[:, 0]) if self.vectors.shape[1] else np.zeros(len(self), dtype=bool)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of an embedding file, and of the columns beside it."""
+    files = [path, ids_path(path)] if ending_of(path) == NPY else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
 def ending_of(path: str | Path) -> str:
     """The ending that says which format an embedding file has, in lower case; `.txt` where a name has none of them."""
     ending = Path(path).suffix.lower()

@@ -36,6 +36,7 @@ from ebr_lib.data.vectors import (
     open_sink,
     read_manifest,
     reopen,
+    size_of,
 )
 from ebr_lib.engines.store import STATE_FILE, Store, digest_of
 from ebr_lib.errors import DataError, ModelError
@@ -130,12 +131,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the output holds: rows and tokens counted, reasons of rejects, some texts that were cut, the input files."""
+    """What the output holds: rows and tokens counted, reasons of rejects, texts that were cut, input files, bytes."""
 
     counts: Counter[str]
     reasons: Counter[str]
     examples: list[dict[str, Any]]
     inputs: list[dict[str, Any]]
+    size: int
 
 
 class Window(NamedTuple):
@@ -237,7 +239,8 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
     inputs = [*state["earlier"], *state["inputs"]]
-    return Outcome(Counter(state["counts"]), Counter(state["reasons"]), state["examples"], inputs)
+    counts, reasons = Counter(state["counts"]), Counter(state["reasons"])
+    return Outcome(counts, reasons, state["examples"], inputs, size_of(job.output))
 
 
 def _first_state(job: Job) -> dict[str, Any]:
@@ -275,6 +278,11 @@ def _before(job: Job) -> dict[str, Any]:
         raise DataError(
             f"{job.output} has no manifest, so which files it holds is not known; append needs the output of an "
             "earlier run: leave append out to write it anew"
+        )
+    if (size := size_of(job.output)) != before.get("bytes", size):
+        raise DataError(
+            f"{job.output} holds {size} bytes, its manifest says {before['bytes']}: the file was cut short or "
+            "replaced; leave append out to write it anew"
         )
     changes = [*_changed_settings(before["settings"], job), *_changed_contents(before["inputs"], job)]
     if changes:

@@ -177,7 +177,7 @@ def _added(outcomes: list[Outcome]) -> Outcome:
         reasons.update(outcome.reasons)
     examples = [example for outcome in outcomes for example in outcome.examples]
     inputs = [entry for outcome in outcomes for entry in outcome.inputs]
-    return Outcome(counts, reasons, examples[:EXAMPLES], inputs)
+    return Outcome(counts, reasons, examples[:EXAMPLES], inputs, sum(outcome.size for outcome in outcomes))
 
 
 def _collect_rejects(job: Job, shards: list[Job]) -> None:
