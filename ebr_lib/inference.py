@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,11 +44,13 @@ COUNTS = (
     "empty",
     "encoded",
     "duplicates",
+    "uncounted",
     "truncated",
     "tokens",
     "tokens_lost",
     "slots",
 )
+OF_TOKENS = ("truncated", "tokens", "tokens_lost", "slots")
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +60,8 @@ class InferenceResult(Shown):
     :param output: the embedding file.
     :param manifest: JSON beside it: model, prompt, inputs, counts. The config lies there too, as `<output>.yaml`.
     :param rejects: the rows that are not in the output, with the reason; None when there are none.
-    :param counts: rows read, written, rejected, duplicates and so on, by name.
+    :param counts: rows read, written, rejected, duplicates and so on, by name; those of tokens are None where a model
+        prepares texts its own way, of so many rows as are `uncounted`.
     :param seconds: what the run took, loading the model included.
     """
 
@@ -65,7 +69,7 @@ class InferenceResult(Shown):
     manifest: Path
     rejects: Path | None
     dimension: int
-    counts: dict[str, int]
+    counts: dict[str, int | None]
     seconds: float
     table: Table
 
@@ -327,18 +331,18 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
         "settings": job.settings,
         "inputs": outcome.inputs,
         "bytes": outcome.size,
-        "rows": {name: counts[name] for name in COUNTS},
+        "rows": _told(counts),
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
-            "rows": counts["truncated"],
-            "token_share": _stats(counts).lost_share,
+            "rows": _told(counts)["truncated"],
+            "token_share": None if counts["uncounted"] else _stats(counts).lost_share,
             "examples": outcome.examples,
         },
     }
 
 
 def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceResult:
-    counts = {name: outcome.counts[name] for name in COUNTS}
+    counts = outcome.counts
     table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, outcome.size)))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
     for reason, number in outcome.reasons.most_common():
@@ -349,7 +353,7 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
         manifest=manifest_path(job.output),
         rejects=rejects,
         dimension=job.settings["dimension"],
-        counts=counts,
+        counts=_told(counts),
         seconds=seconds,
         table=table,
     )
@@ -362,13 +366,19 @@ def _hint(job: Job, reason: str) -> str:
     return ""
 
 
+def _told(counts: Counter[str]) -> dict[str, int | None]:
+    """The counts by name; those of tokens are not known of a model that prepares texts its own way."""
+    unknown = OF_TOKENS if counts["uncounted"] else ()
+    return {name: None if name in unknown else counts[name] for name in COUNTS}
+
+
 def _stats(counts: Mapping[str, int]) -> EncodeStats:
     from ebr_lib.model.encoder import EncodeStats
 
     return EncodeStats(**{name: counts[name] for name in ("tokens", "slots", "truncated", "tokens_lost")})
 
 
-def _summary(counts: dict[str, int], bar: _Bar, size: int) -> Iterator[tuple[str, Any]]:
+def _summary(counts: Counter[str], bar: _Bar, size: int) -> Iterator[tuple[str, Any]]:
     yield "rows read 读入", counts["read"]
     yield "written 写出", counts["written"]
     yield "rejected 拒绝", counts["rejected"]
@@ -378,7 +388,7 @@ def _summary(counts: dict[str, int], bar: _Bar, size: int) -> Iterator[tuple[str
     yield "encoded in this run 本次编码", bar.texts
     yield "texts/s 每秒编码", f"{bar.speed:.0f}"
     yield "duplicates 重复", counts["duplicates"]
-    yield "truncated 截断", counts["truncated"]
-    yield "tokens lost 丢失 token", f"{_stats(counts).lost_share:.2%}"
+    yield "truncated 截断", "-" if counts["uncounted"] else counts["truncated"]
+    yield "tokens lost 丢失 token", "-" if counts["uncounted"] else f"{_stats(counts).lost_share:.2%}"
     yield "padding 填充", f"{_stats(counts).padding_share:.1%}" if counts["slots"] else "-"
     yield "MB", f"{size / 1e6:.1f}"

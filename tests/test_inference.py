@@ -53,7 +53,7 @@ class FakeEncoder:
     def encode(self, prepared: list[str], told):
         self.asked += prepared
         counts = Counter(texts=len(prepared), tokens=10 * len(prepared), slots=16 * len(prepared))
-        return np.stack([fake_vector(text) for text in prepared]), EncodeReport(counts)
+        return np.stack([fake_vector(text) for text in prepared]), EncodeReport(counts, lost=np.zeros(len(prepared)))
 
     def close(self) -> None:
         pass
@@ -440,6 +440,23 @@ def test_rows_that_were_truncated_are_counted_not_texts(tmp_path: Path, tiny_ber
         result = run(tmp_path, **knobs, window_rows=window)
         assert json.loads(result.manifest.read_text())["truncated"]["rows"] == 10
         assert (result.counts["truncated"], result.counts["encoded"]) == (10, 2)
+
+
+def test_what_a_model_cuts_in_its_own_way_is_not_said_to_be_nothing(tmp_path: Path, tiny_bert: Path, monkeypatch):
+    from ebr_lib.model import encoder as encoders
+
+    catalogue(tmp_path, [f"{i}\x01{'blanket ' * 300}{i}\x01x" for i in range(5)])
+    monkeypatch.setattr(encoders, "_tokenizer_of", lambda model, prompt: None)
+    one = local.LocalEncoder(EncoderRecipe(str(tiny_bert), device="cpu"))
+    monkeypatch.setattr(local, "open_encoder", lambda recipe, ignored: one)
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
+    result = run(tmp_path, **knobs)
+    catalogue(tmp_path, ["6\x01short\x01x"], "b.csv")
+    for told in (result, run(tmp_path, **knobs, append=True)):
+        manifest = json.loads(told.manifest.read_text())
+        assert (told.counts["truncated"], told.counts["tokens"], manifest["truncated"]["rows"]) == (None, None, None)
+        assert dict(told.table.rows)["truncated 截断"] == "-"
+    assert (told.counts["read"], told.counts["uncounted"]) == (6, 6)
 
 
 def test_the_summary_tells_what_was_encoded_and_how_fast(tmp_path: Path, encoder: FakeEncoder):

@@ -80,7 +80,7 @@ class EncodeReport:
 
     counts: Counter[str] = field(default_factory=Counter)
     cut: list[tuple[int, int, int]] = field(default_factory=list)
-    lost: NDArray[np.int64] | None = None
+    lost: NDArray[Any] | None = None
 
 
 def work_folder(output: Path) -> Path:
@@ -260,7 +260,7 @@ def _first_state(job: Job) -> dict[str, Any]:
         "first": 0,
         "sizes": reopen(job.output, job.folder) if before else None,
         "rejects": len(earlier),
-        "counts": before.get("rows", {}),
+        "counts": {name: count for name, count in before.get("rows", {}).items() if count is not None},
         "reasons": before.get("rejects", {}).get("reasons", {}),
         "examples": before.get("truncated", {}).get("examples", []),
         "share": 0.0,
@@ -594,7 +594,7 @@ class _Writer:
     def keep(self, window: Window, vectors: Vectors, report: EncodeReport) -> None:
         examples = [_example(window, *cut) for cut in report.cut[:EXAMPLES]]
         told = {"counts": dict(report.counts), "examples": examples}
-        lost = np.zeros(len(vectors)) if report.lost is None else report.lost
+        lost = np.full(len(vectors), np.nan) if report.lost is None else report.lost
         self._store.keep(window.digests, vectors, lost, told)
 
     def write(self, window: Window) -> None:
@@ -604,7 +604,8 @@ class _Writer:
             valid = window.places[part] >= 0
             vectors = np.zeros((len(valid), self._store.dim), dtype=np.float32)
             vectors[valid], lost = self._store.vectors(window.places[part][valid])
-            counts["truncated"] += int(np.count_nonzero(lost))
+            counts["truncated"] += int(np.count_nonzero(lost > 0))
+            counts["uncounted"] += int(np.count_nonzero(np.isnan(lost)))
             self._sink.append(window.rows[part], vectors, valid)
         self._rejects.writelines(window.rejects)
         reports = self._store.reports_of(window.first_place, window.after_place)

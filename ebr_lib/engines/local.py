@@ -156,7 +156,7 @@ class ProcessEncoder:
             if share
         ]
         vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
-        lost = np.zeros(len(prepared), dtype=np.int64)
+        lost = np.zeros(len(prepared))
         counts: Counter[str] = Counter()
         cut, done = [], 0
         for future, share in zip(futures, shares, strict=False):
@@ -167,7 +167,7 @@ class ProcessEncoder:
             done += len(share)
             told(done)
             counts += report.counts
-            lost[share] = 0 if report.lost is None else report.lost
+            lost[share] = np.nan if report.lost is None else report.lost
             cut += [(share[i], tokens, kept) for i, tokens, kept in report.cut]
         return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES], lost)
 

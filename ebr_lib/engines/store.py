@@ -38,7 +38,7 @@ def digest_of(text: bytes) -> bytes:
 class Store:
     """The distinct texts of a job, numbered by first appearance, their vectors, and the job's state.
 
-    Behind each vector stands how many tokens of its text were cut off.
+    Behind each vector stands how many tokens of its text were cut off; NaN when that is not known.
 
     Two steps make a window durable: `keep` its new vectors, so that they are never made again; and, when its rows are
     written, `commit` the state that says so.
