@@ -442,6 +442,20 @@ def test_rows_that_were_truncated_are_counted_not_texts(tmp_path: Path, tiny_ber
         assert (result.counts["truncated"], result.counts["encoded"]) == (10, 2)
 
 
+def test_a_model_of_static_embeddings(tmp_path: Path, tiny_bert: Path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_bert / "tokenizer.json"))
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    model.save_pretrained(str(tmp_path / "static"))
+    catalogue(tmp_path, ["1\x01red shoes\x01x", "2\x01红鞋\x01x", "3\x01red shoes\x01x"])
+    result = run(tmp_path, model_name=str(tmp_path / "static"), precision="float32", device="cpu")
+    wanted = model.encode(["red shoes", "红鞋", "red shoes"], normalize_embeddings=True)
+    assert np.allclose(read_embeddings(result.output).vectors, wanted, atol=1e-6)
+
+
 def test_what_a_model_cuts_in_its_own_way_is_not_said_to_be_nothing(tmp_path: Path, tiny_bert: Path, monkeypatch):
     from ebr_lib.model import encoder as encoders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -44,7 +45,7 @@ class LocalEncoder:
             precision=self._encoder.precision,
             prompt=self._encoder.prompt,
             trained_prompt=prompt_of(model, "document"),
-            max_seq_length=int(model.max_seq_length or 0),
+            max_seq_length=_limit(model.max_seq_length),
         )
 
     @property
@@ -73,6 +74,11 @@ class LocalEncoder:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+def _limit(length: float | None) -> int:
+    """A model's limit of tokens; 0 where it has none, as those of static embeddings, which say infinity."""
+    return int(length) if length and math.isfinite(length) else 0
 
 
 # --- several processes --------------------------------------------------------------------------------------------
