@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -121,10 +122,16 @@ def _open_inputs(config: InferenceConfig, output: Path) -> tuple[list[Source], L
     layout = Layout(delimiter_byte(config.delimiter), config.columns or None, config.encoding, config.heal_rows)
     root = Path(config.data_path).expanduser()
     files = _with_rows(_not_written_here(find_files(root, config.file_patterns), output))
-    sources = [open_source(f, layout, f.relative_to(root).as_posix() if root.is_dir() else f.name) for f in files]
+    sources = [open_source(file, layout, _name_of(file, root)) for file in files]
     for source in sources:
         need_columns(source, [config.description_column, *config.output_columns], layout.delimiter)
     return sources, layout
+
+
+def _name_of(file: Path, root: Path) -> str:
+    """How a file is told of: its place in the folder, bytes that are no UTF-8 spelled `\\xff`."""
+    name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _not_written_here(files: list[Path], output: Path) -> list[Path]:

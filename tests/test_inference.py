@@ -229,6 +229,14 @@ def test_a_healed_row_that_is_rejected_is_reported_as_it_was(tmp_path: Path, enc
     assert result.rejects.read_bytes().endswith(b"\x01blank text\x011\x01 \n \x01x\n")
 
 
+def test_a_file_whose_name_is_no_utf8_is_spelled(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01x", "lost"]).rename(tmp_path / "in" / os.fsdecode(b"\xc4\xe3.csv"))
+    result = run(tmp_path)
+    assert json.loads(result.manifest.read_text())["inputs"][0]["path"] == "\\xc4\\xe3.csv"
+    assert rejects_of(result.rejects)[0][0] == b"\\xc4\\xe3.csv"
+    assert run(tmp_path, append=True).counts["read"] == 2
+
+
 def test_empty_files_among_others_are_left_out_with_a_warning(tmp_path: Path, encoder: FakeEncoder, caplog):
     catalogue(tmp_path, ["1\x01a\x01x"])
     (tmp_path / "in" / "b.csv").write_bytes(b"")
