@@ -391,7 +391,7 @@ def _summary(counts: Counter[str], bar: _Bar, size: int) -> Iterator[tuple[str, 
     yield "rejected 拒绝", counts["rejected"]
     yield "healed 接回", counts["healed"]
     yield "without text 无文本", counts["empty"]
-    yield "unique texts 不同文本", counts["encoded"]
+    yield "texts encoded 编码文本", counts["encoded"]
     yield "encoded in this run 本次编码", bar.texts
     yield "texts/s 每秒编码", f"{bar.speed:.0f}"
     yield "duplicates 重复", counts["duplicates"]
