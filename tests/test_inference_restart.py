@@ -21,6 +21,7 @@ from ebr_lib import inference
 from ebr_lib.data.vectors import read_embeddings
 from ebr_lib.engines import job as jobs
 from ebr_lib.engines import local
+from ebr_lib.engines.store import Store
 from ebr_lib.errors import DataError, ModelError
 from tests.test_inference import FakeEncoder, catalogue, fake_vector, run, use
 
@@ -424,6 +425,7 @@ def test_a_conversion_to_parquet_that_was_stopped_leaves_nothing(tmp_path: Path,
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["e.parquet.work"]
+    assert not (tmp_path / "out" / "e.parquet.work" / Store.VECTORS).exists()  # the conversion has their room
     result = run(tmp_path, **knobs)
     assert result.counts["read"] == 60
     assert not (tmp_path / "out" / "e.parquet.work").exists()

@@ -236,6 +236,7 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
     if not state["done"]:
         store.begin(encoder.dim, state["first"])
         state = _write_all(job, store, encoder, state, progress)
+    store.drop_vectors()  # all are written, and what comes may need the room
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
     inputs = [*state["earlier"], *state["inputs"]]

@@ -156,9 +156,17 @@ class Store:
         self._database.execute("DELETE FROM state")
         self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
 
+    def drop_vectors(self) -> None:
+        """Remove the vectors, when the job is done."""
+        self._close_vectors()
+        (self._folder / self.VECTORS).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let go of the files."""
         self._database.close()
+        self._close_vectors()
+
+    def _close_vectors(self) -> None:
         if self._vectors is not None:
             os.close(self._vectors)
             self._vectors = None
