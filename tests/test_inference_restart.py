@@ -292,6 +292,22 @@ def test_a_damaged_input_is_fetched_again_and_the_files_before_it_are_kept(
     assert json.loads(result.manifest.read_text())["inputs"] == json.loads(wanted.manifest.read_text())["inputs"]
 
 
+def test_an_input_that_changed_before_it_was_read_costs_no_row_of_the_others(tmp_path: Path, monkeypatch):
+    encoder = use(monkeypatch, FakeEncoder())
+    catalogue(tmp_path, some_rows())
+    catalogue(tmp_path, ["1\x01old\x01x"], "b.csv")
+    stop(tmp_path, jobs._Writer, "write", 5, window_rows=WINDOW)
+    asked = len(encoder.asked)
+    catalogue(tmp_path, ["1\x01new\x01x"], "b.csv")
+    result = run(tmp_path, window_rows=WINDOW)
+    assert (
+        len(set(encoder.asked[:asked]) & set(encoder.asked[asked:])) <= 2 * WINDOW
+    )  # the windows that were kept ahead
+    fresh = run(tmp_path, output_path=str(tmp_path / "fresh.txt"))
+    assert result.output.read_bytes() == fresh.output.read_bytes()
+    assert result.counts == fresh.counts
+
+
 def zipped(name: str) -> bytes:
     """A file of 200 rows, some texts among them equal; larger than what is read of it to tell its encoding by."""
     rows = [f"{name}{i}\x01{name} 毯子 {hashlib.sha256(str(i % 150).encode()).hexdigest() * 300}" for i in range(200)]

@@ -343,8 +343,7 @@ def _without_changed(job: Job, state: dict[str, Any]) -> tuple[bool, dict[str, A
     changed = [i for i, e in enumerate(state["inputs"]) if now.get(e["path"], e)["sha256"] != e["sha256"]]
     if not changed or state["done"]:
         return False, state
-    for progress in filter(None, ({}, state["before"])):
-        earlier = state | progress
+    for earlier in (state, state | (state["before"] or {})):
         if changed[0] > earlier["file"] or not earlier["position"]:
             names = ", ".join(state["inputs"][i]["path"] for i in changed[:EXAMPLES])
             logger.info("输入有变，重新读取: %s (inputs that changed are read anew)", names)
