@@ -67,7 +67,9 @@ PARTS = {
     "index": Part("Index and search", "index.py", "--quick"),
     "projection": Part("Maps and numbers", "projection.py --sizes 20000 --main --again", "--quick"),
     "projection5k": Part("Maps of 5,000 vectors", "projection.py --sizes 5000 --again", "--quick", always=False),
-    "projection100k": Part("Maps of 100,000 vectors", "projection.py --sizes 100000 --main --again", "--quick", always=False),
+    "projection100k": Part(
+        "Maps of 100,000 vectors", "projection.py --sizes 100000 --main --again", "--quick", always=False
+    ),
     "stage": Part("Drawing a million vectors", "projection.py --stage 1000000", "--quick --stage 3000", always=False),
     "million": Part("Evaluation against a million documents", "index.py --million", "", always=False),
     "quality": Part(
