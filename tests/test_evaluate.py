@@ -273,6 +273,19 @@ def test_a_parquet_file_that_was_cut_short_is_named(beir, tmp_path, reads):
         reads(place)
 
 
+def test_damaged_data_of_a_parquet_file_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    place = tmp_path / "q.parquet"
+    pq.write_table(pa.table({"text": [f"query {i} {i * i}" for i in range(500)]}), place, compression="snappy")
+    whole = bytearray(place.read_bytes())
+    whole[60:560] = b"\xff" * 500
+    place.write_bytes(whole)
+    with pytest.raises(DataError, match=r"q\.parquet"):
+        read_records(place)
+
+
 def test_a_field_of_a_table_may_be_long(tmp_path):
     (tmp_path / "c.csv").write_text(f"id,text\n1,{'ab ' * 70_000}\n")
     assert len(read_records(tmp_path / "c.csv")[0]["text"]) == 210_000

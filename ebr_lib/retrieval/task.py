@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.data.doctor import language_of
-from ebr_lib.data.hive import Layout, open_source, read_rows
+from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import is_blank, normalised, text_keys
 from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
@@ -235,21 +235,14 @@ def read_records(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     if ending_of(path) == PARQUET:
-        yield from _parquet(path).read().to_pylist()
+        import pyarrow.parquet as pq
+
+        with readable(path):
+            yield from pq.read_table(path).to_pylist()
     elif path.suffix in (".json", ".jsonl"):
         yield from _json_records(path)
     else:
         yield from _delimited_records(path)
-
-
-def _parquet(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no whole Parquet file: {error}") from error
 
 
 def _json_records(path: Path) -> Iterator[Record]:
@@ -455,7 +448,10 @@ def _holds_vectors(path: Path) -> bool:
     if ending_of(path) == NPY or path.is_dir():
         return True
     if ending_of(path) == PARQUET:
-        return VECTOR in _parquet(path).schema_arrow.names
+        import pyarrow.parquet as pq
+
+        with readable(path):
+            return VECTOR in pq.read_schema(path).names
     with open(path, "rb") as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
 
