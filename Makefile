@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # percent of the library's lines that the tests run
 FLOOR := 95
-# test processes, of a thread each
+# test processes, of a thread each; numba, told nothing, sets all of OpenMP to a thread a processor
 JOBS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test lint audit bench mutate docs clean help
 
@@ -30,7 +31,7 @@ demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the execu
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests; fails when they run less of the library than the floor
-	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
 
 lint: $(VENV)/installed-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -44,7 +45,7 @@ audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; ask
 	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt -r requirements-ray.txt -r requirements-dev.txt
 
 mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or ARGS="ebr_lib.data.pairs*" for one file
-	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
 	$(BIN)/mutmut results | sed '/not checked/d'
 
 docs: $(VENV)/installed ## write the generated tables into the READMEs
