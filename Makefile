@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # percent of the library's lines that the tests run
 FLOOR := 95
-# test processes, of a thread each; numba, told nothing, sets all of OpenMP to a thread a processor
+# test processes, of a thread each; numba, told nothing, sets all of OpenMP to a thread a processor. A file is one
+# process's: what its tests share, a cluster say, is made once
 JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
@@ -31,7 +32,7 @@ demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the execu
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests; fails when they run less of the library than the floor
-	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
 
 lint: $(VENV)/installed-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

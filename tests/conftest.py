@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -46,6 +47,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory):
         if kind not in built:
             folder = tmp_path_factory.mktemp("model") / f"tiny-{kind}"
             built[kind] = build_tiny_kalm(folder) if kind == "kalm" else build_tiny(kind, folder)
+            gc.freeze()  # the libraries that are loaded by now stay: each training collects garbage, in what is left
         return built[kind]
 
     return folder_of

@@ -31,7 +31,7 @@ def common(settings, tiny_models) -> dict:  # noqa: F811
     }
 
 
-def in_two(*command: str, by: Sequence[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+def in_two(by: Sequence[str], *command: str) -> subprocess.CompletedProcess[str]:
     run = subprocess.run(
         [sys.executable, *by, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
     )
@@ -44,11 +44,10 @@ def log_of(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_equal_one(common, tmp_path, launcher):
+def test_two_processes_equal_one(common, tmp_path):
     one = Path(train_sentence_transformer(common | {"train_batch_size": 8}).model_path)
     flags = [f"--{name}={value}" for name, value in common.items()]
-    run = in_two("ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}", by=launcher)
+    run = in_two(ACCELERATE, "ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}")
     two = tmp_path / "two" / one.name
     # the last batch, which one process leaves short, is filled up by two: the steps before it are the same
     together, apart = log_of(one, "loss"), log_of(two, "loss")
@@ -117,7 +116,7 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
         common | knobs | {"train_batch_size": 8, "mask_known_positives": False, "output_dir": str(tmp_path / "plain")}
     )
     config = common | knobs | {"train_batch_size": 4, "output_dir": str(tmp_path)}
-    in_two("--no-python", sys.executable, "-c", TWO_MACHINES, json.dumps(config))
+    in_two(TORCHRUN, "--no-python", sys.executable, "-c", TWO_MACHINES, json.dumps(config))
     two = tmp_path / "0" / one.name
     told = [torch.load(tmp_path / f"told{rank}") for rank in (0, 1)]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ebr_lib import finetune, train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
-from ebr_lib.model import precision, training
+from ebr_lib.model import logbook, precision, training
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
@@ -43,7 +43,9 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_bert, pairs, tmp_path) -> dict:
+def settings(tiny_bert, pairs, tmp_path, monkeypatch) -> dict:
+    """A short training, whose curve is not drawn: that took a third of its time, and `trained` has one."""
+    monkeypatch.setattr(logbook, "draw_curve", lambda log, picture, metric: None)
     return {
         "model_name": str(tiny_bert),
         "data_path": str(pairs),

@@ -63,9 +63,11 @@ def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
     vectors = tmp_path / "faiss" / "embeds_2.txt"
     picture = tmp_path / "scatter.png"
     parameters = {
-        "FINETUNE_CONFIG": {"model_name": str(tiny_bert), "output_dir": str(tmp_path / "saved"), "num_epochs": 1},
+        "FINETUNE_CONFIG": {
+            "model_name": str(tiny_bert), "output_dir": str(tmp_path / "saved"), "num_epochs": 1, "max_seq_length": 48,
+        },
         "INFERENCE_CONFIG": {"model_name": str(saved), "output_path": str(vectors)},
-        "VIS_CONFIG": {"embedding_path": str(vectors), "output_path": str(picture)},
+        "VIS_CONFIG": {"embedding_path": str(vectors), "output_path": str(picture), "method": "tsne"},
         "EVAL_CONFIG": {
             "models": [str(tiny_bert), str(saved)], "data_path": str(saved), "output_dir": str(tmp_path / "evaluation"),
         },

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from ebr_lib.data.vectors import read_embeddings
+from ebr_lib.engines.job import EncodeReport
+from ebr_lib.engines.local import EncoderFacts
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from tests.test_inference import catalogue, rejects_of, run
 
@@ -26,6 +28,27 @@ def cluster():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def light_workers(monkeypatch):
+    """Workers without a model, which are there in a third of the time; a vector is the length of its text."""
+    from ebr_lib.engines import ray_cluster
+
+    class Lengths:
+        facts, dim = EncoderFacts(1, "float32", "", "", 128), 1
+
+        def prepare(self, texts):
+            return texts
+
+        def encode(self, prepared, told):
+            return np.array([[len(text)] for text in prepared], dtype=np.float32), EncodeReport()
+
+    class LightWorker(ray_cluster.ShardWorker):
+        def _encoder(self):
+            return Lengths()
+
+    monkeypatch.setattr(ray_cluster, "ShardWorker", LightWorker)
 
 
 def kill_worker_once_it_has_begun(work: Path, engine_run):
@@ -77,16 +100,9 @@ def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: 
     assert not (tmp_path / "parts.txt.work").exists()
 
 
-@pytest.mark.parametrize(("name", "part"), [("parts", "part-00000.txt"), ("p.PARQUET", "part-00000.parquet")])
-def test_parts_have_an_ending_that_says_their_format(tmp_path: Path, tiny_bert: Path, cluster, name: str, part: str):
-    catalogue(tmp_path, ["1\x01warm blanket\x01x"])
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
-    result = run(tmp_path, **knobs, output_path=str(tmp_path / name))
-    assert [path.name for path in result.output.iterdir()] == [part]
-    assert read_embeddings(result.output).columns["id"] == ["1"]
-
-
-def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+def test_as_many_workers_as_there_is_room_for_share_the_files(
+    tmp_path: Path, tiny_bert: Path, cluster, monkeypatch, caplog
+):
     from ebr_lib.engines import ray_cluster
 
     for number in range(4):
@@ -118,8 +134,10 @@ def test_two_workers_share_the_files(tmp_path: Path, tiny_bert: Path, cluster, m
     monkeypatch.setattr(ray_cluster, "ShardWorker", Meeting)
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
     local = run(tmp_path, **knobs)
-    result = run(tmp_path, **knobs, engine="ray", num_actors=2, output_path=str(tmp_path / "parts.txt"))
-    one, many = read_embeddings(local.output), read_embeddings(tmp_path / "parts.txt")
+    result = run(tmp_path, **knobs, engine="ray", num_actors=5, output_path=str(tmp_path / "p.PARQUET"))
+    assert "num_actors 5: the cluster has 2 CPUs; 2 actors run" in caplog.text
+    assert sorted(path.name for path in result.output.iterdir()) == [f"part-0000{i}.parquet" for i in range(4)]
+    one, many = read_embeddings(local.output), read_embeddings(result.output)
     assert one.columns == many.columns
     assert np.abs(one.vectors - many.vectors).max() < 1e-6
     assert result.counts["written"] == 80
@@ -138,43 +156,42 @@ def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: 
         run(tmp_path, **knobs)
 
 
-def test_more_workers_than_there_is_room_for_are_not_waited_for(tmp_path: Path, tiny_bert: Path, cluster, caplog):
-    catalogue(tmp_path, ["1\x01a\x01x"])
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
-    result = run(tmp_path, **knobs, num_actors=5, output_path=str(tmp_path / "parts.txt"))
-    assert result.counts["written"] == 1
-    assert "num_actors 5: the cluster has 2 CPUs; 2 actors run" in caplog.text
-
-
-def test_stopped_at_its_end_it_has_lost_nothing(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+def test_stopped_at_its_end_it_has_lost_nothing(tmp_path: Path, cluster, light_workers, tiny_bert, monkeypatch):
     """Whichever step of the end is the last: the parts are in their place, or the same call encodes nothing again."""
     from ebr_lib.engines import ray_cluster
 
     for number in range(2):
         catalogue(tmp_path, [f"{number}-{i}\x01blanket {i}\x01x" for i in range(9)] + ["lost"], f"{number}.csv")
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
-    knobs["output_path"] = str(tmp_path / "parts.txt")
-    for step in ("_collect_rejects", "replace_folder"):
+    knobs = {"model_name": str(tiny_bert), "engine": "ray", "output_path": str(tmp_path / "parts.txt")}
+    work = tmp_path / "parts.txt.work"
+
+    def stopped_at(place, step: str) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ray_cluster, step, lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(place, step, lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
             run(tmp_path, **knobs)
-        assert len(list(tmp_path.glob("parts.txt.work/part-*.work/state.sqlite"))) == 2
-        result = run(tmp_path, **knobs)
-        assert read_embeddings(result.output).total == 18
-        assert len(rejects_of(result.rejects)) == 2
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ray_cluster.shutil, "rmtree", lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(tmp_path, **knobs)
+
+    stopped_at(ray_cluster, "_collect_rejects")
+    states = sorted(work.glob("part-*.work/state.sqlite"))
+    assert len(states) == 2
+    written = [part.stat().st_mtime_ns for part in sorted(work.glob("part-*.txt"))]
+    stopped_at(ray_cluster, "replace_folder")
+    assert sorted(work.glob("part-*.work/state.sqlite")) == states
+    assert [part.stat().st_mtime_ns for part in sorted(work.glob("part-*.txt"))] == written
+    assert len(rejects_of(tmp_path / "parts.txt.rejects")) == 2
+    stopped_at(ray_cluster.shutil, "rmtree")
     assert read_embeddings(tmp_path / "parts.txt").total == 18
+    result = run(tmp_path, **knobs)
+    assert read_embeddings(result.output).total == 18
+    assert len(rejects_of(result.rejects)) == 2
+    assert sorted(path.name for path in result.output.iterdir()) == ["part-00000.txt", "part-00001.txt"]
 
 
-def test_a_resume_with_other_files_is_refused(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+def test_a_resume_with_other_files_is_refused(tmp_path: Path, cluster, light_workers, tiny_bert, monkeypatch):
     from ebr_lib.engines import ray_cluster
 
     for name in "bc":
         catalogue(tmp_path, [f"{name}\x01blanket\x01x"], f"{name}.csv")
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "engine": "ray"}
-    knobs["output_path"] = str(tmp_path / "parts")
+    knobs = {"model_name": str(tiny_bert), "engine": "ray", "output_path": str(tmp_path / "parts")}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ray_cluster, "_collect_rejects", lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path, **knobs)
