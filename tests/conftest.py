@@ -26,6 +26,27 @@ FLAGS = [
 ]
 
 
+# Files and tests that train again and again, over lines that others run too: watched, a training takes twice its time.
+UNWATCHED = {
+    "test_continuing",
+    "test_distributed",
+    "test_guides",
+    "test_knobs_bite",
+    "test_mining",
+    "test_training_knobs",
+    "test_a_checkpoint_that_a_kill_cut_short_is_passed_over",
+    "test_a_run_that_died_while_it_saved_is_not_trained_on",
+    "test_after_a_signal_the_run_goes_on_as_if_there_had_been_none",
+    "test_every_knob_changes_the_weights",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.stem, getattr(item, "originalname", "")} & UNWATCHED:
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(autouse=True)
 def _log_as_imported():
     """Each test finds the log silent, whatever a test or a wider fixture before it showed: caplog hears it."""
