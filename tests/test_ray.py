@@ -172,8 +172,8 @@ def test_stopped_at_its_end_it_has_lost_nothing(tmp_path: Path, cluster, light_w
 
     stopped_at(ray_cluster, "_collect_rejects")
     states = sorted(work.glob("part-*.work/state.sqlite"))
-    assert len(states) == 2
     written = [part.stat().st_mtime_ns for part in sorted(work.glob("part-*.txt"))]
+    assert len(states) == len(written) == 2
     stopped_at(ray_cluster, "replace_folder")
     assert sorted(work.glob("part-*.work/state.sqlite")) == states
     assert [part.stat().st_mtime_ns for part in sorted(work.glob("part-*.txt"))] == written
