@@ -32,7 +32,7 @@ demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the execu
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests; fails when they run less of the library than the floor
-	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
 
 lint: $(VENV)/installed-dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

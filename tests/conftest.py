@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: tiny models (built once a run), the packaged MiniLM, a browser."""
+"""Fixtures that every test may use, as tiny models, the packaged MiniLM, a browser; and what is run where."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # each process needs it, and coverage, which begins after this file, doubles the time it takes to load
+    import sentence_transformers  # noqa: F401
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -25,7 +28,20 @@ FLAGS = [
     "--disable-sync",
 ]
 
-
+# The longest files, longest first: a file is one process's, and none of these may be what the others wait for.
+LONGEST = [
+    "test_finetune",
+    "test_ray",
+    "test_visualize",
+    "test_guides",
+    "test_training_knobs",
+    "test_mining",
+    "test_inference",
+    "test_inference_restart",
+    "test_notebook",
+]
+# Files of one process with another, which has loaded or compiled what they need too: UMAP, a server of processes.
+TOGETHER = {"test_projection": "test_visualize", "test_distributed": "test_finetune"}
 # Files and tests that train again and again, over lines that others run too: watched, a training takes twice its time.
 UNWATCHED = {
     "test_continuing",
@@ -38,10 +54,28 @@ UNWATCHED = {
     "test_a_run_that_died_while_it_saved_is_not_trained_on",
     "test_after_a_signal_the_run_goes_on_as_if_there_had_been_none",
     "test_every_knob_changes_the_weights",
+    "test_noise_is_the_same_with_and_without_workers",
+    "test_off_is_bit_equal_to_never_heard_of",
+    "test_the_best_weights_come_back_bit_for_bit",
+    "test_the_saved_config_repeats_the_run",
+    "test_workers_change_nothing",
 }
 
 
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(super()._split_scope(nodeid)).stem
+            return TOGETHER.get(file, file)
+
+    return ByFiles(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if {item.path.stem, getattr(item, "originalname", "")} & UNWATCHED:
             item.add_marker("no_cover")

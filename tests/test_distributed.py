@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from ebr_lib import train_sentence_transformer
+from tests.children import a_free_port, ended, started, train_as_a_machine
 from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 # told of GPUs, for on CPUs it starts one process alone; without one the processes meet by gloo all the same
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]  # else it warns of its choice
@@ -31,14 +30,6 @@ def common(settings, tiny_models) -> dict:  # noqa: F811
     }
 
 
-def in_two(by: Sequence[str], *command: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run(
-        [sys.executable, *by, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run
-
-
 def log_of(folder: Path, name: str) -> list[float]:
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return [entry[name] for entry in log if name in entry]
@@ -47,7 +38,10 @@ def log_of(folder: Path, name: str) -> list[float]:
 def test_two_processes_equal_one(common, tmp_path):
     one = Path(train_sentence_transformer(common | {"train_batch_size": 8}).model_path)
     flags = [f"--{name}={value}" for name, value in common.items()]
-    run = in_two(ACCELERATE, "ebr_finetune.py", *flags, "--train_batch_size=4", f"--output_dir={tmp_path / 'two'}")
+    command = [sys.executable, *ACCELERATE, "ebr_finetune.py", *flags, "--train_batch_size=4"]
+    command += [f"--output_dir={tmp_path / 'two'}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
     two = tmp_path / "two" / one.name
     # the last batch, which one process leaves short, is filled up by two: the steps before it are the same
     together, apart = log_of(one, "loss"), log_of(two, "loss")
@@ -56,41 +50,6 @@ def test_two_processes_equal_one(common, tmp_path):
     assert load_file(two / "adapter_model.safetensors").keys()
     assert [path.name for path in (tmp_path / "two").iterdir()] == [two.name]
     assert run.stdout.count("训练集大小") == 1  # one process speaks
-
-
-# Each process trains in a folder of its own, as machines that share none; it tells what it was given and ended with.
-TWO_MACHINES = """
-import json, os, sys, torch
-from ebr_lib import train_sentence_transformer
-from ebr_lib.model import training
-from ebr_lib.model.adapters import adapter_weights
-from ebr_lib.model.losses import ContrastiveLoss
-
-rank, seen, kept = os.environ["RANK"], [], {}
-forward, restore = ContrastiveLoss.forward, training.KeepBest.restore
-
-
-def spy(self, features, labels):
-    if getattr(self.model, "module", self.model).training:
-        seen.append(labels.tolist())
-    return forward(self, features, labels)
-
-
-def spy_restore(self, model):
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad and rank == "1":
-                weight.zero_()
-    restore(self, model)
-    kept.update(adapter_weights(model))
-
-
-ContrastiveLoss.forward, training.KeepBest.restore = spy, spy_restore
-training.fly_longest_batch = lambda trainer: training.Preflight(0.0, 0.0)
-config = json.loads(sys.argv[1])
-train_sentence_transformer(config | {"output_dir": config["output_dir"] + "/" + rank})
-torch.save({"labels": seen, "weights": kept}, config["output_dir"] + "/told" + rank)
-"""
 
 
 @pytest.fixture
@@ -116,7 +75,8 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
         common | knobs | {"train_batch_size": 8, "mask_known_positives": False, "output_dir": str(tmp_path / "plain")}
     )
     config = common | knobs | {"train_batch_size": 4, "output_dir": str(tmp_path)}
-    in_two(TORCHRUN, "--no-python", sys.executable, "-c", TWO_MACHINES, json.dumps(config))
+    port = a_free_port()
+    assert ended(*(started(train_as_a_machine, rank, port, config) for rank in (0, 1))) == [0, 0]
     two = tmp_path / "0" / one.name
     told = [torch.load(tmp_path / f"told{rank}") for rank in (0, 1)]
 

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +20,8 @@ from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.losses import ContrastiveLoss
 from ebr_lib.model.training import EbrTrainer, KeepBest, Preflight
+from tests.children import ended, started, train_and_be_killed, train_in_a_terminal
 
-ROOT = Path(__file__).parent.parent
 THINGS = ["blanket", "pan", "kettle", "lamp", "tent", "kite", "scarf", "mug"]
 THINGS += ["热水器", "书籍", "手机壳", "洗发水", "rope", "chair", "bowl", "clock"]
 WANTS = ["warm", "cheap", "small", "red", "strong", "nice"]
@@ -485,19 +483,7 @@ def test_after_a_kill_the_run_goes_on_to_the_same_adapter(settings, tmp_path):
         "mine_hard_negatives": 1,
     }
     whole = adapter(train(long, output_dir=str(tmp_path / "whole")))
-    code = (
-        "import os, signal, sys, json\n"
-        "from ebr_lib import train_sentence_transformer\n"
-        "from ebr_lib.model import training\n"
-        "from transformers import TrainerCallback\n"
-        "class Kill(training.TrainingBar):\n"
-        "    def on_step_end(self, args, state, control, **kwargs):\n"
-        "        if state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "training.TrainingBar = Kill\n"
-        "train_sentence_transformer(json.loads(sys.argv[1]))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, json.dumps(long)], cwd=ROOT, capture_output=True, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+    assert ended(started(train_and_be_killed, long, 9)) == [-signal.SIGKILL]
     resumed = train(long, resume_from_checkpoint="auto")
     assert same(adapter(resumed), whole)
     log = [json.loads(line) for line in (Path(resumed.model_path) / "training_log.jsonl").read_text().splitlines()]
@@ -526,29 +512,13 @@ def test_a_signal_saves_and_says_how_to_go_on(settings, monkeypatch, caplog, num
     assert train(settings, num_epochs=3, resume_from_checkpoint="auto").steps == 15
 
 
-def test_a_signal_to_the_processes_that_prepare_batches_too_is_said_once(settings):
+def test_a_signal_to_the_processes_that_prepare_batches_too_is_said_once(settings, tmp_path):
     """Ctrl-C in a terminal goes to all of them."""
-    code = (
-        "import os, signal, sys, json\n"
-        "from ebr_lib import train_sentence_transformer\n"
-        "from ebr_lib.logs import show_logs\n"
-        "from ebr_lib.model.training import EbrTrainer\n"
-        "make = EbrTrainer.training_step\n"
-        "def signalled(self, *given):\n"
-        "    if self.state.global_step == 2: os.killpg(0, signal.SIGINT)\n"
-        "    return make(self, *given)\n"
-        "EbrTrainer.training_step = signalled\n"
-        "show_logs()\n"
-        "train_sentence_transformer(json.loads(sys.argv[1]))\n"
-    )
-    config = json.dumps(settings | {"dataloader_num_workers": 2, "num_epochs": 2})
-    run = subprocess.run(
-        [sys.executable, "-c", code, config], cwd=ROOT, capture_output=True, text=True, check=False,
-        start_new_session=True,
-    )  # fmt: skip
-    assert "resume_from_checkpoint: auto" in run.stdout, run.stderr[-2000:]
-    assert run.stdout.count("收到中断信号") == 1
-    assert train(settings, dataloader_num_workers=2, num_epochs=2, resume_from_checkpoint="auto").steps == 10
+    config, shown = settings | {"dataloader_num_workers": 2, "num_epochs": 2}, tmp_path / "shown"
+    ended(started(train_in_a_terminal, config, shown))
+    assert "resume_from_checkpoint: auto" in shown.read_text()
+    assert shown.read_text().count("收到中断信号") == 1
+    assert train(config, resume_from_checkpoint="auto").steps == 10
 
 
 @pytest.mark.parametrize(

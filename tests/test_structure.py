@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,12 @@ def test_the_front_door_offers_what_it_says():
     typed -= {"annotations", "TYPE_CHECKING", "Any"}
     assert typed == set(ebr_lib._HOMES) == set(ebr_lib.__all__)
     assert all(getattr(ebr_lib, name) is not None for name in ebr_lib.__all__)
+
+
+def test_what_the_suite_is_told_of_its_files_and_tests_names_some():
+    from tests.conftest import LONGEST, TOGETHER, UNWATCHED
+
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    assert {*LONGEST, *TOGETHER, *TOGETHER.values()} <= sources.keys()
+    assert sources.keys() | tests >= UNWATCHED

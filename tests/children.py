@@ -1,0 +1,110 @@
+"""What tests run in a process of its own: forked from one that has loaded the libraries and has run nothing.
+
+A new interpreter would load them for ten seconds first. The functions live here, not beside their tests, so that such
+a process loads no test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ebr_lib.model.training"])  # which loads torch and all that trains
+
+
+def started(function: Callable[..., None], *given: Any) -> BaseProcess:
+    process = SERVER.Process(target=function, args=given)
+    process.start()
+    return process
+
+
+def ended(*processes: BaseProcess) -> list[int | None]:
+    """Their exit statuses: 0, 1 after an exception, minus the signal that ended them."""
+    for process in processes:
+        process.join(400)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def a_free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
+def train_and_be_killed(config: dict, step: int) -> None:
+    from ebr_lib import train_sentence_transformer
+    from ebr_lib.model import training
+
+    class Kill(training.TrainingBar):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    training.TrainingBar = Kill
+    train_sentence_transformer(config)
+
+
+def train_in_a_terminal(config: dict, shown: Path) -> None:
+    """Ctrl-C comes at the third step, to each process of this session; `shown` is what the terminal shows."""
+    from ebr_lib import train_sentence_transformer
+    from ebr_lib.logs import show_logs
+    from ebr_lib.model.training import EbrTrainer
+
+    make = EbrTrainer.training_step
+
+    def signalled(self, *given):
+        if self.state.global_step == 2:
+            os.killpg(0, signal.SIGINT)
+        return make(self, *given)
+
+    EbrTrainer.training_step = signalled
+    multiprocessing.set_start_method("fork", force=True)  # as in a terminal: here the default is a server of its own
+    os.setsid()
+    with shown.open("w", encoding="utf-8") as sys.stdout, contextlib.suppress(KeyboardInterrupt):
+        show_logs()
+        train_sentence_transformer(config)
+
+
+def train_as_a_machine(rank: int, port: int, config: dict) -> None:
+    """One of two machines that share no folder; `told` + rank says what it was given and what it ended with."""
+    machine = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in machine.items()} | {"MASTER_ADDR": "localhost"}
+    import torch
+
+    from ebr_lib import train_sentence_transformer
+    from ebr_lib.model import training
+    from ebr_lib.model.adapters import adapter_weights
+    from ebr_lib.model.losses import ContrastiveLoss
+
+    forward, restore = ContrastiveLoss.forward, training.KeepBest.restore
+    seen: list[list[int]] = []
+    kept: dict[str, torch.Tensor] = {}
+
+    def spy(self, features, labels):
+        if getattr(self.model, "module", self.model).training:
+            seen.append(labels.tolist())
+        return forward(self, features, labels)
+
+    def spy_restore(self, model):
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad and rank == 1:
+                    weight.zero_()
+        restore(self, model)
+        kept.update(adapter_weights(model))
+
+    ContrastiveLoss.forward, training.KeepBest.restore = spy, spy_restore
+    training.fly_longest_batch = lambda trainer: training.Preflight(0.0, 0.0)
+    folder = Path(config["output_dir"])
+    train_sentence_transformer(config | {"output_dir": str(folder / str(rank))})
+    torch.save({"labels": seen, "weights": kept}, folder / f"told{rank}")
