@@ -9,12 +9,16 @@ import os
 import shutil
 from pathlib import Path
 
+import coverage
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # each process needs it, and coverage, which begins after this file, doubles the time it takes to load
+    # pytest-cov watches twice in such a process: what it began before it knew where it is goes on where a test has
+    # `no_cover`. It is ended here; the second begins with the session, after what would take twice its time to load
+    if watching := coverage.Coverage.current():
+        watching.stop()
     import sentence_transformers  # noqa: F401
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
