@@ -34,18 +34,17 @@ FLAGS = [
 
 # The longest files, longest first: a file is one process's, and none of these may be what the others wait for.
 LONGEST = [
+    "test_visualize",
     "test_finetune",
     "test_ray",
-    "test_visualize",
-    "test_guides",
-    "test_training_knobs",
-    "test_mining",
-    "test_inference",
     "test_inference_restart",
+    "test_training_knobs",
+    "test_inference",
+    "test_mining",
     "test_notebook",
 ]
 # Files of one process with another, which has loaded or compiled what they need too: UMAP, a server of processes.
-TOGETHER = {"test_projection": "test_visualize", "test_distributed": "test_finetune"}
+TOGETHER = {"test_projection": "test_visualize", "test_guides": "test_visualize", "test_distributed": "test_finetune"}
 # Files and tests that train again and again, over lines that others run too: watched, a training takes twice its time.
 UNWATCHED = {
     "test_continuing",
@@ -60,7 +59,6 @@ UNWATCHED = {
     "test_every_knob_changes_the_weights",
     "test_noise_is_the_same_with_and_without_workers",
     "test_off_is_bit_equal_to_never_heard_of",
-    "test_the_best_weights_come_back_bit_for_bit",
     "test_the_saved_config_repeats_the_run",
     "test_workers_change_nothing",
 }
