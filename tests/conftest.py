@@ -39,12 +39,16 @@ LONGEST = [
     "test_ray",
     "test_inference_restart",
     "test_training_knobs",
-    "test_inference",
     "test_mining",
     "test_notebook",
 ]
 # Files of one process with another, which has loaded or compiled what they need too: UMAP, a server of processes.
-TOGETHER = {"test_projection": "test_visualize", "test_guides": "test_visualize", "test_distributed": "test_finetune"}
+TOGETHER = {
+    "test_projection": "test_visualize",
+    "test_guides": "test_visualize",
+    "test_distributed": "test_finetune",
+    "test_inference": "test_finetune",
+}
 # Files and tests that train again and again, over lines that others run too: watched, a training takes twice its time.
 UNWATCHED = {
     "test_continuing",

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, Use
 from ebr_lib.inference import run_batch_inference
 from ebr_lib.model.loading import ModelIdentity
 from ebr_lib.model.recipe import EncoderRecipe
+from tests.children import SERVER
 
 
 def fake_vector(text: str) -> np.ndarray:
@@ -530,6 +532,7 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
         return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
 
     monkeypatch.setattr(local.ProcessEncoder, "encode", encode)
+    monkeypatch.setattr(local, "multiprocessing", SimpleNamespace(get_context=lambda method: SERVER))  # there at once
     two = run(tmp_path, **knobs, num_processes=2, output_path=str(tmp_path / "two.txt"))
     assert told == [20, 40]
     assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
