@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MODELS = ("sentence_transformers", "peft")  # the libraries of contenders that have a model
+
 _turn: Callable[[], Any]  # of a contender's process
 
 
-def take_turns(contenders: Mapping[str, Callable[[], Callable[[], T]]], rounds: int) -> dict[str, list[T]]:
+def take_turns(
+    contenders: Mapping[str, Callable[[], Callable[[], T]]], rounds: int, loaded: Sequence[str] = ()
+) -> dict[str, list[T]]:
     """What the turns of each contender returned: first that of a round that warms up, then those of the rounds.
 
     A contender lives in a process of its own, for memory that one gave back is not the next one's. Within a round
@@ -25,9 +29,11 @@ def take_turns(contenders: Mapping[str, Callable[[], Callable[[], T]]], rounds: 
     say, is told as such above the table, and the others go on.
 
     :param contenders: name to what is called once in the process; it prepares, and returns what does a turn.
+    :param loaded: libraries that the processes are forked with, for each would take its time to load them.
     """
-    spawn = get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, spawn, _prepare, (prepare,)) for name, prepare in contenders.items()}
+    server = get_context("forkserver")
+    server.set_forkserver_preload(list(loaded))
+    pools = {name: ProcessPoolExecutor(1, server, _prepare, (prepare,)) for name, prepare in contenders.items()}
     turns: dict[str, list[T]] = {name: [] for name in pools}
     for _ in range(rounds + 1):
         for name, pool in list(pools.items()):

@@ -30,7 +30,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from contest import machine, take_turns
+from contest import MODELS, machine, take_turns
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def fastest_stock(task: Task) -> str:
     """The library's `encode` in bfloat16, with the batch size that is its best on a part of the texts."""
     names = [STOCK.format("bfloat16", size) for size in BATCH_SIZES]
     part = replace(task, texts=task.texts[:SAMPLE])
-    turns = take_turns({name: partial(prepare, name, part) for name in names}, 1)
+    turns = take_turns({name: partial(prepare, name, part) for name in names}, 1, MODELS)
     return min(names, key=lambda name: turns[name][-1].seconds)
 
 
@@ -218,7 +218,7 @@ def markdown(title: str, texts: Sequence[str], turns: dict[str, list[Turn]]) -> 
 
 
 def measure(name: str, task: Task, rounds: int, names: Sequence[str]) -> None:
-    turns = take_turns({contender: partial(prepare, contender, task) for contender in names}, rounds)
+    turns = take_turns({contender: partial(prepare, contender, task) for contender in names}, rounds, MODELS)
     print(markdown(name, task.texts, {contender: found[1:] for contender, found in turns.items()}), flush=True)
 
 

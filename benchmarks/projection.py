@@ -325,7 +325,7 @@ def _cells(found: Sequence[Run], base: dict[int, Run]) -> list[str]:
     ]
 
 
-def numbers_table(x: Vectors, rounds: int = 5) -> None:
+def numbers_table(x: Vectors, rounds: int) -> None:
     """The exact cosine silhouette beside scikit-learn's, on 50 k-means clusters."""
     from sklearn.metrics import silhouette_score
 
@@ -397,7 +397,7 @@ def main() -> None:
     vectors = vectors_file(max(sizes), given.cache)
     if given.stage:
         return stage_table(given.stage, vectors)
-    numbers_table(np.load(vectors)[:20_000])
+    numbers_table(np.load(vectors)[: sizes[0] if given.quick else 20_000], 1 if given.quick else 5)
     if not given.numbers:
         maps(sizes, given, vectors)
 

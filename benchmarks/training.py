@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contest import machine, peak_mb, take_turns
+from contest import MODELS, machine, peak_mb, take_turns
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
@@ -305,7 +305,7 @@ def prepare(contender: str, job: Job) -> Callable[[], Run]:
 
 def measure(contenders: Sequence[str], job: Job, rounds: int) -> dict[str, list[Run]]:
     """Runs of every contender. A round before them warms up; its memory counts, for then a process has grown."""
-    runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds)
+    runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds, MODELS)
     return {name: [replace(run, grown_mb=found[0].grown_mb) for run in found[1:]] for name, found in runs.items()}
 
 
