@@ -28,9 +28,24 @@ def test_missing_folder_says_where_it_looked():
         load_model("./model/nothing-here")
 
 
-def test_unreachable_hub_says_what_to_do():
-    with pytest.raises(ModelError, match="check the name and the network"):
+def test_a_mistyped_folder_of_ours_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("clicks-peft-lora", "old"):
+        (tmp_path / "saved_model" / name).mkdir(parents=True)
+    (tmp_path / "saved_model" / "clicks-peft-lora" / CONTRACT_FILE).touch()
+    with pytest.raises(MissingError, match=r"model saved_model/click-peft-lora: .* in saved_model: clicks-peft-lora;"):
+        find_model("saved_model/click-peft-lora")
+    assert find_model("BAAI/bge-m3") == "BAAI/bge-m3"
+    assert find_model("bert-base-uncased") == "bert-base-uncased"
+
+
+def test_unreachable_hub_says_what_to_do(caplog):
+    with (
+        caplog.at_level(logging.INFO, "ebr_lib"),
+        pytest.raises(ModelError, match=r"check the name and the network .*HF_ENDPOINT"),
+    ):
         load_model("nobody/no-such-model")
+    assert "nobody/no-such-model is no folder here; asking the hub" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-r", "modernbert", "qwen2"])

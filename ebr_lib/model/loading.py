@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
+from ebr_lib.logs import logger
 from ebr_lib.model.adapters import is_adapted, merge_adapter
-from ebr_lib.model.contract import Contract, check_probes, read_contract, weights_sha256
+from ebr_lib.model.contract import CONTRACT_FILE, Contract, check_probes, read_contract, weights_sha256
 from ebr_lib.model.positions import position_limit
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def packaged_model() -> Path:
 def find_model(name: str) -> str:
     """Turn a model name into what sentence-transformers loads: a folder's absolute path, or a hub name.
 
-    :raises MissingError: the name is a path, and no folder is there.
+    :raises MissingError: the name is a path, or would be beside models that were fine-tuned here, and no folder is
+        there.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -65,6 +67,11 @@ def find_model(name: str) -> str:
         raise MissingError(
             f"model {name}: there is no such folder (looked at {folder.resolve()}); "
             f"put the model there, or use a hub name, or the packaged {PACKAGED_NAME}"
+        )
+    if ours := sorted(contract.parent.name for contract in folder.parent.glob(f"*/{CONTRACT_FILE}") if "/" in name):
+        raise MissingError(
+            f"model {name}: there is no such folder; fine-tuned models in {folder.parent}: {', '.join(ours)}; "
+            "give one of them, or fine-tune first"
         )
     return name
 
@@ -227,9 +234,12 @@ def _load(
 
     transformers.utils.logging.disable_progress_bar()  # a bar a weight file says nothing to anybody
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
+    here = local_folder(where)
+    if here is None:
+        logger.info("本机没有模型 %s，向模型库请求 (%s is no folder here; asking the hub)", name, name)
     try:
         if kwargs["use_safetensors"]:
-            _refuse_pickles(name, local_folder(where))
+            _refuse_pickles(name, here)
         model = SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
     except ModelError:
         raise
@@ -297,6 +307,7 @@ def _load_error(name: str, where: str, error: Exception) -> ModelError:
     if Path(where).is_dir():
         return ModelError(f"model {name}: the folder {where} does not load as a sentence-transformers model: {reason}")
     return ModelError(
-        f"model {name} is no folder here, and the hub did not give it ({reason}); check the name and the network, "
-        f"or download it elsewhere and give its folder, or use the packaged {PACKAGED_NAME}"
+        f"model {name} is no folder here, and the hub did not give it ({reason}); check the name and the network "
+        "(the environment variable HF_ENDPOINT names a mirror of the hub), or download it elsewhere and give its "
+        f"folder, or use the packaged {PACKAGED_NAME}"
     )
