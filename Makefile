@@ -42,8 +42,8 @@ lint: $(VENV)/installed-dev ## formatting, lint, types
 bench: $(VENV)/installed ## benchmarks/RESULTS.md: about 20 minutes; DATA=folder of the data sets, ARGS=--quick to try
 	$(OFFLINE) $(BIN)/python benchmarks/run.py --data $(DATA) $(ARGS)
 
-audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI
-	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.txt -r requirements-ray.txt -r requirements-dev.txt
+audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI, and fails where it gets no answer
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-ray.txt -r requirements-dev.txt
 
 mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or ARGS="ebr_lib.data.pairs*" for one file
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
