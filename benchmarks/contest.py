@@ -8,6 +8,7 @@ import resource
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,9 +69,7 @@ def peak_mb() -> float:
 
 def machine() -> str:
     """Processor, threads, load and versions, in one line."""
-    import sentence_transformers
     import torch
-    import transformers
 
     cpu = Path("/proc/cpuinfo").read_text()
     names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
@@ -79,6 +78,6 @@ def machine() -> str:
     load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     return (
         f"{device}, {torch.get_num_threads()} threads, {instructions}{load}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}, "
+        f"sentence-transformers {version('sentence-transformers')}"
     )
