@@ -305,7 +305,7 @@ def prepare(contender: str, job: Job) -> Callable[[], Run]:
 
 def measure(contenders: Sequence[str], job: Job, rounds: int) -> dict[str, list[Run]]:
     """Runs of every contender. A round before them warms up; its memory counts, for then a process has grown."""
-    loaded = () if UNSLOTH in contenders else MODELS  # which wants to be there before the libraries that it changes
+    loaded = () if find_spec("unsloth") else MODELS  # unsloth wants to be there before the libraries that it changes
     runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds, loaded)
     return {name: [replace(run, grown_mb=found[0].grown_mb) for run in found[1:]] for name, found in runs.items()}
 
