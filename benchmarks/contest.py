@@ -9,15 +9,30 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
+from importlib.util import find_spec
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MODELS = ("sentence_transformers", "peft")  # the libraries of contenders that have a model
+# the libraries of contenders that have a model; Unsloth wants to be there before those that it changes
+MODELS: tuple[str, ...] = () if find_spec("unsloth") else ("sentence_transformers", "peft")
 
 _turn: Callable[[], Any]  # of a contender's process
+
+
+def start_server(loaded: Sequence[str]) -> ForkServerContext:
+    """The process that contenders are forked from: the first call starts it, with the libraries that it loads.
+
+    It takes ten seconds to load them, in which the caller goes on; without it every contender would take as long.
+    """
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the libraries' ways take one GPU, ours would take all
+    server = get_context("forkserver")
+    server.set_forkserver_preload(list(loaded))
+    forkserver.ensure_running()
+    return server
 
 
 def take_turns(
@@ -30,10 +45,9 @@ def take_turns(
     say, is told as such above the table, and the others go on.
 
     :param contenders: name to what is called once in the process; it prepares, and returns what does a turn.
-    :param loaded: libraries that the processes are forked with, for each would take its time to load them.
+    :param loaded: libraries that the processes are forked with, where no others were started before.
     """
-    server = get_context("forkserver")
-    server.set_forkserver_preload(list(loaded))
+    server = start_server(loaded)
     pools = {name: ProcessPoolExecutor(1, server, _prepare, (prepare,)) for name, prepare in contenders.items()}
     turns: dict[str, list[T]] = {name: [] for name in pools}
     for _ in range(rounds + 1):
@@ -48,6 +62,12 @@ def take_turns(
     for pool in pools.values():
         pool.shutdown()
     return turns
+
+
+def alone(work: Callable[[], T], loaded: Sequence[str] = ()) -> T:
+    """What `work` returns, in a process of its own."""
+    with ProcessPoolExecutor(1, start_server(loaded)) as pool:
+        return pool.submit(work).result()
 
 
 def _prepare(prepare: Callable[[], Callable[[], Any]]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from contest import peak_mb, take_turns
+from contest import MODELS, alone, peak_mb, take_turns
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
@@ -145,11 +144,11 @@ def encode_plain(model: str, source: Path, output: Path) -> None:
 SCRIPTS = {"ours": encode_ours, "encode the whole list, write": encode_plain}
 
 
-def run_once(name: str, model: str, source: Path) -> None:
-    """One run in a process of its own; prints seconds and the peak in MB."""
+def run_once(name: str, model: str, source: Path) -> tuple[float, float]:
+    """Seconds of one run, and the peak of its process in MB."""
     start = time.perf_counter()
     SCRIPTS[name](model, source, source.parent / "out.txt")
-    print(f"{time.perf_counter() - start} {peak_mb()}", flush=True)
+    return time.perf_counter() - start, peak_mb()
 
 
 def measure_memory(sizes: Sequence[int]) -> None:
@@ -163,9 +162,7 @@ def measure_memory(sizes: Sequence[int]) -> None:
             for rows in sizes:
                 source = Path(folder) / f"{rows}" / "in"
                 make_catalogue(source, rows)
-                command = [sys.executable, __file__, "--one", name, str(model), str(source)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                seconds, peak = map(float, done.stdout.split()[-2:])
+                seconds, peak = alone(partial(run_once, name, str(model), source), MODELS)
                 assert (source.parent / "out.txt").read_bytes().count(b"\n") == rows + 1
                 shutil.rmtree(source.parent)
                 peaks.append(peak)
@@ -173,16 +170,13 @@ def measure_memory(sizes: Sequence[int]) -> None:
                 print(f"| {name} | {rows:,} | {seconds:.0f} | {peak:.0f} | {ratio:.2f} |", flush=True)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5,000 rows; with --memory 2,000 and 20,000")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rows", type=int, nargs="+", help="other sizes")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        run_once(given.one[0], given.one[1], Path(given.one[2]))
-    elif given.memory:
+    given = parser.parse_args(words)
+    if given.memory:
         measure_memory(given.rows or ([2000, 20_000] if given.quick else [100_000, 1_000_000]))
     else:
         (rows,) = given.rows or [5000 if given.quick else 200_000]

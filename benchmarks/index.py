@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -25,12 +25,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from contest import peak_mb, take_turns
+from contest import MODELS, alone, peak_mb, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
 from ebr_lib.data.vectors import BATCH_ROWS, manifest_path, write_embeddings
-from ebr_lib.index import build_faiss_index, search
+from ebr_lib.index import IndexResult, build_faiss_index, search
 from ebr_lib.model.loading import PACKAGED_NAME, identify, load_model
 from ebr_lib.retrieval.metrics import evaluate_vectors
 
@@ -94,12 +94,17 @@ def timed(find: Callable[[str], Any]) -> Callable[[], float]:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
+def build(embeddings: Path, folder: Path) -> tuple[IndexResult, float]:
+    """What was built, and the seconds of the whole stage."""
+    start = time.perf_counter()
+    built = build_faiss_index({"embedding_path": str(embeddings), "output_dir": str(folder)})
+    return built, time.perf_counter() - start
+
+
 def measure(rows: int, queries: int, folder: Path) -> None:
     place = folder / "embeds.parquet"
     write_vectors(rows, place)
-    start = time.perf_counter()
-    built = build_faiss_index({"embedding_path": str(place), "output_dir": str(folder / "index")})
-    total = time.perf_counter() - start
+    built, total = alone(partial(build, place, folder / "index"), MODELS)
     turns = take_turns(
         {
             "util.semantic_search": partial(by_library, rows),
@@ -107,6 +112,7 @@ def measure(rows: int, queries: int, folder: Path) -> None:
             "ours, filtered to one half": partial(ours, built.folder, {"kind": "a"}),
         },
         queries,
+        MODELS,
     )
     print(f"\n{rows:,} × {DIM}; {queries} queries, encoding included\n")
     print("| search | ms (median) | 95th percentile | × first row |\n| --- | ---: | ---: | ---: |")
@@ -122,24 +128,29 @@ def measure(rows: int, queries: int, folder: Path) -> None:
     print(f"| first search, loads index and model, s | {turns['ours'][0] / 1000:.1f} |", flush=True)
 
 
-def evaluate_a_million() -> None:
-    """A million documents that are never in memory together: seconds, and the most memory this process has held."""
+def evaluate_a_million() -> tuple[float, float, float]:
+    """A million documents that are never in memory together: seconds, the process's peak in MB, recall@100."""
     start = time.perf_counter()
     chunks = (drawn(BATCH_ROWS, seed) for seed in range(62))
     values = evaluate_vectors(drawn(1000, 99), chunks, [{i * 1000: 1} for i in range(1000)])
+    return time.perf_counter() - start, peak_mb(), float(values["recall@100"].mean())
+
+
+def measure_a_million() -> None:
+    seconds, peak, recall = alone(evaluate_a_million)
     print("\nevaluation, 1,000 queries, 1,015,808 documents\n")
     print("| s, drawing the vectors included | peak GB | recall@100 of a random judgement |\n| ---: | ---: | ---: |")
-    print(f"| {time.perf_counter() - start:.1f} | {peak_mb() / 1024:.2f} | {values['recall@100'].mean():.4f} |")
+    print(f"| {seconds:.1f} | {peak / 1024:.2f} | {recall:.4f} |")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true", help="5,000 rows, few queries")
     parser.add_argument("--million", action="store_true", help="only evaluate a corpus of a million vectors")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.million:
-        return evaluate_a_million()
+        return measure_a_million()
     rows, queries = (5000, 20) if arguments.quick else (arguments.rows, len(QUERIES))
     with tempfile.TemporaryDirectory() as folder:
         measure(rows, queries, Path(folder))

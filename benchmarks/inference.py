@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from contest import MODELS, machine, take_turns
+from contest import MODELS, machine, start_server, take_turns
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def measure_shape(data: Path, folder: Path, task: Task, rounds: int, count: int)
     measure(f"Qwen2, {layers} layers of 0.5B's widths, reviews", task, rounds, names)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--model", default="all-MiniLM-L6-v2")
@@ -244,8 +243,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few texts, and only the first and the last contender")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--cpu-time", action="store_true")
-    args = parser.parse_args()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the library's encode takes one GPU, ours would take all
+    args = parser.parse_args(words)
+    start_server(MODELS)
     print(machine(), file=sys.stderr)
     for name in args.sets:
         count = COUNTS[name][args.quick]

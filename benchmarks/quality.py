@@ -65,7 +65,7 @@ class Set:
     measures: tuple[str, ...]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=[name for name in SETS if name != "cmrc"])
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--knob", nargs="*", default=[], metavar="NAME=VALUE", help="a further contender: ours with …")
     parser.add_argument("--multilingual", help="model of the Chinese set")
     parser.add_argument("--quick", action="store_true", help="few rows, one seed, two contenders")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if "cmrc" in args.sets and not args.multilingual:
         parser.error("the set cmrc is Chinese: give the folder of a model that knows it with --multilingual")
     names = [RANDOM, OURS] if args.quick else args.contenders

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--sets", nargs="+", choices=["cranfield", "intents", "cmrc"], default=["cranfield", "intents"])
     parser.add_argument("--multilingual", help="model of the Chinese set")
     parser.add_argument("--keep", type=Path, help="folder for models and reports; else they are thrown away")
     parser.add_argument("--quick", action="store_true", help="few pairs and queries: to see that it runs")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     for name in args.sets:
         model = args.multilingual if name == "cmrc" else "all-MiniLM-L6-v2"
         task = SETS[name](args.data)

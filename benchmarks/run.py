@@ -14,16 +14,19 @@ about speed: it is written to a file of its own in the folder for temporary file
 from __future__ import annotations
 
 import argparse
+import io
 import re
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
-from contest import machine
+from contest import MODELS, machine, start_server
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     results = QUICK_RESULTS if args.quick else RESULTS
+    start_server(MODELS)  # one for all parts
     where, spent, failed = machine(), dict[str, float](), []
     for name in args.only:
         part = PARTS[name]
@@ -127,10 +131,16 @@ def main() -> None:
 
 
 def run(command: str, places: dict[str, Path | None]) -> str | None:
-    """What a benchmark prints to its standard output; None when it fails. Its log goes to the terminal."""
-    script, *rest = (str(places.get(word, word)) for word in command.split())
-    done = subprocess.run([sys.executable, str(HERE / script), *rest], stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """What a benchmark prints; None when it fails. Its log goes to the terminal."""
+    script, *words = (str(places.get(word, word)) for word in command.split())
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            import_module(Path(script).stem).main(words)
+    except (Exception, SystemExit):  # a part that fails is told, and the others go on
+        traceback.print_exc()
+        return None
+    return printed.getvalue().strip()
 
 
 def keep(results: Path, title: str, section: str) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contest import MODELS, machine, peak_mb, take_turns
+from contest import MODELS, machine, take_turns
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
@@ -59,21 +59,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run took: seconds of the trainer's loop, the loss of each step, and how far memory grew, in MB."""
+    """What a run took: seconds of the trainer's loop, the loss of each step, and how far memory grew in it, in MB."""
 
     seconds: float
     losses: list[float] = field(repr=False)
     grown_mb: float
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--parts", nargs="+", choices=["minilm", "shape"], default=["minilm"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="one round of two steps: only to see that it runs")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     print(machine(), file=sys.stderr, flush=True)
     rounds, steps = (1, 2) if args.quick else (args.rounds, args.steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -216,9 +216,9 @@ def stock(job: Job, bf16: bool, build: Callable[[Job], Any]) -> Run:
     """One run of the library's trainer."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = stock_trainer(job, folder, bf16=bf16, build=build)
-        before = memory_mb()
+        before = held_mb()
         trainer.train()
-    return run_of(trainer.state.log_history, memory_mb() - before)
+    return run_of(trainer.state.log_history, before)
 
 
 def ours(job: Job, **knobs: Any) -> Run:
@@ -230,7 +230,7 @@ def ours(job: Job, **knobs: Any) -> Run:
 
     class Weighed(training.EbrTrainer):
         def __init__(self, **kwargs: Any) -> None:
-            before.append(memory_mb())
+            before.append(held_mb())
             super().__init__(**kwargs)
 
     training.EbrTrainer, kept = Weighed, training.EbrTrainer  # type: ignore[misc]
@@ -254,25 +254,26 @@ def ours(job: Job, **knobs: Any) -> Run:
                 "seed": job.seed,
             }
             result = train_sentence_transformer(config | knobs)
-            grown = memory_mb() - before[0]
             lines = (Path(result.model_path) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     finally:
         training.EbrTrainer = kept  # type: ignore[misc]
-    return run_of([json.loads(line) for line in lines], grown)
+    return run_of([json.loads(line) for line in lines], before[0])
 
 
-def run_of(log: Sequence[dict[str, Any]], grown_mb: float) -> Run:
+def held_mb() -> float:
+    """The memory held now; its peak is counted from here on, for loading a model can take more than training does."""
+    from ebr_lib.model.training import count_peak_anew, peak_memory_mb
+
+    count_peak_anew()
+    return peak_memory_mb()
+
+
+def run_of(log: Sequence[dict[str, Any]], before_mb: float) -> Run:
+    from ebr_lib.model.training import peak_memory_mb
+
+    grown_mb = peak_memory_mb() - before_mb
     seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry)
     return Run(seconds, [float(entry["loss"]) for entry in log if "loss" in entry], grown_mb)
-
-
-def memory_mb() -> float:
-    """The most memory held so far: of the GPU where there is one, else of this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_mb()
 
 
 def train(contender: str, job: Job) -> Run:
@@ -305,8 +306,7 @@ def prepare(contender: str, job: Job) -> Callable[[], Run]:
 
 def measure(contenders: Sequence[str], job: Job, rounds: int) -> dict[str, list[Run]]:
     """Runs of every contender. A round before them warms up; its memory counts, for then a process has grown."""
-    loaded = () if find_spec("unsloth") else MODELS  # unsloth wants to be there before the libraries that it changes
-    runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds, loaded)
+    runs = take_turns({name: partial(prepare, name, job) for name in contenders}, rounds, MODELS)
     return {name: [replace(run, grown_mb=found[0].grown_mb) for run in found[1:]] for name, found in runs.items()}
 
 

@@ -49,6 +49,23 @@ def test_a_section_replaces_its_own_and_leaves_the_others(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("fault", [ValueError("no such data"), SystemExit("too few sentences")])
+def test_a_part_that_fails_is_told_and_has_no_tables(fault: BaseException, monkeypatch, capfd):
+    def main(words: list[str]) -> None:
+        sys.stdout.write("half a table")
+        raise fault
+
+    monkeypatch.setattr("files.main", main)
+    assert run.run("files.py --rows DIR", {"DIR": Path("here")}) is None
+    assert str(fault) in capfd.readouterr().err
+
+
+def test_a_part_prints_into_its_section_with_its_places_filled_in(monkeypatch, capfd):
+    monkeypatch.setattr("files.main", lambda words: sys.stdout.write("\n| table | " + " ".join(words) + "\n"))
+    assert run.run("files.py --rows DIR", {"DIR": Path("here")}) == "| table | --rows here"
+    assert not capfd.readouterr().out
+
+
 def test_quick_results_never_lie_over_full_ones():
     assert run.QUICK_RESULTS.parent != run.RESULTS.parent
 
