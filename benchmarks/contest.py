@@ -87,6 +87,14 @@ def peak_mb() -> float:
     return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
+def has_bf16() -> bool:
+    """Whether the GPU, or else the processor, has instructions for bfloat16."""
+    from ebr_lib.model.precision import choose_precision
+    from ebr_lib.model.processes import training_device
+
+    return choose_precision("auto", training_device()).dtype == "bfloat16"
+
+
 def machine() -> str:
     """Processor, threads, load and versions, in one line."""
     import torch

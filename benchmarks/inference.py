@@ -29,7 +29,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from contest import MODELS, machine, start_server, take_turns
+from contest import MODELS, has_bf16, machine, start_server, take_turns
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -43,8 +43,13 @@ STOCK = "SentenceTransformer.encode, {}, batch {}"
 BASE, BASE_BF16 = STOCK.format("float32", 32), STOCK.format("bfloat16", 32)
 BATCH_SIZES = (32, 64, 128, 256, 512)  # of which the library's best is taken on a GPU
 SAMPLE = 4096  # texts by which a batch size is chosen, vectors that are compared
-# texts a set: (full run, quick run); one contender takes 2 to 10 seconds of a full run on two cores with AMX
-COUNTS = {"short": (4096, 64), "long": (240, 24), "chinese": (1024, 48), "shape": (200_000, 64)}
+# texts a set: (where there is bfloat16, where there is none, quick); one contender takes some 2 to 10 seconds
+COUNTS = {
+    "short": (4096, 1024, 64),
+    "long": (240, 120, 24),
+    "chinese": (1024, 256, 48),
+    "shape": (200_000, 200_000, 64),
+}
 
 
 def texts_of(name: str, data: Path) -> list[str]:
@@ -137,10 +142,7 @@ class Forward:
 
 def contenders() -> list[str]:
     """Of the text sets; what is compared with stands first."""
-    from ebr_lib.model.precision import choose_precision
-    from ebr_lib.model.training import training_device
-
-    if choose_precision("auto", training_device()).dtype != "bfloat16":
+    if not has_bf16():
         return [BASE, "Encoder, float32", "Files, float32"]
     return [BASE, BASE_BF16, "Files, float32", "Encoder, bfloat16", "Files, bfloat16"]
 
@@ -247,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> None:
     start_server(MODELS)
     print(machine(), file=sys.stderr)
     for name in args.sets:
-        count = COUNTS[name][args.quick]
+        count = COUNTS[name][2 if args.quick else 0 if has_bf16() else 1]
         task = Task(args.model, (), args.threads, args.cpu_time)
         if name == "shape":
             with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contest import MODELS, machine, take_turns
+from contest import MODELS, has_bf16, machine, take_turns
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
@@ -121,11 +121,7 @@ def measure_shape(data: Path, folder: Path, rounds: int, steps: int, quick: bool
 
 def possible(names: Sequence[str]) -> list[str]:
     """Without those in bfloat16 where the processor has none: ours would be float32, the library's takes minutes."""
-    from ebr_lib.model.precision import choose_precision
-    from ebr_lib.model.training import training_device
-
-    has_bf16 = choose_precision("auto", training_device()).dtype == "bfloat16"
-    return [name for name in names if has_bf16 or name in (STOCK, OURS_FP32)]
+    return [name for name in names if has_bf16() or name in (STOCK, OURS_FP32)]
 
 
 # --- data and models ----------------------------------------------------------------------------------------------
@@ -197,7 +193,7 @@ def stock_trainer(
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import PrinterCallback, set_seed
 
-    from ebr_lib.model.training import training_device
+    from ebr_lib.model.processes import training_device
 
     set_seed(job.seed)
     model = build(job)
@@ -272,14 +268,14 @@ def ours(job: Job, **knobs: Any) -> Run:
 
 def held_mb() -> float:
     """The memory held now; its peak is counted from here on, for loading a model can take more than training does."""
-    from ebr_lib.model.training import count_peak_anew, peak_memory_mb
+    from ebr_lib.model.memory import count_peak_anew, peak_memory_mb
 
     count_peak_anew()
     return peak_memory_mb()
 
 
 def run_of(log: Sequence[dict[str, Any]], before_mb: float) -> Run:
-    from ebr_lib.model.training import peak_memory_mb
+    from ebr_lib.model.memory import peak_memory_mb
 
     grown_mb = peak_memory_mb() - before_mb
     seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry)

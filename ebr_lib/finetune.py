@@ -19,6 +19,7 @@ from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import logger
+from ebr_lib.model.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
 from ebr_lib.tables import Shown, Table
@@ -93,16 +94,12 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     :raises ModelError: the model cannot be loaded or trained.
     :raises MissingError: data or model is not there.
     """
-    from transformers import set_seed
-
-    from ebr_lib.model.training import is_first_process
-
     if not is_first_process():
         logger.setLevel(logging.ERROR)  # the first one says it
     config = FinetuneConfig.resolve(config)
     _check_places(config)
     data = _read(config)
-    set_seed(config.seed)
+    _set_seed(config.seed)
     model = _model_with_adapter(config)
     config = _as_the_adapter_is(config, model)
     _refuse_what_cannot_be(config, data, model)
@@ -137,6 +134,12 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     return result
 
 
+def _set_seed(seed: int) -> None:
+    from transformers import set_seed  # not before the config and the data are known to be right: it takes its time
+
+    set_seed(seed)
+
+
 def _place(config: FinetuneConfig, suffix: str) -> Path:
     from ebr_lib.model.loading import model_label
 
@@ -167,7 +170,6 @@ def _check_places(config: FinetuneConfig) -> None:
 def _read(config: FinetuneConfig) -> _Data:
     from ebr_lib.data.pairs import expand, normalised, read_pairs, split_by_anchor
     from ebr_lib.model.heldout import build_task
-    from ebr_lib.model.training import is_first_process
 
     writes = config.on_bad_row == "skip" and is_first_process()
     rejects = Path(config.output_dir) / REJECTS_FILE if writes else None
@@ -226,8 +228,6 @@ def _mine(config: FinetuneConfig, data: _Data, model: SentenceTransformer) -> _D
     """The data, with hard negatives for the training rows; nothing that is held out is looked at."""
     if not config.mine_hard_negatives:
         return data
-    from ebr_lib.model.training import from_first_process, is_first_process
-
     # one process mines: others might round a cosine otherwise, and all have to number the same rows
     rows = _mined_rows(config, data, model) if is_first_process() else None
     return dataclasses.replace(data, train=from_first_process(rows))
@@ -274,7 +274,6 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
 
     from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
     from ebr_lib.model.loading import cut_texts_at, load_model
-    from ebr_lib.model.training import training_device
 
     precision = _precision(config)
     logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
@@ -359,7 +358,6 @@ def _say_what_changes(config: FinetuneConfig) -> None:
 
 def _precision(config: FinetuneConfig) -> Precision:
     from ebr_lib.model.precision import choose_precision
-    from ebr_lib.model.training import training_device
 
     asked: Dtype = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
     return choose_precision(asked, training_device())
@@ -383,31 +381,33 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
 
 
 def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
-    from ebr_lib.model import training
+    from ebr_lib.model import dataset
     from ebr_lib.model.adapters import trainable_counts
+    from ebr_lib.model.callbacks import KeepBest
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
+    from ebr_lib.model.training import EbrTrainer
 
     checkpoints = _place(config, CHECKPOINTS_SUFFIX)
     documents = [row.positive for row in data.train]
-    train = training.with_equal_negatives(data.train, documents, config.seed)
-    heldout = training.with_equal_negatives(data.heldout, documents, config.seed, known=data.train)
+    train = dataset.with_equal_negatives(data.train, documents, config.seed)
+    heldout = dataset.with_equal_negatives(data.heldout, documents, config.seed, known=data.train)
     known, all_known = _known_positives(train, heldout)
     facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
     callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts, _causes_of_nan(config))]
     if data.task:
         callbacks.append(
-            training.KeepBest(
+            KeepBest(
                 config.best_metric,
                 config.early_stopping_patience,
                 config.early_stopping_threshold,
                 str(checkpoints / "best"),
             )
         )
-    return training.EbrTrainer(
+    return EbrTrainer(
         model=model,
         args=_arguments(config, model, data, max(len(row.negatives) for row in (*train[:1], *heldout[:1]))),
-        train_dataset=training.to_dataset(train, 0),
-        eval_dataset=training.to_dataset(heldout, len(train)) if heldout else None,
+        train_dataset=dataset.to_dataset(train, 0),
+        eval_dataset=dataset.to_dataset(heldout, len(train)) if heldout else None,
         loss=_loss(config, model, known, all_known),
         anchors=all_known.anchors,
         documents=all_known.documents,
@@ -505,7 +505,6 @@ def _loss(
 ) -> ContrastiveLoss:
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.packing import packed_forward
-    from ebr_lib.model.training import world_size
 
     def answers(rows: Tensor) -> Tensor:
         return (known if model.training else all_known).mask(rows)
@@ -538,8 +537,8 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer, measuring: 
 
     :param measuring: seconds that it takes to measure the model.
     """
+    from ebr_lib.model.callbacks import KeepBest
     from ebr_lib.model.cpu_speed import fast_training
-    from ebr_lib.model.training import KeepBest, from_first_process, is_first_process
 
     # one process tidies up, all go on from the same place
     checkpoint = from_first_process(_last_checkpoint(config, data) if is_first_process() else None)

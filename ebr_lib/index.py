@@ -102,10 +102,10 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     config = IndexConfig.resolve(config)
     check_replaceable(Path(config.output_dir), OWN_FILES.__contains__)
     made_by = read_manifest(config.embedding_path) or {}
-    if not made_by:
-        logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
     rows, dim = _size(config.embedding_path, made_by)
     _check_columns(config.embedding_path, config.id_column)
+    if not made_by:
+        logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
     plan = plan_index(rows, dim, config.kind, config.compression)
     logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
     index = new_index(plan, dim, config.ef_construction)  # a kind that will not do is told before the queries' encoding

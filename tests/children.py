@@ -84,9 +84,10 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     from ebr_lib import train_sentence_transformer
     from ebr_lib.model import training
     from ebr_lib.model.adapters import adapter_weights
+    from ebr_lib.model.callbacks import KeepBest
     from ebr_lib.model.losses import ContrastiveLoss
 
-    forward, restore = ContrastiveLoss.forward, training.KeepBest.restore
+    forward, restore = ContrastiveLoss.forward, KeepBest.restore
     seen: list[list[int]] = []
     kept: dict[str, torch.Tensor] = {}
 
@@ -103,7 +104,7 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
         restore(self, model)
         kept.update(adapter_weights(model))
 
-    ContrastiveLoss.forward, training.KeepBest.restore = spy, spy_restore
+    ContrastiveLoss.forward, KeepBest.restore = spy, spy_restore
     training.fly_longest_batch = lambda trainer: training.Preflight(0.0, 0.0)
     folder = Path(config["output_dir"])
     train_sentence_transformer(config | {"output_dir": str(folder / str(rank))})

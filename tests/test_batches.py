@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ebr_lib.data.batches import BalancedBatchSampler, KnownPositives, _numbered, _Swaps, deal, keep_anchors_apart
 from ebr_lib.data.pairs import TrainingRow, normalised
-from ebr_lib.model.training import EpochBatches
+from ebr_lib.model.dataset import EpochBatches
 
 
 def repeated(batches, keys) -> int:

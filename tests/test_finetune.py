@@ -16,10 +16,11 @@ from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.model import logbook, precision, training
 from ebr_lib.model.adapters import ADAPTER_FILE
+from ebr_lib.model.callbacks import KeepBest
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.losses import ContrastiveLoss
-from ebr_lib.model.training import EbrTrainer, KeepBest, Preflight
+from ebr_lib.model.training import EbrTrainer, Preflight
 from tests.children import ended, started, train_and_be_killed, train_in_a_terminal
 
 THINGS = ["blanket", "pan", "kettle", "lamp", "tent", "kite", "scarf", "mug"]

@@ -198,6 +198,22 @@ def test_help_is_instant_and_imports_no_torch():
     assert "--early_stopping_patience" in run.stdout
 
 
+def test_a_mistyped_knob_is_told_before_anything_heavy_is_loaded():
+    code = (
+        "import sys, ebr_lib as e\n"
+        "from ebr_lib.errors import ConfigError\n"
+        "stages = e.train_sentence_transformer, e.run_batch_inference, e.visualize_embeddings, e.evaluate_retrieval\n"
+        "for stage in (*stages, e.build_faiss_index):\n"
+        "    try: stage({'noise_porb': 1})\n"
+        "    except ConfigError as error: print(error)\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'matplotlib', 'faiss'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("noise_porb: unknown") == 5
+
+
 def test_the_tables_are_printed_or_written_into_documents(tmp_path, capsys):
     assert main(["knobs"]) == 0
     printed = capsys.readouterr().out

@@ -28,8 +28,9 @@ from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
 from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.errors import ConfigError, ModelError
-from ebr_lib.model import precision, training
+from ebr_lib.model import memory, precision, training
 from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
+from ebr_lib.model.dataset import with_equal_negatives
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import ContrastiveLoss
@@ -411,16 +412,16 @@ def test_negatives_drawn_to_fill_a_row_never_answer_its_anchor(caplog):
     documents = [row.positive for row in rows]
     answers = {f"a {i}": {f"pan {i}", f"pan {i + 4}"} for i in range(4)} | {"PAN  7": {"pan 6", "pan 7"}}
     for seed in range(50):
-        filled = training.with_equal_negatives(rows, documents, seed)
+        filled = with_equal_negatives(rows, documents, seed)
         assert filled[0] == rows[0] and {len(row.negatives) for row in filled} == {3}
         for row in filled[1:]:
             assert not set(row.negatives) & answers.get(row.anchor, set())
             assert set(row.negatives) <= set(documents)
-    assert len({training.with_equal_negatives(rows, documents, seed)[1].negatives for seed in range(9)}) > 1
-    assert filled == training.with_equal_negatives(rows, documents, seed)
+    assert len({with_equal_negatives(rows, documents, seed)[1].negatives for seed in range(9)}) > 1
+    assert filled == with_equal_negatives(rows, documents, seed)
     assert "54 of 57 negatives are drawn at random" in caplog.text and "which has 3" in caplog.text
     caplog.clear()
-    assert training.with_equal_negatives(rows[1:], documents, 0) == rows[1:]
+    assert with_equal_negatives(rows[1:], documents, 0) == rows[1:]
     assert not caplog.messages
 
 
@@ -654,7 +655,7 @@ def test_a_peak_is_seen_although_it_is_over(plain, monkeypatch, caplog):
 
     monkeypatch.setattr(ContrastiveLoss, "forward", greedy)
     gc.collect()
-    training._give_memory_back()  # what earlier tests left, which the step would find room in
+    memory.give_memory_back()  # what earlier tests left, which the step would find room in
     with caplog.at_level(logging.INFO, "ebr_lib"):
         train(plain, memory_limit_gb=resident() / 1024 + 0.3)
     assert [line for line in caplog.messages if "micro-batch 4 → 2" in line]
@@ -669,11 +670,11 @@ def test_a_peak_is_seen_although_it_is_over(plain, monkeypatch, caplog):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system counts a process's peak for good")
 def test_the_peak_is_counted_anew():
     held = np.ones(300 * 2**20, dtype=np.uint8)
-    with_it = training.peak_memory_mb()
+    with_it = memory.peak_memory_mb()
     del held
-    assert training.peak_memory_mb() == pytest.approx(with_it, abs=5)
-    training.count_peak_anew()
-    assert training.peak_memory_mb() < with_it - 250
+    assert memory.peak_memory_mb() == pytest.approx(with_it, abs=5)
+    memory.count_peak_anew()
+    assert memory.peak_memory_mb() < with_it - 250
 
 
 def test_the_preflight_leaves_no_trace(settings, monkeypatch, tmp_path):  # noqa: F811

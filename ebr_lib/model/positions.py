@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -25,5 +23,7 @@ def position_limit(model: SentenceTransformer) -> int | None:
 
 def _embeddings(model: SentenceTransformer) -> Any:
     """The module that holds the table of positions, or None."""
+    from torch.nn import Embedding
+
     modules = model[0].model.modules() if hasattr(model[0], "model") else ()
-    return next((m for m in modules if isinstance(getattr(m, "position_embeddings", None), torch.nn.Embedding)), None)
+    return next((m for m in modules if isinstance(getattr(m, "position_embeddings", None), Embedding)), None)

@@ -3,224 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
 import math
-import os
-import random
-import re
-import resource
-import signal
-import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback
 
 from ebr_lib.data.batches import BalancedBatchSampler
-from ebr_lib.data.pairs import TrainingRow, text_keys
 from ebr_lib.errors import ModelError
-from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
-from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
+from ebr_lib.model.adapters import read_adapter, set_adapter_weights
+from ebr_lib.model.callbacks import SaveAfterEvaluation, StopOnSignal, TrainingBar
 from ebr_lib.model.cpu_speed import attention
+from ebr_lib.model.dataset import EpochBatches, Noise, NoisyCollator
 from ebr_lib.model.losses import ContrastiveLoss
+from ebr_lib.model.memory import count_peak_anew, give_memory_back, peak_memory_mb
 from ebr_lib.model.packing import plain_is_faster
+from ebr_lib.model.processes import training_device, world_size
 from ebr_lib.model.schedulers import NO_WARM_UP, scheduler_extras
-from ebr_lib.names import LOW_MEMORY_PRESET, LOWER_IS_BETTER
+from ebr_lib.names import LOW_MEMORY_PRESET
 
 # the library still calls activation checkpointing by its old name
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
 
-Noise = Callable[[str, int, int, str], str]
-"""(text, epoch, row, column) to the text with noise."""
-
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
-# tries at random before all documents are looked through for one that does not answer an anchor
-DRAWS = 32
 # of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
 CHECKPOINTED = 2
-
-
-def training_device() -> str:
-    """Where this process trains: its own GPU ("cuda:0", "cuda:1" …), or "cpu"."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun and accelerate set it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    """Whether this is the one process that writes, says and decides."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def from_first_process(value: Any) -> Any:
-    """What the first process holds, on all of them."""
-    if world_size() == 1:
-        return value
-    # the first may take its time; torchrun sees a process that ends
-    PartialState(cpu=training_device() == "cpu", timeout=timedelta(days=1))
-    return broadcast_object_list([value])[0]
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-def with_equal_negatives(
-    rows: Sequence[TrainingRow], documents: Sequence[str], seed: int, known: Sequence[TrainingRow] = ()
-) -> list[TrainingRow]:
-    """Rows that all have as many hard negatives as the one that has most.
-
-    What a row lacks is drawn from those of `documents` that are not known to answer its anchor: the tensor wants equal
-    numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone.
-
-    :param known: other rows whose answers are known, too.
-    """
-    most = max((len(row.negatives) for row in rows), default=0)
-    lacking = sum(most - len(row.negatives) for row in rows)
-    if not lacking:
-        return list(rows)
-    if lacking > len(rows) * most / 2:
-        logger.warning(
-            "负例数量悬殊 %d of %d negatives are drawn at random, for every batch is as wide as the widest row, "
-            "which has %d: give the rows about as many each",
-            lacking,
-            len(rows) * most,
-            most,
-        )
-    keys = text_keys(documents).tolist()
-    filled = []
-    for number, (row, answers) in enumerate(zip(rows, _known_answers(rows, known), strict=True)):
-        draw = random.Random(f"{seed} {number}")
-        more = tuple(documents[_other(keys, answers, draw)] for _ in range(most - len(row.negatives)))
-        filled.append(dataclasses.replace(row, negatives=row.negatives + more))
-    return filled
-
-
-def _known_answers(rows: Sequence[TrainingRow], more: Sequence[TrainingRow]) -> list[set[int]]:
-    """Of each row the keys of all texts known to answer its anchor, as `KnownPositives` counts them."""
-    anchors = text_keys(row.anchor for row in (*rows, *more)).tolist()
-    positives = text_keys(row.positive for row in (*rows, *more)).tolist()
-    known = defaultdict[int, set[int]](set)
-    for anchor, positive in zip(anchors, positives, strict=True):
-        known[anchor] |= {anchor, positive}
-        known[positive] |= {anchor, positive}
-    return [known[anchor] for anchor in anchors[: len(rows)]]
-
-
-def _other(keys: Sequence[int], answers: set[int], draw: random.Random) -> int:
-    """The number of a key that is not among the answers; any number where all are."""
-    for _ in range(DRAWS):
-        number = draw.randrange(len(keys))
-        if keys[number] not in answers:
-            return number
-    return draw.choice([number for number, key in enumerate(keys) if key not in answers] or range(len(keys)))
-
-
-def to_dataset(rows: Sequence[TrainingRow], first: int) -> Dataset:
-    """Rows as the columns that the trainer reads; the label is the row's number, counted from `first`."""
-    columns: dict[str, list[Any]] = {
-        "anchor": [row.anchor for row in rows],
-        "positive": [row.positive for row in rows],
-    }
-    for i in range(len(rows[0].negatives) if rows else 0):
-        columns[f"negative_{i + 1}"] = [row.negatives[i] for row in rows]
-    return Dataset.from_dict(columns | {"label": list(range(first, first + len(rows)))})
-
-
-class NoisyCollator:
-    """Puts noise into the training texts before they are tokenised; evaluation never sees it.
-
-    The epoch lives in shared memory, so that worker processes see it change.
-    """
-
-    def __init__(self, collate: Callable[[Any], dict[str, Any]], noise: Noise, columns: Sequence[str]) -> None:
-        self.collate = collate
-        self.noise = noise
-        self.columns = frozenset(columns)
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of these rows, their texts with the noise of this epoch."""
-        epoch = int(self.epoch)
-        return self.collate([self._noisy(row, epoch) for row in rows])
-
-    def _noisy(self, row: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-        return {
-            name: self.noise(value, epoch, row["label"], name) if self._takes(name) else value
-            for name, value in row.items()
-        }
-
-    def _takes(self, name: str) -> bool:
-        return name.split("_", maxsplit=1)[0] in self.columns  # negative_1, negative_2 … are all "negative"
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Batches of an epoch; tells the noise which epoch it is.
-
-    A row that is alone in the last batch has no negatives there and would teach nothing: the epoch's first row keeps it
-    company. Several processes take turns, and gather what they embed: batches of one size, as many for each. The last
-    round is therefore filled up with the epoch's first rows once more; the mask knows their positives.
-
-    :param batches: full ones, but for the last.
-    """
-
-    drop_last = False
-
-    def __init__(self, batches: Any, epoch_cell: Tensor | None, processes: int = 1) -> None:
-        self.batches = batches
-        self.batch_size: int = batches.batch_size
-        self.processes = processes
-        self._cell = epoch_cell
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of this epoch anew, and tell the epoch to those who prepare them."""
-        self.batches.set_epoch(epoch)
-        if self._cell is not None:
-            self._cell.fill_(epoch)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._in_company() if self.processes == 1 else self._filled_up()
-
-    def _in_company(self) -> Iterator[list[int]]:
-        first = None
-        for batch in self.batches:
-            first = batch[0] if first is None else first
-            is_alone = len(batch) == 1 < self.batch_size and batch[0] != first
-            yield [*batch, first] if is_alone else batch
-
-    def _filled_up(self) -> Iterator[list[int]]:
-        rows = [row for batch in self.batches for row in batch]
-        missing = len(self) * self.batch_size - len(rows)
-        rows += islice(cycle(rows[:]), missing)
-        for start in range(0, len(rows), self.batch_size):
-            yield rows[start : start + self.batch_size]
-
-    def __len__(self) -> int:
-        return -(-len(self.batches) // self.processes) * self.processes
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -278,169 +99,6 @@ def training_arguments(
         report_to=[],
         **others,
     )
-
-
-# --- callbacks ----------------------------------------------------------------------------------------------------
-
-
-class KeepBest(TrainerCallback, ExportableState):
-    """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
-
-    An evaluation counts as better when the metric moved by more than `threshold` in the right direction, which
-    NaN never does.
-    `patience` evaluations in a row without one stop the run; 0 never does.
-    """
-
-    def __init__(self, metric: str, patience: int, threshold: float, folder: str) -> None:
-        self.metric, self.patience, self.threshold, self.folder = metric, patience, threshold, folder
-        self.best: float | None = None
-        self.best_step = 0
-        self.waited = 0
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as the library's callbacks export it."""
-        names, kept = ("metric", "patience", "threshold", "folder"), ("best", "best_step", "waited")
-        return {
-            "args": {name: getattr(self, name) for name in names},
-            "attributes": {name: getattr(self, name) for name in kept},
-        }
-
-    def offer(self, value: float, step: int) -> bool:
-        """Take note of an evaluation; true when it is the best so far."""
-        if not self._is_better(value):
-            self.waited += 1
-            return False
-        self.best, self.best_step, self.waited = value, step, 0
-        return True
-
-    def _is_better(self, value: float) -> bool:
-        if self.best is None or not math.isfinite(value):
-            return math.isfinite(value)
-        gain = self.best - value if self.metric == LOWER_IS_BETTER else value - self.best
-        return gain > self.threshold
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Keep the weights if they are the best so far; stop the run when patience is at its end."""
-        if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
-            self._keep(kwargs["model"])
-        self._stop_at_end_of_patience(control)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop at once where the run that goes on had stopped early."""
-        self._stop_at_end_of_patience(control)
-
-    def _stop_at_end_of_patience(self, control: Any) -> None:
-        if self.patience and self.waited >= self.patience:
-            logger.info("早停 early stopping: %d evaluations without a better %s", self.waited, self.metric)
-            control.should_training_stop = True
-
-    def _keep(self, model: Any) -> None:
-        from safetensors.torch import save_file
-
-        folder = Path(self.folder)
-        with written_whole(folder / ADAPTER_FILE) as new:
-            save_file(adapter_weights(getattr(model, "module", model)), new)
-        write_json(folder / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
-
-    def restore(self, model: SentenceTransformer) -> None:
-        """Put the best weights back into the model, bit for bit; the first process, which wrote them, shares them."""
-        if self.best is not None:
-            weights = read_adapter(Path(self.folder)) if is_first_process() else None
-            set_adapter_weights(model, from_first_process(weights))
-            logger.info("最佳权重 best weights: step %d, %s %.4f", self.best_step, self.metric, self.best)
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint, and end; a second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-        self._process = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Catch the signals."""
-        self._process = os.getpid()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:
-            return  # one that prepares batches and was forked with this handler: the step may still need it
-        self.received = number
-        signal.signal(number, self._before.pop(number))
-        logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a signal: save a checkpoint and stop."""
-        if self.received:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a signal: the library takes an epoch that was left for one that ended, and would evaluate here.
-
-        The run that goes on evaluates where a whole one does, and so has the same best weights, rates and random state.
-        """
-        if self.received and not _epoch_is_over(state):
-            control.should_evaluate = control.should_save = False
-
-    def put_handlers_back(self) -> None:
-        """For when training is over, however it ended: no callback hears of an error."""
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-
-class SaveAfterEvaluation(TrainerCallback):
-    """Takes the checkpoint of an epoch's last step after the evaluation that ends the epoch, not before.
-
-    A run that goes on from that step begins the next epoch: the evaluation would never be made.
-    """
-
-    def __init__(self) -> None:
-        self.due = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put off what is to be saved now."""
-        self.due = control.should_save and args.eval_strategy == "epoch" and _epoch_is_over(state)
-        control.should_save = control.should_save and not self.due
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what was put off."""
-        control.should_save = control.should_save or self.due
-
-
-def _epoch_is_over(state: Any) -> bool:
-    return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
-
-
-class TrainingBar(TrainerCallback):
-    """One bar for the whole run, with the last loss."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar, from the step at which the run goes on."""
-        from tqdm.auto import tqdm
-
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
-        """Show the loss."""
-        if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 class _HeldoutEvaluator(BaseEvaluator):
@@ -543,7 +201,7 @@ class EbrTrainer(SentenceTransformerTrainer):
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(len(inputs["label"]), error)
             go_back()
-            _give_memory_back()  # not before: the error held on to what the step had made
+            give_memory_back()  # not before: the error held on to what the step had made
 
     def _way_back(self) -> Callable[[], None]:
         """What puts all that a step changes back to what it is now: gradients, random states, what the log counts."""
@@ -575,7 +233,7 @@ class EbrTrainer(SentenceTransformerTrainer):
                 return super().prediction_step(model, dict(inputs), *args, **kwargs)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(len(inputs["label"]), error)
-            _give_memory_back()
+            give_memory_back()
 
     def _check_memory(self) -> None:
         if not self.memory_limit_mb or self.model.device.type != "cpu":
@@ -713,31 +371,3 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_memory_mb() -> float:
-    """The most memory in MB since `count_peak_anew`: allocated on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    if peak:
-        return int(peak[1]) / 2**10
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process's life
-    return most / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def count_peak_anew() -> None:
-    """Let `peak_memory_mb` forget what was, where the system can (Linux: proc_pid_clear_refs(5))."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _give_memory_back() -> None:
-    """To the GPU, or to the system, what a failed step has left; `cpu_speed` keeps freed memory for the next one."""
-    torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU C library has it
-        ctypes.CDLL(None).malloc_trim(0)
