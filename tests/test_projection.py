@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 from ebr_lib.view import projection
 
@@ -196,6 +197,20 @@ def test_maps_keep_groups_apart_and_repeat_to_the_bit(draw):
     near = projection._near_on_map(coords, np.arange(150), 5)
     assert (codes[near] == codes[:, None]).mean() > 0.95
     np.testing.assert_array_equal(coords, draw(x))
+
+
+def test_a_umap_map_leaves_the_number_of_threads_as_it_was(monkeypatch):
+    """numba sets OpenMP of the whole process to a thread a processor, when it runs for the first time."""
+    from umap import UMAP
+
+    def greedy(self, start):
+        torch.set_num_threads(before + 1)
+        return start
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(UMAP, "fit_transform", greedy)
+    umap(grouped(60)[0])
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("block", [100, 4096])

@@ -304,7 +304,10 @@ def umap_map(
 
     :param seed: None uses all cores, and the map is another one each time.
     """
-    with warnings.catch_warnings():
+    from threadpoolctl import threadpool_limits
+
+    # numba, when it first runs, gives OpenMP of the whole process a thread a processor: torch's is put back after it
+    with warnings.catch_warnings(), threadpool_limits(limits=None):
         warnings.simplefilter("ignore")  # it can place no new points without a search index, and nobody asks it to
         from umap import UMAP
 
