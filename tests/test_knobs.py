@@ -185,17 +185,22 @@ def test_a_value_out_of_range_exits_with_2_and_no_stack(capsys):
     assert "Traceback" not in error
 
 
-def test_help_is_instant_and_imports_no_torch():
-    code = (
-        "import sys; from ebr_lib.cli import main_finetune\n"
-        "try: main_finetune(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'matplotlib', 'faiss'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
+HEAVY = {"torch", "transformers", "sklearn", "matplotlib", "faiss"}
+
+
+def said_without(libraries: set[str], code: str) -> str:
+    """What a process prints that ends without having loaded any of the libraries."""
+    code += f"loaded = {libraries} & set(sys.modules)\nsys.exit(f'imported {{loaded}}' if loaded else 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
-    assert "--early_stopping_patience" in run.stdout
+    return run.stdout
+
+
+def test_help_is_instant_and_imports_no_torch():
+    code = (
+        "import sys; from ebr_lib.cli import main_finetune\ntry: main_finetune(['--help'])\nexcept SystemExit: pass\n"
+    )
+    assert "--early_stopping_patience" in said_without({*HEAVY, "numpy"}, code)
 
 
 def test_a_mistyped_knob_is_told_before_anything_heavy_is_loaded():
@@ -206,12 +211,8 @@ def test_a_mistyped_knob_is_told_before_anything_heavy_is_loaded():
         "for stage in (*stages, e.build_faiss_index):\n"
         "    try: stage({'noise_porb': 1})\n"
         "    except ConfigError as error: print(error)\n"
-        "heavy = {'torch', 'transformers', 'sklearn', 'matplotlib', 'faiss'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("noise_porb: unknown") == 5
+    assert said_without(HEAVY, code).count("noise_porb: unknown") == 5
 
 
 def test_the_tables_are_printed_or_written_into_documents(tmp_path, capsys):

@@ -318,6 +318,21 @@ def test_text_column_is_what_the_tables_show(see, no_maps, told, start):
     assert shown[0] in start
 
 
+def test_typical_texts_are_whole_in_the_file_and_short_on_the_screen(see, no_maps, tmp_path):
+    texts = [f"第{i}条 " + "长" * 100 for i in range(60)]
+    result = see(write(tmp_path / "long.txt", description=texts), clusters=3)
+    tables = json.loads((tmp_path / "out" / "scatter.json").read_text(encoding="utf-8"))["tables"]
+    (told,) = [table for table in tables if table["title"].startswith("k-means")]
+    typical = [[row[name] for name in ("typical text", "second", "third")] for row in told["rows"]]
+    assert len(typical) == 3 and all(len(set(row)) == 3 and set(row) <= set(texts) for row in typical)
+    assert "长" * 20 not in table_of(result, "k-means").text()
+
+
+def test_fewer_typical_texts_than_places_leave_them_empty(see, no_maps, tmp_path):
+    same = see(write(tmp_path / "same.txt", description=["一样"] * 60), clusters=3)
+    assert [row[2:] for row in table_of(same, "k-means").rows] == [("一样", "", "")] * 3
+
+
 def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
     result = see(max_points=30)
     assert (result.numbers["projected"], result.numbers["rows"]) == (30, 60)

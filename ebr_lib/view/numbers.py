@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ebr_lib.logs import logger
-from ebr_lib.tables import Table, shortened
+from ebr_lib.tables import Table
 from ebr_lib.view import clusters as measure
 from ebr_lib.view import projection
 from ebr_lib.view.figure import Groups
@@ -220,15 +220,19 @@ def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title
 
 
 def _cluster_table(found: measure.Clusters, items: Items) -> Table:
+    names = ("typical text", "second", "third")
     rows = [
-        (i + 1, size, " | ".join(shortened(text, 40) for text in _typical_texts(rows, items)))
+        (i + 1, size, *_typical_texts(rows, items, len(names)))
         for i, (size, rows) in enumerate(zip(found.sizes, found.typical, strict=True))
     ]
-    return Table(f"k-means: {found.k} clusters ({found.why})", ("cluster", "rows", "typical texts"), rows)
+    title = f"k-means: {found.k} clusters ({found.why})"
+    return Table(title, ("cluster", "rows", *names), rows, dict.fromkeys(names, 40))
 
 
-def _typical_texts(rows: Sequence[int], items: Items, most: int = 3) -> list[str]:
-    return list(dict.fromkeys(items.texts[row] or "" for row in rows))[:most]
+def _typical_texts(rows: Sequence[int], items: Items, count: int) -> list[str]:
+    """Different ones, filled up with empty ones."""
+    texts = dict.fromkeys(items.texts[row] or "" for row in rows)
+    return [*texts, *[""] * count][:count]
 
 
 def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> Table:
