@@ -17,7 +17,7 @@ from ebr_lib.config import EvalConfig
 from ebr_lib.data.pairs import normalised, read_pairs
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
-from ebr_lib.logs import logger
+from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
 from ebr_lib.retrieval.contenders import (
@@ -34,7 +34,7 @@ from ebr_lib.retrieval.contenders import (
 from ebr_lib.retrieval.metrics import Ranking, Values, measure
 from ebr_lib.retrieval.report import Duel, Example, Report, Slice
 from ebr_lib.retrieval.task import Columns, Corpus, RetrievalTask, find_sources, query_slices, read_task
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import Shown, Table, html_link
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
 SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
@@ -57,6 +57,9 @@ class EvalResult(Shown):
     differences: tuple[Difference, ...]
     facts: dict[str, Any]
     table: Table = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + html_link(self.report_html)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     report = _report(config, task, contenders, task.facts() | leaked)
     runs = _write(config, folder, task, contenders, report)
     table = _summary(report)
-    logger.info("%s\n报告已保存: %s", table.text(), folder / HTML_FILE)
+    logger.info("%s", table.text(), extra=RESULT)
+    logger.info("报告已保存: %s", folder / HTML_FILE)
     return EvalResult(
         report_html=folder / HTML_FILE,
         report_json=folder / JSON_FILE,

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import make_folder, write_json, written_whole
-from ebr_lib.logs import logger
+from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import Shown, Table, html_picture
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -69,7 +69,8 @@ class FinetuneResult(Shown):
         return f"{self.table.text()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
 
     def _repr_html_(self) -> str:
-        return super()._repr_html_() + f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
+        model = f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
+        return super()._repr_html_() + model + html_picture(Path(self.model_path) / CURVE_FILE, "loss curve")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     )
     if trainer.is_world_process_zero():
         _save(config, data, model, result)
-        logger.info("%s", result.table.text())
+        logger.info("%s", result.table.text(), extra=RESULT)
         _say_if_worse(config, before, after)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result

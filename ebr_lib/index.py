@@ -17,7 +17,7 @@ from ebr_lib.config import IndexConfig, SearchConfig
 from ebr_lib.data.vectors import AGAIN, Embeddings, iter_embeddings, read_manifest
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_replaceable, write_json, written_whole
-from ebr_lib.logs import logger
+from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.faiss_index import (
@@ -116,7 +116,8 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
         result = _measure(config, plan, built, folder)
         write_json(folder / MANIFEST_FILE, _manifest(config, made_by, result, built.bytes))
         config.save(folder / CONFIG_FILE)
-    logger.info("%s\n索引已保存: %s", result.table.text(), result.folder)
+    logger.info("%s", result.table.text(), extra=RESULT)
+    logger.info("索引已保存: %s", result.folder)
     return result
 
 
@@ -417,7 +418,7 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
     )
-    logger.info("%s", result.table.text())
+    logger.info("%s", result.table.text(), extra=RESULT)
     return result
 
 

@@ -28,7 +28,7 @@ from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_output_file, sha256_of, write_json
-from ebr_lib.logs import logger
+from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.contract import files_sha256
 from ebr_lib.model.loading import ModelIdentity, find_model, identify, local_folder
 from ebr_lib.model.recipe import EncoderRecipe
@@ -351,7 +351,8 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
 def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceResult:
     counts = outcome.counts
     table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, outcome.size)))
-    logger.info("向量已保存: %s (%d 行, %.1f 秒)\n%s", job.output, counts["written"], seconds, table.text())
+    logger.info("向量已保存: %s (%d 行, %.1f 秒)", job.output, counts["written"], seconds)
+    logger.info("%s", table.text(), extra=RESULT)
     for reason, number in outcome.reasons.most_common():
         logger.warning("%d rows rejected: %s (see %s)%s", number, reason, job.rejects, _hint(job, reason))
     rejects = job.rejects if outcome.reasons else None

@@ -165,7 +165,11 @@ class Config:
     def _repr_html_(self) -> str:
         from ebr_lib.tables import Table
 
-        return Table(type(self).__name__, ("knob", "value", "default"), tuple(self._rows())).html()
+        rows = list(self._rows())
+        changed = [row for row in rows if row[2]]
+        own = Table(type(self).__name__, ("knob", "value", "default"), changed).html()
+        every = Table("", ("knob", "value"), [row[:2] for row in rows]).html()
+        return f"{own}<details><summary>全部 {len(rows)} 项 all knobs</summary>{every}</details>"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         for field in dataclasses.fields(self):

@@ -7,6 +7,8 @@ import sys
 import warnings
 
 logger = logging.getLogger("ebr_lib")
+RESULT = {"is_result": True}
+"""`extra` of a line that tells what the stage returns, which a notebook shows by itself."""
 
 
 class _BarSafe(logging.Handler):
@@ -18,12 +20,25 @@ class _BarSafe(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (hasattr(record, "is_result") and _in_notebook())
+
+
 def show_logs(level: int = logging.INFO) -> None:
-    """Show the library's log lines on standard output; calling it twice changes nothing."""
+    """Show the library's log lines on standard output; calling it twice changes nothing.
+
+    In a notebook without the tables of results, for a result is shown there as it is returned.
+    """
     # text bars are the same in a notebook and headless; tqdm would ask for a widget library
     warnings.filterwarnings("ignore", message="IProgress not found")
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()
+        handler.addFilter(_is_news)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False

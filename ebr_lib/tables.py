@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import os
+import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+LEFT = ' style="text-align:left"'  # for texts: a notebook puts all cells to the right
+WHOLE = ' style="text-align:left;white-space:nowrap"'  # for short ones, which it would break between two signs
+SHORT = 24  # half-width columns
+MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # pictures that a notebook shows by itself
+_NUMBER = re.compile(r"([+-]?\d[\d.,]*(?=[ %]|$)|$)")
 LONGEST = 200  # characters of either end of a text that `squeezed` looks at
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _alignment(column: Sequence[str]) -> str:
+    if all(map(_NUMBER.match, column)):
+        return ""
+    return WHOLE if max(map(columns_of, column)) <= SHORT else LEFT
+
+
+def _html_row(tag: str, cells: Iterable[str], aligned: Sequence[str]) -> str:
+    shown = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(cells, aligned, strict=True))
+    return f"<tr>{''.join(shown)}</tr>"
+
+
+def html_link(path: Path) -> str:
+    """A paragraph that opens a file from a notebook of the folder in which the program runs."""
+    link = html.escape(os.path.relpath(path), quote=True)
+    return f'<p><a href="{link}" target="_blank">{link}</a></p>'
+
+
+def html_picture(path: Path, alt: str) -> str:
+    """The picture itself, where it is there and a notebook shows its kind; else a link to it."""
+    kind = MIME.get(path.suffix.lower())
+    if kind is None or not path.is_file():
+        return html_link(path)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img style="max-width:100%" alt="{alt}" src="data:{kind};base64,{data}">'
 
 
 def columns_of(text: str) -> int:
@@ -93,11 +128,11 @@ class Table(Shown):
 
     def html(self) -> str:
         """An HTML table; every cell is escaped, for cells hold users' texts."""
-        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in self._shown()
-        )
-        return f"<b>{html.escape(self.title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        rows = self._shown()
+        aligned = [_alignment(column) for column in zip(*rows, strict=True)]
+        head = _html_row("th", map(str, self.columns), aligned or [LEFT] * len(self.columns))
+        body = "".join(_html_row("td", row, aligned) for row in rows)
+        return f"<b>{html.escape(self.title)}</b><table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
     def __str__(self) -> str:
         return self.text()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +15,8 @@ import numpy as np
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import VisConfig
 from ebr_lib.files import check_output_file, write_json
-from ebr_lib.logs import logger
-from ebr_lib.tables import Shown, Table
+from ebr_lib.logs import RESULT, logger
+from ebr_lib.tables import Shown, Table, html_link, html_picture
 from ebr_lib.view import clusters as measure
 from ebr_lib.view import explorer, figure, projection
 from ebr_lib.view.figure import Groups, Panel
@@ -29,7 +26,6 @@ from ebr_lib.view.numbers import MEANINGS, SCORED, Numbers, health_of, meaning_o
 
 LISTED = 20  # rows of a table that are shown
 NO_LABEL_TITLE = "k-means cluster"
-MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # what a notebook shows by itself
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
 
 
@@ -59,14 +55,7 @@ class VisResult(Shown):
         return "\n\n".join([f"wrote {', '.join(written)}", *(_head(table).text() for table in self.tables)])
 
     def _repr_html_(self) -> str:
-        parts = []
-        if kind := MIME.get(self.picture.suffix.lower()):
-            picture = base64.b64encode(self.picture.read_bytes()).decode()
-            parts = [f'<img style="max-width:100%" alt="maps" src="data:{kind};base64,{picture}">']
-        for path in (self.explorer, None if kind else self.picture):
-            if path:
-                link = html.escape(os.path.relpath(path), quote=True)
-                parts.append(f'<p><a href="{link}" target="_blank">{link}</a></p>')
+        parts = [html_picture(self.picture, "maps"), html_link(self.explorer) if self.explorer else ""]
         return "".join([*parts, *(_head(table).html() for table in self.tables)])
 
 
@@ -117,7 +106,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     then = before.numbers if before else None
     tables = tables_of(items, maps, now.numbers, labels, maps_before=maps_before, before=then)
     for table in tables:
-        logger.info("%s", _head(table))
+        logger.info("%s", _head(table), extra=RESULT)
     return _written(config, now, before, groups, tables)
 
 

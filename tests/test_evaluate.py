@@ -414,7 +414,7 @@ def test_contenders_side_by_side(result):
     report = json.loads(result.report_json.read_text())
     assert report["means"] == result.metrics and report["facts"]["queries"] == 3
     assert EvalConfig.resolve({"preset": str(result.report_json.with_name("eval_config.yaml"))}).resamples == 100
-    assert "tiny-xlm-r" in result._repr_html_()
+    assert "tiny-xlm-r" in (shown := result._repr_html_()) and 'report.html" target' in shown
 
 
 def test_page_is_whole_offline_and_escaped(result):

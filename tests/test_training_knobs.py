@@ -631,6 +631,25 @@ def test_one_of_several_processes_out_of_memory_ends_the_run_with_advice(plain, 
         training.EbrTrainer._halve(trainer, 32, torch.OutOfMemoryError("injected"))
 
 
+@pytest.mark.parametrize("eval_ratio, bars", [(0.25, ["table"]), (0.0, ["ours"])])
+def test_a_notebook_has_one_bar(settings, monkeypatch, eval_ratio, bars):  # noqa: F811
+    """The library's own where that has a table of evaluations, else ours."""
+    from transformers.utils import notebook
+
+    seen = []
+    write = notebook.NotebookTrainingTracker.write_line
+    begin = training.TrainingBar.on_train_begin
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+    monkeypatch.setattr(
+        notebook.NotebookTrainingTracker, "write_line", lambda *given: seen.append("table") or write(*given)
+    )
+    monkeypatch.setattr(
+        training.TrainingBar, "on_train_begin", lambda *given, **more: seen.append("ours") or begin(*given, **more)
+    )
+    train(settings, eval_ratio=eval_ratio, num_epochs=1)
+    assert seen == bars
+
+
 def test_the_memory_limit_is_for_machines_without_a_gpu(monkeypatch):
     monkeypatch.setattr(training, "peak_memory_mb", lambda: 900.0)
     for device, over in (("cpu", True), ("cuda", False)):

@@ -200,7 +200,7 @@ class Encoder:
 
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
         places, waiting, done = list[NDArray[np.intp]](), list[Tensor](), 0
-        bar = tqdm(total=len(tokens), unit="text", disable=not show_bar)
+        bar = tqdm(total=len(tokens), desc="编码 encode", unit="text", disable=not show_bar)
         with bar, torch.inference_mode(), evaluating(self.model):
             for batch in self._batches(tokens.lengths):
                 places.append(batch)

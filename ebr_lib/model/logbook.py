@@ -63,11 +63,13 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
     """Draw training loss, evaluation loss and the held-out metric over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     entries = read_log(log)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left = figure.add_subplot()
+    left.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o--")):
         points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float)]
         if points:

@@ -21,6 +21,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback
+from transformers import trainer as library_trainer
 
 from ebr_lib.data.batches import BalancedBatchSampler
 from ebr_lib.errors import ModelError
@@ -148,10 +149,15 @@ class EbrTrainer(SentenceTransformerTrainer):
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight go past it
         self.loss.autocast = self.accelerator.autocast
         self.stop = StopOnSignal()
-        self.remove_callback(ProgressCallback)
         self.add_callback(self.stop)
         self.add_callback(SaveAfterEvaluation())
-        self.add_callback(TrainingBar())
+        self._one_bar()
+
+    def _one_bar(self) -> None:
+        """Ours instead of the library's, but for that of a notebook, which has a table of the evaluations."""
+        bar = self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
+        has_table = self.evaluator is not None and not isinstance(bar, ProgressCallback)
+        self.add_callback(bar if has_table else TrainingBar())
 
     # --- data ---
 
