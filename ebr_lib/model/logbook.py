@@ -69,7 +69,7 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left = figure.add_subplot()
-    left.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    left.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o--")):
         points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float)]
         if points:
