@@ -305,9 +305,10 @@ class InferenceConfig(Config):
     # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
-        ["*.csv", "*.csv.gz", "*.parquet"],
-        "Which files of a folder are read; Hive's own parts are `[0*_0]`.",
-        "读取目录中的哪些文件；Hive 原始分片可写 `[0*_0]`。",
+        ["*.csv", "*.csv.gz", "*.csv.bz2", "*.csv.zst", "*.tsv", "*.parquet", "*.orc", "part-[0-9]*", "0*_[0-9]*"],
+        "Which files of a folder are read; `0*_[0-9]*` are Hive's own parts (`000000_0_copy_1`, `000002_1000`). "
+        "The log names what is left out.",
+        "读取目录中的哪些文件；`0*_[0-9]*` 即 Hive 原始分片（`000000_0_copy_1`、`000002_1000`）。未读取的文件会写入日志。",
     )
     description_column: Name = knob("description", "Column whose text is encoded.", "要编码的文本列。")
     columns: tuple[Name, ...] = knob(

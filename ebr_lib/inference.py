@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte
-from ebr_lib.data.hive import Layout, Source, find_files, is_empty, need_columns, open_source, readable
+from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of
+from ebr_lib.data.hive import Layout, Source, is_empty, need_columns, open_source, readable
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
 from ebr_lib.engines.job import (
     Job,
@@ -91,25 +91,25 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     output = Path(config.output_path).expanduser()
     check = check_output_folder if config.engine == "ray" else check_output_file
     check(output)
-    sources, layout = _open_inputs(config, output)
+    sources, layout, found = _open_inputs(config, output)
     kept = _kept_columns(config, sources)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
     with _engine(config) as engine:
         identity = identify(config.model_name)  # now that a model of the hub is here
         job = _job(config, sources, layout, _settings(config, engine.facts, identity, kept))
-        outcome, bar = _finished(job, engine, identity, config)
+        outcome, bar = _finished(job, engine, identity, config, found)
         if new_inputs(job, outcome.inputs):  # it finished an interrupted run, which did not know of these
-            outcome, bar = _finished(job, engine, identity, config)
+            outcome, bar = _finished(job, engine, identity, config, found)
     return _result(job, outcome, bar, time.perf_counter() - started)
 
 
 def _finished(
-    job: Job, engine: LocalEngine | RayEngine, identity: ModelIdentity, config: InferenceConfig
+    job: Job, engine: LocalEngine | RayEngine, identity: ModelIdentity, config: InferenceConfig, found: FoundFiles
 ) -> tuple[Outcome, _Bar]:
     """Run a job to its end, the manifest included."""
     with told_when_full(job.folder), contextlib.closing(_Bar()) as bar:
         outcome = engine.run(job, bar)
-        write_json(manifest_path(job.output), _manifest(job, identity, outcome))
+        write_json(manifest_path(job.output), _manifest(job, identity, outcome) | {"not_read": found.named()})
         config.save(_config_path(job.output))
         engine.finish(job)
     return outcome, bar
@@ -118,43 +118,55 @@ def _finished(
 # --- input --------------------------------------------------------------------------------------------------------
 
 
-def _open_inputs(config: InferenceConfig, output: Path) -> tuple[list[Source], Layout]:
+def _open_inputs(config: InferenceConfig, output: Path) -> tuple[list[Source], Layout, FoundFiles]:
     layout = Layout(delimiter_byte(config.delimiter), config.columns or None, config.encoding, config.heal_rows)
-    root = Path(config.data_path).expanduser()
-    files = _with_rows(_not_written_here(find_files(root, config.file_patterns), output))
-    sources = [open_source(file, layout, _name_of(file, root)) for file in files]
+    found = find_files(config.data_path, config.file_patterns, "data_path")
+    found = _with_rows(_not_written_here(found, output))
+    found.log("set file_patterns to take them in")
+    _need_files(found, config.file_patterns)
+    sources = [open_source(file, layout, name_of(file, found.root)) for file in found.files]
     for source in sources:
         need_columns(source, [config.description_column, *config.output_columns], layout.delimiter)
-    return sources, layout
+    return sources, layout, found
 
 
-def _name_of(file: Path, root: Path) -> str:
-    """How a file is told of: its place in the folder, bytes that are no UTF-8 spelled `\\xff`."""
-    name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _need_files(found: FoundFiles, patterns: tuple[str, ...]) -> None:
+    """Check that there is a file to read.
+
+    :raises DataError: says what the folder holds, and why that is not read.
+    """
+    if found.files:
+        return
+    if found.root.is_file():
+        raise DataError(f"data_path {found.root} is empty")
+    held = "; ".join(f"{name} ({reason})" for name, reason in list(found.named().items())[:5]) or "nothing"
+    raise DataError(
+        f"data_path {found.root}: no file to read that matches {' or '.join(patterns)}; the folder holds {held}; "
+        "give the file itself, or set file_patterns"
+    )
 
 
-def _not_written_here(files: list[Path], output: Path) -> list[Path]:
+def _not_written_here(found: FoundFiles, output: Path) -> FoundFiles:
     """The files without those that an earlier run wrote, where the output lies among the input.
 
     :raises ConfigError: the run would write over an input.
     """
     places = {place.resolve() for place in (output, ids_path(output), manifest_path(output), _config_path(output))}
     places |= {work_folder(output).resolve(), rejects_path(output).resolve()}
-    own = [file for file in files if not places.isdisjoint((file.resolve(), *file.resolve().parents))]
+    own = [
+        path
+        for path in (*found.files, *found.left_out)
+        if not places.isdisjoint((path.resolve(), *path.resolve().parents))
+    ]
+    taken = [path for path in own if path in found.files]
     written = manifest_path(output).is_file() or work_folder(output).is_dir()
-    if own and (len(own) == len(files) or not written):
-        raise ConfigError(f"output_path {output}: the run would write over its input {own[0]}; give another place")
-    return [file for file in files if file not in own]
+    if taken and (len(taken) == len(found.files) or not written):
+        raise ConfigError(f"output_path {output}: the run would write over its input {taken[0]}; give another place")
+    return found.without(own, OWN)
 
 
-def _with_rows(files: list[Path]) -> list[Path]:
-    empty = [file for file in files if is_empty(file)]
-    if not empty or len(empty) == len(files):
-        return files
-    shown = ", ".join(str(file) for file in empty[:5])
-    logger.warning("%d files are empty and left out: %s", len(empty), shown)
-    return [file for file in files if file not in empty]
+def _with_rows(found: FoundFiles) -> FoundFiles:
+    return found.without([file for file in found.files if is_empty(file)], EMPTY)
 
 
 def _kept_columns(config: InferenceConfig, sources: list[Source]) -> tuple[str, ...]:

@@ -419,22 +419,6 @@ def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str
     assert (rows[1].position, rows[1].after, rows[3].position) == (Position(2, 1), Position(3, 2), Position(4, 3))
 
 
-def test_files_are_found_in_order_of_their_names(tmp_path: Path):
-    names = ["b.csv", "a.csv", "sub/c.csv.gz", "_SUCCESS.csv", ".x.csv", "notes.md"]
-    for name in [*names, ".ipynb_checkpoints/a-checkpoint.csv", "sub/_temporary/0/a.csv"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).touch()
-    assert [p.name for p in hive.find_files(tmp_path, ["*.csv", "*.csv.gz"])] == ["a.csv", "b.csv", "c.csv.gz"]
-    assert hive.find_files(tmp_path / "notes.md", ["*.csv"]) == [tmp_path / "notes.md"]
-    with pytest.raises(DataError, match=r"no file matches \*\.parquet or \*\.npy; the folder holds a\.csv, b\.csv"):
-        hive.find_files(tmp_path, ["*.parquet", "*.npy"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="the folder holds nothing"):
-        hive.find_files(tmp_path / "empty", ["*.csv"])
-    with pytest.raises(MissingError, match="no such file or folder"):
-        hive.find_files(tmp_path / "none", ["*.csv"])
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [

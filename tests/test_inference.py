@@ -244,9 +244,10 @@ def test_empty_files_among_others_are_left_out_with_a_warning(tmp_path: Path, en
     (tmp_path / "in" / "c.parquet").write_bytes(b"")
     (tmp_path / "in" / "d.csv.gz").write_bytes(gzip.compress(b""))
     assert run(tmp_path).counts["written"] == 1
-    assert "3 files are empty and left out" in caplog.text
+    assert "not read: 3 under" in caplog.text
+    assert "(zero bytes): b.csv, c.parquet, d.csv.gz" in caplog.text
     (tmp_path / "in" / "a.csv").unlink()
-    with pytest.raises(DataError, match=r"b\.csv is empty"):
+    with pytest.raises(DataError, match=r"b\.csv \(zero bytes\)"):
         run(tmp_path, file_patterns=["*.csv"])
 
 

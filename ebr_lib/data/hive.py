@@ -121,36 +121,6 @@ class Row(NamedTuple):
     resumable: bool = True
 
 
-# --- which files --------------------------------------------------------------------------------------------------
-
-
-def find_files(data_path: str | Path, patterns: Sequence[str]) -> list[Path]:
-    """The file itself, or the files of a folder and its subfolders that match a pattern, in order of their names.
-
-    Files and folders whose names begin with `.` or `_` are left out, as Hive and Spark do.
-
-    :raises MissingError: there is no such file or folder.
-    :raises DataError: no file in the folder matches.
-    """
-    place = Path(data_path).expanduser()
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise MissingError(f"data_path {data_path}: there is no such file or folder (looked at {place.resolve()})")
-    every = [path for path in sorted(place.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(place))]
-    if found := [path for path in every if any(path.match(pattern) for pattern in patterns)]:
-        return found
-    names = ", ".join(path.name for path in every[:5]) or "nothing"
-    raise DataError(
-        f"data_path {data_path}: no file matches {' or '.join(patterns)}; the folder holds {names}; "
-        "give the file itself, or set file_patterns"
-    )
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
-
-
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
