@@ -12,6 +12,7 @@ from pydantic import Field
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
 from ebr_lib.model.precision import Asked
+from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
 from ebr_lib.names import COLUMNS, BestMetric, Column, NoiseKind, OnBadRow
 
@@ -27,8 +28,9 @@ Length = Annotated[int, Field(ge=8, le=32768)]
 
 # what the knobs do that several stages have
 REMOTE_CODE = (
-    "Run the modelling code that comes with the model. Read that code first.",
-    "允许执行模型自带的建模代码；请先阅读该代码。",
+    "Of a model that brings its own code: true runs it (read it first), ignore loads the library's class instead, where "
+    "the model's card says so; false refuses such a model.",
+    "模型自带代码时：true 执行该代码（请先阅读）；ignore 改用库自带的类（仅当模型说明如此要求）；false 拒绝加载这样的模型。",
 )
 OWN_LENGTH = "Tokens a text is cut to; null keeps the model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
 PRECISION = (
@@ -53,7 +55,7 @@ class FinetuneConfig(Config):
         "Base model: the packaged all-MiniLM-L6-v2, a local folder, or a hub name.",
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
     )
-    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     data_path: Places = knob(
         "./train_text",
         "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders), "
@@ -301,7 +303,7 @@ class InferenceConfig(Config):
         "Model: a fine-tuned folder (`./saved_model/…-peft-lora`), the packaged name, a local folder or a hub name.",
         "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置名称、本地目录或 Hub 名称。",
     )
-    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
@@ -588,7 +590,7 @@ class EvalConfig(Config):
         "Put before every document; null takes what each model was trained with.",
         "加在文档前的提示词；null 使用模型训练时的提示词。",
     )
-    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
@@ -665,7 +667,7 @@ class IndexConfig(Config):
         "Model that encodes the queries; null takes the one that the embedding file's manifest names.",
         "编码查询的模型；null 使用向量文件清单中的模型。",
     )
-    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     measure_queries: Positive = knob(1000, "At most so many queries measure.", "测量使用的查询数上限。")
     target_recall: Annotated[float, Field(gt=0, le=1)] = knob(
@@ -692,7 +694,7 @@ class SearchConfig(Config):
     model_name: Name | None = knob(
         None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"
     )
-    trust_remote_code: bool = knob(False, *REMOTE_CODE)
+    trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
 
     def conflicts(self) -> Iterator[str]:

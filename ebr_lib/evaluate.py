@@ -15,9 +15,10 @@ import numpy as np
 
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.pairs import normalised, read_pairs
-from ebr_lib.errors import DataError, UserError
+from ebr_lib.errors import DataError, MissingError, ModelError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
 from ebr_lib.retrieval.contenders import (
@@ -83,6 +84,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: data or a model is not there.
     """
     config = EvalConfig.resolve(config)
+    _check_own_code(config)
     task, leaked = _read(config)
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
     folder = make_folder(Path(config.output_dir))
@@ -103,6 +105,20 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         facts=dict(report.facts),
         table=table,
     )
+
+
+def _check_own_code(config: EvalConfig) -> None:
+    """Refuse models that bring code nobody decided about, all at once, before the data is read."""
+    errors = []
+    for name in config.models:
+        try:
+            check_remote_code(name, config.trust_remote_code)
+        except MissingError:
+            pass  # said with what else is wrong, once the data is known
+        except ModelError as error:
+            errors.append(str(error))
+    if errors:
+        raise ModelError("\n".join(errors))
 
 
 def _said(facts: Mapping[str, Any]) -> str:

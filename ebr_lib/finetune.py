@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ebr_lib.data.doctor import DoctorReport
     from ebr_lib.data.pairs import Pair, TrainingRow
     from ebr_lib.model.heldout import GroupMeans, HeldoutTask
+    from ebr_lib.model.loading import ModelIdentity
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.precision import Dtype, Precision
     from ebr_lib.model.training import EbrTrainer
@@ -99,6 +100,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         logger.setLevel(logging.ERROR)  # the first one says it
     config = FinetuneConfig.resolve(config)
     _check_places(config)
+    _base(config)
     data = _read(config)
     _set_seed(config.seed)
     model = _model_with_adapter(config)
@@ -268,6 +270,16 @@ def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: Sentenc
 
 
 # --- model --------------------------------------------------------------------------------------------------------
+
+
+def _base(config: FinetuneConfig) -> ModelIdentity:
+    """Which model is trained, and how its own code was decided about.
+
+    :raises ModelError: it brings code, and nothing was decided.
+    """
+    from ebr_lib.model.loading import check_remote_code, identify
+
+    return identify(config.model_name, check_remote_code(config.model_name, config.trust_remote_code))
 
 
 def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
@@ -591,11 +603,9 @@ def _preflight(trainer: EbrTrainer, measuring: float) -> None:
 
 def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
     """Where to go on from, after a check that it is the same run; a run that starts anew puts old checkpoints aside."""
-    from ebr_lib.model.loading import identify
-
     folder = _place(config, CHECKPOINTS_SUFFIX)
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
-    base = identify(config.model_name)
+    base = _base(config)
     run |= {"data_sha256": data.sha256, "model_sha256": base.sha256, "base_sha256": base.base_sha256}
     note = folder / "run.json"
     if config.resume_from_checkpoint == "auto" and note.is_file() and (last := _last_whole_checkpoint(folder)):
@@ -683,10 +693,9 @@ def _say_if_worse(config: FinetuneConfig, before: GroupMeans, after: GroupMeans)
 def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, result: FinetuneResult) -> None:
     """Save the model, and beside it all that explains it; the checkpoints go once everything is in place."""
     from ebr_lib.model import saving
-    from ebr_lib.model.loading import identify
     from ebr_lib.model.logbook import draw_curve
 
-    base = identify(config.model_name)
+    base = _base(config)
     checkpoints = _place(config, CHECKPOINTS_SUFFIX)
     contract = saving.make_contract(
         model, base, adapter_side=config.adapter_side, matryoshka_dims=config.matryoshka_dims
@@ -705,7 +714,7 @@ def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, resul
     if result.merged_path is not None:
         with written_whole(result.merged_path) as folder:
             saving.save_merged(
-                result.model_path, folder, trust_remote_code=config.trust_remote_code, device=model.device.type
+                result.model_path, folder, trust_remote_code=base.trust_remote_code, device=model.device.type
             )
     shutil.rmtree(checkpoints)
 

@@ -20,6 +20,7 @@ from ebr_lib.files import check_replaceable, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.remote_code import Choice
 from ebr_lib.retrieval.faiss_index import (
     DELETED_FILE,
     INDEX_FILE,
@@ -49,7 +50,7 @@ from ebr_lib.retrieval.faiss_index import (
     train,
     write_deleted,
 )
-from ebr_lib.retrieval.maker import Maker, weights_of
+from ebr_lib.retrieval.maker import Maker, check_same_code, weights_of
 from ebr_lib.retrieval.metrics import unit
 from ebr_lib.retrieval.task import read_queries
 from ebr_lib.tables import Shown, Table
@@ -279,7 +280,7 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
 
 
 def _recipe(
-    manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: bool
+    manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: Choice
 ) -> EncoderRecipe:
     """How to encode queries for an index: with the model that made it, cut to its dimension.
 
@@ -306,6 +307,7 @@ def _encoder(recipe: EncoderRecipe, maker: Maker, dim: int, where: str) -> Encod
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
     """
+    check_same_code(maker, recipe.model_name, recipe.trust_remote_code)
     encoder = recipe.encoder("query")
     found = weights_of(recipe.model_name)
     if maker.sha256 is None:
@@ -336,7 +338,7 @@ def search(
     where: Mapping[str, object] | None = None,
     model_name: str | None = None,
     query_prompt: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: Choice = False,
 ) -> SearchResult:
     """Find the k rows nearest to a query. Index and model stay loaded for the next search.
 
@@ -344,6 +346,7 @@ def search(
     :param where: filter on kept columns: column to the value, or values, allowed; numbers stand for their texts.
     :param model_name: the model, where it is not at the place that the index remembers.
     :param query_prompt: put before the query; None takes what the model was trained with.
+    :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :raises ConfigError: `k` is no whole number from 1, or `where` no mapping.
     :raises ModelError: the model is not the one that made the index's vectors.
     :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
@@ -469,7 +472,7 @@ def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
             f"{embedding_path} holds vectors of {new.said}, the index {held.folder} of {maker.said}; "
             "encode the new rows with the index's model"
         )
-    known = {name for name in ("prompt", "max_seq_length") if getattr(maker, name) is not None}
+    known = {name for name in ("prompt", "max_seq_length", "trust_remote_code") if getattr(maker, name) is not None}
     if wrong := maker.differences({name: getattr(new, name) for name in known}):
         raise ModelError(
             f"{embedding_path} was not made as the index {held.folder} was ({'; '.join(wrong)}); "

@@ -30,7 +30,7 @@ from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_output_file, sha256_of, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.contract import files_sha256
-from ebr_lib.model.loading import ModelIdentity, find_model, identify, local_folder
+from ebr_lib.model.loading import ModelIdentity, check_remote_code, find_model, identify, local_folder
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.tables import Shown, Table
 
@@ -91,11 +91,14 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     output = Path(config.output_path).expanduser()
     check = check_output_folder if config.engine == "ray" else check_output_file
     check(output)
+    check_remote_code(config.model_name, config.trust_remote_code)
     sources, layout, found = _open_inputs(config, output)
     kept = _kept_columns(config, sources)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
     with _engine(config) as engine:
-        identity = identify(config.model_name)  # now that a model of the hub is here
+        # now that a model of the hub is here
+        choice = check_remote_code(config.model_name, config.trust_remote_code)
+        identity = identify(config.model_name, choice)
         job = _job(config, sources, layout, _settings(config, engine.facts, identity, kept))
         outcome, bar = _finished(job, engine, identity, config, found)
         if new_inputs(job, outcome.inputs):  # it finished an interrupted run, which did not know of these
@@ -260,7 +263,9 @@ def _settings(
     config: InferenceConfig, facts: EncoderFacts, identity: ModelIdentity, kept: tuple[str, ...]
 ) -> dict[str, Any]:
     """All that decides what is written; speed and place do not."""
-    return {
+    # only where it matters: an output of before may be appended to
+    own_code = {"trust_remote_code": identity.trust_remote_code} if identity.trust_remote_code else {}
+    return own_code | {
         "model": identity.sha256 or identity.path,
         "base model": identity.base_sha256 or identity.base_model,
         "model files": _files_sha256(identity),

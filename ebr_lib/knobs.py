@@ -247,7 +247,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
         kind = hints[field.name]
         text = f"{field.metadata['help']} ({_kind_text(kind)}; default {_shown(_default(field))})".replace("%", "%%")
         many = "*" if get_origin(kind) is tuple else "+" if _one_or_several(kind) else None
-        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {"nargs": many} if many else {}
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if _is_switch(kind) else {"nargs": many} if many else {}
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=text, **extra)
 
 
@@ -283,12 +283,17 @@ def _parsed(value: str | list[str], kind: Any, *, split: bool = True) -> Any:
         items = [item for part in value for item in _list_items(part)] if split else value
         return [_parsed(item, inner) for item in items]
     is_text = (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) is str
-    if is_text or (_takes_text(kind) and not value.startswith("{") and value != "null"):
+    if is_text or (_takes_text(kind) and not _is_switch(kind) and not value.startswith("{") and value != "null"):
         return value
     try:
         return read_yaml(value)
     except yaml.YAMLError:
         return value
+
+
+def _is_switch(kind: Any) -> bool:
+    """Whether a knob is a yes or no, perhaps with a third answer: its flag alone means true."""
+    return kind is bool or bool in get_args(kind)
 
 
 def _one_or_several(kind: Any) -> bool:

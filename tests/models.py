@@ -134,3 +134,12 @@ def build_tiny_kalm(folder: Path, *, hidden: int = 32) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def bring_own_code(folder: Path) -> Path:
+    """Make a qwen2 model ask for modelling code of its own and keep its type, which the library loads, causal."""
+    (folder / "modeling.py").write_text(KALM_CODE, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling.TinyKalmModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -45,7 +45,7 @@ def test_unreachable_hub_says_what_to_do(caplog):
         pytest.raises(ModelError, match=r"check the name and the network .*HF_ENDPOINT"),
     ):
         load_model("nobody/no-such-model")
-    assert "nobody/no-such-model is no folder here; asking the hub" in caplog.text
+    assert "nobody/no-such-model is not a folder here; asking the hub" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-r", "modernbert", "qwen2"])

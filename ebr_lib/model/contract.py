@@ -12,6 +12,7 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
+from ebr_lib.model.remote_code import Choice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,7 +41,7 @@ class Contract:
 
     base_model: str
     base_sha256: str | None
-    trust_remote_code: bool
+    trust_remote_code: Choice
     prompts: dict[str, str]
     max_seq_length: int
     pooling: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -16,6 +17,16 @@ from ebr_lib.logs import logger
 from ebr_lib.model.adapters import is_adapted, merge_adapter
 from ebr_lib.model.contract import CONTRACT_FILE, Contract, check_probes, read_contract, weights_sha256
 from ebr_lib.model.positions import position_limit
+from ebr_lib.model.remote_code import (
+    Choice,
+    OwnCode,
+    as_mapping,
+    check_loaded,
+    decide,
+    module_folders,
+    own_code,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -105,24 +116,64 @@ def one_sided(model_name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model made a set of vectors: its name, folder, the sha256 of its weights, and the same of its base."""
+    """Which model made a set of vectors: its name, folder, the sha256 of its weights, and the same of its base.
+
+    `trust_remote_code` is how it was loaded: False where it has no code of its own.
+    """
 
     name: str
     path: str
     sha256: str | None
     base_model: str
     base_sha256: str | None
+    trust_remote_code: Choice = False
 
 
-def identify(name: str) -> ModelIdentity:
-    """Tell which model a name stands for, without loading it."""
+def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
+    """Which model a name stands for, without loading it.
+
+    :param trust_remote_code: as `check_remote_code` returns it.
+    """
     folder = local_folder(name)
     contract = read_contract(folder) if folder else None
     own = weights_sha256(folder) if folder else None
     path = str(folder or name)
     if contract is None or contract.merged:  # a merged model stands for itself: what is trained on it needs it
-        return ModelIdentity(name, path, own, name, own)
-    return ModelIdentity(name, path, own, contract.base_model, contract.base_sha256)
+        return ModelIdentity(name, path, own, name, own, trust_remote_code)
+    return ModelIdentity(name, path, own, contract.base_model, contract.base_sha256, trust_remote_code)
+
+
+def check_remote_code(name: str, choice: Choice, made_with: Choice | None = None) -> Choice:
+    """What the choice about a model's own code comes to, by the files on this machine; imports no torch.
+
+    :param choice: the knob `trust_remote_code`.
+    :param made_with: the choice under which vectors were made that this model's are to be compared with, if known.
+    :returns: False for a model without code of its own, else the choice.
+    :raises ModelError: the model, or the base of its adapter, brings code and nothing was chosen; or what was made
+        with the model was made under another choice.
+    """
+    where = find_model(name)
+    contract = read_contract(where)
+    base, via = where, ""
+    if contract is not None and not contract.merged:
+        base, via = _base_place(name, where, contract), f"is an adapter on {contract.base_model}, which "
+    folder = local_folder(base)
+    found = _own_code_of(folder) if folder else ()
+    if contract is not None and (found or folder is None):
+        made_with = contract.trust_remote_code
+    return decide(name, found, choice, made_with=made_with if found or folder is None else None, via=via)
+
+
+def _own_code_of(folder: Path) -> tuple[OwnCode, ...]:
+    """Own code of a folder, and of the base of an adapter there that this library did not save."""
+    found = list(own_code(folder))
+    for part, _ in module_folders(folder):
+        base = as_mapping(read_json(part / "adapter_config.json")).get("base_model_name_or_path")
+        if base and not (part / "config.json").is_file():
+            with contextlib.suppress(MissingError):  # loading says so
+                place = local_folder(str(base))
+                found += own_code(place) if place else ()
+    return tuple(found)
 
 
 def prompt_of(model: SentenceTransformer, side: Side, told: str | None = None) -> str:
@@ -135,7 +186,7 @@ def prompt_of(model: SentenceTransformer, side: Side, told: str | None = None) -
 def load_model(
     name: str,
     *,
-    trust_remote_code: bool = False,
+    trust_remote_code: Choice = False,
     max_seq_length: int | None = None,
     device: str | None = None,
     side: Side = "query",
@@ -152,7 +203,7 @@ def load_model(
     trained for queries only are the base model's, its own length included.
 
     :param name: the packaged name, a folder, or a hub name.
-    :param trust_remote_code: run the modelling code that the model brings along.
+    :param trust_remote_code: run the code that the model brings along; "ignore" loads the library's classes instead.
     :param max_seq_length: tokens a text is cut to; None keeps the model's own limit.
     :param device: torch device; None takes the best there is.
     :param side: what will be encoded. An adapter trained for queries only is left out for documents.
@@ -164,6 +215,9 @@ def load_model(
     """
     where = find_model(name)
     contract = read_contract(where)
+    base = where if contract is None or contract.merged else _base_place(name, where, contract)
+    _fetch_configs(base)
+    check_remote_code(name, trust_remote_code)
     if contract is None or contract.merged:
         model = _load(name, where, trust_remote_code, device, model_kwargs)
     else:
@@ -225,8 +279,21 @@ def _base_place(name: str, where: str, contract: Contract) -> str:
         ) from error
 
 
+def _fetch_configs(where: str) -> None:
+    """Bring the configs and .py files of a model that is not on this machine, so that they can be read first."""
+    if local_folder(where) is not None:
+        return
+    from huggingface_hub import snapshot_download
+
+    logger.info("本机没有模型 %s，向模型库请求 (%s is not a folder here; asking the hub)", where, where)
+    try:
+        snapshot_download(where, allow_patterns=["*.json", "*.py"])
+    except (OSError, ValueError) as error:
+        raise _load_error(where, where, error) from error
+
+
 def _load(
-    name: str, where: str, trust_remote_code: bool, device: str | None, model_kwargs: dict[str, Any]
+    name: str, where: str, choice: Choice, device: str | None, model_kwargs: dict[str, Any]
 ) -> SentenceTransformer:
     import torch
     import transformers
@@ -234,17 +301,15 @@ def _load(
 
     transformers.utils.logging.disable_progress_bar()  # a bar a weight file says nothing to anybody
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
-    here = local_folder(where)
-    if here is None:
-        logger.info("本机没有模型 %s，向模型库请求 (%s is no folder here; asking the hub)", name, name)
     try:
         if kwargs["use_safetensors"]:
-            _refuse_pickles(name, here)
-        model = SentenceTransformer(where, trust_remote_code=trust_remote_code, device=device, model_kwargs=kwargs)
+            _refuse_pickles(name, local_folder(where))
+        model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, where, error) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise _load_error(name, where, error, choice) from error
+    check_loaded(name, model, choice)
     _read_texts_only(model)
     return model
 
@@ -295,12 +360,22 @@ def _read_texts_only(model: SentenceTransformer) -> None:
             module.modality_config, module.input_formatter.supported_modalities = kept, list(kept)
 
 
-def _load_error(name: str, where: str, error: Exception) -> ModelError:
+def _load_error(name: str, where: str, error: Exception, choice: Choice = False) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if choice == "ignore" and ("trust_remote_code" in str(error) or "does not recognize" in str(error)):
+        return ModelError(
+            f"trust_remote_code: ignore: the library has no class of its own for model {name}; "
+            "read the .py files, then set trust_remote_code: true"
+        )
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"model {name} brings its own modelling code, which is not run unless you allow it: "
-            "read the .py files in its folder, then set trust_remote_code to true"
+            f"model {name} brings its own code, and is another model without it; read the .py files, then set "
+            "trust_remote_code: true"
+        )
+    if choice is True and Path(where).is_dir():
+        return ModelError(
+            f"model {name}: its own code (trust_remote_code: true) fails to load it: {reason}; install what it asks "
+            "for, or the transformers version that its card names"
         )
     if "safetensors" in reason and not Path(where).is_dir():
         return _pickle_error(name, "what the hub holds")

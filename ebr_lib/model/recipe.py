@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ebr_lib.model.loading import Side, load_model, one_sided, prompt_of
 from ebr_lib.model.precision import Asked
+from ebr_lib.model.remote_code import Choice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,7 +31,7 @@ class EncoderRecipe:
     precision: Asked = "auto"
     batch_tokens: int | None = None
     device: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: Choice = False
 
     def model(self, side: Side) -> SentenceTransformer:
         """Load the model, its adapter merged."""

@@ -13,6 +13,7 @@ from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights, merge_adapter
 from ebr_lib.model.contract import PROBES, Contract, probe_vectors, setup_of
 from ebr_lib.model.loading import ModelIdentity, find_model, load_model, prompt_of
+from ebr_lib.model.remote_code import Choice, forget_own_code, own_code
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,10 +38,9 @@ def make_contract(
 ) -> Contract:
     """The contract of a model as it is now, probe vectors of both sides included; documents that an adapter for queries
     leaves alone are the base model's, which is loaded for them."""
-    trust_remote_code = bool(getattr(model, "trust_remote_code", False))
     of_documents = model
     if adapter_side == "query":
-        of_documents = load_model(base.base_model, trust_remote_code=trust_remote_code, device="cpu")
+        of_documents = load_model(base.base_model, trust_remote_code=base.trust_remote_code, device="cpu")
     prompts = {"query": prompt_of(model, "query"), "document": prompt_of(model, "document")}
     probes = {
         "query": probe_vectors(model, prompts["query"]),
@@ -49,7 +49,7 @@ def make_contract(
     return Contract(
         base_model=base.base_model,
         base_sha256=base.base_sha256,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=base.trust_remote_code,
         prompts=prompts,
         max_seq_length=int(model.max_seq_length or 0),
         adapter_side=adapter_side,
@@ -67,11 +67,14 @@ def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, 
     contract.save(folder)
 
 
-def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: bool, device: str) -> float:
+def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: Choice, device: str) -> float:
     """Merge a saved adapter into its base and save the whole; reload it and compare.
 
+    The base's own code is saved too where it runs. Where it is ignored, the merged model no longer asks for it: its
+    weights were trained in the library's class.
+
     :returns: the largest difference of a vector component between adapter and merged model.
-    :raises ModelError: the reloaded model's vectors are not the adapter's.
+    :raises ModelError: the reloaded model's vectors are not the adapter's, or it lacks the base's code.
     """
     import dataclasses
 
@@ -83,8 +86,15 @@ def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: bool, d
     assert contract is not None
     merge_adapter(model)
     model.save_pretrained(str(folder), create_model_card=False)
-    dataclasses.replace(contract, merged=True).save(folder)
-    reloaded = load_model(str(folder), trust_remote_code=trust_remote_code, device=device)
+    if trust_remote_code == "ignore":
+        forget_own_code(folder)
+    own = trust_remote_code is True
+    if own and not own_code(folder):
+        raise ModelError(
+            f"the merged model {folder.name} would lack the code of {contract.base_model}; it was not kept"
+        )
+    dataclasses.replace(contract, merged=True, trust_remote_code=own).save(folder)
+    reloaded = load_model(str(folder), trust_remote_code=own, device=device)
     difference = float(np.abs(np.asarray(probe_vectors(reloaded, "")) - before).max())
     logger.info("合并后与适配器的最大差异 largest difference merged to adapter: %.2g", difference)
     if difference > MERGED_TOLERANCE:
@@ -96,7 +106,7 @@ def model_card(
     name: str, base: ModelIdentity, contract: Contract, facts: Mapping[str, object], tables: Mapping[str, str]
 ) -> str:
     """The README.md of a saved model: what it was trained on, how well it does, how to use it."""
-    trusting = ", trust_remote_code=True" if contract.trust_remote_code else ""
+    trusting = f", trust_remote_code={contract.trust_remote_code!r}" if contract.trust_remote_code else ""
     usage = f"""from ebr_lib.model.loading import load_model, prompt_of
 
 model = load_model("{name}"{trusting})

@@ -14,7 +14,7 @@ from ebr_lib.data.noise import split_words
 from ebr_lib.data.vectors import read_manifest
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
-from ebr_lib.model.loading import find_model
+from ebr_lib.model.loading import check_remote_code, find_model
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.maker import Maker, weights_of
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
@@ -105,6 +105,9 @@ def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
         logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, recipe.model_name)
         return True
     wrong = [] if maker.weights & weights_of(recipe.model_name) else [f"made by {maker.said}"]
+    choice = check_remote_code(recipe.model_name, recipe.trust_remote_code)
+    if maker.trust_remote_code not in (None, choice):
+        wrong += maker.differences({"trust_remote_code": choice})
     wrong += maker.differences(told)
     if wrong and corpus.texts is None:
         raise DataError(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebr_lib.model.loading import identify, one_sided
+from ebr_lib.errors import ModelError
+from ebr_lib.model.loading import check_remote_code, identify, one_sided
+from ebr_lib.model.remote_code import Choice
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Maker:
     precision: str | None
     dimension: int | None
     description_column: str | None
+    trust_remote_code: Choice | None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Maker:
@@ -36,6 +39,7 @@ class Maker:
             precision=settings.get("precision"),
             dimension=settings.get("dimension"),
             description_column=settings.get("description_column"),
+            trust_remote_code=model.get("trust_remote_code"),
         )
 
     @property
@@ -58,6 +62,19 @@ class Maker:
             for name, value in other.items()
             if value is not None and value != getattr(self, name)
         ]
+
+
+def check_same_code(maker: Maker, model_name: str, choice: Choice) -> None:
+    """Check that a model is loaded as it was when it made the vectors, with or without its own code.
+
+    :raises ModelError: nothing was chosen about code that it brings, or another thing than then.
+    """
+    now = check_remote_code(model_name, choice, maker.trust_remote_code)
+    if maker.trust_remote_code not in (None, now):
+        raise ModelError(
+            f"the vectors of {maker.said} were made with trust_remote_code: {str(maker.trust_remote_code).lower()}, "
+            f"and {model_name} no longer brings code of its own; give the model as it was, or encode again"
+        )
 
 
 def weights_of(model_name: str) -> frozenset[str]:

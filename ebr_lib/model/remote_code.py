@@ -1,0 +1,195 @@
+"""A model's own code: which classes its folder asks for, and what the user decided about running them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ebr_lib.errors import ModelError
+from ebr_lib.files import write_json
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Choice = bool | Literal["ignore"]
+"""True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""
+
+# files that may hold an auto_map, and its entries that loading a model for texts reads
+CONFIG_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+ENTRIES = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer")
+LIBRARY = "sentence_transformers."  # module types of any other package are code that the model chooses
+PACKAGE_OF_OWN_CODE = "transformers_modules."  # where transformers imports a model's own code to
+FUNCTIONS = "torch."
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """One class of a model's own: the file that asks for it, as what, and by which reference.
+
+    :param entry: `AutoModel` and the like, or `module` or `activation function`, which the library cannot replace.
+    :param reference: `file.Class`, or `owner/repo--file.Class` for code in another repository.
+    """
+
+    asked_by: str
+    entry: str
+    reference: str
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether the library may have a class of its own for it."""
+        return self.entry in ENTRIES
+
+    @property
+    def repository(self) -> str | None:
+        """The other repository that holds the code, if it is not the model's."""
+        repository, dashes, _ = self.reference.partition("--")
+        return repository if dashes else None
+
+    def __str__(self) -> str:
+        return f"{self.entry} {self.reference} in {self.asked_by}"
+
+
+def own_code(folder: Path) -> tuple[OwnCode, ...]:
+    """The classes of its own that a model's folder asks for; reads JSON files only."""
+    return tuple(code for part, asked in module_folders(folder) for code in (*asked, *_of_part(part)))
+
+
+def module_folders(folder: Path) -> Iterator[tuple[Path, tuple[OwnCode, ...]]]:
+    """The folders that a sentence-transformers model loads from, those inside a Router too, and what names each."""
+    modules = read_json(folder / "modules.json")
+    if not isinstance(modules, list):
+        yield folder, ()
+        return
+    for module in modules:
+        part = folder / str(module.get("path", ""))
+        yield part, _foreign(folder / "modules.json", "module", str(module.get("type", "")), LIBRARY)
+        towers = as_mapping(read_json(part / "router_config.json"))
+        for place, kind in as_mapping(towers.get("types")).items():
+            yield part / place, _foreign(part / "router_config.json", "module", str(kind), LIBRARY)
+
+
+def _foreign(file: Path, entry: str, reference: str, known: str) -> tuple[OwnCode, ...]:
+    return () if not reference or reference.startswith(known) else (OwnCode(str(file), entry, reference),)
+
+
+def _of_part(part: Path) -> Iterator[OwnCode]:
+    for name in CONFIG_FILES:
+        values = as_mapping(read_json(part / name))
+        auto_map = values.get("auto_map")
+        if isinstance(auto_map, list):  # an older form, of tokenizers only
+            auto_map = {"AutoTokenizer": auto_map}
+        for entry, reference in as_mapping(auto_map).items():
+            classes = reference if isinstance(reference, list) else [reference]  # a tokenizer's: slow and fast
+            if entry in ENTRIES and (named := ", ".join(str(c) for c in classes if c)):
+                yield OwnCode(str(part / name), entry, named)
+        if name == "config.json":
+            function = values.get("activation_function")
+            if isinstance(function, str) and "." in function:  # a Dense module's; a transformer's has no package
+                yield from _foreign(part / name, "activation function", function, FUNCTIONS)
+
+
+def forget_own_code(folder: Path) -> None:
+    """Take the auto_map out of a saved model's configs."""
+    for part, _ in module_folders(folder):
+        for name in CONFIG_FILES:
+            values = as_mapping(read_json(part / name))
+            if values.pop("auto_map", None):
+                write_json(part / name, values)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value; None where there is no file, or none that can be read: loading the model says which."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def decide(
+    name: str, found: tuple[OwnCode, ...], choice: Choice, *, made_with: Choice | None = None, via: str = ""
+) -> Choice:
+    """What a user's choice comes to for a model: False where the model has no code of its own.
+
+    :param made_with: the choice under which an adapter was trained or vectors were made, where that is known.
+    :param via: how the code came to be needed, for a message: "is an adapter on …, which ".
+    :raises ModelError: nothing was chosen and it matters, or another thing than under `made_with`.
+    """
+    known = made_with is not None
+    if not choice and (found or made_with):
+        raise ModelError(f"model {name} {via}{_asks(found)}; {_remedy(found, made_with)}")
+    if not found:
+        return False
+    if choice == "ignore" and (stuck := [code for code in found if not code.replaceable]):
+        raise ModelError(
+            f"trust_remote_code: ignore: model {name} {via}asks for {stuck[0]}, which the library has no class for; "
+            "read the .py files, then set trust_remote_code: true"
+        )
+    if known and (choice is True) != (made_with is True):
+        raise ModelError(
+            f"trust_remote_code: {_said(choice)} wanted, but what was made with model {name} was made under "
+            f"{_said(made_with or 'ignore')}, which gives other vectors; {_remedy(found, made_with)}"
+        )
+    return choice
+
+
+def _asks(found: tuple[OwnCode, ...]) -> str:
+    return f"brings its own code ({found[0]}), and is another model without it" if found else "needs its own code"
+
+
+def _remedy(found: tuple[OwnCode, ...], made_with: Choice | None) -> str:
+    elsewhere = next((f" of {code.repository}" for code in found if code.repository), "")
+    run = f"read the .py files{elsewhere}, then set trust_remote_code: true"
+    if made_with:
+        return f"{run}, as it was then" if made_with is True else "set trust_remote_code: ignore, as it was then"
+    if made_with is False:
+        return "set trust_remote_code: ignore, for then the library's class was loaded"
+    if not all(code.replaceable for code in found):
+        return run
+    return f"{run}; or, if its card says that the library's own class is meant, set trust_remote_code: ignore"
+
+
+def _said(choice: Choice) -> str:
+    return choice if isinstance(choice, str) else str(choice).lower()
+
+
+def check_loaded(name: str, model: SentenceTransformer, choice: Choice) -> None:
+    """Compare the classes that were loaded with those that the model's configs, as loaded, ask for.
+
+    :raises ModelError: own code that was to run did not, or code that nobody decided about was left out.
+    """
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    for module in model.modules():
+        if not isinstance(module, Transformer):
+            continue
+        auto_map = as_mapping(getattr(module.auto_model.config, "auto_map", None))
+        heads = [entry for entry in auto_map if entry.startswith("AutoModelFor")]
+        if heads and "AutoModel" not in auto_map:
+            logger.warning(
+                "模型自带代码只用于 %s，向量由库的 %s 计算 (%s: its own code is for other tasks)",
+                ", ".join(heads), type(module.auto_model).__name__, name,
+            )  # fmt: skip
+        asked = as_mapping(getattr(module.tokenizer, "init_kwargs", None)).get("auto_map")
+        of_tokenizer = as_mapping(asked).get("AutoTokenizer") if isinstance(asked, dict) else asked
+        _check_class(name, module.auto_model, "AutoModel", auto_map.get("AutoModel"), choice)
+        _check_class(name, module.tokenizer, "AutoTokenizer", of_tokenizer, choice)
+
+
+def _check_class(name: str, loaded: object, entry: str, reference: Any, choice: Choice) -> None:
+    if not reference or choice == "ignore" or type(loaded).__module__.startswith(PACKAGE_OF_OWN_CODE):
+        return
+    code = OwnCode("its config", entry, str(reference))
+    decide(name, (code,), choice)  # refuses where nothing was chosen
+    raise ModelError(
+        f"model {name}: trust_remote_code is true, but {type(loaded).__name__} of the library was loaded, not {code}; "
+        "if the library's class is meant, set trust_remote_code: ignore"
+    )
