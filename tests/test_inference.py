@@ -63,7 +63,7 @@ class FakeEncoder:
 def use(monkeypatch: pytest.MonkeyPatch, encoder: FakeEncoder) -> FakeEncoder:
     monkeypatch.setattr(local, "open_encoder", lambda recipe, processes: encoder)
     monkeypatch.setattr(
-        inference, "identify", lambda name: ModelIdentity(name, f"/models/{name}", encoder.sha, name, encoder.sha)
+        inference, "identify", lambda name, own: ModelIdentity(name, f"/models/{name}", encoder.sha, name, encoder.sha)
     )
     return encoder
 
@@ -432,7 +432,7 @@ def test_append_refuses_a_model_of_equal_weights_but_other_parts(tmp_path: Path,
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (folder / "modules.json").write_text(json.dumps(modules))
     identity = ModelIdentity("m", str(folder), encoder.sha, "m", encoder.sha)
-    monkeypatch.setattr(inference, "identify", lambda name: identity)
+    monkeypatch.setattr(inference, "identify", lambda name, own: identity)
     catalogue(tmp_path, ["1\x01a\x01x"])
     run(tmp_path)
     (folder / "README.md").write_text("a word on the model")
