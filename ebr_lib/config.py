@@ -687,8 +687,8 @@ class SearchConfig(Config):
     k: Positive = knob(10, "How many rows to show.", "返回条数。")
     where: tuple[Name, ...] = knob(
         [],
-        "Filters `column=value` on kept columns; several values of a column are alternatives.",
-        "按保留列过滤，写作 `列=值`；同一列的多个值为“或”。",
+        "Filters `column=value` on kept columns, `column=\\N` for null; several values of a column are alternatives.",
+        "按保留列过滤，写作 `列=值`，空值（null）写作 `列=\\N`；同一列的多个值为“或”。",
         split=False,
     )
     model_name: Name | None = knob(

@@ -6,13 +6,20 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ebr_lib.errors import ConfigError
+
+LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?:(?P<machine>[^.]*)-)?(?P<process>\d+)\.(?P<kind>new|old)")
+"""What `written_whole` writes beside a place, and where it puts a folder that it replaces."""
+DAY = 86_400.0
 
 
 @contextlib.contextmanager
@@ -21,9 +28,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     What stood at `path` stays untouched until then, and for good when the block raises.
     """
-    path = Path(path)
+    path = followed(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _clear_left_over(path)
+    beside = _beside(path, "new")
     _remove(beside)
     try:
         yield beside
@@ -32,15 +40,56 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _remove(beside)
 
 
-def make_folder(folder: Path) -> Path:
-    """Make an output folder where it is missing.
+def followed(path: Path) -> Path:
+    """The place itself that a link leads to; a path with a name, where it is `.` or ends in `..`."""
+    return Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
 
-    :raises ConfigError: it cannot be made: a file stands there, say.
+
+def _beside(path: Path, kind: str) -> Path:
+    machine = platform.node().partition(".")[0]
+    return path.with_name(f".{path.name}.{machine}-{os.getpid()}.{kind}")
+
+
+def _clear_left_over(path: Path) -> None:
+    """Remove what killed processes left beside `path`; a folder that one was replacing goes back to its place."""
+    for place in path.parent.iterdir():
+        found = LEFT_OVER.fullmatch(place.name)
+        if not found or found["name"] != path.name or not _is_abandoned(place, found):
+            continue
+        if found["kind"] == "old" and not path.exists():
+            os.replace(place, path)
+        else:
+            _remove(place)
+
+
+def _is_abandoned(place: Path, named: re.Match[str]) -> bool:
+    """Whether the process that wrote here has ended; of another machine it is taken to have after a day of silence."""
+    import psutil
+
+    if named["machine"] in (None, platform.node().partition(".")[0]):
+        return not psutil.pid_exists(int(named["process"]))
+    with contextlib.suppress(FileNotFoundError):  # it has just moved it in
+        newest = max(file.stat().st_mtime for file in (place, *place.rglob("*")))
+        return time.time() - newest > DAY
+    return False
+
+
+def make_folder(folder: Path) -> Path:
+    """Make an output folder where it is missing, and write to it once: its rights alone do not say whether one can.
+
+    :raises ConfigError: it cannot be made (a file stands there, say) or cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output folder {folder} cannot be made ({error.strerror}); give another place") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder} cannot be written to ({error.strerror}); give another place"
+        ) from error
     return folder
 
 
@@ -52,8 +101,22 @@ def check_output_file(path: Path) -> None:
     make_folder(path.parent)
     if path.is_dir():
         raise ConfigError(f"output file {path} is a folder; give the name of a file, in it say")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output folder {path.parent} cannot be written to; give another place")
+    make_folder(followed(path).parent)
+
+
+def check_apart(written: Iterable[Path], read: Iterable[str | Path | None]) -> None:
+    """Make sure, before the work, that a stage writes over nothing that it reads, however either is spelled or linked.
+
+    :param written: files, and folders that are replaced as a whole.
+    :param read: files and folders; None is skipped.
+    :raises ConfigError: two of them are one, or a folder that is replaced holds what is read.
+    """
+    inputs = [Path(place) for place in read if place is not None and Path(place).exists()]
+    for output in written:
+        for place in inputs:
+            inside = output.is_dir() and output.resolve() in place.resolve().parents
+            if inside or (output.exists() and output.samefile(place)):
+                raise ConfigError(f"output {output} would replace the input {place}; give another place for the output")
 
 
 def check_replaceable(folder: Path, is_own: Callable[[str], bool]) -> None:
@@ -78,15 +141,15 @@ def check_replaceable(folder: Path, is_own: Callable[[str], bool]) -> None:
 
 def _of_unfinished(name: str) -> str:
     """The name under which `written_whole` would have moved a file in; of another file its own."""
-    beside = re.fullmatch(r"\.(.+)\.\d+\.(?:new|old)", name)
-    return beside[1] if beside else name
+    left_over = LEFT_OVER.fullmatch(name)
+    return left_over["name"] if left_over else name
 
 
 def _move_in(new: Path, place: Path) -> None:
     if not (new.is_dir() and place.is_dir()):
         os.replace(new, place)
         return
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")  # a folder cannot be replaced in one step
+    old = _beside(place, "old")  # a folder cannot be replaced in one step
     os.replace(place, old)
     os.replace(new, place)
     _remove(old)

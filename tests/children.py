@@ -7,6 +7,7 @@ a process loads no test.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -109,3 +110,28 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     folder = Path(config["output_dir"])
     train_sentence_transformer(config | {"output_dir": str(folder / str(rank))})
     torch.save({"labels": seen, "weights": kept}, folder / f"told{rank}")
+
+
+def build_again_and_again(folder: Path, files: list[Path], stop: Path) -> None:
+    """Replace an index by that of the next file until a file `stop` is there."""
+    from ebr_lib import index
+
+    index.draw_curve = lambda *_: None
+    for file in itertools.cycle(files):
+        index.build_faiss_index({"embedding_path": str(file), "output_dir": str(folder), "measure_queries": 2})
+        if stop.exists():
+            return
+
+
+def add_again_and_again(folder: Path, file: Path, times: int) -> None:
+    from ebr_lib.index import add_rows
+
+    for _ in range(times):
+        add_rows(folder, file)
+
+
+def hold_an_index_and_be_killed(folder: Path) -> None:
+    from ebr_lib.retrieval.index_store import locked
+
+    with locked(folder):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -92,7 +92,7 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
 
     :raises DataError: there is one and it cannot be read.
     """
-    place = manifest_path(path)
+    place = _beside(path, manifest_path)
     if not place.is_file():
         return None
     try:
@@ -102,6 +102,12 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         raise DataError(f"{place}: wanted a JSON object, found {type(manifest).__name__}; {AGAIN}")
     return manifest
+
+
+def _beside(path: str | Path, place_of: Callable[[str | Path], Path]) -> Path:
+    """A file that lies beside an embedding file; of a link, beside what it leads to where the link has none itself."""
+    here = place_of(path)
+    return here if here.is_file() or not Path(path).is_symlink() else place_of(Path(path).resolve())
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -478,7 +484,7 @@ class _Npy:
 
 
 def _read_ids(path: Path, columns: Sequence[str] | None, rows: int) -> dict[str, list[str | None]]:
-    place = ids_path(path)
+    place = _beside(path, ids_path)
     if not place.is_file():
         _chosen(path, [VECTOR], columns)
         return {}

@@ -10,8 +10,10 @@ the index itself stays on the CPU, so that every machine can load it.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +27,15 @@ from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.vectors import Embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import written_whole
+from ebr_lib.retrieval.index_store import (
+    DELETED_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ROWS_FILE,
+    VECTORS_FILE,
+    index_stamp,
+    place_of,
+)
 from ebr_lib.retrieval.metrics import CHUNK, unit
 
 if TYPE_CHECKING:
@@ -39,7 +50,8 @@ RECALL_AT = 10
 SAME_SCORE = 1e-6  # scores so near are a tie
 TIMED_QUERIES = 200
 REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
-INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
+DIGEST = 16  # bytes that stand for a vector where equal ones are looked for
+TRIES, PAUSE = 3, 0.02  # of a reader, in seconds: as often as this a folder is read before its fault counts
 ROW = "_row"  # sidecar column: number of the row in the embedding file
 
 
@@ -66,7 +78,7 @@ class Plan:
         if self.knob is None:
             return [0]
         if self.knob == "efSearch":
-            return [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+            return [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048]
         return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < cells] + [cells]
 
 
@@ -111,7 +123,7 @@ def new_index(plan: Plan, dim: int, ef_construction: int) -> Any:
     except RuntimeError as error:
         reason = str(error).strip().rpartition(": ")[2]  # what stands before it is a place in Faiss's source
         raise ConfigError(
-            f"kind {plan.factory!r} is no Faiss factory string for {dim} dimensions ({reason}); "
+            f"kind {plan.factory!r} is not a Faiss factory string for {dim} dimensions ({reason}); "
             "use auto, Flat, HNSW32, IVF4096,SQ8 or the like"
         ) from error
     _check_usable(plan.factory, index)
@@ -227,24 +239,73 @@ class RowsWriter:
         self._writer.close()
 
 
-def fill(index: Any, batches: Iterable[Embeddings], rows_file: Path, gather: Ints) -> Vectors:
-    """Add all vectors and write the sidecar, a batch at a time.
+class Distinct:
+    """Gives each row of an index the number of its vector. Equal vectors have one: many equal ones fill the lists of
+    a graph and hide all others, and cost memory for nothing.
 
-    :param gather: numbers, sorted, of the vectors to return.
+    :ivar digests: of each vector, in order.
     """
-    gathered = [np.empty((0, index.d), np.float32)]
+
+    def __init__(self, of_row: Ints | None = None, digests: Sequence[bytes] = ()) -> None:
+        self._of_row = [of_row if of_row is not None else np.empty(0, np.int64)]
+        self._first: list[NDArray[np.bool_]] = []
+        self._numbers = {digest: i for i, digest in enumerate(digests)}
+        self.digests = list(digests)
+
+    def place(self, vectors: Vectors) -> NDArray[np.bool_]:
+        """Number the vectors of the next rows; returns which of them are new."""
+        numbers, first = [], []
+        for row in vectors + np.float32(0):  # -0.0 is 0.0
+            digest = hashlib.blake2b(row, digest_size=DIGEST).digest()
+            first.append(digest not in self._numbers)
+            numbers.append(self._numbers.setdefault(digest, len(self.digests)))
+            if first[-1]:
+                self.digests.append(digest)
+        self._of_row.append(np.array(numbers, np.int64))
+        self._first.append(np.array(first, bool))
+        return self._first[-1]
+
+    @property
+    def of_row(self) -> Ints:
+        """The number of each row's vector."""
+        return np.concatenate(self._of_row)
+
+    @property
+    def first(self) -> NDArray[np.bool_]:
+        """Of the rows that were placed, which were the first with their vector."""
+        return np.concatenate([np.empty(0, bool), *self._first])
+
+    def save(self, path: Path) -> None:
+        """Write both; the numbers of rows only where they say something."""
+        of_row = self.of_row
+        listed = of_row if len(of_row) > len(self.digests) else of_row[:0]
+        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, DIGEST)
+        with open(path, "wb") as file:
+            np.savez(file, of_row=listed, digests=digests)
+
+
+def fill(index: Any, batches: Iterable[Embeddings], rows_file: Path, gather: Ints) -> tuple[Distinct, Vectors, Ints]:
+    """Add all distinct vectors and write the sidecar, a batch at a time.
+
+    :param gather: numbers, sorted, of rows.
+    :returns: what rows share, the distinct vectors of the rows to gather, and their numbers.
+    """
+    distinct, done, gathered = Distinct(), 0, [np.empty((0, index.d), np.float32)]
     sidecar, add = None, adding(index)
     for batch in batches:
         sidecar = sidecar or RowsWriter(rows_file, list(batch.columns))
         if len(batch):
             vectors = unit(batch.vectors)
-            low, high = np.searchsorted(gather, (index.ntotal, index.ntotal + len(vectors)))
-            gathered.append(vectors[gather[low:high] - index.ntotal])
-            add(vectors)
+            low, high = np.searchsorted(gather, (done, done + len(vectors)))
+            gathered.append(vectors[gather[low:high] - done])
+            done += len(vectors)
+            if (new := distinct.place(vectors)).any():
+                add(vectors[new])
             sidecar.add(batch.rows, batch.columns)
     if sidecar is not None:
         sidecar.close()
-    return np.concatenate(gathered)
+    numbers, places = np.unique(distinct.of_row[gather[gather < done]], return_index=True)
+    return distinct, np.concatenate(gathered)[places], numbers
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -296,8 +357,8 @@ def _stored(flat: Any) -> Iterator[Vectors]:
         yield flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start))
 
 
-def recall_of(found: Ints, truth: Truth, index: Any) -> float:
-    """Mean share of the ten nearest that were found; any that scores as the tenth does is as good.
+def recall_of(found: Ints, truth: Truth, index: Any, among: int = RECALL_AT) -> float:
+    """Mean share of the ten nearest that were found among so many; any that scores as the tenth does is as good.
 
     What is asked for is as many as there are, where the index holds fewer than ten others.
     """
@@ -306,7 +367,7 @@ def recall_of(found: Ints, truth: Truth, index: Any) -> float:
         there = truth.scores[i] > -np.inf
         near, scores = truth.ids[i][there], truth.scores[i][there]
         wanted = min(RECALL_AT, len(near))
-        kept = found[i][(found[i] != own) & (found[i] >= 0)][:RECALL_AT]
+        kept = found[i][(found[i] != own) & (found[i] >= 0)][:among]
         hits = _hits(index, truth.queries[i], kept, near, scores) if wanted else 0
         shares.append(min(hits, wanted) / wanted if wanted else 1.0)
     return float(np.mean(shares))
@@ -322,12 +383,6 @@ def _hits(index: Any, query: Vectors, found: Ints, near: Ints, scores: Vectors) 
         held = reconstructed(index, np.r_[near[tenth], found]) @ query
         hits |= np.abs(held[1:] - held[0]) <= SAME_SCORE
     return int(hits.sum())
-
-
-def share_of_twins(truth: Truth) -> float:
-    """How many of the queries that stand in the index themselves have an equal vector there, as a share."""
-    inside = truth.own >= 0
-    return float((truth.scores[inside].max(axis=1) >= 1 - SAME_SCORE).mean()) if inside.any() else 0.0
 
 
 @contextmanager
@@ -389,6 +444,20 @@ def search_parameters(index: Any, knob: str | None, setting: int) -> Any:
     return inner
 
 
+def remedies(index: Any, truth: Truth, plan: Plan, target: float) -> list[tuple[str, float]]:
+    """Kinds that reach a recall which no setting of this one reaches, each with the recall that was measured for it.
+
+    Re-ranking by whole vectors finds what is among the candidates of the most thorough search; Flat finds all.
+    """
+    found = [("Flat", 1.0)]
+    if _flat_of(_searched(index)) is None and "RFlat" not in plan.factory:
+        parameters = search_parameters(index, plan.knob, plan.settings(cells_of(index))[-1])
+        _, candidates = index.search(truth.queries, int(REFINE_FACTOR) * RECALL_AT, params=parameters)
+        kind = f"{plan.factory.partition(',Refine')[0]},RFlat"
+        found.insert(0, (kind, recall_of(candidates, truth, index, among=candidates.shape[1])))
+    return [(kind, recall) for kind, recall in found if recall >= target]
+
+
 def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, target: float) -> None:
     """Recall against the median latency, one dot a setting, the chosen one filled."""
     from matplotlib.figure import Figure
@@ -414,39 +483,42 @@ def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, t
 
 @dataclass
 class SearchIndex:
-    """An opened index folder. `deleted` are the numbers of rows that are hidden."""
+    """An opened index folder. `deleted` are the numbers of rows that are hidden; `of_row` has the number of each row's
+    vector, and is empty where no two rows share one."""
 
     folder: Path
     index: Any = field(repr=False)
     rows: pa.Table = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
     deleted: Ints = field(repr=False)
+    of_row: Ints = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return int(self.index.ntotal) - len(self.deleted)
+        return len(self.rows) - len(self.deleted)
 
-    def find(self, query: Vectors, k: int, where: Mapping[str, Sequence[str]]) -> list[tuple[float, dict[str, Any]]]:
-        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first.
+    def find(
+        self, query: Vectors, k: int, where: Mapping[str, Sequence[str | None]]
+    ) -> list[tuple[float, dict[str, Any]]]:
+        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first; rows with one vector in
+        their order.
 
-        :param where: column to the values allowed in it.
+        :param where: column to the values allowed in it; None is null.
         :raises DataError: the vector has another dimension, or a column is not kept.
         """
         if query.shape != (self.index.d,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
         allowed = self._allowed(where)
-        if where:
-            scores, ids = self._among(query, k, allowed)
-        else:
-            scores, ids = self._nearest(query, k, allowed)
+        near = self._among if where else self._nearest
+        scores, ids = self._rows_of(*near(query, k, self._with_rows(allowed)), allowed, k)
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
-    def _allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:
+    def _allowed(self, where: Mapping[str, Sequence[str | None]]) -> NDArray[np.bool_]:
         """Which rows may be found."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        allowed = np.ones(self.index.ntotal, dtype=bool)
+        allowed = np.ones(len(self.rows), dtype=bool)
         allowed[self.deleted] = False
         for name, values in where.items():
             if name not in self.rows.column_names[1:]:
@@ -456,9 +528,32 @@ class SearchIndex:
             allowed &= mask.to_numpy()
         return allowed
 
+    def _with_rows(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which vectors have a row that may be found."""
+        if not len(self.of_row):
+            return allowed
+        some = np.zeros(self.index.ntotal, dtype=bool)
+        some[self.of_row[allowed]] = True
+        return some
+
+    @functools.cached_property
+    def _sharing(self) -> tuple[Ints, Ints]:
+        """Rows in the order of their vectors, and where each vector's begin."""
+        order = np.argsort(self.of_row, kind="stable")
+        return order, np.searchsorted(self.of_row[order], np.arange(self.index.ntotal + 1))
+
+    def _rows_of(self, scores: Vectors, ids: Ints, allowed: NDArray[np.bool_], k: int) -> tuple[Vectors, Ints]:
+        """The first k rows that have the vectors and may be found."""
+        if not len(self.of_row):
+            return scores, ids
+        order, starts = self._sharing
+        rows = [sharing[allowed[sharing]][:k] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
+        counts = [len(part) for part in rows]
+        return np.repeat(scores, counts)[:k], np.concatenate([np.empty(0, np.int64), *rows])[:k]
+
     def _among(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
-        """The k nearest of the allowed rows, all of which are compared: where these lie far from the query, a graph or
-        a few cells would find too few of them, or others than the nearest."""
+        """The k nearest of the allowed vectors, all of which are compared: where these lie far from the query, a graph
+        or a few cells would find too few of them, or others than the nearest."""
         if allowed.sum() <= EXACT_ROWS:
             return self._one_by_one(query, k, np.flatnonzero(allowed))
         part, wanted = _comparable(self.index), _transformed(self.index, query)
@@ -478,7 +573,7 @@ class SearchIndex:
         or the cells that were looked at held too few, compare all."""
         scores, ids = self._approximately(query, max(2 * k, SPARE_ROWS) if len(self.deleted) else k)
         scores, ids = scores[allowed[ids]][:k], ids[allowed[ids]][:k]
-        return (scores, ids) if len(ids) == min(k, len(self)) else self._among(query, k, allowed)
+        return (scores, ids) if len(ids) == min(k, allowed.sum()) else self._among(query, k, allowed)
 
     def _approximately(self, query: Vectors, k: int) -> tuple[Vectors, Ints]:
         knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
@@ -557,41 +652,85 @@ def save_vectors(folder: Path, index: Any) -> int:
 
 
 def open_index(folder: str | Path) -> SearchIndex:
-    """Open an index folder.
+    """Open an index folder, all files of it in one state, also while another process replaces them.
 
     :raises MissingError: it is none.
     :raises DataError: a file of it was cut short or does not fit the others.
     """
-    faiss = _faiss()
-    folder = Path(folder)
+    folder, failed = Path(folder), 0
+    for _ in range(100):
+        before = index_stamp(folder)
+        try:
+            held = _open_once(folder)
+        except (DataError, MissingError):
+            failed = failed + 1 if index_stamp(folder) == before else 0
+            if failed == TRIES:
+                raise
+        else:
+            if index_stamp(folder) == before:
+                return held
+        time.sleep(PAUSE)
+    raise DataError(f"{folder} is being rewritten all the time; search when that is done")
+
+
+def _open_once(folder: Path) -> SearchIndex:
     manifest = _read_manifest(folder)
-    place = folder / INDEX_FILE
-    size = place.stat().st_size if place.is_file() else 0
-    if size != manifest["index_bytes"]:
-        raise DataError(
-            f"{place} holds {size:,} bytes, its manifest says {manifest['index_bytes']:,}: it was cut short or "
-            "replaced; build the index again"
-        )
-    try:
-        index = faiss.read_index(str(place))
-    except RuntimeError as error:
-        raise DataError(f"{place} is no whole Faiss index; build the index again") from error
-    rows = read_rows(folder / ROWS_FILE)
-    if not index.ntotal == len(rows) == manifest["rows"]:
+    index = _read_vectors(place_of(folder, INDEX_FILE), manifest["index_bytes"])
+    rows = read_rows(place_of(folder, ROWS_FILE))
+    of_row, _ = _read_distinct(place_of(folder, VECTORS_FILE))
+    vectors = manifest.get("vectors", manifest["rows"])
+    if not (index.ntotal == vectors and len(rows) == manifest["rows"] and len(of_row) in (0, len(rows))):
         raise DataError(
             f"{folder}: {index.ntotal} vectors, {len(rows)} rows of columns, {manifest['rows']} in the manifest; "
             "build the index again"
         )
-    return SearchIndex(folder, index, rows, manifest, _read_deleted(folder / DELETED_FILE, len(rows)))
+    deleted = _read_deleted(place_of(folder, DELETED_FILE), len(rows))
+    return SearchIndex(folder, index, rows, manifest, deleted, of_row)
+
+
+def _read_vectors(place: Path, size: int) -> Any:
+    try:
+        found = place.stat().st_size
+    except FileNotFoundError:
+        found = 0
+    if found != size:
+        raise DataError(
+            f"{place} holds {found:,} bytes, its manifest says {size:,}: it was cut short or replaced; build the index "
+            "again"
+        )
+    try:
+        return _faiss().read_index(str(place))
+    except RuntimeError as error:
+        raise DataError(f"{place} is not a complete Faiss index; build the index again") from error
+
+
+def _read_distinct(path: Path) -> tuple[Ints, list[bytes]]:
+    """What `Distinct` saved; nothing for an index from before equal vectors were indexed once."""
+    if not path.is_file():
+        return np.empty(0, np.int64), []
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["of_row"], [digest.tobytes() for digest in file["digests"]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not complete ({error}); build the index again") from error
+
+
+def distinct_of(held: SearchIndex) -> Distinct:
+    """What the rows of an opened index share, to add rows to."""
+    of_row, digests = _read_distinct(place_of(held.folder, VECTORS_FILE))
+    unknown = (i.to_bytes(DIGEST) for i in range(len(digests), held.index.ntotal))  # equal to no digest
+    return Distinct(of_row if len(of_row) else np.arange(len(held.rows)), [*digests, *unknown])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    place = folder / MANIFEST_FILE
-    if not place.is_file():
-        raise MissingError(f"index {folder}: there is no {MANIFEST_FILE} in it; build the index first")
+    place = place_of(folder, MANIFEST_FILE)
     try:
         manifest: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         _ = manifest["index_bytes"], manifest["rows"], manifest["search"]["knob"], manifest["model"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingError(f"index {folder}: there is no {MANIFEST_FILE} in it; build the index first") from error
+    except OSError as error:
+        raise DataError(f"{place} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place} is no readable manifest ({error!r}); build the index again") from error
     return manifest
@@ -624,19 +763,13 @@ def _read_deleted(path: Path, rows: int) -> Ints:
     return deleted
 
 
-def write_deleted(index: SearchIndex, numbers: Ints) -> None:
-    """Hide rows until the next build."""
-    with written_whole(index.folder / DELETED_FILE) as new, open(new, "wb") as file:
-        np.save(file, np.union1d(index.deleted, numbers).astype(np.int64))
+def write_deleted(folder: Path, numbers: Ints) -> None:
+    """Hide rows, and no others, until the next build."""
+    with written_whole(folder / DELETED_FILE) as new, open(new, "wb") as file:
+        np.save(file, numbers.astype(np.int64))
 
 
 @functools.lru_cache(maxsize=2)
-def opened(folder: str, stamp: tuple[int, ...]) -> SearchIndex:
-    """`open_index`, remembered while the folder's files keep their times (`index_stamp`)."""
+def opened(folder: str, stamp: tuple[tuple[int, ...], ...]) -> SearchIndex:
+    """`open_index`, remembered while the folder's files stay as they are (`index_stamp`)."""
     return open_index(folder)
-
-
-def index_stamp(folder: str | Path) -> tuple[int, ...]:
-    """The times at which an index's files were written; -1 for one that is not there."""
-    files = [Path(folder) / name for name in (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE)]
-    return tuple(file.stat().st_mtime_ns if file.is_file() else -1 for file in files)
