@@ -14,7 +14,7 @@ from ebr_lib.knobs import Config, knob
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
-from ebr_lib.names import COLUMNS, BestMetric, Column, NoiseKind, OnBadRow
+from ebr_lib.names import COLUMNS, BestMetric, Column, LeaveOutOwn, NoiseKind, OnBadRow
 
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -254,6 +254,12 @@ class FinetuneConfig(Config):
         2000,
         "Documents that held-out anchors are searched in: all of their own, and a sample of the training documents.",
         "验证检索的文档数：验证集自己的全部文档，加上训练文档的抽样。",
+    )
+    leave_out_own: Literal["text", "none"] = knob(
+        "text",
+        "Documents with the text of a held-out anchor, left out of its answers and its ranking: it would find itself; "
+        "none keeps them.",
+        "与验证 anchor 文本相同的文档不算其答案、也不参与其排序（否则只是找到自己）；none 全部保留。",
     )
     resume_from_checkpoint: Literal["no", "auto"] = knob(
         "no", "auto: go on from the last checkpoint of an interrupted run.", "auto：从上次中断的检查点继续训练。"
@@ -560,8 +566,9 @@ class EvalConfig(Config):
     )
     qrels_path: Name | None = knob(
         None,
-        "Judgements: `query document grade` a line, as BEIR or TREC write them.",
-        "相关性标注：每行 `query document grade`，BEIR 或 TREC 格式。",
+        "Judgements: `query document grade` per line, as BEIR or TREC write them, or JSON, CSV or Parquet with the "
+        "columns query-id, corpus-id and score.",
+        "相关性标注：每行 `query document grade`（BEIR 或 TREC 格式），或含 query-id、corpus-id、score 列的 JSON、CSV、Parquet。",
     )
     train_data_path: Places | None = knob(
         None,
@@ -579,6 +586,12 @@ class EvalConfig(Config):
         "Column of the documents' ids, and of the queries' where their file has it; null takes _id, id, doc_id or docid, "
         "and of queries query_id or qid.",
         "文档的 ID 列（查询文件中也有该列时同样使用）；null 取 _id、id、doc_id 或 docid（查询为 query_id 或 qid）。",
+    )
+    leave_out_own: LeaveOutOwn = knob(
+        "text_and_id",
+        "Documents that are the query itself, left out of its answers and its ranking: those of its text, and where "
+        "judgements name ids those of its id; text where queries and documents are numbered apart, none keeps all.",
+        "查询自身对应的文档不算答案、也不参与排序：文本相同的，以及按 ID 标注时 ID 相同的；查询与文档各自编号时用 text，none 全部保留。",
     )
     slice_columns: tuple[Name, ...] = knob(
         [], "Columns of the query file whose values are measured apart.", "按这些查询列的取值分组评估。"

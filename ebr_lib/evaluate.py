@@ -79,7 +79,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
 
     :param config: an EvalConfig, a dict of its knobs, or None for the defaults.
     :raises ConfigError: a knob is unknown or out of range (all are listed), or `output_dir` cannot be made.
-    :raises DataError: the data is broken: an empty corpus, queries without text, judgements of unknown ids.
+    :raises DataError: the data is broken: an empty corpus, judged queries without text, no judgement of known ids.
     :raises ModelError: a model cannot be loaded.
     :raises MissingError: data or a model is not there.
     """
@@ -130,10 +130,10 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     sources = find_sources(config.data_path, config.queries_path, config.corpus_path, config.qrels_path)
     columns = Columns(config.query_column, config.corpus_column, config.id_column)
     if config.train_data_path is None:
-        return read_task(sources, columns, config.slice_columns, set()), {}
+        return read_task(sources, columns, config.slice_columns, set(), config.leave_out_own), {}
     pairs = read_pairs(config.train_data_path, on_bad_row="skip")
     trained = {normalised(text) for pair in pairs for text in pair.positives}
-    task = read_task(sources, columns, config.slice_columns, trained)
+    task = read_task(sources, columns, config.slice_columns, trained, config.leave_out_own)
     anchors = {normalised(pair.anchor) for pair in pairs}
     leaked = sum(normalised(query) in anchors for query in task.queries)
     if leaked:

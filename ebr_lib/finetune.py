@@ -191,8 +191,27 @@ def _read(config: FinetuneConfig) -> _Data:
         return _Data(train_rows, heldout_rows, None, sha256)
     answers = [(row.anchor, row.positive) for row in heldout_rows]
     documents = [row.positive for row in train_rows]
-    task = build_task(answers, documents, normalised, config.eval_corpus_size, config.seed)
+    own = config.leave_out_own != "none"
+    task = build_task(answers, documents, normalised, config.eval_corpus_size, config.seed, leave_out_own=own)
+    _report_own(task)
     return _Data(train_rows, heldout_rows, task, sha256)
+
+
+def _report_own(task: HeldoutTask) -> None:
+    """Say for how many anchors a document of their own text is left out, and how many have no other answer."""
+    if not task.queries:
+        raise DataError(
+            "every held-out anchor has no answer but itself: nothing can be measured; set leave_out_own: none to "
+            "count it as one, or eval_ratio: 0"
+        )
+    if own := sum(map(bool, task.own)):
+        logger.info("自身文档不参与验证检索 own documents left out: those of %d of %d anchors", own, len(task.queries))
+    if task.without_answer:
+        logger.warning(
+            "除自身外没有答案的 anchor 不参与评估 held-out anchors that are their only answer are not measured: %d; "
+            "leave_out_own: none keeps them",
+            task.without_answer,
+        )
 
 
 def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:

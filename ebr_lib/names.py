@@ -15,6 +15,9 @@ Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]
 METRICS = get_args(Metric)
 """What is measured on the held-out anchors."""
 
+LeaveOutOwn = Literal["text_and_id", "text", "none"]
+"""Which documents are the query itself, and so neither its answers nor competitors."""
+
 BestMetric = Literal[Metric, "loss"]
 LOWER_IS_BETTER = "loss"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -91,9 +92,9 @@ def test_a_row_without_id_is_an_error(tmp_path, beir):
         task_of(beir)
 
 
-def task_of(data_path=None, queries=None, corpus=None, *, qrels=None, columns=None, slices=(), trained=()):
+def task_of(data_path=None, queries=None, corpus=None, *, qrels=None, columns=None, slices=(), trained=(), **more):
     sources = find_sources(*(str(p) if p else None for p in (data_path, queries, corpus, qrels)))
-    return read_task(sources, columns or Columns(), slices, set(trained))
+    return read_task(sources, columns or Columns(), slices, set(trained), **more)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -235,14 +236,22 @@ def test_training_data_tells_seen_from_unseen(beir):
 
 
 BAD = {
-    "unknown document": ("qrels/test.tsv", "q0\td77\t1\n", "line 1: document 'd77'"),
-    "unknown query": ("qrels/test.tsv", "q0\td1\t1\nq9\td1\t1\n", "line 2: query 'q9'"),
+    "unknown documents alone": ("qrels/test.tsv", "q0\td77\t1\n", "no judgement is of a known query and document: 1 "),
+    "unknown queries alone": ("qrels/test.tsv", "q9\td1\t1\nq8\td1\t1\n", "line 1: query 'q9'; line 2: query 'q8'"),
     "qrels of two columns": ("qrels/test.tsv", "q0\t1\n", "line 1: wanted `query document grade`"),
     "nothing relevant": ("qrels/test.tsv", "q0\td1\t0\n", "no query has a relevant document"),
     "empty corpus": ("corpus.jsonl", "", "holds no rows; an evaluation needs documents"),
-    "query without text": ("queries.jsonl", '{"_id": "q0", "text": " "}\n', "1 queries without text"),
+    "judged query without text": (
+        "queries.jsonl",
+        '{"_id": "q0", "text": " "}\n{"_id": "q1", "text": "a"}\n',
+        "queries.jsonl: 1 judged queries without text (rows 1)",
+    ),
+    "no query has text": ("queries.jsonl", '{"_id": "q0", "text": " "}\n', "none of its 1 queries has text"),
+    "judgements without grades": ("qrels/test.tsv", "query-id\tcorpus-id\nq0\td0\n", "found query-id, corpus-id"),
+    "grade that is not whole": ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td0\t0.5\n", "line 2: wanted"),
     "no text column": ("queries.jsonl", '{"_id": "q0", "sentence": "x"}\n', "name it with query_column"),
     "id twice": ("queries.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "more than once"),
+    "document's id twice": ("corpus.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "(rows 1 and 2)"),
     "all documents blank": ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "none of its 1 documents has text"),
     "no grade in the first line": ("qrels/test.tsv", "q0\td1\tx\nq1\td1\t1\n", "line 1: wanted `query document grade`"),
     "not JSON": ("corpus.jsonl", "{", "cannot be read as .jsonl"),
@@ -328,11 +337,196 @@ def test_blank_documents_are_counted(beir, caplog):
     assert "2 of 8 documents have no text in column text" in caplog.text
 
 
-def test_answers_must_be_in_a_given_corpus(tmp_path):
-    queries = jsonl(tmp_path / "q.jsonl", [{"query": "a", "positive": "nowhere"}])
+def test_answers_that_are_not_in_a_given_corpus_are_counted_and_left_out(tmp_path, caplog):
+    rows = [{"query": "a", "positive": "nowhere"}, {"query": "b", "positive": ["x", "gone"]}]
+    queries = jsonl(tmp_path / "q.jsonl", rows)
     corpus = jsonl(tmp_path / "c.jsonl", [{"text": "x"}])
+    task = task_of(None, queries, corpus)
+    assert (task.queries, task.relevant, task.unjudged) == (["b"], [{0: 1}], 0)
+    assert task.left_out == {"judgements_of_unknown_documents": 2, "queries_without_answer_left": 1}
+    assert "2 judgements of unknown documents (row 1: 'nowhere'; row 2: 'gone')" in caplog.text
+    jsonl(queries, rows[:1])
     with pytest.raises(DataError, match="row 1: 'nowhere'"):
         task_of(None, queries, corpus)
+
+
+# --- a query's own document ---------------------------------------------------------------------------------------
+
+PLEAS = ["Uniforms save money.", "Zoos protect animals.", "Tourism brings jobs."]
+REBUTTALS = ["Uniforms are dear for the poor.", "Zoos cage wild animals.", "Tourism drives rents up."]
+
+
+@pytest.fixture
+def arguments(tmp_path) -> Path:
+    """Queries that are documents: q0 by id and text, q1 by text alone (and written otherwise), q2 by id alone."""
+    folder = tmp_path / "arguments"
+    own = [("q0", PLEAS[0]), ("p1", f"  {PLEAS[1].upper()} "), ("q2", f"On tourism. {PLEAS[2]}")]
+    rows = [*own, *((f"c{i}", text) for i, text in enumerate(REBUTTALS))]
+    jsonl(folder / "corpus.jsonl", [{"_id": id_, "text": text} for id_, text in rows])
+    jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(PLEAS)])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("".join(f"q{i}\tc{i}\t1\n" for i in range(3)))
+    return folder
+
+
+@pytest.mark.parametrize(("leave_out_own", "own"), [
+    ("text_and_id", [{0}, {1}, {2}]), ("text", [{0}, {1}, set()]), ("none", [set()] * 3),
+])  # fmt: skip
+def test_a_query_is_neither_its_answer_nor_a_competitor(arguments, caplog, leave_out_own, own):
+    with (arguments / "qrels" / "test.tsv").open("a") as file:
+        file.write("q0\tq0\t2\nq1\tp1\t1\n")  # two judgements that name the query itself
+    with caplog.at_level("INFO", "ebr_lib"):
+        task = task_of(arguments, leave_out_own=leave_out_own)
+    assert task.own == own
+    count, kept = sum(map(len, own)), leave_out_own == "none"
+    assert task.relevant == ([{3: 1, 0: 2}, {4: 1, 1: 1}, {5: 1}] if kept else [{3: 1}, {4: 1}, {5: 1}])
+    assert task.left_out == ({} if kept else {"own_documents_left_out": count, "own_judgements_left_out": 2})
+    assert (f"own documents left out, as answers and as competitors: those of {count} of 3" in caplog.text) != kept
+    assert ("judgements that name the query itself are left out: 2" in caplog.text) != kept
+    assert ("for their id alone, of another text: 1" in caplog.text) == (leave_out_own == "text_and_id")
+
+
+def test_a_query_left_without_an_answer_is_counted_and_left_out(arguments):
+    (arguments / "qrels" / "test.tsv").write_text("q0\tq0\t1\nq1\tc1\t1\nq1\tq0\t1\n")
+    task = task_of(arguments)
+    assert (task.query_ids, task.relevant) == (["q1"], [{4: 1, 0: 1}])  # q0's document stays one of others
+    assert task.facts()["queries_without_answer_left"] == 1 and task.unjudged == 1
+    (arguments / "qrels" / "test.tsv").write_text("q0\tq0\t1\n")
+    with pytest.raises(DataError, match=r"no query has a relevant document.*set leave_out_own: none"):
+        task_of(arguments)
+
+
+def test_ids_that_pair_queries_with_their_answers_are_numbered_apart(arguments, caplog):
+    (arguments / "qrels" / "test.tsv").write_text("q2\tq2\t1\n")
+    assert task_of(arguments).relevant == [{2: 1}]
+    assert "numbered apart: the document of a query's id is its only answer" in caplog.text
+
+
+def test_answers_given_as_texts_leave_out_the_query(tmp_path):
+    rows = [{"query": "red shoe", "positive": ["Red  shoe", "crimson shoe"]}, {"query": "pan", "positive": "red shoe"}]
+    task = task_of(jsonl(tmp_path / "q.jsonl", rows))
+    assert (task.corpus.texts, task.own) == (["Red  shoe", "crimson shoe"], [{0}, frozenset()])
+    assert task.relevant == [{1: 1}, {0: 1}]
+
+
+def test_own_documents_are_left_out_of_every_ranking(arguments, tiny_bert, tmp_path):
+    config = {"models": [str(tiny_bert)], "data_path": str(arguments), "resamples": 100, "examples": 3}
+    kept = evaluate_retrieval(config | {"output_dir": str(tmp_path / "kept"), "leave_out_own": "none"})
+    assert kept.metrics["tiny-bert"]["hit@1"] == kept.metrics["BM25"]["hit@1"] == 0.0  # each query finds itself
+    result = evaluate_retrieval(config | {"output_dir": str(tmp_path / "out")})
+    assert result.facts["own_documents_left_out"] == 3 and "own documents left out: 3" in result.report_html.read_text()
+    assert result.metrics["BM25"]["hit@1"] == 1.0
+    own = {("q0", "q0"), ("q1", "p1"), ("q2", "q2")}
+    for name in ("tiny-bert", "BM25"):
+        expected = trec_measures(kept, name, own)
+        assert {m: result.metrics[name][m] for m in expected} == pytest.approx(expected)
+
+
+def trec_measures(result, name: str, own: set[tuple[str, str]]) -> dict[str, float]:
+    """Means by pytrec_eval of a run from which some (query, document) pairs are taken out."""
+    import pytrec_eval
+
+    run: dict[str, dict[str, float]] = {}
+    for line in result.runs[name].read_text().splitlines():
+        query, _, document, _, score, _ = line.split()
+        if (query, document) not in own:
+            run.setdefault(query, {})[document] = float(score)
+    qrels: dict[str, dict[str, int]] = {}
+    for query, _, document, grade in map(str.split, result.qrels.read_text().splitlines()):
+        qrels.setdefault(query, {})[document] = int(grade)
+    names = {"recall@1": "recall_1", "ndcg@10": "ndcg_cut_10", "map@100": "map_cut_100"}
+    found = pytrec_eval.RelevanceEvaluator(qrels, {"recall.1", "ndcg_cut.10", "map_cut.100"}).evaluate(run)
+    return {ours: sum(values[theirs] for values in found.values()) / len(qrels) for ours, theirs in names.items()}
+
+
+# --- judgements of every format -----------------------------------------------------------------------------------
+
+JUDGED = [("1", "7", 2), ("1", "8", 0), ("2", "9", 1)]
+TABLE = "query-id,corpus-id,score\n1,7,2\n1,8,0\n2,9,1\n"
+AS_TEXT = {
+    "test.tsv": TABLE.replace(",", "\t"),
+    "test.csv": TABLE,
+    "pandas.csv": ",score,doc_id,query_id\n0,2,7,1\n1,0,8,1\n2,1,9,2\n",
+    "quoted.csv": '"qid","docid","relevance"\n"1","7","2.0"\n"1","8","0"\n"2","9","1"\n',
+    "no_header.csv": TABLE.split("\n", 1)[1],
+    "test.txt": "1 0 7 2\n1 0 8 0\n\n2 0 9 1\n",
+    "commas.txt": TABLE,
+    "test.trec": "1 Q0 7 2\n1 Q0 8 0\n2 Q0 9 1\n",
+    "hive.txt": TABLE.replace(",", "\x01"),
+    "test.jsonl": "".join(
+        json.dumps(dict(zip(("query-id", "corpus-id", "score"), j, strict=True))) + "\n" for j in JUDGED
+    ),
+    "numbers.json": json.dumps([{"corpus_id": int(d), "Query ID": int(q), "label": float(g)} for q, d, g in JUDGED]),
+}
+
+
+def numbered_texts(folder: Path) -> Path:
+    jsonl(folder / "queries.jsonl", [{"_id": 1, "text": "shoes"}, {"_id": 2, "text": "pan"}])
+    jsonl(folder / "corpus.jsonl", [{"_id": i, "text": f"item {i}"} for i in (7, 8, 9)])
+    (folder / "qrels").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("name", AS_TEXT)
+def test_judgements_in_text(tmp_path, name, packed):
+    place = numbered_texts(tmp_path) / "qrels" / f"{name}{packed}"
+    text = AS_TEXT[name].encode()
+    place.write_bytes(gzip.compress(text) if packed else text)
+    assert task_of(tmp_path).relevant == [{0: 2, 1: 0}, {2: 1}]
+
+
+@pytest.mark.parametrize("ids", ["int64", "float64", "string"])
+def test_judgements_in_parquet(tmp_path, ids):
+    import pandas
+
+    frame = pandas.DataFrame(JUDGED, columns=["query-id", "corpus-id", "score"])
+    numbers = frame.assign(**{name: frame[name].astype(int).astype(ids) for name in frame.columns[:2]})
+    numbers.to_parquet(numbered_texts(tmp_path) / "qrels" / "test.parquet")
+    assert task_of(tmp_path).relevant == [{0: 2, 1: 0}, {2: 1}]
+
+
+def test_unknown_ids_and_blank_queries_are_counted_and_left_out(beir, caplog):
+    with (beir / "queries.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"_id": f"b{i}", "text": text}) + "\n" for i, text in enumerate(["", " \u200b", None])
+        )
+    with (beir / "qrels" / "test.tsv").open("a") as file:
+        file.write("q0\td99\t1\nq99\td0\t1\nq3\td98\t1\nb0\td0\t0\n")
+    task = task_of(beir)
+    assert (task.query_ids, task.unjudged) == (["q0", "q1", "q2"], 0)
+    assert task.relevant == [{0: 2, 3: 0}, {1: 1}, {2: 1, 4: 1}]
+    assert task.left_out == {
+        "judgements_of_unknown_documents": 2,
+        "judgements_of_unknown_queries": 1,
+        "queries_blank": 3,
+        "queries_without_answer_left": 1,  # q3, of which only an unknown document was judged
+    }
+    assert task.facts() == task.facts() | task.left_out
+    assert "line 7: document 'd99'; line 8: query 'q99'" in caplog.text and "blank queries left out: 3" in caplog.text
+
+
+def test_rows_of_one_id_and_one_text_are_one(beir):
+    for name in ("queries", "corpus"):
+        place = beir / f"{name}.jsonl"
+        place.write_text(place.read_text() + place.read_text().splitlines()[0] + "\n")
+    task = task_of(beir)
+    assert (task.repeated, task.unjudged, len(task.corpus)) == (1, 1, 5)
+    assert task.relevant == [{0: 2, 3: 0}, {1: 1}, {2: 1, 4: 1}]
+
+
+def test_a_folder_may_hold_tables_of_any_kind_and_the_test_split_is_taken(beir, caplog):
+    import pandas
+
+    pandas.read_json(beir / "corpus.jsonl", lines=True).to_parquet(beir / "corpus.parquet")
+    queries = pandas.read_json(beir / "queries.jsonl", lines=True)
+    queries.to_csv(beir / "queries.csv.gz", index=False)
+    (beir / "corpus.jsonl").unlink(), (beir / "queries.jsonl").unlink()
+    (beir / "qrels" / "train.tsv").write_text("q1\td1\t1\n")
+    with caplog.at_level("INFO", "ebr_lib"):
+        task = task_of(beir)
+    assert (task.query_ids, task.corpus.ids) == (["q0", "q1", "q2"], ["d0", "d1", "d2", "d3", "d5"])
+    assert re.search(r"judgements: .*test\.tsv \(not train\.tsv\)", caplog.text)
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------
@@ -496,7 +690,7 @@ def test_ids_and_labels_of_every_script_in_trec_files(tiny_bert, tmp_path, caplo
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old model.run.trec").write_text("")
     corpus = jsonl(tmp_path / "c.jsonl", [{"_id": "商品 1%", "text": "red"}, {"_id": "商品2", "text": "blue"}])
-    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "问/1", "text": "red"}])
+    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "问/1", "text": "red!"}])
     (tmp_path / "qrels.tsv").write_text("问/1\t商品 1%\t1\n", encoding="utf-8")
     result = evaluate_retrieval({
         "models": [str(tmp_path / "BM25")], "queries_path": str(queries), "corpus_path": str(corpus),
@@ -572,7 +766,7 @@ def items_with_titles(place: Path, model: Path, **settings) -> tuple[Path, Path,
     write_embeddings(place / "e.txt", columns, vectors)
     made_by = {"model": {"sha256": identify(str(model)).sha256}, "settings": {"description_column": "title"} | settings}
     manifest_path(place / "e.txt").write_text(json.dumps(made_by))
-    jsonl(place / "q.jsonl", [{"_id": f"q{i}", "text": title} for i, title in enumerate(titles, 1)])
+    jsonl(place / "q.jsonl", [{"_id": f"q{i}", "text": f"{title}!"} for i, title in enumerate(titles, 1)])
     (place / "r.tsv").write_text("".join(f"q{i}\t{i}\t1\n" for i in range(1, 5)))
     return place / "q.jsonl", place / "e.txt", place / "r.tsv"
 
@@ -613,15 +807,21 @@ def test_vectors_of_other_dimensions_are_not_used_and_queries_are_cut_as_the_sto
     assert how["documents"] == f"vectors of {corpus}" and how["dimensions"] == 8
 
 
-def test_a_judged_row_without_a_vector_is_told_as_such(tmp_path):
+def test_judgements_of_rows_without_a_vector_or_text_are_counted_and_left_out(tmp_path, caplog):
     vectors = np.array([[1, 0], [np.nan, np.nan]], dtype=np.float32)
-    write_embeddings(tmp_path / "e.txt", {"id": ["001", "009"], "text": ["a", ""]}, vectors)
+    write_embeddings(tmp_path / "e.txt", {"id": ["001", "009"], "text": ["a b", ""]}, vectors)
+    jsonl(tmp_path / "c.jsonl", [{"id": "001", "text": "a b"}, {"id": "009", "text": " \u200b"}])
     queries = jsonl(tmp_path / "q.jsonl", [{"_id": "q", "text": "a"}])
     (tmp_path / "r.tsv").write_text("q\t001\t1\nq\t009\t1\n")
-    with pytest.raises(DataError, match=r"line 2: document '009' has no vector in .*e\.txt"):
-        task_of(None, queries, tmp_path / "e.txt", qrels=tmp_path / "r.tsv")
-    write_embeddings(tmp_path / "e.txt", {"id": ["001", None], "text": ["a", "b"]}, np.eye(2, dtype=np.float32))
-    with pytest.raises(DataError, match="no id in column id of rows 2"):
+    for corpus in ("e.txt", "c.jsonl"):
+        task = task_of(None, queries, tmp_path / corpus, qrels=tmp_path / "r.tsv")
+        assert (task.relevant, len(task.corpus)) == ([{0: 1}], 1)
+        assert task.left_out == {"judgements_of_blank_documents": 1}
+    assert "line 2: document '009'" in caplog.text
+    (tmp_path / "r.tsv").write_text("q\t009\t1\n")
+    with pytest.raises(
+        DataError, match="no judgement is of a known query and document: 1 judgements of blank documents"
+    ):
         task_of(None, queries, tmp_path / "e.txt", qrels=tmp_path / "r.tsv")
 
 
@@ -662,7 +862,7 @@ def test_columns_can_be_named(tmp_path):
     (tmp_path / "qrels.tsv").write_text("a\td1\t1\nb\td2\t1\n")
     queries = jsonl(tmp_path / "q.jsonl", rows)
     columns = Columns(query="words", corpus="body", id="sku")
-    task = task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=columns)
+    task = task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=columns, leave_out_own="none")
     assert task.queries == task.corpus.texts == ["shoes", "pan"] and task.query_ids == ["a", "b"]
     with pytest.raises(DataError, match="no column nowhere; its columns are sku"):
         task_of(None, queries, corpus, qrels=tmp_path / "qrels.tsv", columns=Columns(query="nowhere", id="sku"))

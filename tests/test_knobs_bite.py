@@ -7,12 +7,13 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ebr_lib import build_faiss_index, evaluate_retrieval, finetune, train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
-from ebr_lib.errors import ConfigError
+from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.model import heldout, precision, training
 from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 from tests.test_index import embedding_file
@@ -99,6 +100,33 @@ def test_the_held_out_corpus_has_the_size_told(settings, monkeypatch):  # noqa: 
     assert own + 1 < sizes[-1] == 16
 
 
+def test_an_anchor_is_neither_its_answer_nor_a_competitor(settings, tmp_path, caplog):  # noqa: F811
+    """Item to item: of the held-out anchors the first has one more answer, the second none, the third another one."""
+    rows = [("anchor", ["ANCHOR ", "answer"]), ("alone", ["alone"]), ("third", ["answer"])]
+    rows = [{"anchor": anchor, "positive": positives} for anchor, positives in rows]
+    (tmp_path / "heldout.json").write_text(json.dumps(rows))
+    given = {"eval_data_path": str(tmp_path / "heldout.json")}
+    tasks = [
+        finetune._read(FinetuneConfig.resolve(settings | given | more)).task for more in ({}, {"leave_out_own": "none"})
+    ]
+    assert tasks[0].documents == tasks[1].documents and tasks[0].documents[:3] == ("ANCHOR ", "answer", "alone")
+    assert (tasks[0].queries, tasks[1].queries) == (("anchor", "third"), ("anchor", "alone", "third"))
+    assert (tasks[0].relevant, tasks[1].relevant) == (({1}, {1}), ({0, 1}, {2}, {1}))
+    assert (tasks[0].own, tasks[0].without_answer, tasks[1].without_answer) == (({0}, set()), 1, 0)
+    assert "held-out anchors that are their only answer are not measured: 1" in caplog.text
+
+    vectors = dict(zip(tasks[0].documents, np.eye(len(tasks[0].documents), dtype=np.float32), strict=True))
+    vectors |= {"anchor": vectors["ANCHOR "] + 0.5 * vectors["answer"], "third": vectors["answer"]}
+
+    def encode(texts):
+        return np.stack([vectors[text] for text in texts])
+
+    assert [task.measure(encode, encode)["recall@1"].tolist() for task in tasks] == [[1, 1], [0.5, 1, 1]]
+    (tmp_path / "heldout.json").write_text(json.dumps(rows[1:2]))
+    with pytest.raises(DataError, match="every held-out anchor has no answer but itself"):
+        finetune._read(FinetuneConfig.resolve(settings | given))
+
+
 @pytest.mark.parametrize(("has", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bf16_where_the_processor_has_it(settings, monkeypatch, has, chosen):  # noqa: F811
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has)
@@ -125,7 +153,7 @@ def test_memory_is_pinned_for_a_gpu(told, device, pinned, monkeypatch):
 @pytest.fixture
 def judged(tmp_path) -> dict:
     """Queries, documents and judgements of which every file and column has a name of its own."""
-    (tmp_path / "q.csv").write_text("_id,wish,text\nq0,warm blanket,wrong\n")
+    (tmp_path / "q.csv").write_text("_id,wish,text\nq0,blanket warm,wrong\n")
     (tmp_path / "c.csv").write_text("_id,body,text\nd0,warm blanket,wrong\nd1,steel pan,wrong too\n")
     (tmp_path / "j.tsv").write_text("q0\td0\t1\n")
     return {

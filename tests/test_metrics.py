@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebr_lib.errors import DataError
 from ebr_lib.retrieval.metrics import Ranking, evaluate_vectors, measure, rank_vectors, unit
 
 KS = (1, 2, 3, 5)
@@ -196,6 +197,35 @@ def test_equals_trec_eval_without_ties():
         np.testing.assert_allclose(got[ours], [wanted[str(q)][theirs] for q in range(20)], atol=1e-6, err_msg=ours)
     rank = np.array([wanted[str(q)]["recip_rank"] for q in range(20)])
     np.testing.assert_allclose(got["mrr@10"], np.where(rank >= 0.1, rank, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 40])
+def test_what_is_left_out_is_as_if_it_were_not_there(chunk):
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 6, size=(9, 40)).astype(np.float32)  # many tie
+    relevant = [{int(d): 1 for d in rng.choice(40, 3, replace=False)} for _ in scores]
+    left_out = [{d for d in map(int, rng.choice(40, 4, replace=False)) if d not in r} for r in relevant]
+    ranking = Ranking(relevant, depth=10, left_out=left_out)
+    for start in range(0, 40, chunk):
+        ranking.add(scores[:, start : start + chunk].copy(), 0, start)
+    for i, out in enumerate(left_out):
+        kept = [d for d in range(40) if d not in out]
+        place = {d: n for n, d in enumerate(kept)}
+        alone = Ranking([{place[d]: 1 for d in relevant[i]}], depth=10)
+        alone.add(scores[i : i + 1, kept], 0, 0)
+        assert [place[d] for d in ranking.ids[i].tolist()] == alone.ids[0].tolist()
+        for name, groups in vars(ranking.groups()).items():
+            mine = groups[ranking.groups().query == i]
+            assert sorted(mine.tolist()) == sorted(vars(alone.groups())[name].tolist()) or name == "query"
+
+
+def test_vectors_that_are_not_finite_are_an_error_and_not_a_zero():
+    good, bad = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    bad[1, 2] = np.nan
+    with pytest.raises(DataError, match=r"1 query vectors hold values that are not finite \(numbers 1\)"):
+        evaluate_vectors(bad, good, [{0: 1}] * 3)
+    with pytest.raises(DataError, match=r"1 document vectors .*\(numbers 4\)"):
+        evaluate_vectors(good, iter([good, bad]), [{0: 1}] * 3)
 
 
 def test_asks_for_a_list_deep_enough():

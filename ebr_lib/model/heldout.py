@@ -24,20 +24,25 @@ GroupMeans = Mapping[str, Mapping[str, float]]
 class HeldoutTask:
     """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
 
-    `seen` says of each query whether training has seen one of its documents.
+    `seen` says of each query whether training has seen one of its documents. `own` are documents that are the query
+    itself, which are neither its answers nor competitors; `without_answer` counts anchors that have no other answer and
+    are not measured.
     """
 
     queries: tuple[str, ...]
     documents: tuple[str, ...]
     relevant: tuple[frozenset[int], ...]
     seen: tuple[bool, ...]
+    own: tuple[frozenset[int], ...] = ()
+    without_answer: int = 0
 
     def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
         """Each metric of `METRICS`, a value a query."""
         from ebr_lib.retrieval.metrics import evaluate_vectors
 
         grades = [dict.fromkeys(answers, 1) for answers in self.relevant]
-        values = evaluate_vectors(encode_queries(self.queries), encode_documents(self.documents), grades, ks=(1, 10))
+        queries, documents = encode_queries(self.queries), encode_documents(self.documents)
+        values = evaluate_vectors(queries, documents, grades, ks=(1, 10), left_out=self.own)
         return {name: values[name] for name in METRICS}
 
     def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> GroupMeans:
@@ -78,6 +83,8 @@ def build_task(
     same: Callable[[str], str],
     corpus_size: int,
     seed: int,
+    *,
+    leave_out_own: bool = True,
 ) -> HeldoutTask:
     """Make the task from held-out (anchor, positive) pairs.
 
@@ -85,6 +92,7 @@ def build_task(
     :param same: the normalisation under which texts are one.
     :param corpus_size: documents in all; the held-out pairs' own are always in, even beyond it.
     :param seed: of the sample.
+    :param leave_out_own: a document that is the anchor itself is neither its answer nor a competitor.
     """
     answers: dict[str, set[str]] = {}
     anchors: dict[str, str] = {}
@@ -99,9 +107,13 @@ def build_task(
     chosen = others if len(others) <= room else random.Random(seed).sample(others, room)
     texts |= {key: trained[key] for key in chosen}
     number = {key: i for i, key in enumerate(texts)}
+    own = {query: {query} & set(number) if leave_out_own else set() for query in anchors}
+    measured = [query for query in anchors if answers[query] - own[query]]
     return HeldoutTask(
-        queries=tuple(anchors.values()),
+        queries=tuple(anchors[query] for query in measured),
         documents=tuple(texts.values()),
-        relevant=tuple(frozenset(number[key] for key in answers[query]) for query in anchors),
-        seen=tuple(any(key in trained for key in answers[query]) for query in anchors),
+        relevant=tuple(frozenset(number[key] for key in answers[query] - own[query]) for query in measured),
+        seen=tuple(any(key in trained for key in answers[query] - own[query]) for query in measured),
+        own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
+        without_answer=len(anchors) - len(measured),
     )

@@ -56,11 +56,12 @@ def rank_with_model(recipe: EncoderRecipe, task: RetrievalTask, stored: bool) ->
         maker = Maker.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
         cut = recipe.truncate_dim or (maker.dimension if maker else None)
         queries = replace(recipe, truncate_dim=cut).encoder("query")
-        ranking = rank_vectors(_encode_queries(queries, task, corpus), corpus.vector_batches(), task.relevant)
+        vectors = _encode_queries(queries, task, corpus)
+        ranking = rank_vectors(vectors, corpus.vector_batches(), task.relevant, left_out=task.own)
         return ranking, _how(queries, maker.prompt if maker else None, f"vectors of {corpus.vectors}")
     queries, documents = recipe.encoder_pair()
     vectors = queries.encode(task.queries)
-    ranking = rank_vectors(vectors, _encoded(documents, corpus, recipe.model_name), task.relevant)
+    ranking = rank_vectors(vectors, _encoded(documents, corpus, recipe.model_name), task.relevant, left_out=task.own)
     return ranking, _how(queries, documents.prompt, "encoded")
 
 
@@ -165,7 +166,7 @@ def rank_with_bm25(task: RetrievalTask) -> Ranking:
     vocabulary: dict[str, int] = {}
     # numbers, not texts: a word is held once, however often it stands in the corpus
     words = [[vocabulary.setdefault(word, len(vocabulary)) for word in bm25_tokens(t, stopwords)] for t in documents]
-    ranking = Ranking(task.relevant)
+    ranking = Ranking(task.relevant, left_out=task.own)
     if not vocabulary:
         return ranking
     index.index((words, vocabulary), show_progress=False)

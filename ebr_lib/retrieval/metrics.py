@@ -8,13 +8,14 @@ what chance gives, in whatever order the documents stand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Vectors
+from ebr_lib.errors import DataError
 
 KS = (1, 5, 10, 50, 100)
 MRR_CUT, NDCG_CUT, MAP_CUT = 10, 10, 100
@@ -32,9 +33,12 @@ class Ranking:
 
     `ids` (-1 where there is none) and `scores` are queries × depth, best first. A document with score -inf counts as
     not retrieved. Feed it with `add`, in any number of chunks; only one chunk of scores is in memory at a time.
+
+    :param left_out: for each query, the documents that are not retrieved for it, whatever they score; none of them may
+        be relevant. Empty: no query leaves out any.
     """
 
-    def __init__(self, relevant: Grades, depth: int = max(KS)) -> None:
+    def __init__(self, relevant: Grades, depth: int = max(KS), left_out: Sequence[Collection[int]] = ()) -> None:
         self.depth = depth
         self.relevant = relevant
         self.ids = np.full((len(relevant), depth), -1, dtype=np.int64)
@@ -44,15 +48,27 @@ class Ranking:
         table = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 3)
         self._documents, self._queries, self._grades = table.T
         self._scores = np.full(len(table), -np.inf, dtype=np.float32)
+        out = sorted((d, q) for q, documents in enumerate(left_out) for d in documents)
+        self._out_documents, self._out_queries = np.array(out, dtype=np.int64).reshape(-1, 2).T
 
     def add(self, scores: Scores, first_query: int, first_document: int) -> None:
-        """Take in a block of scores (queries × documents) whose corner stands at the two numbers given."""
+        """Take in a block of scores (queries × documents) whose corner stands at the two numbers given.
+
+        The block is the ranking's own from then on: the scores of documents that are left out are overwritten.
+        """
+        self._leave_out(scores, first_query, first_document)
         self._note_relevant(scores, first_query, first_document)
         worst = self.scores[first_query : first_query + len(scores), -1]
         best = scores.max(axis=1)
         rows = np.flatnonzero((best >= worst) & (best > -np.inf))  # deep in a corpus few queries still change
         if rows.size:
             self._merge(rows + first_query, scores[rows], first_document)
+
+    def _leave_out(self, scores: Scores, first_query: int, first_document: int) -> None:
+        low, high = np.searchsorted(self._out_documents, (first_document, first_document + scores.shape[1]))
+        queries = self._out_queries[low:high] - first_query
+        here = np.flatnonzero((queries >= 0) & (queries < len(scores)))
+        scores[queries[here], self._out_documents[low + here] - first_document] = -np.inf
 
     def _note_relevant(self, scores: Scores, first_query: int, first_document: int) -> None:
         low, high = np.searchsorted(self._documents, (first_document, first_document + scores.shape[1]))
@@ -215,7 +231,11 @@ def unit(vectors: Vectors) -> Vectors:
 
 
 def rank_vectors(
-    queries: Vectors, documents: Vectors | Iterable[Vectors], relevant: Grades, depth: int = max(KS)
+    queries: Vectors,
+    documents: Vectors | Iterable[Vectors],
+    relevant: Grades,
+    depth: int = max(KS),
+    left_out: Sequence[Collection[int]] = (),
 ) -> Ranking:
     """Rank documents by inner product, in bounded memory.
 
@@ -223,15 +243,28 @@ def rank_vectors(
     :param documents: float32, documents × dimensions, or such arrays one after the other (then the corpus need not
         fit into memory).
     :param relevant: for each query, document number to grade.
+    :param left_out: for each query, documents that are not retrieved for it; see `Ranking`.
+    :raises DataError: a vector holds a value that is not finite: it would be near nothing, whatever its text.
     """
-    ranking = Ranking(relevant, depth)
+    ranking = Ranking(relevant, depth, left_out)
+    _check_finite("query", queries, 0)
     done = 0
     for chunk, filled in _chunks(documents):
+        _check_finite("document", chunk[:filled], done)
         for start in range(0, len(queries), BLOCK):
             scores = queries[start : start + BLOCK] @ chunk.T
             ranking.add(scores[:, :filled], start, done)
         done += filled
     return ranking
+
+
+def _check_finite(kind: str, vectors: Vectors, first: int) -> None:
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        numbers = ", ".join(str(first + row) for row in wrong[:5])
+        raise DataError(
+            f"{len(wrong)} {kind} vectors hold values that are not finite (numbers {numbers}); encode again"
+        )
 
 
 def _chunks(documents: Vectors | Iterable[Vectors]) -> Iterator[tuple[Vectors, int]]:
@@ -253,7 +286,11 @@ def _chunks(documents: Vectors | Iterable[Vectors]) -> Iterator[tuple[Vectors, i
 
 
 def evaluate_vectors(
-    queries: Vectors, documents: Vectors | Iterable[Vectors], relevant: Grades, ks: Sequence[int] = KS
+    queries: Vectors,
+    documents: Vectors | Iterable[Vectors],
+    relevant: Grades,
+    ks: Sequence[int] = KS,
+    left_out: Sequence[Collection[int]] = (),
 ) -> dict[str, Values]:
     """Rank by inner product and measure: `rank_vectors`, then `measure`."""
-    return measure(rank_vectors(queries, documents, relevant, max(*ks, MAP_CUT)), ks)
+    return measure(rank_vectors(queries, documents, relevant, max(*ks, MAP_CUT), left_out), ks)

@@ -122,10 +122,12 @@ class Report:
 
 
 _NOTES = """<p>Recall@k: share of a query's relevant documents among the first k. Hit@k: share of queries with at least
-one there. nDCG takes the grades as gains. Equal texts are one document. Equal scores count by expectation over their
-orders, so that a model which tells nothing apart gets what chance gives. Intervals: 95 % bootstrap over queries. p:
-paired permutation test, two-sided, Holm-corrected over the measures of a pair.</p>
+one there. nDCG takes the grades as gains. Equal texts are one document. A query's own document (of its text, or its id)
+is neither an answer nor a competitor for it; the knob leave_out_own says which are left out. Equal scores count by
+expectation over their orders, so that a model which tells nothing apart gets what chance gives. Intervals: 95 %
+bootstrap over queries. p: paired permutation test, two-sided, Holm-corrected over the measures of a pair.</p>
 <p>Recall@k：前 k 个结果覆盖的相关文档比例；Hit@k：前 k 个结果至少命中一个的查询比例。文本相同视为同一文档；
+查询自身对应的文档（文本或 ID 相同）不算答案，也不参与排序（见 leave_out_own）；
 分数相同时按随机次序取期望。区间为按查询自助重采样的 95% 区间；p 为配对置换检验（双侧），经 Holm 校正。</p>"""
 
 

@@ -6,12 +6,17 @@ Equal texts are one document, whatever their ids: whichever copy a model returns
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +26,9 @@ from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import is_blank, normalised, text_keys
 from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
-from ebr_lib.errors import DataError, MissingError
+from ebr_lib.errors import DataError, MissingError, UserError
 from ebr_lib.logs import logger
+from ebr_lib.names import LeaveOutOwn
 from ebr_lib.retrieval.maker import Maker
 from ebr_lib.retrieval.metrics import unit
 
@@ -32,6 +38,16 @@ ANSWERS = ("positive", "pos", "positives")
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 DOCUMENT_IDS = ("_id", "id", "doc_id", "docid")
 HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "heldout.jsonl", "corpus.jsonl", "queries.jsonl", "qrels"
+JSON = (".jsonl", ".json", ".ndjson")
+TABLES = (*JSON, PARQUET, ".csv", ".tsv", ".txt")  # of two files of one name the first of these is taken
+JUDGEMENTS = (*TABLES, ".qrels", ".trec")
+COMPRESSED = ("", ".gz", ".bz2", ".zst")
+# names of a judgement's columns, without case, "-", "_" and spaces
+JUDGED_QUERY = ("queryid", "qid", "query", "topic")
+JUDGED_DOCUMENT = ("corpusid", "docid", "documentid", "did", "passageid", "pid", "itemid", "document", "doc")
+GRADE = ("score", "grade", "relevance", "rel", "label", "judgement", "judgment")
+SHOWN_LEFT_OUT = 3
+DAMAGED = (ValueError, OSError, EOFError, zlib.error)  # UnicodeDecodeError is a ValueError
 
 SEEN = {"true": True, "1": True, "false": False, "0": False}
 IN_TRAINING = "document in training"
@@ -68,8 +84,9 @@ class Corpus:
     """Distinct documents: the id of the first with a text stands for all of them.
 
     `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, `column` the one of its
-    columns that holds `texts`, `first_rows` its rows that the documents stand for, in order, and `without_vector` the
-    ids of its rows that are no documents. `seen` says which documents training has seen, where that is known.
+    columns that holds `texts`, and `first_rows` its rows that the documents stand for, in order. `blank` are the ids of
+    rows that are not documents: without text, or without a vector in an embedding file. `seen` says which documents
+    training has seen, where that is known.
     """
 
     ids: list[str]
@@ -79,7 +96,7 @@ class Corpus:
     vectors: Path | None = None
     column: str | None = None
     first_rows: NDArray[np.int64] | None = None
-    without_vector: frozenset[str] = frozenset()
+    blank: frozenset[str] = frozenset()
     seen: list[bool] | None = None
 
     def __len__(self) -> int:
@@ -104,7 +121,10 @@ class Corpus:
 class RetrievalTask:
     """Queries that have at least one relevant document, and for each its documents' grades.
 
-    `unjudged` queries have none and are left out; `repeated` ones are equal to one before, which has their answers.
+    :ivar own: for each query, the documents that are the query itself: neither relevant nor retrieved for it.
+    :ivar unjudged: queries without a relevant document in the judgements.
+    :ivar repeated: queries equal to one before, which has their answers.
+    :ivar left_out: what else was left out, by the name that the report shows; only counts above 0.
     """
 
     query_ids: list[str]
@@ -114,6 +134,8 @@ class RetrievalTask:
     relevant: list[dict[int, int]]
     unjudged: int
     repeated: int = 0
+    own: Sequence[frozenset[int]] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def facts(self) -> dict[str, int]:
         """Counts of the task, by the names that the report shows."""
@@ -125,14 +147,15 @@ class RetrievalTask:
             "documents": len(self.corpus),
             "documents_of_equal_text": merged,
             "judgements": sum(map(len, self.relevant)),
+            **self.left_out,
         }
 
 
 def find_sources(data_path: str | None, queries: str | None, corpus: str | None, qrels: str | None) -> Sources:
     """Find the files of a task; paths that are given win over what `data_path` holds.
 
-    :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus.jsonl`,
-        `queries.jsonl`, `qrels/test.tsv`), or a file of queries with their answers.
+    :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus`, `queries`
+        and `qrels/test`, each `.jsonl` or another table), or a file of queries with their answers.
     :raises MissingError: a file is not there, or not given, or a folder is neither.
     """
     given = Path(corpus) if corpus else None, Path(qrels) if qrels else None
@@ -149,13 +172,13 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
 
 def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
     """The queries of a place, and its corpus and judgements where no others are given."""
-    own = place / CORPUS_FILE if (place / CORPUS_FILE).is_file() else None
     if place.is_file():
         return Sources(place, corpus, qrels)
+    corpus = corpus or _table_named("corpus", place, TABLES)
     if (place / HELDOUT_FILE).is_file():
-        return Sources(place / HELDOUT_FILE, corpus or own, qrels)
-    if (place / QUERIES_FILE).is_file() and (corpus or own):
-        return Sources(place / QUERIES_FILE, corpus or own, qrels or _beir_qrels(place / QRELS_FOLDER))
+        return Sources(place / HELDOUT_FILE, corpus, qrels)
+    if (queries := _table_named("queries", place, TABLES)) and corpus:
+        return Sources(queries, corpus, qrels or _beir_qrels(place / QRELS_FOLDER))
     raise MissingError(
         f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
         f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FOLDER}/*.tsv, or a file of queries; "
@@ -163,20 +186,47 @@ def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
     )
 
 
+def _table_named(stem: str, folder: Path, endings: Iterable[str]) -> Path | None:
+    places = (folder / f"{stem}{ending}{packed}" for ending in endings for packed in COMPRESSED)
+    return next((place for place in places if place.is_file()), None)
+
+
 def _beir_qrels(folder: Path) -> Path:
-    files = sorted(folder.glob("*.tsv"))
-    if (test := folder / "test.tsv") in files or len(files) == 1:
-        return test if test in files else files[0]
-    names = ", ".join(file.name for file in files) or "none"
-    raise MissingError(f"{folder}: wanted test.tsv or one file of judgements, found {names}; name it with qrels_path")
+    """The judgements of a folder: those of the test split, or else the only ones."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in there if not path.name.startswith(".") and _plain_suffix(path) in JUDGEMENTS]
+    found = _table_named("test", folder, JUDGEMENTS) or (files[0] if len(files) == 1 else None)
+    if found is None:
+        names = ", ".join(file.name for file in files or there) or "none"
+        raise MissingError(
+            f"{folder}: wanted a file of judgements test{'|'.join(JUDGEMENTS)}, or one alone, found {names}; name it "
+            "with qrels_path"
+        )
+    if len(files) > 1:
+        others = ", ".join(path.name for path in files if path != found)
+        logger.info("标注文件 judgements: %s (not %s)", found, others)
+    return found
 
 
-def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], trained: set[str]) -> RetrievalTask:
+def _plain_suffix(path: Path) -> str:
+    """The ending that says what a file holds: `.csv` of `test.csv.gz`."""
+    return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
+
+
+def read_task(
+    sources: Sources,
+    columns: Columns,
+    slice_columns: Sequence[str],
+    trained: set[str],
+    leave_out_own: LeaveOutOwn = "text_and_id",
+) -> RetrievalTask:
     """Read queries, documents and judgements.
 
     :param slice_columns: columns of the query file to keep.
     :param trained: normalised texts of documents that training has seen; may be empty.
-    :raises DataError: a query without text, an empty corpus, ids that are there twice or not at all, no judgements.
+    :param leave_out_own: which documents are the query itself: those of its text, and where judgements name documents
+        by ids that of its id too.
+    :raises DataError: a judged query without text, an empty corpus, an id of two texts or none, no judgements.
     """
     records = read_records(sources.queries)
     texts = _query_texts(sources.queries, records, columns.query)
@@ -184,27 +234,126 @@ def read_task(sources: Sources, columns: Columns, slice_columns: Sequence[str], 
         _need_column(sources.queries, records, name)
     answers = None if sources.qrels else _answers(sources.queries, records)
     corpus = _read_corpus(sources.corpus, columns, answers, trained)
-    repeated = 0
-    if answers is None:
-        assert sources.qrels is not None
-        own = columns.id if columns.id in records[0] else None
-        ids = _ids(sources.queries, records, own, QUERY_IDS, needed=True)
-        judged = _read_qrels(sources.qrels, {query: i for i, query in enumerate(ids)}, corpus)
+    if sources.qrels:
+        own_column = columns.id if columns.id in records[0] else None
+        ids = _ids(sources.queries, records, own_column, QUERY_IDS, needed=True)
+        first = _first_rows(sources.queries, ids, texts)
+        judged = _read_qrels(sources.qrels, len(ids), first, corpus)
     else:
         ids = [str(i) for i in range(len(records))]
-        judged = _judged_by_text(sources.queries, texts, answers, corpus)
-        repeated = len(texts) - len({normalised(text) for text in texts})
-    kept = [i for i, grades in enumerate(judged) if any(grade > 0 for grade in grades.values())]
+        first = _first_rows(sources.queries, [normalised(text) for text in texts], texts)
+        judged = _judged_by_text(sources.queries, texts, first, answers or (), corpus)
+    blank = {i for i, text in enumerate(texts) if is_blank(text)}
+    _check_blank_queries(sources.queries, blank, judged)
+    own = _own_documents(corpus, texts, ids if sources.qrels else None, judged, leave_out_own)
+    relevant = [
+        {d: grade for d, grade in grades.items() if d not in out}
+        for grades, out in zip(judged.grades, own, strict=True)
+    ]
+    kept = [i for i, grades in enumerate(relevant) if any(grade > 0 for grade in grades.values())]
+    left_out = judged.left_out + Counter(
+        queries_blank=len(blank),
+        own_documents_left_out=sum(len(own[i]) for i in kept),
+        own_judgements_left_out=sum(len(a) - len(b) for a, b in zip(judged.grades, relevant, strict=True)),
+        queries_without_answer_left=len(judged.asked - set(kept)),
+    )
     if not kept:
-        raise DataError(f"{sources.qrels or sources.queries}: no query has a relevant document; nothing to measure")
+        raise _nothing_to_measure(sources.qrels or sources.queries, left_out)
+    repeated = len(set(range(len(records))) - set(first.values()) - blank)
     return RetrievalTask(
         query_ids=[ids[i] for i in kept],
         queries=[texts[i] for i in kept],
         query_columns={name: [_text(records[i].get(name)) for i in kept] for name in slice_columns},
         corpus=corpus,
-        relevant=[judged[i] for i in kept],
-        unjudged=len(records) - len(kept) - repeated,
+        relevant=[relevant[i] for i in kept],
+        unjudged=len(records) - len(judged.asked | blank) - repeated,
         repeated=repeated,
+        own=[own[i] for i in kept],
+        left_out=left_out,
+    )
+
+
+def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[str, int]:
+    """The first row of each key; rows of one key must have equal texts."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        other = first.setdefault(key, row)
+        if normalised(texts[row]) != normalised(texts[other]):
+            raise _id_twice(path, key, other, row)
+    return first
+
+
+def _check_blank_queries(path: Path, blank: set[int], judged: _Judged) -> None:
+    """A blank query without judgements is left out; one that is judged cannot be measured."""
+    if asked := sorted(blank & judged.asked):
+        rows = ", ".join(str(i + 1) for i in asked[:5])
+        raise DataError(f"{path}: {len(asked)} judged queries without text (rows {rows}); remove or fill them")
+    if blank:
+        _warn_of_blank_queries(path, len(blank))
+
+
+def _warn_of_blank_queries(path: Path, count: int) -> None:
+    logger.warning("空查询已略过 blank queries left out: %d of %s", count, path)
+
+
+def _own_documents(
+    corpus: Corpus, texts: Sequence[str], ids: Sequence[str] | None, judged: _Judged, leave_out_own: LeaveOutOwn
+) -> list[frozenset[int]]:
+    """For each query, the documents that are the query itself: of its text, and of its id where there are ids."""
+    own: list[set[int]] = [set() for _ in texts]
+    if leave_out_own != "none" and corpus.texts is not None:
+        for documents, key in zip(own, text_keys(texts).tolist(), strict=True):
+            documents.update({corpus.number_of_text[key]} if key in corpus.number_of_text else ())
+    if leave_out_own == "text_and_id" and ids is not None:
+        of_id = {i: corpus.number[ids[i]] for i in judged.asked if ids[i] in corpus.number}
+        of_id = {i: document for i, document in of_id.items() if document not in own[i]}
+        if not _are_numbered_apart(of_id, judged):
+            for i, document in of_id.items():
+                own[i].add(document)
+    if count := sum(bool(own[i]) for i in judged.asked):
+        logger.info(
+            "查询自身不参与排序 own documents left out, as answers and as competitors: those of %d of %d queries",
+            count,
+            len(judged.asked),
+        )
+    if named := sum(len(judged.answers(i).intersection(own[i])) for i in judged.asked):
+        logger.warning(
+            "标注中的查询自身已略过 judgements that name the query itself are left out: %d; "
+            "leave_out_own: none keeps them",
+            named,
+        )
+    return [frozenset(documents) for documents in own]
+
+
+def _are_numbered_apart(of_id: Mapping[int, int], judged: _Judged) -> bool:
+    """Whether equal ids do not mean the same thing: the documents of the queries' ids, of other texts, are the only
+    answers of most of these queries."""
+    pairs = sum(judged.answers(i) == {document} for i, document in of_id.items())
+    if apart := 2 * pairs > len(of_id):
+        logger.warning(
+            "查询与文档视为各自编号 queries and documents are taken as numbered apart: the document of a query's id is "
+            "its only answer, of another text, for %d of %d queries",
+            pairs,
+            len(of_id),
+        )
+    elif of_id:
+        logger.warning(
+            "仅 ID 与查询相同的文档也已略过 documents left out for their id alone, of another text: %d; "
+            "where queries and documents are numbered apart, set leave_out_own: text",
+            len(of_id),
+        )
+    return apart
+
+
+def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
+    shown = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
+    advice = (
+        ". The answers are the queries themselves, by text or id: set leave_out_own: none to keep them"
+        if left_out.get("own_judgements_left_out")
+        else ""
+    )
+    return DataError(
+        f"{path}: no query has a relevant document; nothing to measure{f' ({shown})' if shown else ''}{advice}"
     )
 
 
@@ -224,9 +373,9 @@ def read_records(path: Path) -> list[Record]:
         raise MissingError(f"{path}: there is no such file")
     try:
         records = list(_records(path))
-    except DataError:
+    except UserError:
         raise
-    except ValueError as error:  # UnicodeDecodeError is a ValueError
+    except DAMAGED as error:
         raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
     if not records:
         raise DataError(f"{path} holds no rows")
@@ -234,19 +383,42 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    if ending_of(path) == PARQUET:
+    suffix = _plain_suffix(path)
+    if suffix == PARQUET:
         import pyarrow.parquet as pq
 
-        with readable(path):
-            yield from pq.read_table(path).to_pylist()
-    elif path.suffix in (".json", ".jsonl"):
+        with readable(path), opened(path) as file:
+            yield from pq.read_table(file).to_pylist()
+    elif suffix in JSON:
         yield from _json_records(path)
     else:
         yield from _delimited_records(path)
 
 
+def opened(path: Path) -> IO[bytes]:
+    """Open a file for its bytes; gzip, bzip2 and zstd, known by their first bytes, are decompressed."""
+    import bz2
+    import gzip
+
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.open(path))
+    if head.startswith(b"BZh"):
+        return bz2.open(path)
+    if head == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        return io.BytesIO(pyarrow.input_stream(str(path), compression="zstd").read())
+    return open(path, "rb")
+
+
+def _letters(path: Path, newline: str | None = None) -> IO[str]:
+    return io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline=newline)
+
+
 def _json_records(path: Path) -> Iterator[Record]:
-    with open(path, encoding="utf-8-sig") as file:
+    with _letters(path) as file:
         first = next((letter for letter in iter(partial(file.read, 1), "") if not letter.isspace()), "")
         file.seek(0)
         if first == "[":
@@ -260,36 +432,38 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 def _delimited_records(path: Path) -> Iterator[Record]:
-    with open(path, "rb") as raw:
+    with opened(path) as raw:
         is_hive = b"\x01" in raw.readline()
     if is_hive:
         yield from _hive_records(path)
         return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = _split_rows(path, file)
-        _, names = next(rows, (1, []))
-        for line, row in rows:
-            if row and len(row) != len(names):
-                raise DataError(f"{path}: line {line}: {len(row)} fields, the header has {len(names)}")
-            if row:
-                yield dict(zip(names, row, strict=True))
+    rows = _split_rows(path, "\t" if _plain_suffix(path) == ".tsv" else ",")
+    _, names = next(rows, (1, []))
+    for line, row in rows:
+        if row and len(row) != len(names):
+            raise DataError(f"{path}: line {line}: {len(row)} fields, the header has {len(names)}")
+        if row:
+            yield dict(zip(names, row, strict=True))
 
 
-def _split_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a `.tsv` or CSV file, each with the line it begins at."""
-    csv.field_size_limit(MOST_LETTERS)  # 131,072 unless told: a long page is no broken quote
-    rows = (
-        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if path.suffix == ".tsv"
-        else csv.reader(file, strict=True)
-    )
+def _split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of delimited text, each with the line it begins at; between commas, fields may be quoted."""
+    csv.field_size_limit(MOST_LETTERS)  # 131,072 by default: a long page is not a broken quote
     line = 1
-    try:
-        for row in rows:
-            yield line, row
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: line {line}: a quote that is not closed, or a letter behind one ({error})") from error
+    with _letters(path, newline="") as file:
+        rows = (
+            csv.reader(file, strict=True)
+            if delimiter == ","
+            else csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        )
+        try:
+            for row in rows:
+                yield line, row
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: line {line}: a quote that is not closed, or a letter after one ({error})"
+            ) from error
 
 
 def _hive_records(path: Path) -> Iterator[Record]:
@@ -305,6 +479,11 @@ def _hive_records(path: Path) -> Iterator[Record]:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def _id(value: Any) -> str:
+    """An id as text; whole numbers that came as floats (pandas, of a column with nulls) are whole numbers."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else _text(value)
 
 
 def _need_column(path: Path, records: Sequence[Record], name: str) -> None:
@@ -326,20 +505,23 @@ def _text_column(path: Path, records: Sequence[Record], told: str | None, usual:
 
 
 def _query_texts(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
+    """The queries' texts; the empty text where a row has none."""
     column = _text_column(path, records, told, QUERY_TEXTS, "query_column")
-    texts = [record.get(column) for record in records]
-    blank = [i for i, text in enumerate(texts) if not isinstance(text, str) or is_blank(text)]
-    if blank:
-        rows = ", ".join(str(i + 1) for i in blank[:5])
+    texts = [text if isinstance(text := record.get(column), str) else "" for record in records]
+    if all(map(is_blank, texts)):
         raise DataError(
-            f"{path}: {len(blank)} queries without text in column {column} (rows {rows}); remove or fill them"
+            f"{path}: none of its {len(texts)} queries has text in column {column}; name another with query_column"
         )
-    return [str(text) for text in texts]
+    return texts
 
 
 def read_queries(path: Path, column: str | None) -> list[str]:
-    """The texts of a file of queries, equal ones once."""
-    return list(dict.fromkeys(_query_texts(path, read_records(path), column)))
+    """The texts of a file of queries, equal ones once; blank ones are left out, and the log counts them."""
+    texts = _query_texts(path, read_records(path), column)
+    kept = [text for text in texts if not is_blank(text)]
+    if len(kept) < len(texts):
+        _warn_of_blank_queries(path, len(texts) - len(kept))
+    return list(dict.fromkeys(kept))
 
 
 def _ids(path: Path, records: Sequence[Record], told: str | None, usual: Sequence[str], *, needed: bool) -> list[str]:
@@ -350,7 +532,7 @@ def _ids(path: Path, records: Sequence[Record], told: str | None, usual: Sequenc
             raise _no_ids(path, usual, list(records[0]))
         return [str(i) for i in range(len(records))]
     _need_column(path, records, column)
-    ids = [_text(record.get(column)) for record in records]
+    ids = [_id(record.get(column)) for record in records]
     _check_ids(path, column, ids)
     return ids
 
@@ -358,13 +540,13 @@ def _ids(path: Path, records: Sequence[Record], told: str | None, usual: Sequenc
 def _check_ids(path: Path, column: str, ids: Sequence[str]) -> None:
     if blank := [str(row) for row, id_ in enumerate(ids, 1) if not id_]:
         raise DataError(f"{path}: no id in column {column} of rows {', '.join(blank[:5])}; every row needs one")
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise DataError(
-            f"{path}: id {twice!r} in column {column} is there more than once; ids must be unique: name another column "
-            "with id_column"
-        )
+
+
+def _id_twice(path: Path, id_: str, row: int, other: int) -> DataError:
+    return DataError(
+        f"{path}: id {id_!r} is there more than once, with different texts (rows {row + 1} and {other + 1}); ids must "
+        "be unique: name another column with id_column"
+    )
 
 
 def _no_ids(path: Path, usual: Sequence[str], found: Sequence[str]) -> DataError:
@@ -382,8 +564,8 @@ def _read_corpus(
 ) -> Corpus:
     """The documents of a file; of the answers where there is none. Without answers, judgements name documents by id."""
     if path is None:
-        texts = list(dict.fromkeys(text for group in answers or () for text in group))
-        return _distinct([str(i) for i in range(len(texts))], texts, None, trained)
+        texts = [text for text in dict.fromkeys(chain.from_iterable(answers or ())) if not is_blank(text)]
+        return _distinct(None, [str(i) for i in range(len(texts))], texts, None, trained)
     if _holds_vectors(path):
         return _embedded_corpus(path, columns, trained, ids_needed=answers is None)
     try:
@@ -392,20 +574,31 @@ def _read_corpus(
         raise DataError(f"corpus {error}; an evaluation needs documents") from error
     column = _text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
     texts = [_titled(record, column) for record in records]
-    _check_not_blank(path, column, texts)
     flags = _seen_flags(path, records)
     ids = _ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
-    return _distinct(ids, texts, flags, trained)
+    rows = _with_text(path, column, texts)
+    chosen = [flags[row] for row in rows] if flags else None
+    corpus = _distinct(path, [ids[row] for row in rows], [texts[row] for row in rows], chosen, trained)
+    return replace(corpus, blank=frozenset(ids) - corpus.number.keys())
 
 
-def _check_not_blank(path: Path, column: str, texts: Sequence[str]) -> None:
-    blank = sum(map(is_blank, texts))
-    if blank == len(texts):
+def _with_text(path: Path, column: str, texts: Sequence[str]) -> list[int]:
+    """The rows that have text; the others are not documents, as they get no vector in the inference stage."""
+    rows = [row for row, text in enumerate(texts) if not is_blank(text)]
+    if not rows:
         raise DataError(
-            f"corpus {path}: none of its {blank} documents has text in column {column}; name another with corpus_column"
+            f"corpus {path}: none of its {len(texts)} documents has text in column {column}; name another with "
+            "corpus_column"
         )
-    if blank:
-        logger.warning("语料: %s: %d of %d documents have no text in column %s", path, blank, len(texts), column)
+    if blank := len(texts) - len(rows):
+        logger.warning(
+            "语料: 无文本的文档已略过 left out: %d of %d documents have no text in column %s (%s)",
+            blank,
+            len(texts),
+            column,
+            path,
+        )
+    return rows
 
 
 def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
@@ -425,7 +618,9 @@ def _titled(record: Record, column: str) -> str:
     return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
 
 
-def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, trained: set[str]) -> Corpus:
+def _distinct(
+    path: Path | None, ids: list[str], texts: list[str], flags: list[bool] | None, trained: set[str]
+) -> Corpus:
     number_of_text: dict[int, int] = {}
     number: dict[str, int] = {}
     first: list[int] = []
@@ -433,7 +628,8 @@ def _distinct(ids: list[str], texts: list[str], flags: list[bool] | None, traine
         if key not in number_of_text:
             number_of_text[key] = len(first)
             first.append(row)
-        number[id_] = number_of_text[key]
+        if number.setdefault(id_, number_of_text[key]) != number_of_text[key]:
+            raise _id_twice(path or Path(), id_, ids.index(id_), row)
     seen = None
     if flags:
         seen = [False] * len(first)
@@ -452,7 +648,7 @@ def _holds_vectors(path: Path) -> bool:
 
         with readable(path):
             return VECTOR in pq.read_schema(path).names
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
 
 
@@ -474,12 +670,15 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     all_ids = [v or "" for v in kept[id_column]] if id_column else [str(row) for row in range(len(valid))]
     if id_column:
         _check_ids(path, id_column, all_ids)
+    if column:
+        rows = rows[_with_text(path, column, [kept[column][row] or "" for row in rows])]
     ids = [all_ids[row] for row in rows]
     # where there is no text, each row is a document of its own
     texts = [kept[column][row] or "" for row in rows] if column else ids
-    if column:
-        _check_not_blank(path, column, texts)
-    corpus = _distinct(ids, texts, None, trained)
+    if not column and len(set(ids)) < len(ids):
+        (twice, _), *_ = Counter(ids).most_common(1)
+        raise DataError(f"{path}: id {twice!r} is there more than once; name another column with id_column")
+    corpus = _distinct(path, ids, texts, None, trained)
     place = dict(zip(reversed(ids), reversed(rows.tolist()), strict=True))  # the first row of an id
     logger.info("语料: %s (corpus: %d distinct documents of %d rows)", path, len(corpus), len(rows))
     return replace(
@@ -488,7 +687,7 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
         vectors=path,
         column=column,
         first_rows=np.array([place[id_] for id_ in corpus.ids], dtype=np.int64),
-        without_vector=frozenset(all_ids[row] for row in np.flatnonzero(~valid)),
+        blank=frozenset(all_ids) - corpus.number.keys(),
     )
 
 
@@ -532,81 +731,175 @@ def _texts_of(path: Path, row: int, value: Any) -> list[str]:
     return values
 
 
+@dataclass
+class _Judged:
+    """Judgements of known documents, and counts of those left out.
+
+    :ivar grades: for each row of the queries, document number to grade.
+    :ivar asked: rows with a relevant document in the judgements, be it known or not.
+    """
+
+    grades: list[dict[int, int]]
+    asked: set[int] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, row: int, document: int, grade: int) -> None:
+        """Take a judgement; of several of one document the highest counts."""
+        self.grades[row][document] = max(grade, self.grades[row].get(document, grade))
+
+    def answers(self, row: int) -> set[int]:
+        """The known relevant documents of a query."""
+        return {document for document, grade in self.grades[row].items() if grade > 0}
+
+    def leave_out(self, kind: str, example: str) -> None:
+        """Count a judgement that cannot be used."""
+        self.left_out[kind] += 1
+        if len(self.examples) < SHOWN_LEFT_OUT:
+            self.examples.append(example)
+
+    def check(self, path: Path, advice: str) -> None:
+        """Warn of what was left out; where that is everything, the files do not belong together."""
+        if not self.left_out:
+            return
+        kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in self.left_out.items())
+        said = f"{kinds} ({'; '.join(self.examples)}); {advice}"
+        if not any(self.grades):
+            raise DataError(f"{path}: no judgement is of a known query and document: {said}")
+        logger.warning("%s: 部分标注已略过 left out: %s", path, said)
+
+
 def _judged_by_text(
-    path: Path, texts: Sequence[str], answers: Sequence[Sequence[str]], corpus: Corpus
-) -> list[dict[int, int]]:
+    path: Path, texts: Sequence[str], first: Mapping[str, int], answers: Sequence[Sequence[str]], corpus: Corpus
+) -> _Judged:
     """Equal queries share their answers, and only the first of them stays."""
-    keys = [text_keys(group).tolist() for group in answers]
-    unknown = [
-        (i, text)
-        for i, group in enumerate(answers)
-        for text, key in zip(group, keys[i], strict=True)
-        if key not in corpus.number_of_text
-    ]
-    if unknown:
-        shown = "; ".join(f"row {i + 1}: {text[:60]!r}" for i, text in unknown[:3])
-        raise DataError(f"{path}: {len(unknown)} answers are no document of the corpus ({shown}); add them to it")
-    judged: list[dict[int, int]] = [{} for _ in texts]
-    leader: dict[str, int] = {}
-    for i, (text, group) in enumerate(zip(texts, keys, strict=True)):
-        first = leader.setdefault(normalised(text), i)
-        judged[first] |= {corpus.number_of_text[key]: 1 for key in group}
+    judged = _Judged([{} for _ in texts])
+    for row, (text, group) in enumerate(zip(texts, answers, strict=True)):
+        leader = first[normalised(text)]
+        for answer, key in zip(group, text_keys(group).tolist(), strict=True):
+            judged.asked.add(leader)
+            if key in corpus.number_of_text:
+                judged.add(leader, corpus.number_of_text[key], 1)
+            else:
+                judged.leave_out("judgements_of_unknown_documents", f"row {row + 1}: {answer[:60]!r}")
+    judged.check(path, "an answer must be a document of the corpus")
     return judged
 
 
-def _read_qrels(path: Path, queries: Mapping[str, int], corpus: Corpus) -> list[dict[int, int]]:
-    """Read judgements: BEIR's three columns (query, document, grade) or TREC's four, with or without a header."""
-    judged: list[dict[int, int]] = [{} for _ in queries]
-    unknown: list[str] = []
-    documents = corpus.number
-    for line, query, document, grade in _qrel_lines(path, queries):
-        if document in corpus.without_vector:
-            raise DataError(
-                f"{path}: line {line}: document {document!r} has no vector in {corpus.vectors}, so that no model can "
-                "find it; encode its text, or leave its judgements out"
-            )
-        missing = [f"{kind} {id_!r}" for kind, id_, known in
-                   (("query", query, queries), ("document", document, documents)) if id_ not in known]  # fmt: skip
-        unknown += [f"line {line}: {name}" for name in missing]
-        if not missing:
-            grades = judged[queries[query]]
-            grades[documents[document]] = max(grade, grades.get(documents[document], grade))
-    if unknown:
-        raise DataError(
-            f"{path}: {len(unknown)} ids are in no query or corpus file ({'; '.join(unknown[:5])}); "
-            "check that the three files belong together, and the id columns (id_column)"
-        )
-    return judged
+def _read_qrels(path: Path, rows: int, queries: Mapping[str, int], corpus: Corpus) -> _Judged:
+    """Read judgements: tables that name their columns, or BEIR's three (query, document, grade) or TREC's four.
 
-
-def _qrel_lines(path: Path, queries: Collection[str]) -> Iterator[tuple[int, str, str, int]]:
-    """Line, query, document and grade; a first line that names no query and has no grade is a header."""
-    for number, line in enumerate(_lines(path), 1):
-        fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-        is_header = number == 1 and fields and fields[0] not in queries and _number(fields[-1]) is None
-        if not fields or is_header:
+    Judgements of unknown queries and documents, and of documents without text or vector, are counted and left out.
+    """
+    judged = _Judged([{} for _ in range(rows)])
+    for place, query, document, grade in _judgements(path, queries):
+        row = queries.get(query)
+        if row is None:
+            judged.leave_out("judgements_of_unknown_queries", f"{place}: query {query!r}")
             continue
-        grade = _number(fields[-1])
-        if len(fields) not in (3, 4) or grade is None or not grade.is_integer():
-            raise DataError(
-                f"{path}: line {number}: wanted `query document grade` (or TREC's four columns), the grade a whole "
-                f"number; found {line.strip()!r}"
-            )
-        yield number, fields[0].strip(), fields[-2].strip(), int(grade)
+        if grade > 0:
+            judged.asked.add(row)
+        if document in corpus.number:
+            judged.add(row, corpus.number[document], grade)
+        else:
+            kind = "blank" if document in corpus.blank else "unknown"
+            judged.leave_out(f"judgements_of_{kind}_documents", f"{place}: document {document!r}")
+    judged.check(path, "check that the three files belong together, and the id columns (id_column)")
+    return judged
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8: {error}") from error
+def _judgements(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
+    """Place, query, document and grade of each judgement."""
+    if _plain_suffix(path) in (*JSON, PARQUET):
+        records = read_records(path)
+        names = _judgement_columns(path, list(records[0]))
+        for number, record in enumerate(records, 1):
+            query, document, grade = (record.get(name) for name in names)
+            yield f"row {number}", _id(query), _id(document), _grade(path, f"row {number}", grade, record)
+        return
+    chosen: Sequence[int] | None = None
+    for number, (line, fields) in enumerate(_judgement_lines(path)):
+        if number == 0 and _is_header(fields, queries):
+            chosen = _named_fields(path, fields)
+            continue
+        if len(fields) <= max(chosen) if chosen else len(fields) not in (3, 4):
+            raise _wrong_judgement(path, f"line {line}", " ".join(fields))
+        query, document, grade = (fields[i].strip() for i in chosen or (0, -2, -1))
+        yield f"line {line}", query, document, _grade(path, f"line {line}", grade, " ".join(fields))
 
 
-def _number(text: str) -> float | None:
+def _judgement_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line that is not blank, split at tabs, \\001, commas or blanks, as the first line is."""
     try:
-        return float(text)
-    except ValueError:
+        with _letters(path) as file:
+            head = file.readline()
+        found = [mark for mark in "\t\x01" if mark in head]
+        if "," in head and (
+            _plain_suffix(path) == ".csv" or len(head.split()) not in (3, 4)
+        ):  # else it is within an id
+            found.append(",")
+        if found:
+            rows = _split_rows(path, found[0])
+            yield from ((line, fields) for line, fields in rows if any(map(str.strip, fields)))
+            return
+        with _letters(path) as file:
+            yield from ((line, text.split()) for line, text in enumerate(file, 1) if text.strip())
+    except DAMAGED as error:
+        if isinstance(error, UserError):
+            raise
+        said = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise DataError(f"{path} {said}: {error}") from error
+
+
+def _is_header(fields: Sequence[str], queries: Collection[str]) -> bool:
+    """Whether a first line holds names: it names no query, and has no number."""
+    return fields[0].strip() not in queries and all(_number(field) is None for field in fields)
+
+
+def _named_fields(path: Path, names: Sequence[str]) -> list[int] | None:
+    """The places of query, document and grade, where a header has names that say so; None takes them by their order."""
+    plain = {_plain_name(name) for name in names}
+    if plain.isdisjoint(JUDGED_QUERY) or plain.isdisjoint(JUDGED_DOCUMENT):
+        return None
+    return [names.index(name) for name in _judgement_columns(path, names)]
+
+
+def _judgement_columns(path: Path, found: Sequence[str]) -> list[str]:
+    """Which of the columns are query, document and grade."""
+    named = {_plain_name(name): name for name in reversed(found)}
+    chosen = [
+        next((named[name] for name in usual if name in named), None) for usual in (JUDGED_QUERY, JUDGED_DOCUMENT, GRADE)
+    ]
+    if None in chosen:
+        raise DataError(
+            f"{path}: wanted columns query-id, corpus-id and score, found {', '.join(found) or 'none'}; rename them"
+        )
+    return cast(list[str], chosen)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.casefold())
+
+
+def _grade(path: Path, place: str, value: Any, shown: Any) -> int:
+    """A grade as a whole number, also where it is written 1.0 or true."""
+    number = _number(value)
+    if number is None or not number.is_integer():
+        raise _wrong_judgement(path, place, shown)
+    return int(number)
+
+
+def _wrong_judgement(path: Path, place: str, shown: Any) -> DataError:
+    return DataError(
+        f"{path}: {place}: wanted `query document grade` (or TREC's four columns), the grade a whole number; found "
+        f"{shown!r}"
+    )
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
         return None
 
 
