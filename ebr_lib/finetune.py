@@ -305,7 +305,8 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     import torch
 
     from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
-    from ebr_lib.model.loading import cut_texts_at, load_model
+    from ebr_lib.model.loading import load_model
+    from ebr_lib.model.shapes import fit_length
 
     precision = _precision(config)
     logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
@@ -323,7 +324,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
             config.max_seq_length,
             model.max_seq_length,
         )
-    cut_texts_at(model, config.max_seq_length, config.model_name)
+    fit_length(model, config.max_seq_length, config.model_name)
     model.prompts |= _prompts(config)
     if is_adapted(model):
         _refuse_other_adapter(config, model)
@@ -362,10 +363,11 @@ def _refuse_other_adapter(config: FinetuneConfig, model: SentenceTransformer) ->
 
 
 def _as_the_adapter_is(config: FinetuneConfig, model: SentenceTransformer) -> FinetuneConfig:
-    """The config with the LoRA knobs of the adapter that is on the model: one that was saved keeps its shape."""
+    """The config with the model's length, and the LoRA knobs of its adapter: one that was saved keeps its shape."""
     from ebr_lib.model.adapters import lora_knobs
 
     own = lora_knobs(model)
+    config = dataclasses.replace(config, max_seq_length=model.max_seq_length)  # less, if there are fewer positions
     _say_what_changes(config)
     ignored = {name: getattr(config, name) for name, value in own.items() if getattr(config, name) != value}
     if ignored:

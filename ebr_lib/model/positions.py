@@ -7,23 +7,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # BERT and RoBERTa, CLIP, BART, GPT-2
+
 
 def first_position(model: SentenceTransformer) -> int:
     """The position of a text's first token: RoBERTa and its kin count from the padding id on."""
-    module = _embeddings(model)
-    padding = getattr(module, "padding_idx", None)
-    return padding + 1 if isinstance(padding, int) else 0
+    padding = position_padding(model)
+    return 0 if padding is None else padding + 1
+
+
+def position_padding(model: SentenceTransformer) -> int | None:
+    """The token id that gets no position of its own, wherever it stands, where positions are counted from the ids."""
+    padding = getattr(_table(model), "padding_idx", None)
+    return padding if isinstance(padding, int) else None
 
 
 def position_limit(model: SentenceTransformer) -> int | None:
-    """Tokens that the table of positions has places for; None where positions are computed (Qwen2, ModernBERT)."""
-    module = _embeddings(model)
-    return None if module is None else module.position_embeddings.num_embeddings - first_position(model)
+    """Tokens that the model has positions for: the places of its table, or what its configuration declares where they
+    are computed (Qwen2, ModernBERT); None where neither is there, or a scaled rotation reaches beyond (YaRN)."""
+    if (table := _table(model)) is not None:
+        return (
+            int(table.num_embeddings) - first_position(model) - int(getattr(table, "offset", 0))
+        )  # BART adds 2 itself
+    config = model.transformers_model.config if model.transformers_model is not None else None
+    if config is None:
+        return None
+    config = config.get_text_config()
+    rotation = getattr(config, "rope_parameters", None) or {}
+    declared = getattr(config, "max_position_embeddings", None) or 0
+    return declared if declared > 0 and rotation.get("rope_type") == "default" else None
 
 
-def _embeddings(model: SentenceTransformer) -> Any:
-    """The module that holds the table of positions, or None."""
+def _table(model: SentenceTransformer) -> Any:
+    """The table of positions, or None."""
     from torch.nn import Embedding
 
-    modules = model[0].model.modules() if hasattr(model[0], "model") else ()
-    return next((m for m in modules if isinstance(getattr(m, "position_embeddings", None), Embedding)), None)
+    named = model[0].model.named_modules() if hasattr(model[0], "model") else ()
+    return next((m for name, m in named if isinstance(m, Embedding) and name.rpartition(".")[2] in TABLES), None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ebr_lib.model.loading import Side, load_model, one_sided, prompt_of
+from ebr_lib.model.loading import load_model, prompt_of, sides_apart
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.remote_code import Choice
+from ebr_lib.model.shapes import Side
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,7 +52,7 @@ class EncoderRecipe:
     def encoder_pair(self) -> tuple[Encoder, Encoder]:
         """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
         queries = self.encoder("query")
-        if one_sided(self.model_name):
+        if sides_apart(self.model_name):
             return queries, self.encoder("document")
         return queries, self._wrapped(queries.model, "document")
 

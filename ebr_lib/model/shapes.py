@@ -1,0 +1,220 @@
+"""Models of every shape made alike when they are loaded: one tower a side, prompts by side, a pad token, positions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ebr_lib.errors import ModelError
+from ebr_lib.logs import logger
+from ebr_lib.model.positions import position_limit
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Side = Literal["query", "document"]
+
+# how prompts and routes of a side are called, the usual name first
+SIDE_NAMES: dict[Side, tuple[str, ...]] = {
+    "query": ("query", "search_query", "queries", "question", "retrieval.query", "web_search_query", "s2p_query"),
+    "document": ("document", "passage", "corpus", "doc", "search_document", "documents", "retrieval.passage", "answer"),
+}
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def refuse_no_embedding_model(name: str, folder: Path) -> None:
+    """Refuse a folder whose model gives scores or labels, or a vector for each token, not one for each text.
+
+    :raises ModelError: names the kind.
+    """
+    modules = _json(folder / "modules.json")
+    kind = _json(folder / "config_sentence_transformers.json", {}).get("model_type", "SentenceTransformer")
+    if not modules or not any("Pooling" in module["type"] for module in modules):
+        kinds = _json(folder / "config.json", {}).get("architectures") or ()
+        kind = next((found for found in kinds if found.endswith(HEADS)), kind)
+    if kind != "SentenceTransformer":
+        raise ModelError(
+            f"model {name} is a {kind}, not an embedding model: it does not give a text one vector to compare; give a "
+            "model that does, such as the one that its card retrieves with"
+        )
+
+
+def _json(path: Path, missing: Any = None) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
+
+
+def sides_differ(folder: Path) -> bool:
+    """Whether a folder's model has a Router, which may encode queries and documents with different modules."""
+    return any(module["type"].endswith((".Router", ".Asym")) for module in _json(folder / "modules.json", ()))
+
+
+# --- one side's modules -------------------------------------------------------------------------------------------
+
+
+def refuse_two_towers(model: SentenceTransformer, name: str) -> None:
+    """Refuse to train a model that encodes queries and documents with different modules.
+
+    :raises ModelError: it does.
+    """
+    for router in _routers(model):
+        towers = [list(router.sub_modules[_route(router, side, name)]) for side in SIDE_NAMES]
+        if towers[0] != towers[1]:
+            raise ModelError(
+                f"model {name} has two towers, one for queries and one for documents, and cannot be fine-tuned here: "
+                "one adapter would train one of them; it can be encoded with, evaluated and searched. Fine-tune a "
+                "model that encodes both sides, or one tower as a model of its own"
+            )
+
+
+def _routers(model: SentenceTransformer) -> list[Any]:
+    from sentence_transformers.base.modules import Router
+
+    return [module for module in model if isinstance(module, Router)]
+
+
+def keep_side(model: SentenceTransformer, side: Side, name: str) -> None:
+    """Leave a model with a Router the modules of one side alone; it is an ordinary model then.
+
+    :raises ModelError: none of the Router's routes is known to be that side's.
+    """
+    if not (routers := _routers(model)):
+        return
+    kept: OrderedDict[str, Any] = OrderedDict()
+    for place, module in model.named_children():
+        if module in routers:
+            route = _route(module, side, name)
+            kept |= {f"{place}_{route}_{i}": part for i, part in enumerate(module.sub_modules[route])}
+        else:
+            kept[place] = module
+    model._modules.clear()
+    model._modules.update(kept)
+
+
+def _route(router: Any, side: Side, name: str) -> str:
+    """The route of a side's texts, in the order of precedence that the library documents."""
+    names, mapped = SIDE_NAMES[side], router.route_mappings
+    wanted = [(task, kind) for task in names for kind in ("text", None)] + [(None, "text"), (None, None)]
+    found = [mapped[key] for key in wanted if key in mapped]
+    found += [route for route in (*names, "text") if route in router.sub_modules]
+    if len(router.sub_modules) == 1:
+        found += router.sub_modules
+    if not found:
+        raise ModelError(
+            f"model {name} encodes texts by routes named {', '.join(router.sub_modules)}, and none of them is known to "
+            f"be for {side} texts; rename the routes in router_config.json to query and document"
+        )
+    return str(found[0])
+
+
+def keep_rest_in_float32(model: SentenceTransformer, folder: Path) -> None:
+    """Load what follows the transformer (Dense, LayerNorm) in float32, as it is saved and will be served; the library
+    rounds it to the type that the transformer is loaded in."""
+    from safetensors.torch import load_model
+
+    transformer, *rest = model
+    listed = _json(folder / "modules.json", [{"path": ""}])
+    for part, module in zip(listed[1:], rest, strict=False):
+        weights = folder / part["path"] / "model.safetensors"
+        if any(True for _ in module.parameters()) and weights.is_file():
+            load_model(module.float(), weights)
+            transformer.register_forward_hook(_in_float32)
+
+
+def _in_float32(module: Any, inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
+    return features | {"token_embeddings": features["token_embeddings"].float()}
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def prompts_by_side(prompts: Mapping[str, str | None], default: str | None, name: str) -> dict[str, str]:
+    """The prompts of both sides, however a model calls them; a model's default prompt is that of a side without one,
+    unless it is the other side's.
+
+    :param default: name of the prompt that the library takes where none is asked for.
+    """
+    known = {key.lower(): text for key, text in prompts.items() if text}
+    found = {side: next((known[key] for key in names if key in known), "") for side, names in SIDE_NAMES.items()}
+    if default and not any(default.lower() in names for names in SIDE_NAMES.values()):
+        found = {side: text or known.get(default.lower(), "") for side, text in found.items()}
+    if known and not any(found.values()):
+        _say_once(
+            "模型 %s 的提示词名称无法对应到查询或文档，未使用 prompts of another name are not used: %s; "
+            "if the model's card asks for one, set it by hand",
+            name,
+            ", ".join(known),
+        )
+    return {str(side): text for side, text in found.items()}
+
+
+@contextmanager
+def no_default_prompt_warning() -> Iterator[None]:
+    """Keep the library from warning of a default prompt, which `prompts_by_side` replaces."""
+    of_library = logging.getLogger("sentence_transformers.base.model")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "Default prompt name is set to" not in record.getMessage()
+
+    of_library.addFilter(other)
+    try:
+        yield
+    finally:
+        of_library.removeFilter(other)
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+def give_pad_token(model: SentenceTransformer) -> None:
+    """Let a tokenizer pad with another token where it has no pad token, or one that the model has no vector for; the
+    attention mask hides it."""
+    tokenizer, transformer = model.tokenizer, model.transformers_model
+    if transformer is None or not hasattr(tokenizer, "pad_token_id"):
+        return
+    known = min(len(tokenizer), transformer.get_input_embeddings().num_embeddings)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
+        ids = (transformer.config.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+        usable = next(number for number in ids if isinstance(number, int) and 0 <= number < known)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable)
+
+
+def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> None:
+    """Set the tokens that a model cuts texts to: those wanted or else its own, and no more than it has positions for;
+    where that is less, it is said once.
+    """
+    limit = position_limit(model)
+    asked = model.max_seq_length if wanted is None else wanted
+    if limit is not None and (asked is None or asked > limit):
+        _say_once(
+            "模型 %s 只有 %d 个位置，文本截断到 %d texts are cut at the model's positions; wanted %s",
+            name,
+            limit,
+            limit,
+            asked,
+        )
+        asked = limit
+    if asked != model.max_seq_length:
+        model.max_seq_length = asked
+
+
+def say_assumed_pooling(model: SentenceTransformer, name: str) -> None:
+    """Say how a folder without modules.json is made an embedding model."""
+    mode = getattr(model[-1], "pooling_mode", "none")
+    _say_once(
+        "模型 %s 没有 modules.json，假定池化方式为 %s no pooling is given: %s pooling is assumed; "
+        "if the model's card says otherwise, save it with sentence-transformers and give that folder",
+        name,
+        mode,
+        mode,
+    )
+
+
+@functools.cache
+def _say_once(message: str, *values: object) -> None:
+    logger.warning(message, *values)
