@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ebr_lib.config import EvalConfig
-from ebr_lib.data.pairs import normalised, read_pairs
+from ebr_lib.data.pairs import expand, normalised, read_pairs, texts_of
 from ebr_lib.errors import DataError, MissingError, ModelError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
@@ -132,7 +132,7 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     if config.train_data_path is None:
         return read_task(sources, columns, config.slice_columns, set(), config.leave_out_own), {}
     pairs = read_pairs(config.train_data_path, on_bad_row="skip")
-    trained = {normalised(text) for pair in pairs for text in pair.positives}
+    trained = texts_of(expand(pairs))
     task = read_task(sources, columns, config.slice_columns, trained, config.leave_out_own)
     anchors = {normalised(pair.anchor) for pair in pairs}
     leaked = sum(normalised(query) in anchors for query in task.queries)

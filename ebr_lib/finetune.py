@@ -171,18 +171,19 @@ def _check_places(config: FinetuneConfig) -> None:
 
 
 def _read(config: FinetuneConfig) -> _Data:
-    from ebr_lib.data.pairs import expand, normalised, read_pairs, split_by_anchor
+    from ebr_lib.data.pairs import expand, normalised, read_pairs, split_pairs, warn_of_heldout_names
     from ebr_lib.model.heldout import build_task
 
     writes = config.on_bad_row == "skip" and is_first_process()
     rejects = Path(config.output_dir) / REJECTS_FILE if writes else None
     pairs = read_pairs(config.data_path, config.on_bad_row, rejects)
+    warn_of_heldout_names(config.data_path, pairs)
     if config.eval_data_path is not None:
         more = rejects.with_name(f"heldout_{REJECTS_FILE}") if rejects else None
         train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row, more)
         _say_what_leaks(train, heldout)
     else:
-        train, heldout = split_by_anchor(pairs, config.eval_ratio, config.seed)
+        train, heldout = split_pairs(pairs, config.eval_ratio, config.seed)
     train_rows, heldout_rows = expand(train), expand(heldout)
     logger.info("训练集大小: %d (training rows)", len(train_rows))
     logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
@@ -190,9 +191,8 @@ def _read(config: FinetuneConfig) -> _Data:
     if not heldout_rows:
         return _Data(train_rows, heldout_rows, None, sha256)
     answers = [(row.anchor, row.positive) for row in heldout_rows]
-    documents = [row.positive for row in train_rows]
     own = config.leave_out_own != "none"
-    task = build_task(answers, documents, normalised, config.eval_corpus_size, config.seed, leave_out_own=own)
+    task = build_task(answers, train_rows, normalised, config.eval_corpus_size, config.seed, leave_out_own=own)
     _report_own(task)
     return _Data(train_rows, heldout_rows, task, sha256)
 
@@ -215,14 +215,36 @@ def _report_own(task: HeldoutTask) -> None:
 
 
 def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
-    """A held-out anchor that training has seen, or nearly, measures memory."""
+    """Warn of held-out texts that training has seen, or nearly, in the other column too: they measure memory.
+
+    A document that answers training anchors as well is no leak, but its queries are `seen`.
+    """
+    import numpy as np
+
     from ebr_lib.data.pairs import near_duplicate_groups, normalised
 
-    groups = near_duplicate_groups([normalised(pair.anchor) for pair in (*train, *heldout)]).tolist()
-    known = set(groups[: len(train)])
-    leaked = sum(group in known for group in groups[len(train) :])
-    if leaked:
-        logger.warning("验证集泄漏: %d 条 held-out anchors are in the training data, or near-duplicates of it", leaked)
+    columns = [
+        [normalised(text) for text in texts]
+        for pairs in (train, heldout)
+        for texts in ([pair.anchor for pair in pairs], [text for pair in pairs for text in pair.positives])
+    ]
+    groups = near_duplicate_groups([text for column in columns for text in column])
+    ends = np.cumsum([len(column) for column in columns])
+    train_anchors, train_documents, anchors, documents = np.split(groups, ends[:-1])
+    known = np.isin(anchors, np.union1d(train_anchors, train_documents))
+    if known.any():
+        logger.warning(
+            "验证集泄漏: %d 条 held-out anchors are in the training data (as anchors or documents), or near-duplicates "
+            "of it",
+            known.sum(),
+        )
+    if (asked := np.isin(documents, train_anchors)).any():
+        logger.warning(
+            "验证集泄漏: %d 条 held-out documents are anchors of the training data, or near-duplicates of them",
+            asked.sum(),
+        )
+    if (seen := np.isin(documents, train_documents)).any():
+        logger.info("训练中出现过的验证文档 held-out documents that training has too (seen): %d", seen.sum())
 
 
 def _fingerprint(rows: Sequence[TrainingRow]) -> str:
@@ -742,15 +764,16 @@ def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, resul
 
 def _save_heldout(data: _Data, folder: Path) -> None:
     """The held-out anchors and every document of the data, for the evaluation stage."""
+    from ebr_lib.data.pairs import normalised, texts_of
     from ebr_lib.retrieval.task import CORPUS_FILE, HELDOUT_FILE
 
     answers: dict[str, list[str]] = {}
     for row in data.heldout:
         answers.setdefault(row.anchor, []).append(row.positive)
     _write_lines(folder / HELDOUT_FILE, ({"anchor": anchor, "positive": texts} for anchor, texts in answers.items()))
-    seen = dict.fromkeys(row.positive for row in data.train)
-    documents = seen | dict.fromkeys(row.positive for row in data.heldout)
-    _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": text in seen} for text in documents))
+    texts = dict.fromkeys(row.positive for row in (*data.train, *data.heldout))
+    seen = texts_of(data.train)
+    _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": normalised(text) in seen} for text in texts))
 
 
 def _as_line(row: TrainingRow) -> dict[str, Any]:

@@ -78,9 +78,10 @@ def test_a_short_last_batch_is_not_looked_at():
     """One document answers everybody: in a batch of two, each anchor has one more beside its own, a false negative."""
     report = look([TrainingRow(f"query {i}", "the document") for i in range(5)], 2)
     assert (report.negatives, report.false_negatives, report.false_negatives_balanced) == (2, 2, 2)
-    assert report.table.rows[-2:] == [
+    assert report.table.rows[-3:] == [
         ("每批假负例 false negatives, random batch of 2", "2.0", "100.0%"),
         ("每批假负例 false negatives, balanced batch of 2", "2.0", "100.0%"),
+        ("没有负例的行 rows without a negative, balanced batch of 2", "", "100.0%"),
     ]
 
 
@@ -136,6 +137,35 @@ def test_false_negatives_of_a_click_log():
     error = np.std(drawn) / np.sqrt(len(drawn))
     assert abs(np.mean(drawn) - report.false_negatives) < 4 * error
     assert report.false_negatives_balanced < report.false_negatives
+
+
+ONE_DOCUMENT = [TrainingRow(f"question {i}", "see our delivery page") for i in range(40)]
+ONE_ANCHOR = [TrainingRow("gift", f"gift idea {i}") for i in range(300)]
+OTHERS = [TrainingRow(f"query {i}", f"document {i}") for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "cause"),
+    [
+        (ONE_DOCUMENT, 1.0, "the document 'see our delivery page' is the positive of 100.0% of the rows"),
+        (ONE_ANCHOR + OTHERS, None, "the anchor 'gift' has 96.2% of the rows"),
+    ],
+)
+def test_rows_whose_negatives_are_all_masked_are_counted_and_the_cause_is_named(rows, share, cause):
+    report = look(rows, 8)
+    assert share is None or report.without_negatives == share
+    (line,) = [line for line in report.advice if "the learning rate is not the cause" in line]
+    assert cause in line and f"{100 * report.without_negatives:.1f}% of the rows have no negative left" in line
+    assert not any("Keep on" in line for line in report.advice)
+
+
+def test_rows_without_negatives_are_those_that_the_mask_fills():
+    rows = [TrainingRow("a", "b"), TrainingRow("b", "a")]
+    assert look(rows, 2).without_negatives == 1
+    apart = [TrainingRow("a", "b"), TrainingRow("c", "d")]
+    assert look(apart, 2).without_negatives == 0
+    assert not any("learning rate" in line for line in look(apart, 2).advice)
+    assert look([TrainingRow("a", "b", ("n",)), TrainingRow("b", "a", ("n",))], 2).without_negatives == 0
 
 
 def test_advice_names_the_knob_that_helps():
@@ -212,7 +242,7 @@ def test_no_rows():
 def test_one_row():
     report = look([TrainingRow("a", "b")])
     assert (report.batch_size, report.false_negatives, report.false_negatives_balanced) == (1, 0, 0)
-    assert report.table.rows[-1] == ("每批假负例 false negatives, balanced batch of 1", "0.0", "")  # a share of nothing
+    assert report.table.rows[-2] == ("每批假负例 false negatives, balanced batch of 1", "0.0", "")  # a share of nothing
     assert not any("repeat" in advice for advice in report.advice)
     assert (
         "a pair of" in look(ROWS)._repr_html_() and "<script" not in look([TrainingRow("a", "<script>")])._repr_html_()

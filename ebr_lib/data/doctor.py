@@ -60,6 +60,9 @@ class DoctorReport:
         expected number, over all anchors of the batch.
     :ivar false_negatives_balanced: the same in the batches of `BalancedBatchSampler`, measured.
     :ivar negatives: documents beside an anchor's own, over all anchors of a batch.
+    :ivar without_negatives: share of the rows, 0 to 1, that have no negative left in a balanced batch once known
+        positives are masked: their loss is 0.
+    :ivar largest_anchor: the most frequent anchor and its rows.
     :ivar advice: what to do about it, in Chinese followed by English.
     """
 
@@ -80,6 +83,8 @@ class DoctorReport:
     negatives: int
     false_negatives: float
     false_negatives_balanced: float
+    without_negatives: float
+    largest_anchor: tuple[str, int]
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -121,6 +126,7 @@ def examine(
     known = KnownPositives(rows)
     pairs = known.anchors * (known.documents.max() + 1) + known.documents
     own = known.own_answers()
+    masked, without_negatives = _balanced_masking(known, min(batch_size, len(rows)), seed)
     sample = _sample(rows, seed)
     batch_size = min(batch_size, len(rows))
     report = DoctorReport(
@@ -136,11 +142,13 @@ def examine(
         sampled=len(sample),
         tokens=_tokens(sample, _lengths_function(tokenizer), max_seq_length, prompts or {}),
         languages=_languages(sample),
-        popular=_popular(rows, known.documents),
+        popular=_most_frequent([row.positive for row in rows], known.documents, _TOP_DOCUMENTS),
         batch_size=batch_size,
         negatives=batch_size * (batch_size * known.columns.shape[1] - 1),
         false_negatives=_expected_false_negatives(known, own, batch_size),
-        false_negatives_balanced=_balanced_false_negatives(known, batch_size, seed),
+        false_negatives_balanced=masked,
+        without_negatives=without_negatives,
+        largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
     return _with_advice(report)
 
@@ -160,15 +168,17 @@ def _expected_false_negatives(known: KnownPositives, own: NDArray[np.bool_], bat
     return meet * across_rows + batch_size / rows * (within_row - rows)
 
 
-def _balanced_false_negatives(known: KnownPositives, batch_size: int, seed: int) -> float:
-    """The same in the first full batches of a balanced epoch, which are in random order."""
+def _balanced_masking(known: KnownPositives, batch_size: int, seed: int) -> tuple[float, float]:
+    """The same in the first full batches of a balanced epoch, which are in random order; and the share of their rows
+    that have no negative left."""
     import torch
 
     from ebr_lib.data.batches import BalancedBatchSampler
 
     sampler = BalancedBatchSampler(known.documents, known.anchors, batch_size=batch_size, drop_last=True, seed=seed)
-    found = [int(known.mask(torch.tensor(batch)).sum()) - batch_size for batch in islice(sampler, _LOOKED_AT_BATCHES)]
-    return float(np.mean(found))
+    masks = [known.mask(torch.tensor(batch)) for batch in islice(sampler, _LOOKED_AT_BATCHES)]
+    found = np.mean([int(mask.sum()) - batch_size for mask in masks])
+    return float(found), float(np.mean([mask.all(dim=1).float().mean() for mask in masks]))
 
 
 def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
@@ -247,10 +257,11 @@ def _languages(rows: Sequence[TrainingRow]) -> dict[str, float]:
     return {language: found.count(language) / len(found) for language in LANGUAGES}
 
 
-def _popular(rows: Sequence[TrainingRow], documents: NDArray[np.int64]) -> tuple[tuple[str, int], ...]:
-    _, first, counts = np.unique(documents, return_index=True, return_counts=True)
-    top = np.argsort(-counts, kind="stable")[:_TOP_DOCUMENTS]
-    return tuple((rows[int(first[i])].positive, int(counts[i])) for i in top)
+def _most_frequent(texts: Sequence[str], numbers: NDArray[np.int64], count: int) -> tuple[tuple[str, int], ...]:
+    """The texts of the most frequent numbers, each with how often it is there."""
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    top = np.argsort(-counts, kind="stable")[:count]
+    return tuple((texts[int(first[i])], int(counts[i])) for i in top)
 
 
 # --- showing ------------------------------------------------------------------------------------------------------
@@ -283,6 +294,9 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
         (f"每批假负例 false negatives, balanced batch of {report.batch_size}", report.false_negatives_balanced),
     ):
         table.append((name, f"{value:,.1f}", _percent(value, report.negatives)))
+    if report.without_negatives:
+        name = f"没有负例的行 rows without a negative, balanced batch of {report.batch_size}"
+        table.append((name, "", _percent(report.without_negatives, 1)))
     return table
 
 
@@ -360,8 +374,32 @@ def _too_long(report: DoctorReport) -> str | None:
     )
 
 
+def _masked_away(report: DoctorReport) -> str | None:
+    """Where masking leaves little to learn from, which text is the cause."""
+    if report.without_negatives < 0.1 and report.false_negatives_balanced <= 0.8 * report.negatives:
+        return None
+    (document, of_document), (anchor, of_anchor) = report.popular[0], report.largest_anchor
+    if of_anchor > of_document:
+        cause = f"anchor“{shortened(anchor)}”占 {_percent(of_anchor, report.rows)} 的行"
+        english = f"the anchor {shortened(anchor)!r} has {_percent(of_anchor, report.rows)} of the rows"
+    else:
+        cause = f"文档“{shortened(document)}”是 {_percent(of_document, report.rows)} 的行的正例"
+        english = (
+            f"the document {shortened(document)!r} is the positive of {_percent(of_document, report.rows)} of the rows"
+        )
+    masked = _percent(report.false_negatives_balanced, report.negatives)
+    nothing = _percent(report.without_negatives, 1)
+    return (
+        f"批内 {masked} 的负例是已知正例、会被屏蔽，{nothing} 的行没有负例、损失为 0，学不到东西：{cause}。"
+        "请补充其他 anchor 与文档的样本，减少它的行数，或给出 negative；与学习率无关。 "
+        f"{masked} of a batch's negatives are known positives and get masked, and {nothing} of the rows have no "
+        f"negative left, so that their loss is 0: {english}. Add rows of other anchors and documents, keep fewer of "
+        "its rows, or give negatives; the learning rate is not the cause."
+    )
+
+
 def _popular_documents(report: DoctorReport) -> str | None:
-    if report.false_negatives <= 0.005 * report.negatives:
+    if report.false_negatives <= 0.005 * report.negatives or _masked_away(report):
         return None
     random = _percent(report.false_negatives, report.negatives)
     balanced = _percent(report.false_negatives_balanced, report.negatives)
@@ -393,6 +431,7 @@ _CHECKS = (
     _trivial,
     _empty,
     _too_long,
+    _masked_away,
     _popular_documents,
     _few_documents,
 )

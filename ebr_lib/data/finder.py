@@ -26,7 +26,7 @@ SPECIAL = "not a file"
 OWN = "written by this stage"
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "_spark_metadata", "_temporary")
 DOTTED_MARKERS = (".*.crc", "._*", ".DS_Store", ".hive-staging*", ".ipynb_checkpoints")
-QUIET = (MARKER, OWN)  # expected: logged, without a warning
+QUIET = (MARKER, OWN, SUBFOLDER)  # expected: logged, without a warning
 SHOWN = 8  # names in a log line; `FoundFiles.left_out` holds all of them
 
 

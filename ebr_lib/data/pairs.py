@@ -1,47 +1,76 @@
-"""Training pairs: reading them from JSON, knowing equal texts, and splitting them by anchor.
+"""Training pairs: what a row says, knowing equal texts, and splitting so that no text is on both sides.
 
-A file is an array of objects or one object a line (told apart by content). A row has `anchor` (or `query`), `positive`
-(`positives`, `pos`) and maybe `negative` (`negatives`, `neg`, `negative_1` …). FlagEmbedding's and KaLM's other keys
-(`prompt`, `type`, `pos_scores`, `neg_scores`, `id` …) are read past, and the log names the columns that were not used.
+A row has `anchor` (or `query`), `positive` (`positives`, `pos`), maybe `negative` (`negatives`, `neg`, `negative_1` …).
+Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. FlagEmbedding's and
+KaLM's other keys (`prompt`, `type`, `pos_scores`, `neg_scores`, `id` …) are read past, and the log names the columns
+that were not used. How files hold rows is the business of `records`.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.data.finder import find_files
+from ebr_lib.data.records import BadRowError, raw_rows
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
 from ebr_lib.names import OnBadRow
 
 _ALIASES = {
-    "anchor": "anchor",
-    "query": "anchor",
-    "positive": "positive",
-    "positives": "positive",
-    "pos": "positive",
-    "negative": "negative",
-    "negatives": "negative",
-    "neg": "negative",
+    "anchor": ("anchor", "query", "messages"),
+    "positive": ("positive", "positives", "pos", "positive_passages", "positive_messages", "response"),
+    "negative": ("negative", "negatives", "neg", "negative_passages", "negative_messages", "rejected_response"),
 }
+_MEANING = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 _NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
+# two texts without a direction: a pair only where a label says so
+_SIDES = {
+    f"{stem}{gap}{end}": name
+    for name, ends in (("anchor", "1a"), ("positive", "2b"))
+    for stem in ("sentence", "text", "question", "query")
+    for gap in ("", "_")
+    for end in ends
+}
+# fmt: off
+_LABELS = frozenset([
+    "label", "labels", "gold_label", "score", "scores", "similarity", "similarity_score", "sim", "cos_sim",
+    "cosine_similarity", "relevance", "rel", "relevance_score", "relevance_label", "relevant", "is_relevant",
+    "is_positive", "is_duplicate", "is_dup", "duplicate", "is_similar", "is_match", "grade", "judgement", "judgment",
+    "标签", "分数", "得分", "相似度", "相关性", "是否相似", "是否相关",
+])
+_YES = frozenset(
+    ["true", "yes", "positive", "relevant", "duplicate", "similar", "entailment", "是", "相似", "相关"]
+)
+_NO = frozenset([
+    "false", "no", "negative", "irrelevant", "not_relevant", "not_duplicate", "dissimilar", "different", "neutral",
+    "contradiction", "not_entailment", "否", "不相似", "不相关",
+])
+# fmt: on
+_MEDIA = ("images", "videos", "audios")
+_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_PATTERNS = [f"*{ending}{packed}" for packed in ("", ".gz", ".bz2", ".zst") for ending in _ENDINGS]
+_HELDOUT_NAME = re.compile(
+    r"(?:^|[^a-z])(dev|test|valid|validation|val|eval|evaluation|heldout|holdout)s?(?:[^a-z]|$)|测试|验证"
+)
 # zero-width characters and control codes show nothing, so a text of them is as empty as one of spaces
 _VISIBLE = re.compile(r"[^\s\u0000-\u001f\u200b-\u200f\u2060\ufeff]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_CHUNK = 1 << 20
 _SHOWN_BAD_ROWS = 5
+_SHOWN_FILES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +107,11 @@ def text_keys(texts: Iterable[str]) -> NDArray[np.int64]:
     return np.frombuffer(digests, dtype="<i8")
 
 
+def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
+    """All texts of training rows, `normalised`: a document among them is one that training has seen."""
+    return {normalised(text) for row in rows for text in (row.anchor, row.positive, *row.negatives)}
+
+
 def is_blank(text: str) -> bool:
     """Is there nothing to see: no letter but whitespace, control codes and zero-width characters?"""
     return not _VISIBLE.search(text)
@@ -95,14 +129,8 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-class _BadRowError(Exception):
-    """A row that cannot be used; the message says what was wanted and what was found."""
-
-
-class _RawRow(NamedTuple):
-    line: int
-    raw: str
-    value: Any  # the decoded JSON, or the _BadRowError that it is
+class _DegreeError(Exception):
+    """A label that is neither a yes nor a no: what it means for the whole file nobody can know from one row."""
 
 
 @dataclass
@@ -119,19 +147,20 @@ def read_pairs(
     on_bad_row: OnBadRow = "error",
     rejects: str | Path | None = None,
 ) -> list[Pair]:
-    """Read training pairs from a JSON or JSON-lines file, a folder of them, or several of either.
+    """Read training pairs from a file (JSON, JSON lines, CSV, TSV, Parquet), a folder of them, or several of either.
 
-    Of a folder, its own `*.json` and `*.jsonl` are read, sorted by name; subfolders and hidden files are not.
+    Of a folder, its own files are read, sorted by name; subfolders and hidden files are not. The log names every file
+    that was taken, with its rows, and every file that was not, with the reason.
 
     :param on_bad_row: `error` raises and lists the first bad rows; `skip` counts them and writes them to `rejects`.
     :param rejects: JSON lines with file, line, reason and the row as it stands; with `skip` only.
-    :raises MissingError: a path is not there, or a folder has no JSON.
-    :raises DataError: bad rows (with `error`), a file that is not JSON or not UTF-8, or no rows at all.
+    :raises MissingError: a path is not there, or a folder has nothing to read.
+    :raises DataError: bad rows (with `error`), a file that is broken or of another kind, no rows at all.
     """
-    files = [file for one in _listed(path) for file in _files_of(one)]
+    files = list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
     reading = _Reading()
-    for file in files:
-        _read_file(file, reading)
+    rows = {file: _read_file(file, reading) for file in files}
+    _say_files(rows)
     if reading.unused:
         logger.info("未使用的列 columns not used: %s", ", ".join(map(_printable, reading.unused)))
     _settle_bad_rows(reading, on_bad_row, rejects)
@@ -144,31 +173,61 @@ _WANTED = "`anchor` and `positive` (or `query` and `pos`), optional `negative`"
 
 
 def _listed(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+    paths = [path] if isinstance(path, str | Path) else path
+    return [Path(one).expanduser() for one in paths]
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise MissingError(f"training data {path}: there is no such file or folder (here is {Path.cwd()})")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl") and not p.name.startswith("."))
-    if not files:
-        there = ", ".join(sorted(p.name + "/" * p.is_dir() for p in path.iterdir())[:10]) or "nothing"
+    found = find_files(path, _PATTERNS, "training data", subfolders=False)
+    if not found.files:
+        named = ", ".join(f"{name} ({reason})" for name, reason in found.named().items())
         raise MissingError(
-            f"training data {path}: the folder has no *.json or *.jsonl; it holds {there} (subfolders are not read)"
+            f"training data {path}: the folder has no {' or '.join(_PATTERNS[: len(_ENDINGS)])}; it holds "
+            f"{named or 'nothing'}"
         )
-    return files
+    found.log()
+    return found.files
 
 
-def _read_file(file: Path, reading: _Reading) -> None:
-    for line, raw, value in _raw_rows(file):
+def warn_of_heldout_names(path: str | Path | Sequence[str | Path], pairs: Sequence[Pair]) -> None:
+    """Warn of files that are trained on since they lie in a folder of training data, and whose names say otherwise."""
+    given = set(map(str, _listed(path)))
+    for file in sorted({pair.file for pair in pairs} - given):
+        if found := _HELDOUT_NAME.search(Path(file).name.lower()):
+            logger.warning(
+                "文件名像验证集，但会用于训练 %s is trained on, and its name says %s: move it out of the folder "
+                "if it is held-out data",
+                _printable(file),
+                found[1] or found[0],
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" … and {len(names) - _SHOWN_FILES} more" if len(names) > _SHOWN_FILES else ""
+    return ", ".join(names[:_SHOWN_FILES]) + more
+
+
+def _say_files(rows: Mapping[Path, int]) -> None:
+    logger.info("读取 read: %s", _shown([f"{_printable(str(file))} ({count} rows)" for file, count in rows.items()]))
+    if empty := [str(file) for file, count in rows.items() if not count]:
+        logger.warning("没有数据行 no rows in: %s", _shown(empty))
+
+
+def _read_file(file: Path, reading: _Reading) -> int:
+    """Read a file's rows into `reading`; return how many it has, bad ones included."""
+    count = 0
+    for line, value, raw in raw_rows(file, _is_column):
+        count += 1
         try:
             anchor, positives, negatives = _texts_of(value, reading.unused)
-        except _BadRowError as reason:
-            reading.bad.append({"file": str(file), "line": line, "reason": str(reason), "row": raw})
+        except BadRowError as reason:
+            row = raw or json.dumps(value, ensure_ascii=False, default=str)
+            reading.bad.append({"file": str(file), "line": line, "reason": str(reason), "row": row})
+        except _DegreeError as reason:
+            raise DataError(f"{file}, line {line}: {reason}") from None
         else:
             reading.pairs.append(Pair(anchor, positives, negatives, str(file), line))
+    return count
 
 
 def _settle_bad_rows(reading: _Reading, on_bad_row: str, rejects: str | Path | None) -> None:
@@ -178,7 +237,7 @@ def _settle_bad_rows(reading: _Reading, on_bad_row: str, rejects: str | Path | N
         more = f"\n  … and {len(bad) - _SHOWN_BAD_ROWS} more" if len(bad) > _SHOWN_BAD_ROWS else ""
         total = len(bad) + len(reading.pairs)
         raise DataError(
-            f"{len(bad)} of {total} rows cannot be used; mend them, or leave them out with `on_bad_row: skip`\n"
+            f"{len(bad)} of {total} rows cannot be used; fix them, or leave them out with `on_bad_row: skip`\n"
             f"{shown}{more}"
         )
     if rejects is not None:
@@ -197,195 +256,207 @@ def _write_rejects(bad: Sequence[dict[str, Any]], place: Path) -> None:
             out.write(json.dumps(row, ensure_ascii=True) + "\n")  # ASCII: a rejected row may hold half a character
 
 
-def _raw_rows(file: Path) -> Iterator[_RawRow]:
-    """Stream the rows of a file, however it is laid out."""
-    first = _first_letter(file)
-    if first in (b"\xff", b"\xfe"):  # how UTF-16 begins, and UTF-8 never
-        raise DataError(f"{file} is UTF-16; save it as UTF-8")
-    return _array_rows(file) if first == b"[" else _line_rows(file)
+# --- what a row says ----------------------------------------------------------------------------------------------
 
 
-def _first_letter(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        while chunk := stream.read(4096):
-            if text := chunk.removeprefix(codecs.BOM_UTF8).lstrip():
-                return text[:1]
-    return b""
+def _is_column(name: str) -> bool:
+    known = name in _MEANING or name.casefold() in _SIDES or _is_label(name) or name in _MEDIA
+    return known or bool(_NUMBERED_NEGATIVE.fullmatch(name))
 
 
-def _line_rows(file: Path) -> Iterator[_RawRow]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if row.strip():
-                raw = row.decode("utf-8", "backslashreplace").strip()
-                yield _RawRow(number, raw, _decoded(row))
-
-
-def _decoded(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _BadRowError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return _BadRowError(f"not a JSON object on one line ({error}); a file is an array `[…]` or one object a line")
-
-
-def _array_rows(file: Path) -> Iterator[_RawRow]:
-    """The elements of a JSON array, one at a time, each with the line where it begins.
-
-    A broken array ends the reading whatever `on_bad_row` says: nobody can know where its next row begins.
-    """
-    text = _Window(file)
-    text.take("[")
-    if text.next_letter() == "]":
-        return
-    while True:
-        text.next_letter()
-        line = text.line
-        value, raw = text.value()
-        yield _RawRow(line, raw, value)
-        if text.take(",]") == "]":
-            break
-    if letter := text.next_letter():
-        raise DataError(f"{file}, line {text.line}: {letter!r} after the end of the array")
-
-
-class _Window:
-    """A JSON text read forward in chunks; only the part that is still needed is held."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.line = file, 1
-        self._text, self._at = "", 0
-        self._chunks = self._read()
-        self._decoder = json.JSONDecoder()
-
-    def _read(self) -> Iterator[str]:
-        with self.file.open(encoding="utf-8-sig", newline="") as stream:
-            size = _CHUNK
-            while chunk := stream.read(size):
-                yield chunk
-                size = max(_CHUNK, len(self._text))  # doubling: an element of any size costs linear time
-
-    def _more(self) -> bool:
-        try:
-            chunk = next(self._chunks, "")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.file}, after line {self.line}: not UTF-8 ({error.reason}); save it so") from error
-        self._text, self._at = self._text[self._at :] + chunk, 0
-        return bool(chunk)
-
-    def _step(self, end: int) -> str:
-        passed = self._text[self._at : end]
-        self.line += passed.count("\n")
-        self._at = end
-        return passed
-
-    def next_letter(self) -> str:
-        """Go to the next letter that is no space, and return it; at the end of the file, the empty string."""
-        while True:
-            rest = len(self._text)
-            end = next((i for i in range(self._at, rest) if not self._text[i].isspace()), rest)
-            self._step(end)
-            if end < rest:
-                return self._text[end]
-            if not self._more():
-                return ""
-
-    def take(self, wanted: str) -> str:
-        """Read one letter that must be one of `wanted`."""
-        letter = self.next_letter()
-        if not letter or letter not in wanted:
-            found = repr(letter) if letter else "the end of the file"
-            raise DataError(
-                f"{self.file}, line {self.line}: wanted {' or '.join(map(repr, wanted))}, found {found}; the array is "
-                "broken there (a missing comma or bracket?)"
-            )
-        self._step(self._at + 1)
-        return letter
-
-    def value(self) -> tuple[Any, str]:
-        """Read one JSON value: what it is, and how it is written."""
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except (ValueError, RecursionError) as error:
-                if self._may_go_on(error) and self._more():
-                    continue
-                raise DataError(f"{self.file}, {self._place_of(error)}: the array is broken there ({error})") from error
-            if end == len(self._text) and self._more():
-                continue  # a number may go on in the next chunk
-            return value, self._step(end)
-
-    def _may_go_on(self, error: Exception) -> bool:
-        """Was the value cut off by the end of the chunk, or is it broken where more text cannot mend it?"""
-        if not isinstance(error, json.JSONDecodeError):
-            return False
-        return error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16  # \\ud83d\\ude00 is the longest
-
-    def _place_of(self, error: Exception) -> str:
-        passed = self._text[self._at : getattr(error, "pos", self._at)]
-        return f"line {self.line + passed.count(chr(10))}"
+def _is_label(name: str) -> bool:
+    return name.casefold() in _LABELS
 
 
 def _texts_of(value: Any, unused: dict[str, None]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The anchor, positives and negatives of one decoded row; names of columns without use go to `unused`."""
-    if isinstance(value, _BadRowError):
+    if isinstance(value, BadRowError):
         raise value
     if not isinstance(value, dict):
-        raise _BadRowError(f"wanted an object with {_WANTED}, found {_kind(value)}")
-    columns: dict[str, str] = {}
-    negatives: list[str] = []
-    for key in value:
-        name = _ALIASES.get(key)
-        if name is None and _NUMBERED_NEGATIVE.fullmatch(key):
-            negatives += _texts(key, value[key], may_lack=True)
-        elif name is None:
-            unused[key] = None
-        elif name in columns:
-            raise _BadRowError(f"`{columns[name]}` and `{key}` both name the {name}; keep one")
-        else:
-            columns[name] = key
+        raise BadRowError(f"wanted an object with {_WANTED}, found {_kind(value)}")
+    columns = _columns_of(value, unused)
     for name in ("anchor", "positive"):
         if name not in columns:
-            raise _BadRowError(_missing_column(name, list(value)))
-    if "negative" in columns:
-        negatives += _texts(columns["negative"], value[columns["negative"]], may_lack=True)
-    anchor = _text(columns["anchor"], value[columns["anchor"]])
-    return anchor, tuple(_texts(columns["positive"], value[columns["positive"]])), tuple(negatives)
+            raise BadRowError(_missing_column(name, list(value)))
+    from_swift = {"messages", "response"} & set(value)
+    if from_swift and (media := next((name for name in _MEDIA if value.get(name)), None)):
+        raise BadRowError(f"`{media}`: only texts are trained on")
+    anchor = _anchor(columns["anchor"], value[columns["anchor"]])
+    positives = _texts(columns["positive"], value[columns["positive"]])
+    sources = [*filter(_NUMBERED_NEGATIVE.fullmatch, value), *filter(None, [columns.get("negative")])]
+    negatives = [text for column in sources for text in _optional_texts(column, value[column])]
+    for column in filter(_is_label, value):
+        _check_label(column, value[column], len(positives), len(negatives))
+    return anchor, tuple(positives), tuple(negatives)
 
 
-def _texts(column: str, value: Any, may_lack: bool = False) -> list[str]:
-    if may_lack and (value is None or value == []):
-        return []
+def _columns_of(row: Mapping[str, Any], unused: dict[str, None]) -> dict[str, str]:
+    """The row's column of each meaning."""
+    columns: dict[str, str] = {}
+    others = []
+    for key in row:
+        name = _MEANING.get(key)
+        if name is None:
+            others.append(key)
+        elif name in columns:
+            raise BadRowError(f"`{columns[name]}` and `{key}` both name the {name}; keep one")
+        else:
+            columns[name] = key
+    if not {"anchor", "positive"} & set(columns) and any(map(_is_label, row)):
+        sides = {_SIDES[key.casefold()]: key for key in reversed(others) if key.casefold() in _SIDES}
+        columns |= sides
+        others = [key for key in others if key not in sides.values()]
+    for key in others:
+        if not _is_label(key) and not _NUMBERED_NEGATIVE.fullmatch(key):
+            unused[key] = None
+    return columns
+
+
+def _check_label(column: str, label: Any, positives: int, negatives: int) -> None:
+    """Make sure that a label calls the positives positive; it may be one, one a positive, or one a document.
+
+    :raises BadRowError: it does not.
+    :raises _DegreeError: it is a degree, or a word that is unknown.
+    """
+    if not isinstance(label, list):
+        if not _says_yes(column, label):
+            raise BadRowError(
+                f"`{column}` is {label!r}: the row is no positive pair; leave it out, or give its text as a `negative`"
+            )
+        return
+    said = [_says_yes(column, one) for one in label]
+    if said not in ([True] * positives, [True] * positives + [False] * negatives):
+        raise BadRowError(f"`{column}` is {label!r}: it does not call every positive of the row positive")
+
+
+def _says_yes(column: str, label: Any) -> bool:
+    """What a label says: 1, true, "1" or a word such as entailment is yes; 0, -1, false and their like are no."""
+    if isinstance(label, str):
+        word = label.strip().casefold()
+        if word in _YES or word in _NO:
+            return word in _YES
+        try:
+            label = float(word)
+        except ValueError:
+            label = label if word else None
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        raise BadRowError(f"`{column}` is missing: nobody can know whether the row is a positive pair")
+    if isinstance(label, int | float | Decimal) and label in (1, 0, -1):
+        return label == 1
+    raise _DegreeError(
+        f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are trained on: keep the rows "
+        f"that are positive, and leave the column `{column}` out of them"
+    )
+
+
+def _anchor(column: str, value: Any) -> str:
+    return _conversation(column, value) if column == "messages" else _text(column, value)
+
+
+def _texts(column: str, value: Any) -> list[str]:
     if value == []:
-        raise _BadRowError(f"`{column}` is an empty list; wanted at least one text")
-    return [_text(column, one) for one in value] if isinstance(value, list) else [_text(column, value)]
+        raise BadRowError(f"`{column}` is an empty list; wanted at least one text")
+    return [_text(column, one) for one in _each(column, value)]
 
 
-def _text(column: str, value: Any) -> str:
+def _optional_texts(column: str, value: Any) -> list[str]:
+    """The texts that are there: what is null or blank, as writers of tables fill a cell, is none."""
+    return [_text(column, one, wanted=False) for one in _each(column, value) if not _is_nothing(one)]
+
+
+def _each(column: str, value: Any) -> list[Any]:
+    one_conversation = column.endswith("_messages") and isinstance(value, list) and value and isinstance(value[0], dict)
+    return value if isinstance(value, list) and not one_conversation else [value]
+
+
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, dict):  # a passage without text
+        return "text" in value and _is_nothing(value["text"])
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and is_blank(value))
+    )
+
+
+def _text(column: str, value: Any, wanted: bool = True) -> str:
+    """The text of a value: itself, a passage's title and text, or a conversation's message.
+
+    :param wanted: whether its labels must call it positive, or must not.
+    """
+    if isinstance(value, dict) and "text" in value:
+        value = _passage(column, value, wanted)
+    elif isinstance(value, list) and column.endswith("_messages"):
+        value = _conversation(column, value)
     if not isinstance(value, str):
-        raise _BadRowError(f"`{column}`: wanted a text, found {_kind(value)}")
+        raise BadRowError(f"`{column}`: wanted a text, found {_kind(value)}{_hint(value)}")
     if is_blank(value):
-        raise _BadRowError(f"`{column}` is {'blank' if value else 'empty'}")
+        raise BadRowError(f"`{column}` is {'blank' if value else 'empty'}")
     if _LONE_SURROGATE.search(value):
-        raise _BadRowError(
-            f"`{column}` holds half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it"
-        )
+        raise BadRowError(f"`{column}` holds half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it")
     return value
+
+
+def _passage(column: str, passage: Mapping[str, Any], wanted: bool) -> Any:
+    """A passage as Tevatron writes it, `docid`, `title` and `text`: its title, a space, its text."""
+    for name in filter(_is_label, passage):
+        degree = isinstance(passage[name], float) and passage[name] not in (0, 1)  # of the search that found it
+        if not degree and _says_yes(name, passage[name]) is not wanted:
+            raise BadRowError(f"`{column}` has a passage whose `{name}` is {passage[name]!r}")
+    title, text = passage.get("title"), passage["text"]
+    has_title = isinstance(title, str) and isinstance(text, str) and not is_blank(title) and not is_blank(text)
+    return f"{title} {text}" if has_title else text
+
+
+def _conversation(column: str, messages: Any) -> str:
+    """The text of ms-swift's list of messages: one message, after a system message where there is one."""
+    contents = (
+        [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
+        if isinstance(messages, list)
+        else []
+    )
+    systems = [content for role, content in contents if role == "system"]
+    others = [content for role, content in contents if role != "system"]
+    if len(others) != 1 or len(systems) > 1 or len(contents) != len(messages):
+        raise BadRowError(f"`{column}`: wanted one message with `role` and `content`, found {_kind(messages)}")
+    return " ".join(_text(f"{column}.content", content) for content in systems + others)
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false", str: "a text"}
-    return names.get(type(value), f"the number {value!r}")
+    return names.get(
+        type(value), f"the number {value!r}" if isinstance(value, int | float) else f"{type(value).__name__}"
+    )
+
+
+def _hint(value: Any) -> str:
+    columnar = isinstance(value, dict | list) and len(value) > 1
+    wanted = (
+        "; the file seems to hold whole columns, wanted is one object a row: pandas writes them with to_json(path, "
+    )
+    return wanted + "orient='records', lines=True, force_ascii=False)" if columnar else ""
 
 
 def _missing_column(name: str, found: list[str]) -> str:
-    free = {column.casefold(): column for column in found if column not in _ALIASES}
-    wanted = [alias for alias, meaning in _ALIASES.items() if meaning == name]
-    near = next((free[m] for w in wanted for m in difflib.get_close_matches(w, free, n=1)), None)
-    fix = f"rename `{near}` to `{name}`" if near else f"rename the column that holds the {name} to `{name}`"
-    return f"no `{name}` column; found {', '.join(map(repr, found)) or 'none'}: {fix}"
+    there = f"no `{name}` column; found {', '.join(map(repr, found)) or 'none'}: "
+    if sides := [key for key in found if key.casefold() in _SIDES]:
+        return (
+            f"{there}`{'` and `'.join(sides)}` say nothing of whether they belong together; where they do, rename them "
+            "to `anchor` and `positive`"
+        )
+    if known := next((why for key, why in _OTHER_ROWS.items() if key in found), None):
+        return there + known
+    free = {column.casefold(): column for column in found if column not in _MEANING}
+    near = next((free[m] for w in _ALIASES[name] for m in difflib.get_close_matches(w, free, n=1)), None)
+    return there + (f"rename `{near}` to `{name}`" if near else f"rename the column that holds the {name} to `{name}`")
+
+
+_OTHER_ROWS = {
+    "positive_document_ids": "Tevatron's rows that name documents by id; put their texts into `positive_passages`",
+    "positive_ctxs": "DPR's rows; write `question` as `anchor` and the texts of `positive_ctxs` as `positive`",
+    "texts": "a list of texts says nothing of their sides; write `anchor` and `positive`",
+    "set": "a set of texts says nothing of their sides; write `anchor` and `positive`",
+}
 
 
 # --- splitting ----------------------------------------------------------------------------------------------------
@@ -405,12 +476,14 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def split_by_anchor(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Split into training and held-out pairs, each in the order given, so that no anchor is on both sides.
+def split_pairs(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split into training and held-out pairs, each in the order given, so that no text is on both sides.
 
-    Anchors that are equal (`normalised`) or near-duplicates (`near_duplicate_groups`) stay together; documents may be
-    on both sides, as in production. Which anchors are held out hangs on the seed and the texts, not on row order.
-    About `eval_ratio` of the anchors are held out: at least one where there are two, and never all.
+    Texts are tied where they are a pair, equal (`normalised`) or near-duplicates (`near_duplicate_groups`), and what is
+    tied stays together: a text that is an anchor here and a document there, and all the anchors of a document. Where
+    near-duplicate documents tie too many anchors, equal ones alone count; where these do (popular documents), anchors
+    alone do, and the log says what that means. Which anchors are held out depends on the seed and the texts, not on
+    row order. About `eval_ratio` of the anchors are held out: at least one where there are two, and never all.
     """
     keys = [normalised(pair.anchor) for pair in pairs]
     anchors = sorted(set(keys))
@@ -418,22 +491,54 @@ def split_by_anchor(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tupl
         if eval_ratio > 0:
             logger.warning("只有一种 anchor，无法划分验证集 there is one anchor only: nothing can be held out")
         return list(pairs), []
-    held_out = _held_out_anchors(anchors, eval_ratio, seed)
+    wanted = min(max(1, round(eval_ratio * len(anchors))), len(anchors) - 1)
+    held_out = _held_out_anchors(anchors, _tied(pairs, keys, anchors, wanted), wanted, eval_ratio, seed)
     train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held_out]
     return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held_out]
 
 
-def _held_out_anchors(anchors: Sequence[str], eval_ratio: float, seed: int) -> set[str]:
-    """Whole groups in a seeded order, as long as they fit."""
-    groups = near_duplicate_groups(anchors)
-    if groups.max() == 0:
+def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wanted: int) -> NDArray[np.int64]:
+    """Number the groups of anchors that must stay together, shape (anchors,): the strictest that leave enough free."""
+    documents = sorted({normalised(text) for pair in pairs for text in pair.positives} - set(anchors))
+    near = near_duplicate_groups(anchors)
+    if near.max() == 0:
         logger.warning(
             "所有 anchor 彼此近似，仅按相同文本划分 all anchors are near-duplicates: split by equal text only"
         )
-        groups = np.arange(len(anchors))
-    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+        near = np.arange(len(anchors))
+    texts, apart = [*anchors, *documents], near.max() + 1 + np.arange(len(documents))
+    for alike in (near_duplicate_groups(texts), np.concatenate([near, apart])):
+        tied = _parts(pairs, keys, texts, alike)[: len(anchors)]
+        share = np.bincount(tied).max() / len(anchors)
+        if (1 - share) * len(anchors) >= wanted:
+            return tied
+    if tied.max() < near.max():
+        logger.warning(
+            "共享文本把 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（计入 seen），"
+            "unseen 才是训练中从未出现的文档 shared texts tie %.0f %% of the anchors together, so the split is by "
+            "anchor: held-out documents may be in the training data (seen); only of unseen ones it has no text",
+            100 * share,
+            100 * share,
+        )
+    return near
+
+
+def _parts(
+    pairs: Sequence[Pair], keys: Sequence[str], texts: Sequence[str], alike: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Number the connected parts of texts, shape (texts,): pairs are edges, and texts of one group are one."""
+    number = dict(zip(texts, alike.tolist(), strict=True))
+    one = [number[key] for pair, key in zip(pairs, keys, strict=True) for _ in pair.positives]
+    other = [number[normalised(text)] for pair in pairs for text in pair.positives]
+    return _connected(np.array([one, other]), int(alike.max()) + 1)[alike]
+
+
+def _held_out_anchors(
+    anchors: Sequence[str], groups: NDArray[np.int64], wanted: int, eval_ratio: float, seed: int
+) -> set[str]:
+    """Whole groups in a seeded order, as long as they fit."""
+    numbers, first, sizes = np.unique(groups, return_index=True, return_counts=True)
     order = sorted(range(len(first)), key=lambda group: _seeded(seed, anchors[int(first[group])]))
-    wanted = min(round(eval_ratio * len(anchors)), len(anchors) - 1)
     taken, count = set[int](), 0
     for group in order:
         if count + sizes[group] <= wanted:
@@ -442,11 +547,12 @@ def _held_out_anchors(anchors: Sequence[str], eval_ratio: float, seed: int) -> s
     taken = taken or {min(order, key=lambda group: int(sizes[group]))}
     if (share := sizes[list(taken)].sum() / len(anchors)) > 2 * eval_ratio and len(anchors) * eval_ratio >= 1:
         logger.warning(
-            "近似 anchor 不可拆分 near-duplicate anchors stay together: %.0f %% of them are held out, eval_ratio is %g",
+            "相连的 anchor 不可拆分 anchors that share texts stay together: %.0f %% are held out, eval_ratio is %g",
             100 * share,
             eval_ratio,
         )
-    return {anchor for anchor, group in zip(anchors, groups.tolist(), strict=True) if group in taken}
+    held_out = set(numbers[list(taken)].tolist())
+    return {anchor for anchor, group in zip(anchors, groups.tolist(), strict=True) if group in held_out}
 
 
 def _seeded(seed: int, text: str) -> bytes:
@@ -465,9 +571,6 @@ def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
 
     :return: shape (texts,), numbered from 0 in order of first appearance.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     words = [_LETTERS.findall(text.replace("_", " ")) for text in texts]
     letters = ["".join(found) or text for found, text in zip(words, texts, strict=True)]
     edges = [
@@ -475,8 +578,15 @@ def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
         _equal([" ".join(sorted(found)) or text for found, text in zip(words, texts, strict=True)]),
     ]
     edges += [_one_letter_apart(letters), _overlapping(letters)]
-    rows, columns = np.concatenate(edges, axis=1)
-    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(len(texts), len(texts)))
+    return _connected(np.concatenate(edges, axis=1), len(texts))
+
+
+def _connected(edges: NDArray[np.int64], nodes: int) -> NDArray[np.int64]:
+    """Number the connected components, shape (nodes,), in order of their first node; `edges`: shape (2, edges)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(edges.shape[1], dtype=np.int8), tuple(edges)), shape=(nodes, nodes))
     _, labels = connected_components(graph, directed=False)
     _, first, groups = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[groups]

@@ -16,6 +16,8 @@ from ebr_lib.names import METRICS
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from ebr_lib.data.pairs import TrainingRow
+
 GroupMeans = Mapping[str, Mapping[str, float]]
 """Group of queries ("all", "seen", "unseen") to metric to mean."""
 
@@ -24,9 +26,9 @@ GroupMeans = Mapping[str, Mapping[str, float]]
 class HeldoutTask:
     """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
 
-    `seen` says of each query whether training has seen one of its documents. `own` are documents that are the query
-    itself, which are neither its answers nor competitors; `without_answer` counts anchors that have no other answer and
-    are not measured.
+    `seen` says of each query whether a training row has the text of one of its documents, in whichever column. `own` are
+    documents that are the query itself, which are neither its answers nor competitors; `without_answer` counts anchors
+    that have no other answer and are not measured.
     """
 
     queries: tuple[str, ...]
@@ -79,7 +81,7 @@ def encoders_of(model: SentenceTransformer, query_only: bool, show_bar: bool = F
 
 def build_task(
     heldout: Sequence[tuple[str, str]],
-    train_documents: Sequence[str],
+    train: Sequence[TrainingRow],
     same: Callable[[str], str],
     corpus_size: int,
     seed: int,
@@ -88,7 +90,8 @@ def build_task(
 ) -> HeldoutTask:
     """Make the task from held-out (anchor, positive) pairs.
 
-    :param train_documents: documents of the training data; a sample of them joins the corpus as distractors.
+    :param train: training rows; a sample of their positives joins the corpus as distractors. A query is `seen` when one
+        of its documents is a text of any of them, in whichever column.
     :param same: the normalisation under which texts are one.
     :param corpus_size: documents in all; the held-out pairs' own are always in, even beyond it.
     :param seed: of the sample.
@@ -101,19 +104,20 @@ def build_task(
         anchors.setdefault(same(anchor), anchor)
         answers.setdefault(same(anchor), set()).add(same(positive))
         texts.setdefault(same(positive), positive)
-    trained = {same(text): text for text in train_documents}
+    trained = {same(row.positive): row.positive for row in train}
     others = sorted(set(trained) - set(texts))
     room = max(0, corpus_size - len(texts))
     chosen = others if len(others) <= room else random.Random(seed).sample(others, room)
     texts |= {key: trained[key] for key in chosen}
     number = {key: i for i, key in enumerate(texts)}
-    own = {query: {query} & set(number) if leave_out_own else set() for query in anchors}
+    own = {query: {query} & number.keys() if leave_out_own else set() for query in anchors}
     measured = [query for query in anchors if answers[query] - own[query]]
+    seen = {same(text) for row in train for text in (row.anchor, row.positive, *row.negatives)}
     return HeldoutTask(
         queries=tuple(anchors[query] for query in measured),
         documents=tuple(texts.values()),
         relevant=tuple(frozenset(number[key] for key in answers[query] - own[query]) for query in measured),
-        seen=tuple(any(key in trained for key in answers[query] - own[query]) for query in measured),
+        seen=tuple(any(key in seen for key in answers[query] - own[query]) for query in measured),
         own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
         without_answer=len(anchors) - len(measured),
     )

@@ -1,0 +1,474 @@
+"""Rows of a training file, whatever it is: JSON, JSON lines, CSV, TSV or Parquet, compressed or not, by its content."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TextIO, cast
+
+from ebr_lib.data.hive import readable
+from ebr_lib.errors import DataError
+
+IsColumn = Callable[[str], bool]
+"""Whether a name is that of a column which the reader of the rows knows."""
+
+UTF8_ADVICE = "save the file as UTF-8 (from GBK: iconv -f GB18030 -t UTF-8)"
+_CHUNK = 1 << 20
+_HEAD = 1 << 20
+_MOST_LETTERS = 1 << 24  # of one CSV field: a quote that is never closed must not read the whole file
+_DELIMITERS = "\x01\t,;|"
+_TABLE_ENDINGS = (".csv", ".tsv", ".txt")
+_MISSING = frozenset({r"\N", "NaN", "nan", "NULL", "null", "None", "<NA>"})  # as pandas and Hive write them
+_OTHER_KINDS = {
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"\xfd7zXZ": "xz-compressed",
+    b"ARROW1": "an Arrow file",
+}
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_PARQUET_ROWS = 1024
+
+
+class BadRowError(Exception):
+    """A row that cannot be used; the message says what was wanted and what was found."""
+
+
+class RawRow(NamedTuple):
+    """A row as it stands: its line from 1 (of Parquet: its number), and its value or the BadRowError that it is.
+
+    `raw` is empty for rows of tables, whose value says the same.
+    """
+
+    line: int
+    value: Any
+    raw: str = ""
+
+
+def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
+    """Stream the rows of a file; only what a row needs is held.
+
+    JSON is an array of objects, one object a line, objects laid out over several lines, or an object with the list of
+    rows in it. A table has a header row; of Parquet, only the columns that `is_column` knows are read.
+
+    :raises DataError: the file is none of these, is broken where nobody can know the next row, or is not UTF-8.
+    """
+    with readable(file):
+        if _is_parquet(file):
+            yield from _parquet_rows(file, is_column)
+            return
+        head = _head(file)
+        if head.startswith("["):
+            yield from _array_rows(file)
+        elif head.startswith("{"):
+            yield from _object_rows(file, is_column)
+        elif delimiter := _delimiter_of(head, is_column):
+            yield from _table_rows(file, delimiter, is_column)
+        elif file.suffix.lower() in _TABLE_ENDINGS and head:
+            raise DataError(
+                f"{file}: wanted a header row that names the columns; the first row is {_first_line(head)[:80]!r}"
+            )
+        else:
+            yield from _line_rows(file)
+
+
+# --- bytes and letters --------------------------------------------------------------------------------------------
+
+
+def _is_parquet(file: Path) -> bool:
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    return start == b"PAR1" or (bool(start) and file.suffix.lower() == ".parquet")
+
+
+def _opened(file: Path) -> IO[bytes]:
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    for mark, kind in _OTHER_KINDS.items():
+        if start.startswith(mark):
+            raise DataError(f"{file} is {kind}; save its rows as JSON lines, CSV or Parquet")
+    if start.startswith(b"\x1f\x8b"):
+        return cast("IO[bytes]", gzip.open(file))
+    if start.startswith(b"BZh"):
+        return cast("IO[bytes]", bz2.open(file))
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow as pa
+
+        return cast("IO[bytes]", io.BufferedReader(pa.input_stream(str(file), compression="zstd"), _CHUNK))
+    return file.open("rb")
+
+
+def _head(file: Path) -> str:
+    """The beginning of a file from its first visible letter, at least its first line where that is not huge."""
+    with _opened(file) as stream:
+        chunk = stream.read(_HEAD).removeprefix(codecs.BOM_UTF8)
+        if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in chunk[:64]:
+            raise DataError(f"{file} is UTF-16, or no text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        while chunk and not chunk.strip():
+            chunk = stream.read(_HEAD)
+    return chunk.lstrip().decode("utf-8", "replace")
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+class _Decoder:
+    """A JSON decoder that notes which key an object has twice: the last would win, without a word."""
+
+    def __init__(self) -> None:
+        self._twice: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._twice.append(next(key for key in keys if keys.count(key) > 1))
+        return found
+
+    def decode(self, text: str) -> Any:
+        """A text that is one JSON value."""
+        self._twice.clear()
+        return self._checked(self._decoder.decode(text))
+
+    def decode_at(self, text: str, at: int) -> tuple[Any, int]:
+        """The JSON value that begins at `at`, and where it ends."""
+        self._twice.clear()
+        value, end = self._decoder.raw_decode(text, at)
+        return self._checked(value), end
+
+    def _checked(self, value: Any) -> Any:
+        return BadRowError(f"the key `{self._twice[0]}` is there twice; keep one") if self._twice else value
+
+
+def _line_rows(file: Path) -> Iterator[RawRow]:
+    decoder = _Decoder()
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if row.strip():
+                yield RawRow(number, _decoded(row, decoder), row.decode("utf-8", "backslashreplace").strip())
+
+
+def _decoded(line: bytes, decoder: _Decoder) -> Any:
+    try:
+        return decoder.decode(line.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        return BadRowError(f"not UTF-8 (byte {error.start + 1} of the line); {UTF8_ADVICE}")
+    except json.JSONDecodeError as error:
+        return BadRowError(
+            f"not a JSON object on one line ({error.msg}, column {error.colno}); a file is an array `[…]` or one "
+            "object per line"
+        )
+    except (ValueError, RecursionError) as error:
+        return BadRowError(f"not a JSON object on one line ({error})")
+
+
+def _array_rows(file: Path) -> Iterator[RawRow]:
+    """The elements of a JSON array, one at a time, each with the line where it begins.
+
+    A broken array ends the reading whatever `on_bad_row` says: nobody can know where its next row begins.
+    """
+    text = _Window(file)
+    yield from _elements(text)
+    letter = text.next_letter()
+    if letter == "[":
+        raise DataError(
+            f"{file}, line {text.line}: each line is an array; wanted objects, which name their columns (`anchor`, "
+            "`positive`)"
+        )
+    if letter:
+        raise DataError(f"{file}, line {text.line}: {letter!r} after the end of the array")
+
+
+def _elements(text: _Window) -> Iterator[RawRow]:
+    text.take("[")
+    if text.next_letter() == "]":
+        text.take("]")
+        return
+    while True:
+        yield text.row()
+        if text.take(",]") == "]":
+            return
+
+
+def _object_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
+    """Rows of a file that begins with an object: the rows are in it, or it is one of them."""
+    if wrapper := _wrapper_of(file, is_column):
+        yield from _wrapped_rows(file, wrapper, is_column)
+    elif _spans_lines(file):
+        text = _Window(file)
+        while text.next_letter():
+            yield text.row()
+    else:
+        yield from _line_rows(file)
+
+
+def _wrapper_of(file: Path, is_column: IsColumn) -> str:
+    """The key of the first list that has rows, of the object that a file begins with; empty where it is a row."""
+    text = _Window(file)
+    try:
+        for key in _keys(text):
+            if is_column(key):
+                return ""
+            if text.next_letter() == "[":
+                if any(_is_row(row.value, is_column) for row in _elements(text)):
+                    return key
+            else:
+                text.row()
+    except DataError:  # said where the rows are read
+        pass
+    return ""
+
+
+def _is_row(value: Any, is_column: IsColumn) -> bool:
+    return isinstance(value, dict) and any(map(is_column, value))
+
+
+def _wrapped_rows(file: Path, wrapper: str, is_column: IsColumn) -> Iterator[RawRow]:
+    text = _Window(file)
+    for key in _keys(text):
+        if key == wrapper:
+            yield from _elements(text)
+        elif text.next_letter() != "[":
+            text.row()
+        elif any(_is_row(row.value, is_column) for row in _elements(text)):
+            raise DataError(f"{file}: both `{wrapper}` and `{key}` are lists of rows; give each a file of its own")
+    if letter := text.next_letter():
+        raise DataError(f"{file}, line {text.line}: {letter!r} after the end of the object")
+
+
+def _keys(text: _Window) -> Iterator[str]:
+    """The keys of an object; who asks for the next one has read the value."""
+    text.take("{")
+    seen = set[str]()
+    while text.next_letter() == '"':
+        key = text.row().value
+        if key in seen:
+            raise DataError(f"{text.file}, line {text.line}: the key `{key}` is there twice; keep one")
+        seen.add(key)
+        text.take(":")
+        yield key
+        if text.take(",}") == "}":
+            return
+    text.take("}")
+
+
+def _spans_lines(file: Path) -> bool:
+    try:
+        return "\n" in _Window(file).row().raw
+    except DataError:
+        return False
+
+
+class _Window:
+    """A JSON text read forward in chunks; only the part that is still needed is held."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.line = file, 1
+        self._text, self._at = "", 0
+        self._chunks = self._read()
+        self._decoder = _Decoder()
+
+    def _read(self) -> Iterator[str]:
+        with _opened(self.file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
+            size = _CHUNK
+            while chunk := stream.read(size):
+                yield chunk
+                size = max(_CHUNK, len(self._text))  # doubling: an element of any size costs linear time
+
+    def _more(self) -> bool:
+        try:
+            chunk = next(self._chunks, "")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.file}, after line {self.line}: not UTF-8 ({error.reason}); {UTF8_ADVICE}"
+            ) from error
+        self._text, self._at = self._text[self._at :] + chunk, 0
+        return bool(chunk)
+
+    def _step(self, end: int) -> str:
+        passed = self._text[self._at : end]
+        self.line += passed.count("\n")
+        self._at = end
+        return passed
+
+    def next_letter(self) -> str:
+        """Go to the next letter that is no space, and return it; at the end of the file, the empty string."""
+        while True:
+            rest = len(self._text)
+            end = next((i for i in range(self._at, rest) if not self._text[i].isspace()), rest)
+            self._step(end)
+            if end < rest:
+                return self._text[end]
+            if not self._more():
+                return ""
+
+    def take(self, wanted: str) -> str:
+        """Read one letter that must be one of `wanted`."""
+        letter = self.next_letter()
+        if not letter or letter not in wanted:
+            found = repr(letter) if letter else "the end of the file"
+            raise DataError(
+                f"{self.file}, line {self.line}: wanted {' or '.join(map(repr, wanted))}, found {found}; the JSON is "
+                "broken there (a missing comma or bracket?)"
+            )
+        self._step(self._at + 1)
+        return letter
+
+    def row(self) -> RawRow:
+        """Read one JSON value: the line where it begins, what it is, and how it is written."""
+        self.next_letter()
+        line = self.line
+        while True:
+            try:
+                value, end = self._decoder.decode_at(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                if self._may_go_on(error) and self._more():
+                    continue
+                raise DataError(f"{self.file}, {self._broken_at(error)}") from error
+            if end == len(self._text) and self._more():
+                continue  # a number may go on in the next chunk
+            return RawRow(line, value, self._step(end))
+
+    def _may_go_on(self, error: Exception) -> bool:
+        """Was the value cut off by the end of the chunk, or is it broken where more text cannot help?"""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16  # \\ud83d\\ude00 is the longest
+
+    def _broken_at(self, error: Exception) -> str:
+        # the decoder's own line and column are those of the window, not of the file
+        passed = self._text[self._at : getattr(error, "pos", self._at)]
+        return f"line {self.line + passed.count(chr(10))}: the JSON is broken there ({getattr(error, 'msg', error)})"
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _delimiter_of(head: str, is_column: IsColumn) -> str:
+    """The delimiter by which the first line names most known columns; empty where it names none."""
+    known = {mark: sum(map(is_column, _names(_first_line(head), mark))) for mark in _DELIMITERS}
+    best = max(_DELIMITERS, key=known.__getitem__)
+    return best if known[best] else ""
+
+
+def _first_line(head: str) -> str:
+    return head.partition("\n")[0].rstrip("\r")
+
+
+def _names(line: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"') for name in line.split(delimiter)]
+
+
+def _table_rows(file: Path, delimiter: str, is_column: IsColumn) -> Iterator[RawRow]:
+    """Rows of delimited text as dicts; a cell that is missing, or written as pandas and Hive write nulls, is None."""
+    rows = _split_rows(file, delimiter, _is_quoted(file, delimiter))
+    names = [name.strip() for name in next(rows)[1]]
+    _check_once(file, names)
+    for line, cells in rows:
+        if len(cells) > len(names):
+            error = BadRowError(
+                f"{len(cells)} fields, the header has {len(names)}; put fields that hold the delimiter in quotes"
+            )
+            yield RawRow(line, error, delimiter.join(cells))
+            continue
+        row = dict.fromkeys(names) | {name: _cell(cell) for name, cell in zip(names, cells, strict=False)}
+        bad = next((row[name] for name in names if is_column(name) and isinstance(row[name], BadRowError)), None)
+        yield RawRow(line, bad or row, delimiter.join(cells) if bad else "")
+
+
+def _check_once(file: Path, names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{file}: column {', '.join(twice)} is there more than once; rename it")
+
+
+def _cell(cell: str) -> Any:
+    if cell in _MISSING:
+        return None
+    if _ESCAPED_BYTE.search(cell):
+        return BadRowError(f"not UTF-8; {UTF8_ADVICE}")
+    if cell.startswith("[") and cell.endswith("]"):
+        return _list_cell(cell)
+    return cell
+
+
+def _list_cell(cell: str) -> Any:
+    """A list that a cell holds as JSON; Python's own writing of one is refused, since numpy's looks the same."""
+    try:
+        value = json.loads(cell)
+    except ValueError:
+        value = None
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return value
+    if cell.startswith(("['", '["')):
+        return BadRowError("a cell holds a Python list as text; write lists as JSON lines or Parquet")
+    return cell
+
+
+def _is_quoted(file: Path, delimiter: str) -> bool:
+    """Whether fields are quoted as in CSV: never by `\\001`; by tabs, where the whole file can be read so."""
+    if delimiter == "\x01":
+        return False
+    if delimiter != "\t":
+        return True
+    try:
+        rows = _split_rows(file, delimiter, True)
+        width = len(next(rows)[1])
+        return all(len(cells) == width for _, cells in rows)
+    except DataError:
+        return False
+
+
+def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """The rows of delimited text, each with the line where it begins; empty lines are none."""
+    csv.field_size_limit(_MOST_LETTERS)
+    with _opened(file) as raw, _letters(raw) as stream:
+        unquoted: Any = {} if quoted else {"quoting": csv.QUOTE_NONE}
+        rows = csv.reader(stream, delimiter=delimiter, strict=True, **unquoted)
+        line = 1
+        try:
+            for cells in rows:
+                if cells:
+                    yield line, cells
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{file}, line {line}: a quote that is not closed, or text after a closing one ({error})"
+            ) from error
+
+
+def _letters(raw: IO[bytes]) -> TextIO:
+    # bytes that are not UTF-8 come through, so that they cost one row
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _parquet_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        _check_once(file, names)
+        known = [name for name in names if is_column(name)]
+        if not known:
+            raise DataError(f"{file}: none of its columns is known ({', '.join(names)})")
+        number = 0
+        for batch in table.iter_batches(_PARQUET_ROWS, columns=known):
+            for row in batch.to_pylist():
+                number += 1
+                yield RawRow(number, dict.fromkeys(names) | {name: _decoded_bytes(cell) for name, cell in row.items()})
+
+
+def _decoded_bytes(value: Any) -> Any:
+    """Text that Spark or Hive wrote without the mark of text."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
