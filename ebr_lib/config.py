@@ -58,14 +58,15 @@ class FinetuneConfig(Config):
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     data_path: Places = knob(
         "./train_text",
-        "Training pairs: a JSON/JSONL file or a folder of them (files of the folder itself, not of its subfolders), "
-        "or a list of these.",
-        "训练数据：一个 JSON/JSONL 文件，或装有它们的目录（只读该目录本身，不读子目录），也可以是它们的列表。",
+        "Training pairs: a file (JSON, JSONL, CSV, TSV, Parquet; gzip too) or a folder of them (files of the folder "
+        "itself, not of its subfolders), or a list of these.",
+        "训练数据：一个文件（JSON、JSONL、CSV、TSV、Parquet，可用 gzip 压缩），或装有它们的目录（只读该目录本身，不读子目录），也可以是它们的列表。",
     )
     eval_data_path: Places | None = knob(
         None,
-        "Held-out pairs in the same formats; null splits `eval_ratio` off the training data, by anchor.",
-        "验证数据，格式相同；为 null 时按 anchor 从训练数据中划出 `eval_ratio`。",
+        "Held-out pairs in the same formats; null splits `eval_ratio` off the training data, so that no text is on both "
+        "sides.",
+        "验证数据，格式相同；为 null 时从训练数据中划出 `eval_ratio`，同一文本不会出现在两边。",
     )
     output_dir: Name = knob(
         "./saved_model",

@@ -86,7 +86,11 @@ def _is_parquet(file: Path) -> bool:
     return start == b"PAR1" or (bool(start) and file.suffix.lower() == ".parquet")
 
 
-def _opened(file: Path) -> IO[bytes]:
+def opened(file: Path) -> IO[bytes]:
+    """Open a file for its bytes; gzip, bzip2 and zstd, known by their first bytes, are decompressed.
+
+    :raises DataError: it is an archive, an Excel file or packed in another way.
+    """
     with file.open("rb") as stream:
         start = stream.read(8)
     for mark, kind in _OTHER_KINDS.items():
@@ -105,7 +109,7 @@ def _opened(file: Path) -> IO[bytes]:
 
 def _head(file: Path) -> str:
     """The beginning of a file from its first visible letter, at least its first line where that is not huge."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         chunk = stream.read(_HEAD).removeprefix(codecs.BOM_UTF8)
         if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in chunk[:64]:
             raise DataError(f"{file} is UTF-16, or no text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
@@ -148,7 +152,7 @@ class _Decoder:
 
 def _line_rows(file: Path) -> Iterator[RawRow]:
     decoder = _Decoder()
-    with _opened(file) as stream:
+    with opened(file) as stream:
         for number, line in enumerate(stream, 1):
             row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if row.strip():
@@ -276,7 +280,7 @@ class _Window:
         self._decoder = _Decoder()
 
     def _read(self) -> Iterator[str]:
-        with _opened(self.file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
+        with opened(self.file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
             size = _CHUNK
             while chunk := stream.read(size):
                 yield chunk
@@ -428,7 +432,7 @@ def _is_quoted(file: Path, delimiter: str) -> bool:
 def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The rows of delimited text, each with the line where it begins; empty lines are none."""
     csv.field_size_limit(_MOST_LETTERS)
-    with _opened(file) as raw, _letters(raw) as stream:
+    with opened(file) as raw, _letters(raw) as stream:
         unquoted: Any = {} if quoted else {"quoting": csv.QUOTE_NONE}
         rows = csv.reader(stream, delimiter=delimiter, strict=True, **unquoted)
         line = 1
