@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 
-from ebr_lib.errors import ModelError
+from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.model import encoder, precision
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder, batches, dealt
@@ -53,6 +53,13 @@ def test_vectors_are_the_library_s(tiny_models, kind, prompt, include_prompt):
     found = exact(model, prompt=prompt, normalize=False).encode(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, stock(model, prompt=prompt or None), atol=1e-5)
+
+
+def test_half_a_character_is_a_sentence(bert):
+    with pytest.raises(DataError, match=r"text 2 of 3 holds half a character .*: 'b \\ud83d'"):
+        exact(bert).encode(["a", "b \ud83d", "c"])
+    with pytest.raises(ConfigError, match="prompt .* holds half a character"):
+        Encoder(bert, prompt="\udcb2")
 
 
 def test_vectors_of_the_packaged_model(minilm):

@@ -68,7 +68,7 @@ _HELDOUT_NAME = re.compile(
 )
 # zero-width characters and control codes show nothing, so a text of them is as empty as one of spaces
 _VISIBLE = re.compile(r"[^\s\u0000-\u001f\u200b-\u200f\u2060\ufeff]")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_CHARACTER = "half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it"
 _SHOWN_BAD_ROWS = 5
 _SHOWN_FILES = 20
 
@@ -115,6 +115,16 @@ def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
 def is_blank(text: str) -> bool:
     """Is there nothing to see: no letter but whitespace, control codes and zero-width characters?"""
     return not _VISIBLE.search(text)
+
+
+def half_character(texts: Iterable[str]) -> int | None:
+    """The number of the first text, from 0, with half of a surrogate pair; None where all are whole."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return number
+    return None
 
 
 def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
@@ -392,8 +402,8 @@ def _text(column: str, value: Any, wanted: bool = True) -> str:
         raise BadRowError(f"`{column}`: wanted a text, found {_kind(value)}{_hint(value)}")
     if is_blank(value):
         raise BadRowError(f"`{column}` is {'blank' if value else 'empty'}")
-    if _LONE_SURROGATE.search(value):
-        raise BadRowError(f"`{column}` holds half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it")
+    if half_character([value]) is not None:
+        raise BadRowError(f"`{column}` holds {HALF_CHARACTER}")
     return value
 
 

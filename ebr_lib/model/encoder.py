@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebr_lib.arrays import Vectors
-from ebr_lib.errors import ModelError
+from ebr_lib.data.pairs import HALF_CHARACTER, half_character
+from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.fused_layers import fuse
@@ -146,6 +147,8 @@ class Encoder:
             after the transformer (pooling, dense, normalise) computes in float32.
         :param batch_tokens: token places of a batch, padding included; None takes what measured fastest.
         """
+        if half_character([prompt]) is not None:
+            raise ConfigError(f"prompt {prompt!a} holds {HALF_CHARACTER}; was it typed in a terminal that is not UTF-8?")
         chosen = choose_precision(precision, model.device.type)
         if chosen.why:
             logger.info("precision: %s", chosen.why)
@@ -184,7 +187,11 @@ class Encoder:
         """The first half of `encode`, which a thread may do for the next texts while these are embedded.
 
         A model that cannot be given tokens keeps its texts.
+
+        :raises DataError: a text holds half a character, which no tokenizer takes.
         """
+        if (broken := half_character(texts)) is not None:
+            raise DataError(f"text {broken + 1} of {len(texts)} holds {HALF_CHARACTER}: {texts[broken]!a}")
         return list(texts) if self._tokenizer is None else self._tokenizer(texts)
 
     def embed(
