@@ -58,7 +58,7 @@ def test_vectors_are_the_library_s(tiny_models, kind, prompt, include_prompt):
 def test_half_a_character_is_a_sentence(bert):
     with pytest.raises(DataError, match=r"text 2 of 3 holds half a character .*: 'b \\ud83d'"):
         exact(bert).encode(["a", "b \ud83d", "c"])
-    with pytest.raises(ConfigError, match="prompt .* holds half a character"):
+    with pytest.raises(ConfigError, match=r"prompt .* holds half a character"):
         Encoder(bert, prompt="\udcb2")
 
 

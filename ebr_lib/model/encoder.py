@@ -148,7 +148,9 @@ class Encoder:
         :param batch_tokens: token places of a batch, padding included; None takes what measured fastest.
         """
         if half_character([prompt]) is not None:
-            raise ConfigError(f"prompt {prompt!a} holds {HALF_CHARACTER}; was it typed in a terminal that is not UTF-8?")
+            raise ConfigError(
+                f"prompt {prompt!a} holds {HALF_CHARACTER}; was it typed in a terminal that is not UTF-8?"
+            )
         chosen = choose_precision(precision, model.device.type)
         if chosen.why:
             logger.info("precision: %s", chosen.why)

@@ -26,9 +26,9 @@ GroupMeans = Mapping[str, Mapping[str, float]]
 class HeldoutTask:
     """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
 
-    `seen` says of each query whether a training row has the text of one of its documents, in whichever column. `own` are
-    documents that are the query itself, which are neither its answers nor competitors; `without_answer` counts anchors
-    that have no other answer and are not measured.
+    `seen` says of each query whether a training row has the text of one of its documents, in whichever column. `own`
+    are documents that are the query itself, which are neither its answers nor competitors; `without_answer` counts
+    anchors that have no other answer and are not measured.
     """
 
     queries: tuple[str, ...]
