@@ -168,7 +168,12 @@ class FinetuneConfig(Config):
     # optimisation
     num_epochs: MoreThanZero = knob(1, "Passes over the training data; may be a fraction.", "训练轮数，可以是小数。")
     train_batch_size: Positive = knob(6, "Pairs a device and step.", "每个设备每步的样本对数。")
-    eval_batch_size: Positive = knob(6, "Pairs a batch of the evaluation loss.", "计算验证损失时的批大小。")
+    eval_batch_size: Positive | None = knob(
+        None,
+        "Pairs embedded at a time for the held-out loss, which always compares as many as a training batch does; null "
+        "embeds as training does.",
+        "计算验证损失时每次前向的样本对数；互相比较的对数始终与训练批相同。null 表示与训练一致。",
+    )
     learning_rate: MoreThanZero = knob(2e-4, "Peak learning rate.", "学习率峰值。")
     weight_decay: NotNegative = knob(
         0.01, "AdamW weight decay on the adapter matrices.", "AdamW 对 LoRA 矩阵的权重衰减。"

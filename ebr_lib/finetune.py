@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import logging
+import multiprocessing
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.model.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from ebr_lib.data.pairs import Pair, TrainingRow
     from ebr_lib.model.heldout import GroupMeans, HeldoutTask
     from ebr_lib.model.loading import ModelIdentity
-    from ebr_lib.model.losses import ContrastiveLoss
+    from ebr_lib.model.losses import ContrastiveLoss, HeldoutRows
     from ebr_lib.model.precision import Dtype, Precision
     from ebr_lib.model.training import EbrTrainer
 
@@ -99,6 +101,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if not is_first_process():
         logger.setLevel(logging.ERROR)  # the first one says it
     config = FinetuneConfig.resolve(config)
+    if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
+        refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
     _check_places(config)
     _base(config)
     data = _read(config)
@@ -441,14 +445,28 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
     from ebr_lib.model.adapters import trainable_counts
     from ebr_lib.model.callbacks import KeepBest
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
+    from ebr_lib.model.losses import HeldoutRows
     from ebr_lib.model.training import EbrTrainer
 
     checkpoints = _place(config, CHECKPOINTS_SUFFIX)
     documents = [row.positive for row in data.train]
     train = dataset.with_equal_negatives(data.train, documents, config.seed)
-    heldout = dataset.with_equal_negatives(data.heldout, documents, config.seed, known=data.train)
+    width = len(train[0].negatives)
+    heldout = dataset.with_equal_negatives(data.heldout, documents, config.seed, known=data.train, width=width)
     known, all_known = _known_positives(train, heldout)
-    facts = RunFacts(len(data.train), report.duplicate_share, config.learning_rate, trainable_counts(model)[0])
+    batch = dataset.evaluation_batch(len(train), _batch_size(config), world_size())
+    fill = dataset.fill_rows(train, len(heldout), batch * world_size(), config.seed) if heldout else ()
+    compared = [*heldout, *(train[row] for row in fill)]
+    numbers = [*range(len(train), len(train) + len(heldout)), *fill]
+    batches = max(1, -(-len(compared) // (batch * world_size())) * world_size())
+    facts = RunFacts(
+        rows=len(data.train),
+        anchors=report.anchors,
+        documents=report.documents,
+        duplicate_share=report.duplicate_share,
+        learning_rate=config.learning_rate,
+        trainable_parameters=trainable_counts(model)[0],
+    )
     callbacks: list[Any] = [JsonLinesLog(checkpoints / LOG_FILE), LossWatch(facts, _causes_of_nan(config))]
     if data.task:
         callbacks.append(
@@ -461,10 +479,10 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
         )
     return EbrTrainer(
         model=model,
-        args=_arguments(config, model, data, max(len(row.negatives) for row in (*train[:1], *heldout[:1]))),
-        train_dataset=dataset.to_dataset(train, 0),
-        eval_dataset=dataset.to_dataset(heldout, len(train)) if heldout else None,
-        loss=_loss(config, model, known, all_known),
+        args=_arguments(config, model, data, width, batch),
+        train_dataset=dataset.to_dataset(train, range(len(train))),
+        eval_dataset=dataset.to_dataset(compared, numbers) if heldout else None,
+        loss=_loss(config, model, known, all_known, HeldoutRows(len(train), len(heldout) / batches)),
         anchors=all_known.anchors,
         documents=all_known.documents,
         balanced=config.balanced_batches,
@@ -479,17 +497,14 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
 def _known_positives(
     train: Sequence[TrainingRow], heldout: Sequence[TrainingRow]
 ) -> tuple[KnownPositives, KnownPositives]:
-    """What training knows, which nothing held out decides; and, for evaluation, what both know, as wide as the
-    held-out rows are."""
+    """What training knows, which nothing held out decides; and, for evaluation, what both know."""
     from ebr_lib.data.batches import KnownPositives
 
     known = KnownPositives(train)
-    if not heldout:
-        return known, known
-    return known, KnownPositives([*(dataclasses.replace(row, negatives=()) for row in train), *heldout])
+    return known, KnownPositives([*train, *heldout]) if heldout else known
 
 
-def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int) -> Any:
+def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, negatives: int, eval_batch: int) -> Any:
     from ebr_lib.model.training import training_arguments
 
     return training_arguments(
@@ -502,7 +517,7 @@ def _arguments(config: FinetuneConfig, model: SentenceTransformer, data: _Data, 
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         evaluate=data.task is not None,
-        per_device_eval_batch_size=config.eval_batch_size,
+        per_device_eval_batch_size=eval_batch,
         learning_rate=config.learning_rate,
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
@@ -557,7 +572,11 @@ def _column_prompts(config: FinetuneConfig, model: SentenceTransformer, negative
 
 
 def _loss(
-    config: FinetuneConfig, model: SentenceTransformer, known: KnownPositives, all_known: KnownPositives
+    config: FinetuneConfig,
+    model: SentenceTransformer,
+    known: KnownPositives,
+    all_known: KnownPositives,
+    heldout: HeldoutRows,
 ) -> ContrastiveLoss:
     from ebr_lib.model.losses import ContrastiveLoss
     from ebr_lib.model.packing import packed_forward
@@ -575,6 +594,8 @@ def _loss(
         matryoshka_dims=config.matryoshka_dims,
         known_positives=answers if config.mask_known_positives else None,
         mini_batch_size=config.train_batch_size if config.contrastive_batch_size else None,
+        eval_mini_batch_size=config.eval_batch_size,
+        heldout=heldout,
         query_only=config.adapter_side == "query",
         packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
     )
@@ -632,14 +653,16 @@ def _refuse_nan(config: FinetuneConfig, model: SentenceTransformer) -> None:
 
 
 def _preflight(trainer: EbrTrainer, measuring: float) -> None:
-    from ebr_lib.model.training import fly_longest_batch, longest_seconds
+    from ebr_lib.model.training import estimated_seconds, preflight
 
-    flown = fly_longest_batch(trainer)
-    seconds = longest_seconds(trainer, flown.seconds, measuring)
+    flown = preflight(trainer)
+    seconds = estimated_seconds(trainer, flown, measuring)
     logger.info(
-        "预检 preflight: longest batch %.2f s, peak memory %.0f MB; 预计 batches and evaluations take at most %s",
-        flown.seconds,
+        "预检 preflight: longest batch %.2f s, peak memory %.0f MB; average batch %.2f s; "
+        "预计训练用时（含评估与检查点）training with evaluations and checkpoints takes about %s",
+        flown.longest,
         flown.peak_mb,
+        flown.batch,
         f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min",
     )
 

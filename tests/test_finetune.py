@@ -3,13 +3,15 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from ebr_lib import finetune, train_sentence_transformer
 from ebr_lib.config import FinetuneConfig
@@ -375,7 +377,27 @@ def test_good_weights_before_nan_are_those_that_are_saved(settings, monkeypatch,
     spoil_weights_after(3, monkeypatch)
     spoilt = train(settings, **knobs, lr_scheduler_type="constant", output_dir=str(tmp_path / "spoilt"))
     assert same(adapter(spoilt), stopped)
-    assert [(step, loss is None) for step, loss in evaluations_of(spoilt)] == [(2, False), (4, True), (5, True)]
+    assert [(step, loss is None) for step, loss in evaluations_of(spoilt)] == [(2, False)]
+    assert spoilt.steps == 4  # the first that shows it is the last
+
+
+@pytest.mark.parametrize("flown", [True, False], ids=["preflight", "step"])
+def test_texts_that_have_no_vector_are_named(settings, tiny_bert, tmp_path, monkeypatch, flown):
+    """One token's embedding is NaN; one row of the data has it."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_bert, broken)
+    weights = load_file(broken / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("word_embeddings.weight")]
+    (token,) = AutoTokenizer.from_pretrained(broken)("洗", add_special_tokens=False)["input_ids"][:1]
+    weights[name][token] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    rows = [{"anchor": f"want {i}", "positive": f"thing {i}"} for i in range(23)]
+    rows[11]["positive"] = "洗" * (20 if flown else 1)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ModelError, match=f"loss is nan: .* of 1 texts of the batch, such as '{rows[11]['positive']}'"):
+        train(settings, model_name=str(broken), data_path=str(path), eval_ratio=0.0)
+    assert not list(Path(settings["output_dir"]).glob("*-peft-lora"))
 
 
 def test_one_loss_that_is_no_number_is_one_entry_of_the_log(settings, monkeypatch, tmp_path):
@@ -442,7 +464,7 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(settings, monkeyp
     assert result.steps == steps  # as many steps, as large batches
     assert seen[:3] == [8, 4, 2]
     assert set(seen[3:]) == {2}
-    assert len(seen) == 3 + steps  # the preflight found out, no step was made twice
+    assert len(seen) == 3 + training.TIMED_BATCHES + steps  # the preflight found out, no step was made twice
     assert "micro-batch 8 → 4" in caplog.text
     assert "gradient_accumulation_steps" in caplog.text
 
@@ -544,7 +566,7 @@ def test_after_a_signal_the_run_goes_on_as_if_there_had_been_none(settings, monk
         return make(self, model, inputs, num)
 
     monkeypatch.setattr(EbrTrainer, "training_step", signalled)
-    monkeypatch.setattr("ebr_lib.model.training.fly_longest_batch", lambda trainer: Preflight(0.0, 0.0))
+    monkeypatch.setattr("ebr_lib.model.training.preflight", lambda trainer: Preflight())
     with pytest.raises(KeyboardInterrupt):
         train(settings, **knobs)
     monkeypatch.setattr(EbrTrainer, "training_step", make)
@@ -635,7 +657,7 @@ def test_signal_handlers_are_put_back_when_training_fails(settings, monkeypatch)
     def fails(self, model, inputs, num=None):
         raise RuntimeError("injected")
 
-    monkeypatch.setattr("ebr_lib.model.training.fly_longest_batch", lambda trainer: Preflight(0.0, 0.0))
+    monkeypatch.setattr("ebr_lib.model.training.preflight", lambda trainer: Preflight())
     monkeypatch.setattr(EbrTrainer, "training_step", fails)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(RuntimeError, match="injected"):

@@ -152,7 +152,7 @@ def test_the_guide_commands_resolve():
     defaults = FinetuneConfig()
     expected = {
         "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "max_seq_length": 256, "num_epochs": 1,
-        "train_batch_size": 6, "eval_batch_size": 6, "learning_rate": 2e-4, "weight_decay": 0.01,
+        "train_batch_size": 6, "eval_batch_size": None, "learning_rate": 2e-4, "weight_decay": 0.01,
         "l1_regularization": 0.0, "max_grad_norm": 1.0, "label_smoothing": 0.0, "noise_prob": 0.1,
         "gradient_accumulation_steps": 1, "early_stopping_patience": 0, "lr_scheduler_type": "linear",
         "model_name": "all-MiniLM-L6-v2", "data_path": "./train_text", "output_dir": "./saved_model",

@@ -15,6 +15,7 @@ from ebr_lib import build_faiss_index, evaluate_retrieval, finetune, train_sente
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.model import heldout, precision, training
+from ebr_lib.model.losses import ContrastiveLoss
 from tests.test_finetune import pairs, settings  # noqa: F401 - fixtures
 from tests.test_index import embedding_file
 
@@ -57,9 +58,12 @@ def test_the_metric_decides_which_weights_stay(settings, caplog):  # noqa: F811
         caplog.clear()
 
 
-def test_the_evaluation_batch_holds_the_negatives_of_its_loss(log_of):
-    few, many = (values(log_of(eval_batch_size=size, learning_rate=1e-9), "eval_loss")[0] for size in (2, 12))
-    assert few < many  # -log softmax over 2 documents, over 12
+def test_evaluation_embeds_no_more_than_its_batch_size_and_compares_the_same(log_of, monkeypatch):
+    embedded = []
+    parts = ContrastiveLoss._in_parts
+    monkeypatch.setattr(ContrastiveLoss, "_in_parts", lambda *given: embedded.append(given[-1]) or parts(*given))
+    few, all_at_once = (values(log_of(eval_batch_size=size, learning_rate=1e-9), "eval_loss")[0] for size in (3, None))
+    assert embedded == [3, 3] and few == pytest.approx(all_at_once, rel=1e-4)  # 12 held-out rows, 8 a batch
 
 
 def test_contrastive_batches_are_embedded_in_parts(log_of, monkeypatch):

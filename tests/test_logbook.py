@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 
 from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan, draw_curve, read_log
 
-HARMLESS = RunFacts(rows=5000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000)
+HARMLESS = RunFacts(
+    rows=5000, anchors=4000, documents=3000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000
+)
 STATE = SimpleNamespace(is_world_process_zero=True, global_step=7)
 OTHER_PROCESS = SimpleNamespace(is_world_process_zero=False, global_step=7)
 
@@ -30,7 +33,7 @@ def test_a_loss_of_nothing_is_said_once(caplog):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_said_with_its_own_causes(caplog, value):
-    few = RunFacts(rows=9, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000)
+    few = dataclasses.replace(HARMLESS, rows=9)
     nothing, said = heard(caplog, [{"loss": x} for x in (8e-4, 7e-4, value, value)], few)  # after another warning too
     assert "损失接近零" in nothing and "9 training rows" in nothing
     assert "损失不是有限数" in said and f"loss is {value}" in said and "rows" not in said
@@ -46,6 +49,20 @@ def test_what_l1_adds_hides_nothing(caplog):
     assert "损失接近零" in said and "0.0008" in said
     caplog.clear()
     assert heard(caplog, [{"loss": 0.9, "contrastive": 0.9}, {"loss": 9e-4 + 1, "contrastive": 1.0, "l1": 9e-4}]) == []
+
+
+@pytest.mark.parametrize(("shares", "loss"), [((1.0, 1.0, 1.0), 0.0), ((0.9, 0.95, 1.0), 2e-4), ((0.1, 0.4, 0.7), 0.3)])
+def test_masked_negatives_are_the_cause_that_is_named(caplog, shares, loss):
+    """And nothing else is blamed, whatever the learning rate."""
+    fast = dataclasses.replace(HARMLESS, learning_rate=1e-2, anchors=640, documents=3)
+    (said,) = heard(caplog, [{"loss": loss, "masked_share": share} for share in shares], fast)
+    assert "负例大多被屏蔽" in said and "negatives are masked" in said
+    assert "3 different documents and 640 different anchors" in said and "learning rate" not in said
+
+
+def test_a_loss_of_nothing_with_its_negatives_has_the_other_causes(caplog):
+    (said,) = heard(caplog, [{"loss": 1e-4, "masked_share": 0.3}] * 3)
+    assert "损失接近零" in said and "mask" not in said
 
 
 def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(caplog):
@@ -76,9 +93,9 @@ def test_one_process_speaks(caplog):
 
 def test_the_causes_are_those_of_the_numbers():
     assert HARMLESS.causes() == ["the data may be too easy: add hard negatives"]
-    few, duplicates, fast, large = RunFacts(99, 0.21, 3.1e-4, 99_001).causes()
+    few, duplicates, fast, large = RunFacts(99, 99, 99, 0.21, 3.1e-4, 99_001).causes()
     assert "99 training rows" in few and "21%" in duplicates and "0.00031" in fast and "1,000 trainable" in large
-    assert RunFacts(100, 0.2, 3e-4, 100_000).causes() == HARMLESS.causes()  # on the line is not over it
+    assert RunFacts(100, 100, 100, 0.2, 3e-4, 100_000).causes() == HARMLESS.causes()  # on the line is not over it
 
 
 def test_the_log_is_one_entry_a_line_without_nan(tmp_path):
@@ -96,6 +113,19 @@ def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
     assert [entry["step"] for entry in read_log(path)] == [2, 4]
     JsonLinesLog(path).on_train_begin(None, OTHER_PROCESS, None)
     assert len(read_log(path)) == 2  # another process leaves it alone
+
+
+def test_the_curve_of_training_is_on_the_scale_of_the_held_out_loss(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    log, drawn = tmp_path / "log.jsonl", []
+    log.write_text(
+        '{"step": 1, "loss": 3.0, "contrastive": 2.0, "l1": 0.6, "smoothing": 0.4}\n{"step": 1, "eval_loss": 2.1}\n'
+        '{"step": 2, "loss": 1.5}\n'
+    )
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *style, **more: drawn.append((more["label"], list(y))))
+    draw_curve(log, tmp_path / "curve.png", "loss")
+    assert drawn == [("training loss", [2.0, 1.5]), ("held-out loss", [2.1])]
 
 
 @pytest.mark.parametrize("metric", ["ndcg@10", "loss"])

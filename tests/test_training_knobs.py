@@ -371,7 +371,7 @@ def with_negatives(plain, tmp_path) -> dict:
 @pytest.mark.parametrize("knobs", [{}, {"packed_rows": False}, {"contrastive_batch_size": 8, "train_batch_size": 2}])
 def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkeypatch, knobs):  # noqa: F811
     """In the preflight, in steps, where GradCache embeds again; in bfloat16, for a CPU has no float16."""
-    arguments, before = training.training_arguments, training.fly_longest_batch
+    arguments, before = training.training_arguments, training.preflight
     layers: dict[str, set[torch.dtype]] = {"preflight": set(), "steps": set()}
     logits: set[torch.dtype] = set()
     now = ["preflight"]
@@ -393,7 +393,7 @@ def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkey
         return entropy(self, queries, candidates, own, out)
 
     monkeypatch.setattr(training, "training_arguments", lambda folder, **more: arguments(folder, **more, bf16=True))
-    monkeypatch.setattr(training, "fly_longest_batch", fly)
+    monkeypatch.setattr(training, "preflight", fly)
     monkeypatch.setattr(BertIntermediate, "forward", spy)
     monkeypatch.setattr(ContrastiveLoss, "_cross_entropy", spy_loss)
     train(settings, **knobs)
@@ -561,12 +561,12 @@ def test_dropout_is_on_the_adapter_s_input_in_training(tiny_bert):
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def full_above(rows: int, monkeypatch, only_training: bool = True) -> None:
+def full_above(rows: int, monkeypatch, in_training: bool = True) -> None:
     """Memory holds so many rows; a step that does not fit leaves half a gradient behind, as a real one does."""
     forward = ContrastiveLoss.forward
 
     def tight(self, features, labels):
-        if (self.model.training or not only_training) and (self.mini_batch_size or len(labels)) > rows:
+        if self.model.training == in_training and (self.mini_batch_size or len(labels)) > rows:
             for weight in self.weights:
                 weight.grad = torch.ones_like(weight) if weight.grad is None else weight.grad + 1
             torch.rand(100)
@@ -582,7 +582,7 @@ def test_out_of_memory_leaves_batches_negatives_and_weights_as_they_were(plain, 
     whole = adapter(train(plain, **knobs))
     labels, gradients = [labels.tolist() for _, labels in batches], watched.gradients
     if where == "step":
-        monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(0.0, 0.0))
+        monkeypatch.setattr(training, "preflight", lambda trainer: training.Preflight())
     full_above(2, monkeypatch)
     halved = adapter(train(plain, **knobs, output_dir=plain["output_dir"] + "-halved"))
     assert [labels.tolist() for _, labels in batches] == labels
@@ -595,7 +595,7 @@ def test_a_step_made_twice_is_logged_once(plain, monkeypatch):
     """Memory runs out after backward, twice, in the second batch of a step."""
     knobs = {"gradient_accumulation_steps": 2, "l1_regularization": 1e-3, "balanced_batches": False}
     whole = log_of(train(plain, **knobs))
-    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(0.0, 0.0))
+    monkeypatch.setattr(training, "preflight", lambda trainer: training.Preflight())
     make, made = SentenceTransformerTrainer.training_step, []
 
     def tight(self, model, inputs, num=None):
@@ -614,16 +614,16 @@ def test_a_step_made_twice_is_logged_once(plain, monkeypatch):
 
 
 def test_the_evaluation_loss_is_halved_too(plain, monkeypatch, tmp_path):
-    knobs = {"eval_ratio": 0.25, "eval_batch_size": 12}
-    whole = log_of(train(plain, **knobs))
-    full_above(8, monkeypatch, only_training=False)
-    halved = log_of(train(plain, **knobs, output_dir=str(tmp_path / "halved")))
+    knobs = {"eval_ratio": 0.25, "train_batch_size": 12}
+    whole = log_of(train(plain, **knobs, learning_rate=1e-9))
+    full_above(8, monkeypatch, in_training=False)
+    halved = log_of(train(plain, **knobs, learning_rate=1e-9, output_dir=str(tmp_path / "halved")))
     losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in (whole, halved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_one_of_several_processes_out_of_memory_ends_the_run_with_advice(plain, monkeypatch):
-    trainer = SimpleNamespace(loss=SimpleNamespace(mini_batch_size=None))
+    trainer = SimpleNamespace(loss=ContrastiveLoss(torch.nn.Linear(1, 1)))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
         ModelError, match=r"one of 4 processes .*contrastive_batch_size to 32 and train_batch_size to 16"
@@ -698,13 +698,13 @@ def test_the_peak_is_counted_anew():
 
 def test_the_preflight_leaves_no_trace(settings, monkeypatch, tmp_path):  # noqa: F811
     flown = adapter(train(settings, noise_enabled=True, noise_prob=0.5))  # dropout and all
-    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(0.0, 0.0))
+    monkeypatch.setattr(training, "preflight", lambda trainer: training.Preflight())
     assert same(flown, adapter(train(settings, noise_enabled=True, noise_prob=0.5, output_dir=str(tmp_path / "n"))))
 
 
 def test_the_preflight_flies_with_checkpointing_as_the_run_does(settings, monkeypatch):  # noqa: F811
     layers = []
-    fly = training.fly_longest_batch
+    fly = training.preflight
 
     def flown(trainer):
         found = fly(trainer)
@@ -712,37 +712,38 @@ def test_the_preflight_flies_with_checkpointing_as_the_run_does(settings, monkey
         layers.append([layer.gradient_checkpointing for layer in inner.encoder.layer])
         return found
 
-    monkeypatch.setattr(training, "fly_longest_batch", flown)
+    monkeypatch.setattr(training, "preflight", flown)
     train(settings, gradient_checkpointing=True)
     train(settings)
     assert layers == [[True, False], [False, False]]
 
 
-def test_the_log_says_what_the_longest_batch_took(settings, monkeypatch, caplog):  # noqa: F811
-    for seconds, longest in ((30.0, "3.0 min"), (9.5, "57.0 s")):  # 48 rows, 8 a batch
-        monkeypatch.setattr(training, "fly_longest_batch", lambda trainer, s=seconds: training.Preflight(s, 1234.4))
+def test_the_log_says_what_the_batches_took(settings, monkeypatch, caplog):  # noqa: F811
+    for seconds, whole in ((30.0, "3.0 min"), (9.5, "57.0 s")):  # 48 rows, 8 a batch
+        flown = training.Preflight(batch=seconds, longest=2 * seconds, peak_mb=1234.4)
+        monkeypatch.setattr(training, "preflight", lambda trainer, flown=flown: flown)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="ebr_lib"):
             train(settings, eval_ratio=0.0)
         (line,) = [line for line in caplog.messages if "preflight" in line]
-        assert f"longest batch {seconds:.2f} s, peak memory 1234 MB" in line
-        assert line.endswith(f"at most {longest}")
+        assert f"longest batch {2 * seconds:.2f} s, peak memory 1234 MB; average batch {seconds:.2f} s" in line
+        assert line.endswith(f"about {whole}")
 
 
 @pytest.mark.parametrize(
     "knobs",
     [
         {},
-        {"eval_steps": 1, "eval_batch_size": 4},
-        {"eval_steps": 2, "num_epochs": 2, "eval_batch_size": 4},
+        {"eval_steps": 1},
+        {"eval_steps": 2, "num_epochs": 2, "save_steps": 3},
         {"eval_steps": 3, "num_epochs": 1.5, "gradient_accumulation_steps": 2},
         {"num_epochs": 2.5, "gradient_accumulation_steps": 3},
     ],
 )
-def test_the_longest_a_run_takes_has_its_evaluations(settings, monkeypatch, caplog, knobs):  # noqa: F811
-    """Each batch takes 1 s on a clock that stands still but for measuring, which takes 2 s."""
-    now, measure, batches = [0.0], finetune._measure, []
-    make = training.EbrTrainer.training_step
+def test_the_estimate_counts_what_a_run_does(settings, monkeypatch, caplog, knobs):  # noqa: F811
+    """A training batch takes 1 s, one of evaluation 0.1 s, measuring 2 s, a checkpoint 100 s."""
+    now, measure, batches, saved = [0.0], finetune._measure, [], []
+    make, save = training.EbrTrainer.training_step, training.EbrTrainer._save
 
     def measured(*given):
         now[0] += 2.0
@@ -750,14 +751,42 @@ def test_the_longest_a_run_takes_has_its_evaluations(settings, monkeypatch, capl
 
     monkeypatch.setattr(finetune, "_measure", measured)
     monkeypatch.setattr(finetune, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(training, "fly_longest_batch", lambda trainer: training.Preflight(1.0, 0.0))
+    monkeypatch.setattr(training, "preflight", lambda trainer: training.Preflight(1.0, 0.1, 100.0))
     monkeypatch.setattr(training.EbrTrainer, "training_step", lambda *given: batches.append(1) or make(*given))
+    monkeypatch.setattr(training.EbrTrainer, "_save", lambda *given: saved.append(1) or save(*given))
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
-        result = train(settings, **knobs)
-    evaluations = sum("eval_loss" in entry for entry in log_of(result))
-    loss = -(-result.heldout_rows // knobs.get("eval_batch_size", 8))  # batches, of which none is larger than 8
-    said = next(line for line in caplog.messages if "preflight" in line).split("at most ")[1]
-    assert said == f"{len(batches) + evaluations * (2 + loss):.1f} s"
+        train(settings, **knobs)
+        found = log_of(SimpleNamespace(model_path=str(next(Path(settings["output_dir"]).glob("*-peft-lora")))))
+    evaluations = sum("eval_loss" in entry for entry in found)
+    said = next(line for line in caplog.messages if "preflight" in line).split("takes about ")[1]
+    seconds = len(batches) + evaluations * (2 + 0.2) + 100 * len(saved)  # 12 held-out rows, 8 a batch
+    assert said == (f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min")
+
+
+@pytest.mark.parametrize(("packed", "mini"), [(False, None), (True, None), (False, 2)])
+@pytest.mark.parametrize("longer", [0.0, 0.01, 0.2], ids="{:.0%}".format)
+def test_the_average_batch_is_not_the_longest(tiny_bert, longer, packed, mini):
+    """A share of the texts has 100 words, the others 5: what all batches of an epoch take, known to a factor of 1.3."""
+    rng = np.random.default_rng(1)
+    words = np.where(rng.random(3000) < longer, 100, 5)
+    dataset = Dataset.from_dict(
+        {"anchor": ["a b"] * 3000, "positive": ["fox " * n for n in words], "label": list(range(3000))}
+    )
+    loss = ContrastiveLoss(torch.nn.Linear(1, 1), mini_batch_size=mini, packed=(lambda columns: []) if packed else None)
+    model = SimpleNamespace(tokenizer=load_model(str(tiny_bert), device="cpu").tokenizer)
+    args = SimpleNamespace(train_batch_size=8, eval_batch_size=8)
+    trainer = SimpleNamespace(model=model, loss=loss, train_dataset=dataset, args=args)
+
+    def seconds_of(trainer, rows) -> float:
+        step = 1 if packed else mini or len(rows)
+        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+        return 0.5 + sum(len(part) * (words[part].max() + 4) for part in parts) / 100
+
+    longest = training.longest_rows(dataset, model.tokenizer, 8)
+    costliest = training._work(training._tokens(trainer, dataset, longest), range(8), 1 if packed else mini or 8)
+    found = training._average_seconds(trainer, seconds_of, dataset, (costliest, seconds_of(trainer, longest)))
+    truth = np.mean([seconds_of(trainer, list(range(start, start + 8))) for start in range(0, 3000, 8)])
+    assert truth / 1.3 < found < truth * 1.3
 
 
 def test_without_held_out_rows_the_table_says_so(settings):  # noqa: F811

@@ -20,6 +20,7 @@ from ebr_lib.arrays import Vectors
 from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
 from ebr_lib.errors import ModelError
 from ebr_lib.model.loading import prompt_of
+from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.model.recipe import EncoderRecipe
 
 
@@ -123,9 +124,13 @@ class LocalEngine:
 
 
 class ProcessEncoder:
-    """One process a device. A window's texts are dealt out by length, so that all end at about the same time."""
+    """One process a device. A window's texts are dealt out by length, so that all end at about the same time.
+
+    :raises ConfigError: each process would run the caller's script from the top, and never get to encode.
+    """
 
     def __init__(self, recipe: EncoderRecipe, devices: Sequence[str | None]) -> None:
+        refuse_script_without_guard(f"encoding in {len(devices)} processes", "num_processes: 1")
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         threads = max(1, (os.cpu_count() or 1) // len(devices))
         recipes = [replace(recipe, device=device) for device in devices]
@@ -179,8 +184,9 @@ class ProcessEncoder:
 
     def _broken(self) -> ModelError:
         return ModelError(
-            "a process that encodes has died, most likely for want of memory; what was written stays. "
-            "Lower batch_tokens or num_processes and run the same call again: it continues"
+            "a process that encodes has died, probably out of memory; what was written stays. Lower batch_tokens or "
+            "num_processes and run the same call again: it continues. (In a script of your own, the call has to stand "
+            'below `if __name__ == "__main__":`)'
         )
 
     def close(self) -> None:

@@ -6,11 +6,12 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -127,6 +128,41 @@ class StopOnSignal(TrainerCallback):
         """For when training is over, however it ended: no callback hears of an error."""
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+class StopOnNaN(TrainerCallback):
+    """Ends a run whose weights are no longer finite numbers: what follows cannot get better, and is not measured.
+
+    :ivar seen: set by the trainer when a loss is not finite; in half precision the step may have been skipped.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+        self.seen = False
+        self._lost = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a loss that is not finite, stop where the weights are not either."""
+        if self.seen and not self._lost and not all_finite(self.weights):
+            self._lost = True
+            logger.warning(
+                "权重不是有限数，训练停止 step %d made weights that are not finite: stopping", state.global_step
+            )
+        self.seen = False
+        self._end(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Neither measure nor save at the end of the epoch."""
+        self._end(control)
+
+    def _end(self, control: Any) -> None:
+        if self._lost:
+            control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite numbers."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class SaveAfterEvaluation(TrainerCallback):

@@ -25,20 +25,25 @@ DRAWS = 32
 
 
 def with_equal_negatives(
-    rows: Sequence[TrainingRow], documents: Sequence[str], seed: int, known: Sequence[TrainingRow] = ()
+    rows: Sequence[TrainingRow],
+    documents: Sequence[str],
+    seed: int,
+    known: Sequence[TrainingRow] = (),
+    width: int | None = None,
 ) -> list[TrainingRow]:
-    """Rows that all have as many hard negatives as the one that has most.
+    """Rows that all have as many hard negatives as the one that has most, or `width`.
 
     What a row lacks is drawn from those of `documents` that are not known to answer its anchor: the tensor wants equal
-    numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone.
+    numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone. What a
+    row has beyond `width` is left out.
 
     :param known: other rows whose answers are known, too.
     """
-    most = max((len(row.negatives) for row in rows), default=0)
-    lacking = sum(most - len(row.negatives) for row in rows)
-    if not lacking:
+    most = max((len(row.negatives) for row in rows), default=0) if width is None else width
+    if all(len(row.negatives) == most for row in rows):
         return list(rows)
-    if lacking > len(rows) * most / 2:
+    lacking = sum(max(0, most - len(row.negatives)) for row in rows)
+    if width is None and lacking > len(rows) * most / 2:
         logger.warning(
             "负例数量悬殊 %d of %d negatives are drawn at random, for every batch is as wide as the widest row, "
             "which has %d: give the rows about as many each",
@@ -51,7 +56,7 @@ def with_equal_negatives(
     for number, (row, answers) in enumerate(zip(rows, _known_answers(rows, known), strict=True)):
         draw = random.Random(f"{seed} {number}")
         more = tuple(documents[_other(keys, answers, draw)] for _ in range(most - len(row.negatives)))
-        filled.append(dataclasses.replace(row, negatives=row.negatives + more))
+        filled.append(dataclasses.replace(row, negatives=row.negatives[:most] + more))
     return filled
 
 
@@ -75,15 +80,29 @@ def _other(keys: Sequence[int], answers: set[int], draw: random.Random) -> int:
     return draw.choice([number for number, key in enumerate(keys) if key not in answers] or range(len(keys)))
 
 
-def to_dataset(rows: Sequence[TrainingRow], first: int) -> Dataset:
-    """Rows as the columns that the trainer reads; the label is the row's number, counted from `first`."""
+def to_dataset(rows: Sequence[TrainingRow], numbers: Sequence[int]) -> Dataset:
+    """Rows as the columns that the trainer reads; the label is the row's number."""
     columns: dict[str, list[Any]] = {
         "anchor": [row.anchor for row in rows],
         "positive": [row.positive for row in rows],
     }
     for i in range(len(rows[0].negatives) if rows else 0):
         columns[f"negative_{i + 1}"] = [row.negatives[i] for row in rows]
-    return Dataset.from_dict(columns | {"label": list(range(first, first + len(rows)))})
+    return Dataset.from_dict(columns | {"label": list(numbers)})
+
+
+def evaluation_batch(train_rows: int, batch_size: int, processes: int) -> int:
+    """Rows that a process compares in evaluation: as many as in training, where the training set is large enough."""
+    return min(batch_size, -(-train_rows // processes))
+
+
+def fill_rows(train: Sequence[TrainingRow], heldout_rows: int, batch_size: int, seed: int) -> tuple[int, ...]:
+    """Numbers of the training rows, drawn by the seed, that fill up the last evaluation batch.
+
+    :param batch_size: rows compared at a time, by all processes.
+    """
+    missing = min(-heldout_rows % batch_size, len(train))
+    return tuple(sorted(random.Random(seed).sample(range(len(train)), missing)))
 
 
 class NoisyCollator:
@@ -117,17 +136,26 @@ class NoisyCollator:
 class EpochBatches(Sampler[list[int]]):
     """Batches of an epoch; tells the noise which epoch it is.
 
-    A row that is alone in the last batch has no negatives there and would teach nothing: the epoch's first row keeps it
-    company. Several processes take turns, and gather what they embed: batches of one size, as many for each. The last
-    round is therefore filled up with the epoch's first rows once more; the mask knows their positives.
+    A row that is alone in the last batch has no negatives there and would teach nothing: the epoch's first row that
+    does not answer it keeps it company. Several processes take turns, and gather what they embed: batches of one size,
+    as many for each. The last round is therefore filled up with the epoch's first rows once more; the mask knows their
+    positives.
 
     :param batches: full ones, but for the last.
+    :param answers: whether the training set knows that two rows answer each other; None knows nothing.
     """
 
     drop_last = False
 
-    def __init__(self, batches: Any, epoch_cell: Tensor | None, processes: int = 1) -> None:
+    def __init__(
+        self,
+        batches: Any,
+        epoch_cell: Tensor | None,
+        processes: int = 1,
+        answers: Callable[[int, int], bool] | None = None,
+    ) -> None:
         self.batches = batches
+        self._answers = answers or (lambda one, other: False)
         self.batch_size: int = batches.batch_size
         self.processes = processes
         self._cell = epoch_cell
@@ -142,11 +170,13 @@ class EpochBatches(Sampler[list[int]]):
         return self._in_company() if self.processes == 1 else self._filled_up()
 
     def _in_company(self) -> Iterator[list[int]]:
-        first = None
+        before: list[int] = []
         for batch in self.batches:
-            first = batch[0] if first is None else first
-            is_alone = len(batch) == 1 < self.batch_size and batch[0] != first
-            yield [*batch, first] if is_alone else batch
+            alone = len(batch) == 1 < self.batch_size
+            others = (row for row in before if not self._answers(batch[0], row))
+            company = next(others, before[0] if before else None) if alone else None
+            yield batch if company is None else [*batch, company]
+            before += batch
 
     def _filled_up(self) -> Iterator[list[int]]:
         rows = [row for batch in self.batches for row in batch]

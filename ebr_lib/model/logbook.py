@@ -71,7 +71,8 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
     left = figure.add_subplot()
     left.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o--")):
-        points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), float)]
+        values = [(entry["step"], _compared(entry) if name == "loss" else entry.get(name)) for entry in entries]
+        points = [(step, value) for step, value in values if isinstance(value, float)]
         if points:
             left.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     left.set(xlabel="step", ylabel="loss", title="Training")
@@ -85,11 +86,18 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
     figure.savefig(picture)
 
 
+def _compared(entry: Mapping[str, Any]) -> Any:
+    """The training loss that a held-out loss compares with: without what L1 and label smoothing add."""
+    return entry.get("contrastive", entry.get("loss"))
+
+
 @dataclass(frozen=True)
 class RunFacts:
-    """Numbers of a run that explain why its loss may fall to nothing."""
+    """Numbers of a run that explain why its loss may fall to nothing; anchors and documents are different ones."""
 
     rows: int
+    anchors: int
+    documents: int
     duplicate_share: float
     learning_rate: float
     trainable_parameters: int
@@ -107,6 +115,14 @@ class RunFacts:
         if per_row > 1000:
             causes.append(f"参数过多 / {per_row:,.0f} trainable parameters a row: lower lora_r ({FULL_PRESET})")
         return causes or ["the data may be too easy: add hard negatives"]
+
+    def masking(self) -> str:
+        """Why most negatives of the batches may be masked, and what helps."""
+        return (
+            f"批内文档大多是同批 anchor 的已知正例 / most documents of a batch are known positives of its anchors: the "
+            f"{self.rows:,} rows have {self.documents:,} different documents and {self.anchors:,} different anchors; "
+            "give pairs of more different texts, hard negatives, or a larger batch"
+        )
 
 
 def causes_of_nan(learning_rate: float, temperature: float, fp16: bool) -> list[str]:
@@ -127,21 +143,25 @@ class Trouble(NamedTuple):
 
 
 class LossWatch(TrainerCallback):
-    """Says, once each, when the loss is no number, falls to nothing early, or rises on held-out rows alone."""
+    """Says, once each, when the loss is not a number, has hardly a negative left, falls to nothing early, or rises on
+    held-out rows alone."""
 
     collapsed_below = 1e-3
+    mostly_masked = 0.5
 
     def __init__(self, facts: RunFacts, causes_of_nan: Sequence[str]) -> None:
         self.facts, self.causes_of_nan = facts, causes_of_nan
         self.said: set[str] = set()
         self.train: list[float] = []
+        self.masked: list[float] = []
         self.heldout: list[tuple[float, float]] = []  # (held-out loss, training loss then)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Note the losses; warn when they show trouble that was not said yet."""
         if "loss" in logs:
-            # where the loss has an L1 part, what is learned from the data is logged apart
-            self.train.append(float(logs.get("contrastive", logs["loss"])))
+            self.train.append(float(_compared(logs)))
+        if "masked_share" in logs:
+            self.masked.append(float(logs["masked_share"]))
         if "eval_loss" in logs and self.train:
             self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
         trouble = self.trouble()
@@ -153,6 +173,10 @@ class LossWatch(TrainerCallback):
         """What is wrong, or None."""
         if self.train and not math.isfinite(self.train[-1]):
             return Trouble("损失不是有限数", f"the training loss is {self.train[-1]}", self.causes_of_nan)
+        masked = sum(self.masked[-2:]) / max(1, len(self.masked[-2:]))
+        if masked >= self.mostly_masked:
+            seen = f"{masked:.0%} of the negatives are masked, so a low loss ({self.train[-1]:.2g}) says nothing"
+            return Trouble("负例大多被屏蔽", seen, [self.facts.masking()])
         if len(self.train) >= 2 and max(self.train[-2:]) < self.collapsed_below:
             seen = f"the training loss fell to {self.train[-1]:.2g}: the model learns nothing more from it"
             return Trouble("损失接近零", seen, self.facts.causes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -17,6 +17,18 @@ Features = dict[str, Any]
 PositivesMask = Callable[[Tensor], Tensor]
 """Row numbers of the batch, of all devices (n,), to a mask (n, n · columns): true where the training set knows that
 the column's document answers the row's anchor."""
+
+
+class HeldoutRows(NamedTuple):
+    """Which rows an evaluation loss is of: those whose number is at least `first`.
+
+    Rows with smaller numbers fill a batch up, so that it compares as many documents as a training batch; their own loss
+    is left out. `per_batch` is the mean number of held-out rows in a batch, by which each batch's sum is divided: the
+    mean over all batches is then the mean over all held-out rows.
+    """
+
+    first: int
+    per_batch: float
 
 
 @contextmanager
@@ -41,9 +53,11 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
       the positive included (Szegedy et al. 2016, arXiv 1512.00567).
     - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
       (arXiv 2205.13147).
-    - L1: `l1` · Σ|w| over the trainable weights, as a component of its own, in training only.
+    - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1 or smoothing, the loss in training
+      is a dict of components: `contrastive`, which an evaluation loss compares with, and what is added to it.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
-      the same loss and gradients; None embeds the batch at once.
+      the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` is a lower limit of evaluation.
+    - `heldout`: whose loss evaluation is the mean of; None is all rows.
     - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
     Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
@@ -62,6 +76,8 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         matryoshka_dims: Sequence[int] = (),
         known_positives: PositivesMask | None = None,
         mini_batch_size: int | None = None,
+        eval_mini_batch_size: int | None = None,
+        heldout: HeldoutRows | None = None,
         query_only: bool = False,
         packed: Callable[[Sequence[Features]], list[Tensor]] | None = None,
     ) -> None:
@@ -73,25 +89,43 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.matryoshka_dims = tuple(matryoshka_dims)
         self.known_positives = known_positives
         self.mini_batch_size: int | None = mini_batch_size
+        self.eval_mini_batch_size = eval_mini_batch_size
+        self.heldout = heldout
         self.query_only = query_only
         self.packed = packed
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.masked, self.negatives = 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
+        self._plain = torch.zeros(())  # the batch's loss without smoothing
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
         """Embed the columns (anchor, positive, negatives …); return the loss, or its components when there are two."""
         columns = list(sentence_features)
         self._documents = self._frozen(columns[1:]) if self.query_only else []
         trained = columns[:1] if self.query_only else columns
-        if self.mini_batch_size and self.mini_batch_size < len(labels):
+        step = self.rows_at_once(len(labels))
+        if step == len(labels):
+            loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
+        elif self._in_training:
             loss = self.forward_cached(trained, labels)
         else:
-            loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
-        if self.l1 and self._in_training:
-            return {"contrastive": loss, "l1": self.l1 * sum_of_absolutes(self.weights)}
-        return loss
+            loss = self.calculate_loss(self._in_parts(trained, step), labels)
+        return self._components(loss) if self._in_training else loss
+
+    def rows_at_once(self, rows: int) -> int:
+        """How many of a batch's rows are embedded at a time."""
+        limits = [rows, self.mini_batch_size, None if self._in_training else self.eval_mini_batch_size]
+        return min(limit for limit in limits if limit)
+
+    def _components(self, loss: Tensor) -> Tensor | dict[str, Tensor]:
+        """The loss, or the parts that it is the sum of."""
+        parts = {"contrastive": loss}
+        if self.label_smoothing:
+            parts = {"contrastive": self._plain, "smoothing": loss - self._plain}
+        if self.l1:
+            parts["l1"] = self.l1 * sum_of_absolutes(self.weights)
+        return parts if len(parts) > 1 else loss
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -122,13 +156,16 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             return super().embed_minibatch(*args, **kwargs)
 
     def _frozen(self, columns: list[Features]) -> list[Tensor]:
-        step = self.mini_batch_size or len(columns[0]["input_ids"])
+        step = self.rows_at_once(len(columns[0]["input_ids"]))
         with torch.no_grad(), base_model_only(self.model), evaluating(self.model):
-            parts = [
-                [part for part, _ in self.embed_minibatch_iter(column, False, False, ranges=ranges_of(column, step))]
-                for column in columns
-            ]
-        return [torch.cat(part).float() for part in parts]
+            return [torch.cat(parts).float() for parts in self._in_parts(columns, step)]
+
+    def _in_parts(self, columns: list[Features], step: int) -> list[list[Tensor]]:
+        """Vectors of columns, `step` rows at a time, without gradients."""
+        return [
+            [part for part, _ in self.embed_minibatch_iter(column, False, False, ranges=ranges_of(column, step))]
+            for column in columns
+        ]
 
     def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
         rows, own = labels, torch.arange(len(labels), device=labels.device)
@@ -138,7 +175,14 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         candidates = torch.cat(documents)
         out = self._mask(rows, own, candidates.device)
         dims = dict.fromkeys((queries.shape[1], *self.matryoshka_dims))
-        return torch.stack([self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]).mean()
+        parts = [self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]
+        plain, smoothed = (torch.stack(losses).mean(dim=0) for losses in zip(*parts, strict=True))  # each (q,)
+        if self._in_training:
+            self._plain = plain.detach().mean()
+            return smoothed.mean()
+        if self.heldout is None:
+            return plain.mean()
+        return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
 
     def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
         """True (q, n · d) where a document is a known positive of the anchor, its own positive excepted."""
@@ -151,18 +195,20 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             self.negatives += mask.numel() - len(rows)
         return mask[own]
 
-    def _cross_entropy(self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None) -> Tensor:
+    def _cross_entropy(
+        self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each anchor, without label smoothing and with it: (q,) and (q,)."""
         logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
         if out is not None:
             logits = logits.masked_fill(out, -torch.inf)
         log_p = logits.log_softmax(dim=1)
         loss = -log_p[torch.arange(len(own)), own]
-        # the evaluation loss stays comparable between runs of different smoothing
-        if self.label_smoothing and self._in_training:
-            kept = torch.ones_like(log_p, dtype=torch.bool) if out is None else ~out
-            spread = -log_p.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * spread
-        return loss.mean()
+        if not (self.label_smoothing and self._in_training):
+            return loss, loss
+        kept = torch.ones_like(log_p, dtype=torch.bool) if out is None else ~out
+        spread = -log_p.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
+        return loss, (1 - self.label_smoothing) * loss + self.label_smoothing * spread
 
     def take_masked_share(self) -> float | None:
         """Share of the negatives masked since the last call; None where there were none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,10 @@ from ebr_lib.data.batches import BalancedBatchSampler
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import read_adapter, set_adapter_weights
-from ebr_lib.model.callbacks import SaveAfterEvaluation, StopOnSignal, TrainingBar
+from ebr_lib.model.callbacks import SaveAfterEvaluation, StopOnNaN, StopOnSignal, TrainingBar, all_finite
 from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.dataset import EpochBatches, Noise, NoisyCollator
-from ebr_lib.model.losses import ContrastiveLoss
+from ebr_lib.model.losses import ContrastiveLoss, evaluating
 from ebr_lib.model.memory import count_peak_anew, give_memory_back, peak_memory_mb
 from ebr_lib.model.packing import plain_is_faster
 from ebr_lib.model.processes import training_device, world_size
@@ -43,6 +44,8 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", c
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
 # of a model's layers one in so many is run again in backward: half of the activations, for a quarter more time
 CHECKPOINTED = 2
+# how well the preflight knows an average batch: rows whose tokens are counted, batches that are run
+SAMPLED_ROWS, TIMED_BATCHES = 2048, 2
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -151,6 +154,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         self.add_callback(SaveAfterEvaluation())
+        self.nan = StopOnNaN(self.loss.weights)
+        self.add_callback(self.nan)
         self._one_bar()
 
     def _one_bar(self) -> None:
@@ -186,7 +191,13 @@ class EbrTrainer(SentenceTransformerTrainer):
             )
         is_train = dataset is self.train_dataset
         epoch_cell = self._noisy.epoch if self._noisy and is_train else None
-        return EpochBatches(batches, epoch_cell, world_size())
+        return EpochBatches(batches, epoch_cell, world_size(), self._answer_each_other)
+
+    def _answer_each_other(self, one: int, other: int) -> bool:
+        if self.loss.known_positives is None:
+            return False
+        mask = self.loss.known_positives(torch.tensor([one, other]))
+        return bool(mask[0, 1] or mask[1, 0])
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: a saved model's card is our own, and the library's looks up models on the hub."""
@@ -203,6 +214,7 @@ class EbrTrainer(SentenceTransformerTrainer):
                 with self._attention(inputs):
                     loss = super().training_step(model, dict(inputs), num_items_in_batch)
                 self._check_memory()
+                self._check_finite(loss, inputs)
                 return loss
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(len(inputs["label"]), error)
@@ -247,8 +259,34 @@ class EbrTrainer(SentenceTransformerTrainer):
         if (now := peak_memory_mb()) > self.memory_limit_mb:
             raise MemoryError(f"the step took {now:,.0f} MB, memory_limit_gb allows {self.memory_limit_mb:,.0f} MB")
 
+    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        if loss.isfinite() or not all_finite(self.loss.weights):  # weights that are lost: `StopOnNaN` ends the run
+            self.nan.seen = self.nan.seen or not loss.isfinite()
+            return
+        self.nan.seen = True
+        if texts := self._without_vector(inputs["label"].tolist()):
+            raise ModelError(
+                f"the training loss is {float(loss)}: the model makes vectors that are not finite numbers (NaN) of "
+                f"{len(texts)} texts of the batch, such as {', '.join(map(repr, texts[:3]))}. Look for NaN in the "
+                f"model's weights, or leave these texts out"
+            )
+
+    def _without_vector(self, rows: Sequence[int]) -> list[str]:
+        """The texts of training rows whose vectors are not finite."""
+        found: dict[str, None] = {}
+        with evaluating(self.model):
+            for column, prompt in self.args.prompts.items():
+                texts = [self.train_dataset[row][column] for row in rows]
+                vectors = self.model.encode(
+                    texts, prompt=prompt or None, convert_to_tensor=True, show_progress_bar=False
+                )
+                found |= dict.fromkeys(
+                    t for t, vector in zip(texts, vectors, strict=True) if not vector.isfinite().all()
+                )
+        return list(found)
+
     def _halve(self, rows: int, error: BaseException) -> None:
-        now = min(self.loss.mini_batch_size or rows, rows)
+        now = self.loss.rows_at_once(rows)
         if world_size() > 1:  # the others wait for this one's vectors: none can do its step anew alone
             raise ModelError(
                 f"out of memory in one of {world_size()} processes ({error}), which cannot go on without the others. "
@@ -309,47 +347,127 @@ def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the longest batch cost: seconds a step, and the peak of memory in MB."""
+    """Seconds that a training batch, an evaluation batch and a checkpoint take on average, that the longest training
+    batch took, and the peak of memory in MB that it took."""
 
-    seconds: float
-    peak_mb: float
+    batch: float = 0.0
+    evaluation: float = 0.0
+    checkpoint: float = 0.0
+    longest: float = 0.0
+    peak_mb: float = 0.0
 
 
-def fly_longest_batch(trainer: EbrTrainer) -> Preflight:
-    """Run forward and backward on the longest texts, so that a run that cannot fit fails now, not in an hour.
+def preflight(trainer: EbrTrainer) -> Preflight:
+    """Try what a run does: the longest texts, so that a run that cannot fit fails now, not in an hour; then batches of
+    average size, in training and in evaluation, and a checkpoint.
 
     Weights, gradients and random state are as before afterwards.
     """
     if trainer.args.activation_checkpointing:  # the trainer does it when it begins to train, which is too late here
         trainer.model.gradient_checkpointing_enable(**trainer.args.activation_checkpointing_kwargs)
-    longest = longest_rows(trainer.train_dataset, trainer.model.tokenizer, trainer.args.train_batch_size)
+    trainer.current_gradient_accumulation_steps = 1
+    rows = longest_rows(trainer.train_dataset, trainer.model.tokenizer, trainer.args.train_batch_size)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in longest])
-        trainer.current_gradient_accumulation_steps = 1
         count_peak_anew()
-        start = _now()
-        trainer.training_step(trainer.model, batch)
-        seconds = _now() - start
+        longest = _training_seconds(trainer, rows)
+        peak = peak_memory_mb()
+        costliest = _work(
+            _tokens(trainer, trainer.train_dataset, rows), range(len(rows)), _rows_at_once(trainer, len(rows))
+        )
+        batch = _average_seconds(trainer, _training_seconds, trainer.train_dataset, (costliest, longest))
+        evaluation = 0.0
+        if trainer.eval_dataset is not None:
+            with evaluating(trainer.model):
+                evaluation = _average_seconds(trainer, _evaluation_seconds, trainer.eval_dataset)
     for weight in trainer.loss.weights:
         weight.grad = None
+    trainer.nan.seen = False
     trainer.loss.take_masked_share()
     trainer.accum_loss_components = {"train": {}, "eval": {}}
-    return Preflight(seconds, peak_memory_mb())
+    return Preflight(batch, evaluation, _checkpoint_seconds(trainer), longest, peak)
 
 
-def longest_seconds(trainer: EbrTrainer, batch: float, measure: float) -> float:
-    """Seconds of a run of which every batch takes as long as the longest, and every evaluation measures as long as
-    before training; the loss of the held-out rows is counted as if they were trained on."""
+def _training_seconds(trainer: EbrTrainer, rows: Sequence[int]) -> float:
+    start = _now()
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    trainer.training_step(trainer.model, batch)
+    return _now() - start
+
+
+def _evaluation_seconds(trainer: EbrTrainer, rows: Sequence[int]) -> float:
+    start = _now()
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in rows])
+    trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    return _now() - start
+
+
+def _checkpoint_seconds(trainer: EbrTrainer) -> float:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer._save(folder)
+    return time.perf_counter() - start
+
+
+def _average_seconds(
+    trainer: EbrTrainer,
+    seconds_of: Callable[[EbrTrainer, Sequence[int]], float],
+    dataset: Dataset,
+    costliest: tuple[float, float] | None = None,
+) -> float:
+    """Seconds of an average batch: those nearest to it are run, of batches drawn at random.
+
+    Few texts that are much longer than the rest leave no batch near the average, which is then taken on the line from
+    what was run to `costliest`, the (tokens, seconds) of the longest batch.
+    """
+    size = trainer.args.train_batch_size if dataset is trainer.train_dataset else trainer.args.eval_batch_size
+    rows = np.random.default_rng(0).permutation(len(dataset))[: max(SAMPLED_ROWS, size)]
+    tokens, step = _tokens(trainer, dataset, rows.tolist()), _rows_at_once(trainer, size)
+    batches = [range(start, start + size) for start in range(0, len(rows) - size + 1, size)] or [range(len(rows))]
+    work = np.array([_work(tokens, batch, step) for batch in batches])
+    nearest = np.abs(work - work.mean()).argsort(kind="stable")[:TIMED_BATCHES].tolist()
+    seconds = float(np.mean([seconds_of(trainer, rows[batches[i]].tolist()) for i in nearest]))
+    mean, run = float(work.mean()), float(work[nearest].mean())
+    if costliest and costliest[0] > run:
+        seconds += (mean - run) / (costliest[0] - run) * max(costliest[1] - seconds, 0.0)
+    return seconds
+
+
+def _tokens(trainer: EbrTrainer, dataset: Dataset, rows: Sequence[int]) -> NDArray[np.int64]:
+    """Tokens of the texts of rows, shape (columns, rows)."""
+    chosen = dataset.select(rows)
+    columns = [list(chosen[name]) for name in chosen.column_names if name != "label"]
+    return np.array([_token_counts(trainer.model.tokenizer, column) for column in columns])
+
+
+def _work(tokens: NDArray[np.int64], batch: Sequence[int], step: int) -> float:
+    """Tokens that a batch takes, padding included, where `step` rows are padded to one length."""
+    parts = [list(batch[start : start + step]) for start in range(0, len(batch), step)]
+    return float(sum(len(part) * tokens[:, part].max(axis=1).sum() for part in parts))
+
+
+def _rows_at_once(trainer: EbrTrainer, size: int) -> int:
+    """Rows that are padded to one length: all that are embedded at a time, or one where rows are packed."""
+    at_once = trainer.loss.rows_at_once(size)
+    return 1 if trainer.loss.packed is not None and at_once == size else at_once
+
+
+def estimated_seconds(trainer: EbrTrainer, flown: Preflight, measure: float) -> float:
+    """Seconds that training takes with its evaluations and checkpoints.
+
+    :param measure: seconds that it takes to measure the model on the held-out anchors.
+    """
     args, rows = trainer.args, len(trainer.train_dataset)
     size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     steps = count_steps(rows, size, accumulation, args.num_train_epochs)
     epochs, rest = divmod(steps, count_steps(rows, size, accumulation, 1))
-    training = batch * (epochs * count_steps(rows, size, 1, 1) + rest * accumulation)
+    ends = math.ceil(args.num_train_epochs)
+    training = flown.batch * (epochs * count_steps(rows, size, 1, 1) + rest * accumulation)
+    training += flown.checkpoint * (-(-steps // args.save_steps) if args.save_strategy == "steps" else ends)
     if trainer.eval_dataset is None:
         return training
-    evaluations = -(-steps // args.eval_steps) if args.eval_steps else math.ceil(args.num_train_epochs)
-    losses = batch * count_steps(len(trainer.eval_dataset), min(size, args.eval_batch_size), 1, 1)
+    evaluations = -(-steps // args.eval_steps) if args.eval_steps else ends
+    losses = flown.evaluation * count_steps(len(trainer.eval_dataset), args.eval_batch_size, 1, 1)
     return training + evaluations * (measure + losses)
 
 
