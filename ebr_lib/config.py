@@ -32,6 +32,11 @@ REMOTE_CODE = (
     "the model's card says so; false refuses such a model.",
     "模型自带代码时：true 执行该代码（请先阅读）；ignore 改用库自带的类（仅当模型说明如此要求）；false 拒绝加载这样的模型。",
 )
+BASE_PATH = (
+    "Where the base of a fine-tuned folder is now, if it was moved: a folder or a list of them. The base is known by the "
+    "sha256 of its weights.",
+    "微调模型的基座被移动后的位置：一个目录或目录列表；按权重的 sha256 识别。",
+)
 OWN_LENGTH = "Tokens a text is cut to; null keeps the model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
 PRECISION = (
     "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
@@ -56,6 +61,7 @@ class FinetuneConfig(Config):
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    base_model_path: Places | None = knob(None, *BASE_PATH)
     data_path: Places = knob(
         "./train_text",
         "Training pairs: a file (JSON, JSONL, CSV, TSV, Parquet; gzip too) or a folder of them (files of the folder "
@@ -316,6 +322,7 @@ class InferenceConfig(Config):
         "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置名称、本地目录或 Hub 名称。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    base_model_path: Places | None = knob(None, *BASE_PATH)
     # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
@@ -610,6 +617,7 @@ class EvalConfig(Config):
         "加在文档前的提示词；null 使用模型训练时的提示词。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    base_model_path: Places | None = knob(None, *BASE_PATH)
     max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
@@ -687,6 +695,7 @@ class IndexConfig(Config):
         "编码查询的模型；null 使用向量文件清单中的模型。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    base_model_path: Places | None = knob(None, *BASE_PATH)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     measure_queries: Positive = knob(1000, "At most so many queries measure.", "测量使用的查询数上限。")
     target_recall: Annotated[float, Field(gt=0, le=1)] = knob(
@@ -714,6 +723,7 @@ class SearchConfig(Config):
         None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    base_model_path: Places | None = knob(None, *BASE_PATH)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
 
     def conflicts(self) -> Iterator[str]:

@@ -18,7 +18,7 @@ from ebr_lib.data.pairs import expand, normalised, read_pairs, texts_of
 from ebr_lib.errors import DataError, MissingError, ModelError, UserError
 from ebr_lib.files import make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.loading import check_remote_code, look_for_bases_in
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.compare import Difference, changed_most, compare
 from ebr_lib.retrieval.contenders import (
@@ -84,6 +84,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: data or a model is not there.
     """
     config = EvalConfig.resolve(config)
+    look_for_bases_in(config.base_model_path)
     _check_own_code(config)
     task, leaked = _read(config)
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))

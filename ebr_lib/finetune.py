@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -12,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ebr_lib.data.batches import KnownPositives
     from ebr_lib.data.doctor import DoctorReport
     from ebr_lib.data.pairs import Pair, TrainingRow
+    from ebr_lib.model.contract import Contract
     from ebr_lib.model.heldout import GroupMeans, HeldoutTask
     from ebr_lib.model.loading import ModelIdentity
     from ebr_lib.model.losses import ContrastiveLoss, HeldoutRows
@@ -43,8 +45,21 @@ ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-c
 CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
 REJECTS_FILE = "rejected_rows.jsonl"
 MINED_FILE = "mined_negatives.jsonl"
-# knobs that say where, how often and how to go on; a resumed run may change them
-FREE_ON_RESUME = ("resume_from_checkpoint", "merge_adapter", "memory_limit_gb", "dataloader_num_workers", "save_steps")
+RUN_FILE = "run.json"
+# knobs that say where, how often and how to go on; a resumed run may change them. Of data and models the contents count
+FREE_ON_RESUME = (
+    "model_name",
+    "base_model_path",
+    "data_path",
+    "eval_data_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "merge_adapter",
+    "memory_limit_gb",
+    "eval_batch_size",
+    "dataloader_num_workers",
+    "save_steps",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,10 +119,11 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
         refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
     _check_places(config)
-    _base(config)
+    _refuse_other_base(config)
     data = _read(config)
     _set_seed(config.seed)
     model = _model_with_adapter(config)
+    _refuse_other_base(config)  # again, for a model of the hub is here only now
     config = _as_the_adapter_is(config, model)
     _refuse_what_cannot_be(config, data, model)
     data = _mine(config, data, model)
@@ -171,6 +187,33 @@ def _check_places(config: FinetuneConfig) -> None:
             )
 
 
+def _refuse_other_base(config: FinetuneConfig) -> None:
+    """Make sure that a model which will be replaced was trained from the same base, not from another of the same name.
+
+    :raises ConfigError: it was trained from another.
+    """
+    from ebr_lib.model.contract import read_contract
+    from ebr_lib.model.loading import look_for_bases_in
+
+    look_for_bases_in(config.base_model_path)
+    base = _base(config)
+    for place in (_place(config, ADAPTER_SUFFIX), _place(config, MERGED_SUFFIX)):
+        there = read_contract(place)
+        if there is None or _same_base(there, base):
+            continue
+        raise ConfigError(
+            f"output folder {place} holds a model that was trained from another base ({there.base_model}, weights "
+            f"sha256 {there.base_sha256}) than {base.base_model} ({base.base_sha256}), and would be replaced; give "
+            "another output_dir, or move it"
+        )
+
+
+def _same_base(there: Contract, base: ModelIdentity) -> bool:
+    if base.base_sha256 is None:  # not on this machine yet, or without weights of its own: the name has to do
+        return there.base_sha256 is not None or there.base_model == base.base_model
+    return there.base_sha256 == base.base_sha256
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +234,7 @@ def _read(config: FinetuneConfig) -> _Data:
     train_rows, heldout_rows = expand(train), expand(heldout)
     logger.info("训练集大小: %d (training rows)", len(train_rows))
     logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
-    sha256 = _fingerprint([*train_rows, *heldout_rows])
+    sha256 = _fingerprint(train_rows, heldout_rows)
     if not heldout_rows:
         return _Data(train_rows, heldout_rows, None, sha256)
     answers = [(row.anchor, row.positive) for row in heldout_rows]
@@ -251,9 +294,9 @@ def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
         logger.info("训练中出现过的验证文档 held-out documents that training has too (seen): %d", seen.sum())
 
 
-def _fingerprint(rows: Sequence[TrainingRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
+def _fingerprint(*sets: Sequence[TrainingRow]) -> str:
+    digest = hashlib.sha256(repr([len(rows) for rows in sets]).encode())
+    for row in chain(*sets):
         digest.update(repr((row.anchor, row.positive, row.negatives)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -443,7 +486,7 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
 def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, report: DoctorReport) -> EbrTrainer:
     from ebr_lib.model import dataset
     from ebr_lib.model.adapters import trainable_counts
-    from ebr_lib.model.callbacks import KeepBest
+    from ebr_lib.model.callbacks import BEST_FOLDER, KeepBest
     from ebr_lib.model.logbook import JsonLinesLog, LossWatch, RunFacts
     from ebr_lib.model.losses import HeldoutRows
     from ebr_lib.model.training import EbrTrainer
@@ -474,7 +517,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
                 config.best_metric,
                 config.early_stopping_patience,
                 config.early_stopping_threshold,
-                str(checkpoints / "best"),
+                str(checkpoints / BEST_FOLDER),
             )
         )
     return EbrTrainer(
@@ -668,16 +711,17 @@ def _preflight(trainer: EbrTrainer, measuring: float) -> None:
 
 
 def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
-    """Where to go on from, after a check that it is the same run; a run that starts anew puts old checkpoints aside."""
+    """Where to go on from, after a check that it is the same run; a run that starts over puts old checkpoints aside."""
     folder = _place(config, CHECKPOINTS_SUFFIX)
-    run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
-    base = _base(config)
-    run |= {"data_sha256": data.sha256, "model_sha256": base.sha256, "base_sha256": base.base_sha256}
-    note = folder / "run.json"
-    if config.resume_from_checkpoint == "auto" and note.is_file() and (last := _last_whole_checkpoint(folder)):
-        _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
-        logger.info("从检查点继续 going on from %s", last)
-        return last
+    run = _what_decides(config, data)
+    note = folder / RUN_FILE
+    if config.resume_from_checkpoint == "auto":
+        _take_over(folder, run)
+        if note.is_file() and (last := _last_whole_checkpoint(folder)):
+            _refuse_other_run(json.loads(note.read_text(encoding="utf-8")), run, note)
+            logger.info("从检查点继续 going on from %s", last)
+            return last
+        logger.info("没有可继续的检查点，从头训练 no checkpoint to go on from in %s: starting at the beginning", folder)
     if note.is_file() and _last_whole_checkpoint(folder):
         aside = _free_name(folder.with_name(folder.name + ".previous"))
         folder.rename(aside)
@@ -687,6 +731,35 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, run)
     return None
+
+
+def _what_decides(config: FinetuneConfig, data: _Data) -> dict[str, Any]:
+    """All that decides a run's result: knobs, and the contents of data and models, wherever they lie."""
+    from ebr_lib.model.contract import files_sha256
+    from ebr_lib.model.loading import local_folder
+
+    run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
+    base = _base(config)
+    folders = [local_folder(name) for name in dict.fromkeys((base.path, base.base_model))]
+    return run | {
+        "data_sha256": data.sha256,
+        "model_sha256": base.sha256 or base.name,
+        "base_sha256": base.base_sha256 or base.base_model,
+        "model_files": [files_sha256(folder) if folder else None for folder in folders],
+    }
+
+
+def _take_over(folder: Path, run: Mapping[str, Any]) -> None:
+    """Give the checkpoints of the same run, begun when its model had another name, the name of now."""
+    if (folder / RUN_FILE).exists():
+        return
+    for note in sorted(folder.parent.glob(f"*{CHECKPOINTS_SUFFIX}/{RUN_FILE}")):
+        if json.loads(note.read_text(encoding="utf-8")) == run:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rmdir()  # the trainer has made it
+            note.parent.rename(folder)
+            logger.info("检查点已改名 checkpoints of the same run: %s is now %s", note.parent, folder)
+            return
 
 
 def _free_name(place: Path) -> Path:

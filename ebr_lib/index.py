@@ -19,6 +19,7 @@ from ebr_lib.data.vectors import AGAIN, Embeddings, iter_embeddings, manifest_pa
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_apart, check_replaceable, write_json
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.model.loading import look_for_bases_in
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.model.remote_code import Choice
@@ -111,6 +112,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
+    look_for_bases_in(config.base_model_path)
     folder = Path(config.output_dir)
     check_replaceable(folder, OWN_FILES.__contains__)
     check_apart([folder], [config.embedding_path, manifest_path(config.embedding_path), config.queries_path])
@@ -380,6 +382,7 @@ def search(
     model_name: str | None = None,
     query_prompt: str | None = None,
     trust_remote_code: Choice = False,
+    base_model_path: str | Sequence[str] | None = None,
 ) -> SearchResult:
     """Find the k rows nearest to a query. Index and model stay loaded for the next search.
 
@@ -389,6 +392,7 @@ def search(
     :param model_name: the model, where it is not at the place that the index remembers.
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
+    :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
     :raises ConfigError: `k` is no whole number from 1, or `where` no mapping.
     :raises ModelError: the model is not the one that made the index's vectors.
     :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
@@ -399,6 +403,7 @@ def search(
         raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
     allowed = _allowed_values({} if where is None else where)
     held = index if isinstance(index, SearchIndex) else opened(str(index), index_stamp(index))
+    look_for_bases_in(base_model_path)
     recipe = _recipe(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
     encoder = _encoder(recipe, Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
@@ -503,6 +508,7 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         model_name=config.model_name,
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
+        base_model_path=config.base_model_path,
     )
     logger.info("%s", result.table.text(), extra=RESULT)
     return result

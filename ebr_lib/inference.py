@@ -30,7 +30,14 @@ from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_output_file, sha256_of, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.contract import files_sha256
-from ebr_lib.model.loading import ModelIdentity, check_remote_code, find_model, identify, local_folder
+from ebr_lib.model.loading import (
+    ModelIdentity,
+    check_remote_code,
+    find_model,
+    identify,
+    local_folder,
+    look_for_bases_in,
+)
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.tables import Shown, Table
 
@@ -88,6 +95,7 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     """
     started = time.perf_counter()
     config = InferenceConfig.resolve(config)
+    look_for_bases_in(config.base_model_path)
     output = Path(config.output_path).expanduser()
     check = check_output_folder if config.engine == "ray" else check_output_file
     check(output)

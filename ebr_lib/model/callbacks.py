@@ -21,6 +21,8 @@ from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, 
 from ebr_lib.model.processes import from_first_process, is_first_process
 from ebr_lib.names import LOWER_IS_BETTER
 
+BEST_FOLDER = "best"
+
 
 class KeepBest(TrainerCallback, ExportableState):
     """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
@@ -65,7 +67,8 @@ class KeepBest(TrainerCallback, ExportableState):
         self._stop_at_end_of_patience(control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop at once where the run that goes on had stopped early."""
+        """Stop at once where the run that goes on had stopped early; its folder may have been moved since."""
+        self.folder = str(Path(args.output_dir) / BEST_FOLDER)
         self._stop_at_end_of_patience(control)
 
     def _stop_at_end_of_patience(self, control: Any) -> None:

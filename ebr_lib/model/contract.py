@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,28 +124,38 @@ def _changes(model: SentenceTransformer, contract: Contract) -> str:
 
 def weights_sha256(folder: str | Path) -> str | None:
     """One sha256 for the safetensors files of a model's folder, or None where there are none."""
-    import hashlib
+    stats = [(str(file), file.stat()) for file in sorted(Path(folder).glob("*.safetensors"))]
+    return _sha256_of_files(tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
 
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        return None
-    if len(files) == 1:
-        return sha256_of(files[0])
-    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None:
+    """As `weights_sha256`, of files (name, bytes, time of the last change, number): a run asks several times, and
+    gigabytes take seconds."""
+    sums = [sha256_of(name) for name, *_ in files]
+    if len(sums) <= 1:
+        return sums[0] if sums else None
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def files_sha256(folder: str | Path) -> str:
     """One sha256 for what a model is made of besides the weights of `weights_sha256`.
 
-    Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this.
+    Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this; where the
+    base of an adapter lies does not count.
     """
-    import hashlib
-
     folder = Path(folder)
     listed = folder / "modules.json"
     modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
     files = [file for pattern in SETUP_FILES for file in folder.glob(pattern)]
     for part in {module["path"] for module in modules if module["path"]}:
         files += [file for pattern in ("*.safetensors", *SETUP_FILES) for file in (folder / part).glob(pattern)]
-    named = sorted((file.relative_to(folder).as_posix(), sha256_of(file)) for file in files)
+    named = sorted((file.relative_to(folder).as_posix(), _sha256_without_place(file)) for file in files)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _sha256_without_place(file: Path) -> str:
+    if file.name != "adapter_config.json":
+        return sha256_of(file)
+    values = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,10 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
     path = str(folder or name)
     if contract is None or contract.merged:  # a merged model stands for itself: what is trained on it needs it
         return ModelIdentity(name, path, own, name, own, trust_remote_code)
-    return ModelIdentity(name, path, own, contract.base_model, contract.base_sha256, trust_remote_code)
+    base = contract.base_model
+    with contextlib.suppress(MissingError, ModelError):  # loading says so
+        base = _base_name(name, path, contract)
+    return ModelIdentity(name, path, own, base, contract.base_sha256, trust_remote_code)
 
 
 def check_remote_code(name: str, choice: Choice, made_with: Choice | None = None) -> Choice:
@@ -187,6 +190,93 @@ def _own_code_of(folder: Path) -> tuple[OwnCode, ...]:
                 place = local_folder(str(base))
                 found += own_code(place) if place else ()
     return tuple(found)
+
+
+# --- the base of an adapter ---------------------------------------------------------------------------------------
+
+_base_folders: dict[str, None] = {}  # where bases have moved to
+
+
+def look_for_bases_in(places: str | Iterable[str] | None) -> None:
+    """From now on, look for the bases of saved adapters in these folders first.
+
+    A folder is taken where its weights are those that the adapter was trained on, and passed over where they are not.
+
+    :raises MissingError: there is no such folder.
+    """
+    for place in [places] if isinstance(places, str) else places or ():
+        folder = local_folder(place)
+        if folder is None:
+            raise MissingError(f"base_model_path {place}: there is no such folder (looked at {Path(place).absolute()})")
+        _base_folders[str(folder)] = None
+
+
+def base_folders() -> tuple[str, ...]:
+    """The folders that `look_for_bases_in` was given, for another process."""
+    return tuple(_base_folders)
+
+
+def _base_name(name: str, where: str, contract: Contract) -> str:
+    """The name of an adapter's base where that still leads to it, else the folder where it is now."""
+    place = _base_place(name, where, contract)
+    with contextlib.suppress(MissingError):
+        if find_model(contract.base_model) == place:
+            return contract.base_model
+    return place
+
+
+def _base_place(name: str, where: str, contract: Contract) -> str:
+    """Where the base of a saved adapter is: the first place with the weights that the adapter was trained on.
+
+    :raises ModelError: there are others, in all places that could be meant.
+    :raises MissingError: there is no such place.
+    """
+    wanted, others = contract.base_sha256, []
+    for place in dict.fromkeys(_possible_bases(where, contract)):
+        folder = local_folder(place)
+        found = weights_sha256(folder) if folder else None
+        if wanted in (None, found) or folder is None:
+            return place
+        others.append(f"found {found or 'none'} at {folder}")
+    moved = "or set base_model_path to the folder where it is now"
+    if others:
+        raise ModelError(
+            f"model {name} was trained on {contract.base_model} with weights of sha256 {wanted}, {', '.join(others)}; "
+            f"put the original base model there, {moved}"
+        )
+    raise MissingError(f"model {name} is an adapter on {contract.base_model}, which is not here; put it there, {moved}")
+
+
+def _possible_bases(where: str, contract: Contract) -> Iterator[str]:
+    """Folders that may be an adapter's base, likely ones first: where the user says, by its name, where it was when the
+    adapter was saved, where it is if both were moved together. A name of the hub comes last, and first the name where
+    nothing is known that the base could be recognised by."""
+    if contract.base_sha256:
+        yield from _base_folders
+    try:
+        named = find_model(contract.base_model)
+    except MissingError:
+        named = ""
+    if named and Path(named).is_dir():
+        yield named
+    saved_from = str(as_mapping(read_json(Path(where) / "adapter_config.json")).get("base_model_name_or_path") or "")
+    was_folder = Path(saved_from).is_absolute()
+    if was_folder and Path(saved_from).is_dir():
+        yield saved_from
+    if was_folder and contract.base_sha256:
+        yield from _moved_along(Path(where), Path(saved_from))
+    if named and not Path(named).is_dir() and not was_folder:
+        yield named
+    yield from _base_folders
+
+
+def _moved_along(adapter: Path, base: Path) -> Iterator[str]:
+    """Folders that lie to an adapter's folders as the base may have lain to the adapter."""
+    for above in adapter.parents:
+        for depth in range(1, len(base.parts)):
+            place = above.joinpath(*base.parts[-depth:])
+            if place != adapter and place.is_dir():
+                yield str(place)
 
 
 def prompt_of(model: SentenceTransformer, side: Side, told: str | None = None) -> str:
@@ -241,8 +331,8 @@ def load_model(
     if contract is None or contract.merged:
         model = _load(name, where, **how)
     else:
-        base = _checked_base(name, where, contract)
         model = _load(base, base, **how)
+        _base_place(name, where, contract)  # which has come from the hub, maybe: are these the weights?
         if contract.adapter_side == "both" or side == "query":
             _load_adapter(name, where, model, trainable)
             model.max_seq_length = contract.max_seq_length
@@ -254,35 +344,6 @@ def load_model(
     if max_seq_length is not None:
         fit_length(model, max_seq_length, name)
     return model
-
-
-def _checked_base(name: str, where: str, contract: Contract) -> str:
-    """The base model under a saved adapter, which must be the very one that the adapter was trained on."""
-    base = _base_place(name, where, contract)
-    folder = local_folder(base)
-    found = weights_sha256(folder) if folder else None
-    if contract.base_sha256 and found and found != contract.base_sha256:
-        raise ModelError(
-            f"model {name} was trained on {contract.base_model} with weights of sha256 {contract.base_sha256}, "
-            f"found {found} at {folder}; put the original base model there"
-        )
-    return base
-
-
-def _base_place(name: str, where: str, contract: Contract) -> str:
-    """Where the base is by its name; else, for a name that was relative to another folder, where it was when saved."""
-    try:
-        return find_model(contract.base_model)
-    except MissingError as error:
-        config = Path(where) / "adapter_config.json"
-        saved_from = (
-            json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
-        )
-        if saved_from and Path(saved_from).is_dir():
-            return str(saved_from)
-        raise MissingError(
-            f"model {name} is an adapter on {contract.base_model}, which is not here: {error}"
-        ) from error
 
 
 def _fetch_configs(where: str) -> None:

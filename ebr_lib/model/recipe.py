@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebr_lib.model.loading import load_model, prompt_of, sides_apart
+from ebr_lib.model.loading import base_folders, load_model, look_for_bases_in, prompt_of, sides_apart
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.shapes import Side
@@ -33,9 +33,11 @@ class EncoderRecipe:
     batch_tokens: int | None = None
     device: str | None = None
     trust_remote_code: Choice = False
+    base_folders: tuple[str, ...] = field(default_factory=base_folders)  # another process has to be told of them
 
     def model(self, side: Side) -> SentenceTransformer:
         """Load the model, its adapter merged."""
+        look_for_bases_in(self.base_folders)
         return load_model(
             self.model_name,
             trust_remote_code=self.trust_remote_code,
