@@ -25,6 +25,7 @@ from ebr_lib.engines.job import (
     work_folder,
 )
 from ebr_lib.engines.local import EncoderFacts, LocalEngine
+from ebr_lib.engines.moved import with_known_names
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_output_file, sha256_of, write_json
@@ -323,7 +324,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
         drop_run(job.folder)
     refuse_other_engine(job.folder, in_parts=config.engine == "ray")
-    return job
+    return with_known_names(job)
 
 
 def _config_path(output: Path) -> Path:

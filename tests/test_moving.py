@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ebr_lib import evaluate_retrieval, run_batch_inference
+from ebr_lib.data.hive import Layout
+from ebr_lib.data.vectors import manifest_path
+from ebr_lib.engines.job import Job
+from ebr_lib.engines.moved import with_known_names
+from ebr_lib.engines.ray_cluster import JOB_FILE
+from ebr_lib.engines.store import Store
 from ebr_lib.errors import ConfigError, MissingError, ModelError
+from ebr_lib.files import write_json
 from ebr_lib.model import loading
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
@@ -148,12 +157,54 @@ def test_an_output_is_appended_to_when_model_base_and_data_have_moved(moved, tmp
     run_batch_inference(encoding | places)
     shutil.move(tmp_path / "out", tmp_path / "new" / "out")
     new = {name: shutil.move(place, tmp_path / "new" / f"the {name}") for name, place in places.items()}
-    (tmp_path / "new" / "the data_path" / "b.csv").write_text("id\x01description\n2\x01pan\n")
+    data = tmp_path / "new" / "the data_path"
+    (data / "a.csv").rename(data / "renamed.csv")
+    (data / "b.csv").write_text("id\x01description\n2\x01pan\n")
     loading._base_folders.clear()
     result = run_batch_inference(
         {"append": True, "output_path": str(tmp_path / "new" / "out" / "e.txt")} | {n: str(p) for n, p in new.items()}
     )
     assert result.counts["written"] == 2
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+
+
+def job_of(output: Path, files: list[tuple[str, str]]) -> Job:
+    inputs = tuple({"path": name, "size": 1, "sha256": sha} for name, sha in files)
+    layout = Layout(b"\x01", None, "auto", False)
+    return Job(tuple(Named(name) for name, _ in files), layout, "text", (), output, {}, inputs, append=True)
+
+
+@pytest.mark.parametrize("known_by", ["manifest", "parts", "state"])
+def test_inputs_are_known_by_contents_and_partition(tmp_path, known_by):
+    output = tmp_path / "out.txt"
+    work = output.with_name("out.txt.work")
+    work.mkdir()
+    then = job_of(output, [("a.csv", "1"), ("b.csv", "2"), ("c.csv", "2"), ("dt=1/d.csv", "3"), ("gone.csv", "4")])
+    if known_by == "state":
+        with contextlib.closing(Store(work)) as store:
+            store.go_back({"first": 0, "earlier": then.inputs[:2], "inputs": then.inputs[2:]})
+    elif known_by == "parts":
+        write_json(work / JOB_FILE, {"inputs": then.inputs})
+    else:
+        output.touch()
+        write_json(manifest_path(output), {"inputs": then.inputs})
+    files = [
+        ("new.csv", "9"),
+        ("y.csv", "2"),
+        ("dt=1/e.csv", "3"),
+        ("dt=2/d.csv", "3"),
+        ("b.csv", "2"),
+        ("1/a.csv", "1"),
+    ]
+    now = with_known_names(job_of(output, files))
+    names = ["a.csv", "b.csv", "c.csv", "dt=1/d.csv", "new.csv", "dt=2/d.csv"]
+    assert [source.name for source in now.sources] == [entry["path"] for entry in now.inputs] == names
+    assert [entry["sha256"] for entry in now.inputs] == ["1", "2", "2", "3", "9", "3"]
+    assert with_known_names(now) == now
 
 
 # --- fine-tuning --------------------------------------------------------------------------------------------------
