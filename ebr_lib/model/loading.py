@@ -205,7 +205,9 @@ def look_for_bases_in(places: str | Iterable[str] | None) -> None:
     :raises MissingError: there is no such folder.
     """
     for place in [places] if isinstance(places, str) else places or ():
-        folder = local_folder(place)
+        folder = None
+        with contextlib.suppress(MissingError):
+            folder = local_folder(place)
         if folder is None:
             raise MissingError(f"base_model_path {place}: there is no such folder (looked at {Path(place).absolute()})")
         _base_folders[str(folder)] = None
