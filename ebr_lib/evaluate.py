@@ -135,8 +135,8 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     pairs = read_pairs(config.train_data_path, on_bad_row="skip")
     trained = texts_of(expand(pairs))
     task = read_task(sources, columns, config.slice_columns, trained, config.leave_out_own)
-    anchors = {normalised(pair.anchor) for pair in pairs}
-    leaked = sum(normalised(query) in anchors for query in task.queries)
+    rows = {normalised(text) for pair in pairs for text in (pair.anchor, *pair.positives)}
+    leaked = sum(normalised(query) in rows for query in task.queries)
     if leaked:
         logger.warning("泄漏: %d queries of %d stand in the training data; they flatter", leaked, len(task.queries))
     return task, {"queries_in_training": leaked}

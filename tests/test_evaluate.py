@@ -254,8 +254,21 @@ BAD = {
     "document's id twice": ("corpus.jsonl", '{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n', "(rows 1 and 2)"),
     "all documents blank": ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "none of its 1 documents has text"),
     "no grade in the first line": ("qrels/test.tsv", "q0\td1\tx\nq1\td1\t1\n", "line 1: wanted `query document grade`"),
-    "not JSON": ("corpus.jsonl", "{", "cannot be read as .jsonl"),
-    "not objects": ("corpus.jsonl", "[1]", "row 1: wanted an object, found int"),
+    "not JSON": ("corpus.jsonl", "{", "line 1: not a JSON object on one line"),
+    "not objects": ("corpus.jsonl", "[1]", "line 1: wanted an object, found int"),
+    "half a character in a query": (
+        "queries.jsonl",
+        '{"_id": "1", "text": "warm"}\n{"_id": "2", "text": "cold \\ud83d"}',
+        "line 2: `text` holds half a character",
+    ),
+    "half a character in a document": (
+        "corpus.jsonl",
+        '[{"text": "a"},\n{"text": "\\ude00"}]',
+        "line 2: `text` holds half",
+    ),
+    "half a character in an id": ("corpus.jsonl", '{"_id": "\\ud83d", "text": "a"}', "line 1: `_id` holds half"),
+    "a key twice": ("corpus.jsonl", '{"_id": "1", "text": "a", "text": "b"}', "line 1: the key `text` is there twice"),
+    "a broken array": ("corpus.jsonl", '[{"text": "a"},\n{"text" "b"}]', "line 2: the JSON is broken there"),
 }
 
 
@@ -900,6 +913,8 @@ def test_modelling_code_runs_only_when_allowed(beir, tiny_models, tmp_path):
 def test_leakage_is_reported(beir, tmp_path, caplog):
     train = jsonl(tmp_path / "train.jsonl", [{"anchor": "Shoes for  running", "positive": "透明手机壳"}])
     config = {"models": [], "data_path": str(beir), "train_data_path": str(train), "resamples": 100}
+    assert evaluate_retrieval(config | {"output_dir": str(tmp_path / "o")}).facts["queries_in_training"] == 1
+    jsonl(tmp_path / "train.jsonl", [{"anchor": "透明手机壳", "positive": "Shoes for  running"}])  # the other column
     assert evaluate_retrieval(config | {"output_dir": str(tmp_path / "o")}).facts["queries_in_training"] == 1
 
 

@@ -63,10 +63,8 @@ def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
             yield from _parquet_rows(file, is_column)
             return
         head = _head(file)
-        if head.startswith("["):
-            yield from _array_rows(file)
-        elif head.startswith("{"):
-            yield from _object_rows(file, is_column)
+        if head.startswith(("[", "{")):
+            yield from json_rows(file, is_column)
         elif delimiter := _delimiter_of(head, is_column):
             yield from _table_rows(file, delimiter, is_column)
         elif file.suffix.lower() in _TABLE_ENDINGS and head:
@@ -75,6 +73,20 @@ def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
             )
         else:
             yield from _line_rows(file)
+
+
+def json_rows(file: Path, is_column: IsColumn = lambda name: True) -> Iterator[RawRow]:
+    """Stream the rows of a JSON file; by default, each object that is not in an array is a row.
+
+    :raises DataError: an array or object is broken, or the file is not UTF-8.
+    """
+    first = _head(file)[:1]
+    if first == "[":
+        yield from _array_rows(file)
+    elif first == "{":
+        yield from _object_rows(file, is_column)
+    else:
+        yield from _line_rows(file)
 
 
 # --- bytes and letters --------------------------------------------------------------------------------------------

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -24,7 +22,8 @@ from numpy.typing import NDArray
 from ebr_lib.data.doctor import language_of
 from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
-from ebr_lib.data.pairs import is_blank, normalised, text_keys
+from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, normalised, text_keys
+from ebr_lib.data.records import BadRowError, json_rows
 from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, MissingError, UserError
 from ebr_lib.logs import logger
@@ -418,17 +417,20 @@ def _letters(path: Path, newline: str | None = None) -> IO[str]:
 
 
 def _json_records(path: Path) -> Iterator[Record]:
-    with _letters(path) as file:
-        first = next((letter for letter in iter(partial(file.read, 1), "") if not letter.isspace()), "")
-        file.seek(0)
-        if first == "[":
-            rows = list(enumerate(json.load(file), 1))
-        else:
-            rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
-    for number, row in rows:
+    for line, row, _ in json_rows(path):
+        if isinstance(row, BadRowError):
+            raise DataError(f"{path}, line {line}: {row}")
         if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number}: wanted an object, found {type(row).__name__}")
+            raise DataError(f"{path}, line {line}: wanted an object, found {type(row).__name__}")
+        for column, value in row.items():
+            if half_character(_strings(value)) is not None:
+                raise DataError(f"{path}, line {line}: `{column}` holds {HALF_CHARACTER}")
         yield row
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts of a value: itself, or those of its list."""
+    yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
 
 
 def _delimited_records(path: Path) -> Iterator[Record]:
