@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ebr_lib import config
 from ebr_lib.errors import ConfigError, UserError
 from ebr_lib.knobs import Config, add_flags, from_flags, knob_table, unknown_flag
+from ebr_lib.logs import print_anything, show_logs
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,16 @@ def _add_notebook(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_notebook)
 
 
-def _run_notebook(arguments: argparse.Namespace) -> None:
-    from ebr_lib.notebook import headline, parse_parameters, run_notebook
+def _run_notebook(arguments: argparse.Namespace) -> int:
+    from ebr_lib.notebook import NotebookError, headline, parse_parameters, run_notebook
 
-    print(headline(run_notebook(arguments.notebook, arguments.output, parse_parameters(arguments.set))))
+    try:
+        executed = run_notebook(arguments.notebook, arguments.output, parse_parameters(arguments.set))
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(headline(executed))
+    return 0
 
 
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +102,6 @@ def _run_knobs(arguments: argparse.Namespace) -> None:
 def _run_stage(arguments: argparse.Namespace) -> None:
     stage = STAGES[arguments.stage]
     resolved = from_flags(stage.config, vars(arguments))
-    from ebr_lib.logs import show_logs
-
     show_logs()
     getattr(importlib.import_module(stage.module), stage.function)(resolved)
 
@@ -105,23 +110,24 @@ def _run(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     try:
         if unknown:
             raise ConfigError(unknown_flag(unknown[0], getattr(arguments, "stage_config", None)))
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m ebr_lib <stage> …`; returns the exit status: 0, or 2 for a mistake of the user's."""
+    print_anything()
     return _run(*_parser().parse_known_args(argv))
 
 
 def main_finetune(argv: Sequence[str] | None = None) -> int:
     """Run `python ebr_finetune.py …`: the first stage alone."""
+    print_anything()
     parser = argparse.ArgumentParser(prog="ebr_finetune.py", allow_abbrev=False)
     _add_stage(parser, "finetune")
     return _run(*parser.parse_known_args(argv))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -29,11 +30,19 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (hasattr(record, "is_result") and _in_notebook())
 
 
+def print_anything() -> None:
+    """Let standard output and error write characters that their encoding lacks (GBK, cp1252, ASCII) as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def show_logs(level: int = logging.INFO) -> None:
     """Show the library's log lines on standard output; calling it twice changes nothing.
 
     In a notebook without the tables of results, for a result is shown there as it is returned.
     """
+    print_anything()
     # text bars are the same in a notebook and headless; tqdm would ask for a widget library
     warnings.filterwarnings("ignore", message="IProgress not found")
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):

@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
+import difflib
+import os
 import re
+import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from ebr_lib.errors import ConfigError, MissingError
-from ebr_lib.files import written_whole
+from ebr_lib.errors import ConfigError, DataError, MissingError, UserError
+from ebr_lib.files import check_apart, check_output_file, written_whole
 from ebr_lib.knobs import read_yaml
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
+LIBRARY = Path(__file__).parent.parent
 
 
 class NotebookError(RuntimeError):
-    """A cell failed; the executed copy is kept, up to and with that cell."""
+    """A cell failed, by no mistake that the library knows; the executed copy is kept, up to and with that cell."""
+
+
+class _ThisPython(KernelSpecManager):
+    """Starts the Python that runs this, with this library, whatever is installed as a kernel of the name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        places = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return KernelSpec(
+            argv=argv, display_name=kernel_name, language="python", env={"PYTHONPATH": os.pathsep.join(places)}
+        )
 
 
 class _Live(NotebookClient):
-    """Passes on what the cells print while they run."""
+    """Passes on what the cells print while they run, and knows which cell runs."""
+
+    connection_file = ""
+    current: NotebookNode | None = None
+    number: int | None = None
+    exit_status: int | None = None
+    interrupted = False
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        self.km = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=_ThisPython(), connection_file=self.connection_file
+        )
+        return self.km
+
+    async def async_start_new_kernel(self, **kwargs: Any) -> None:
+        main = asyncio.current_task()
+
+        def stop() -> None:
+            """The first Ctrl-C interrupts the cell, as in a browser; the second ends the run."""
+            if self.current is None or self.interrupted or self.km is None:
+                main.cancel()  # type: ignore[union-attr] # a coroutine runs in a task
+            else:
+                self.stopping = asyncio.ensure_future(ensure_async(self.km.interrupt_kernel()))
+            self.interrupted = True
+
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # another thread; Windows
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop)
+        await super().async_start_new_kernel(**kwargs)
+
+    async def async_execute_cell(self, cell: NotebookNode, *given: Any, **named: Any) -> NotebookNode:
+        self.current, self.number = cell, named.get("execution_count")
+        try:
+            return await super().async_execute_cell(cell, *given, **named)
+        except DeadKernelError:
+            self.exit_status = await self.km.provisioner.poll()  # type: ignore[union-attr] # it has run
+            raise
 
     def output(self, outs: Any, msg: Any, display_id: str | None, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
@@ -36,24 +94,33 @@ class _Live(NotebookClient):
 
 
 def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, Any] | None = None) -> Path:
-    """Execute a copy of a notebook, in its own folder, and write it with its outputs.
+    """Execute a copy of a notebook, in its own folder as a browser would, and write it with its outputs.
 
     :param parameters: names of the cell tagged `parameters` to new values; a dict updates the cell's dict.
     :returns: where the executed copy is; it is written when a cell fails, too.
     :raises MissingError: there is no such notebook.
-    :raises ConfigError: a name that the cell does not set, or no such cell.
-    :raises NotebookError: a cell raised; says which and what.
+    :raises ConfigError: a name that the cell does not set, a value of another type, or no such cell; or the output
+        would replace the notebook.
+    :raises UserError: a cell raised one, of the same class.
+    :raises NotebookError: a cell raised anything else, or its kernel died; says which and what.
+    :raises KeyboardInterrupt: the run was stopped.
     """
     path, output = Path(path), Path(output)
     if not path.is_file():
         raise MissingError(f"notebook {path}: there is no such file")
-    notebook = nbformat.read(path, as_version=4)
+    check_output_file(output)
+    check_apart([output], [path])
+    notebook = _read(path)
     inject(notebook, parameters or {})
     client = _Live(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     try:
-        client.execute()
-    except CellExecutionError as error:
-        raise NotebookError(f"{path.name}: {error.ename}: {error.evalue}; see {output}") from error
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the usual place is in HOME
+            client.connection_file = str(Path(folder) / "kernel.json")
+            client.execute()
+    except (CellExecutionError, DeadKernelError, RuntimeError, asyncio.CancelledError) as error:
+        if client.interrupted:
+            raise KeyboardInterrupt from None
+        raise _explained(error, client, path, output) from error
     finally:
         _settle_bars(notebook)
         with written_whole(output) as new:
@@ -61,22 +128,67 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
     return output
 
 
+def _read(path: Path) -> NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        raise DataError(f"{path} is not a notebook ({str(error).splitlines()[0][:200]})") from error
+
+
+def _explained(error: BaseException, client: _Live, path: Path, output: Path) -> Exception:
+    """What stopped a notebook, in a sentence: of the class that a cell raised, where it is one of a user's mistakes."""
+    cell = client.current
+    if cell is None:
+        return NotebookError(f"{path.name}: the kernel did not start ({error})")
+    first = next(iter(cell.source.strip().splitlines()), "")
+    place = f"{path.name}, cell In [{client.number}] ({first[:60]})"
+    if isinstance(error, CellExecutionError):
+        mistakes = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        kind = mistakes.get(error.ename)
+        said = error.evalue if kind else f"{error.ename}: {error.evalue}"
+        return (kind or NotebookError)(f"{said}\n{place}; see {output}")
+    return NotebookError(f"{place}: the kernel died, {_cause(client.exit_status)}; see {output}")
+
+
+def _cause(status: int | None) -> str:
+    """Why a kernel's process ended, from its exit status; minus the number of a signal."""
+    if status is None or status >= 0:
+        return f"with exit status {status}"
+    name = signal.Signals(-status).name
+    return f"killed by {name}" + (", probably for lack of memory" if name == "SIGKILL" else "")
+
+
 def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
     """`RUN_X=false` and `FINETUNE_CONFIG.num_epochs=1` as the names and values to inject; values are YAML.
 
-    :raises ConfigError: a setting without `=`, or whose value is no YAML.
+    :raises ConfigError: a setting without `=`, whose value is not YAML, or a dict and its knob at once.
     """
     parameters: dict[str, Any] = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
+        name, equals, text = setting.partition("=")
+        if not (name and equals):
             raise ConfigError(f"{setting}: wanted NAME=VALUE")
         config, dot, knob = name.partition(".")
-        if dot:
-            parameters.setdefault(config, {})[knob] = read_yaml(value)
+        if not dot:
+            parameters[name] = _value(setting, text)
+        elif isinstance(parameters.setdefault(config, {}), dict):
+            parameters[config][knob] = _value(setting, text)
         else:
-            parameters[name] = read_yaml(value)
+            raise ConfigError(f"{setting}: {config} has a value of its own already; give one of the two")
     return parameters
+
+
+def _value(setting: str, text: str) -> Any:
+    """A YAML value that Python code can spell, else the text: a date, say."""
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{setting}: {text!r} is not YAML; put quotes around a text: 'NAME=\"…\"'") from error
+    try:
+        ast.literal_eval(repr(value))
+    except ValueError:
+        return text
+    return value
 
 
 def headline(executed: str | Path) -> str:
@@ -92,9 +204,9 @@ def headline(executed: str | Path) -> str:
 
 
 def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
-    """Put a cell tagged `injected-parameters` behind the parameters cell, in the stead of an earlier one.
+    """Put a cell tagged `injected-parameters` after the parameters cell, replacing any earlier one.
 
-    :raises ConfigError: there is not one parameters cell, or it does not set a name.
+    :raises ConfigError: there is not one parameters cell, or it does not set a name, or sets it to another type.
     """
     notebook.cells = [cell for cell in notebook.cells if INJECTED not in _tags(cell)]
     if not parameters:
@@ -103,20 +215,53 @@ def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
     if len(places) != 1:
         raise ConfigError(f"the notebook has {len(places)} cells tagged {PARAMETERS!r}; wanted one")
     known = _assigned(notebook.cells[places[0]].source)
-    if unknown := sorted(set(parameters) - known):
-        raise ConfigError(f"the parameters cell sets no {', '.join(unknown)}; it sets {', '.join(sorted(known))}")
+    if wrong := [text for name, value in parameters.items() if (text := _wrong(name, value, known))]:
+        raise ConfigError("\n".join(wrong))
     lines = [f"{name} |= {v!r}" if isinstance(v, Mapping) else f"{name} = {v!r}" for name, v in parameters.items()]
     cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": [INJECTED]})
     notebook.cells.insert(places[0] + 1, cell)
+
+
+def _wrong(name: str, value: Any, known: Mapping[str, Any]) -> str | None:
+    """What is wrong with a parameter, if anything: its name, or a type other than that of the cell's own value."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}: the parameters cell does not set it{meant} It sets {', '.join(sorted(known))}"
+    held = known[name]
+    if isinstance(held, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = held is None or type(value) is type(held)
+    if fits:
+        return None
+    wanted = "true or false" if isinstance(held, bool) else f"a {type(held).__name__}"
+    return f"{name}: {value!r}; wanted {wanted}, as in the notebook"
 
 
 def _tags(cell: NotebookNode) -> list[str]:
     return list(cell.metadata.get("tags", []))
 
 
-def _assigned(source: str) -> set[str]:
-    statements = ast.parse(source).body
-    return {t.id for s in statements if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
+def _assigned(source: str) -> dict[str, Any]:
+    """The names that a cell sets, with their values; None for a value that is not written out.
+
+    :raises ConfigError: it is not Python.
+    """
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ConfigError(f"the parameters cell is not Python: {error.msg} in its line {error.lineno}") from error
+    found: dict[str, Any] = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            try:
+                value = ast.literal_eval(statement.value)
+            except ValueError:
+                value = None
+            found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def _settle_bars(notebook: NotebookNode) -> None:

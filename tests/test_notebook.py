@@ -1,11 +1,15 @@
 """The notebook runs headlessly, with other parameters where wanted, and leaves what it says."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from ebr_lib.cli import main
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.notebook import INJECTED, NotebookError, headline, inject, parse_parameters, run_notebook
 
@@ -28,8 +32,29 @@ def test_parameters_are_injected_behind_their_cell_and_replaced():
     inject(notebook, {"A": {"x": 3}})
     assert [cell.source for cell in notebook.cells] == ["A = {'x': 1}\nRUN = True", "A |= {'x': 3}"]
     assert notebook.cells[1].metadata["tags"] == [INJECTED]
-    with pytest.raises(ConfigError, match="sets no RUM; it sets A, RUN"):
-        inject(notebook, {"RUM": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RUM": True}, r"RUM: the parameters cell does not set it; did you mean RUN\? It sets A, MODEL, RATE, RUN"),
+        ({"RUN": "flase"}, "RUN: 'flase'; wanted true or false"),
+        ({"RUN": 1}, "RUN: 1; wanted true or false"),
+        ({"RUN": None}, "RUN: None; wanted true or false"),
+        ({"A": 5}, "A: 5; wanted a dict"),
+        ({"RUN": {"x": 1}}, r"RUN: {'x': 1}; wanted true or false"),
+        ({"RATE": "fast"}, "RATE: 'fast'; wanted a float"),
+        ({"RATE": True}, "RATE: True; wanted a float"),
+        ({"MODEL": 3}, "MODEL: 3; wanted a str"),
+    ],
+)
+def test_a_parameter_is_known_and_of_the_notebook_s_type(given, said):
+    source = "A = {'x': 1}\nRUN: bool = True\nRATE = 0.5\nMODEL = 'm'"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    inject(notebook, {"RATE": 1, "RUN": False})
+    with pytest.raises(ConfigError, match=said):
+        inject(notebook, given)
 
 
 def test_settings_are_yaml():
@@ -37,17 +62,81 @@ def test_settings_are_yaml():
     assert parse_parameters(settings) == {"RUN": False, "C": {"rate": 3e-5, "names": ["a", "b"]}}
     with pytest.raises(ConfigError, match="wanted NAME=VALUE"):
         parse_parameters(["RUN"])
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse_parameters(["C.names=[a"])
+    with pytest.raises(ConfigError, match="C has a value of its own"):
+        parse_parameters(["C=1", "C.x=2"])
+    assert parse_parameters(["C.day=2026-11-01", "C.x="]) == {"C": {"day": "2026-11-01", "x": None}}
 
 
-def test_a_failing_cell_is_named_and_its_outputs_kept(tmp_path):
+def test_a_failing_cell_is_named_and_its_outputs_kept(tmp_path, capsys):
     path = small_notebook(tmp_path, "x = 1", "print('before')", "raise ValueError('no ' * x)")
-    with pytest.raises(NotebookError, match=r"small.ipynb: ValueError: no .*out.ipynb"):
-        run_notebook(path, tmp_path / "out.ipynb", {"x": 2})
+    arguments = ["notebook", "--notebook", str(path), "--output", str(tmp_path / "out.ipynb"), "--set", "x=2"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert "error: ValueError: no no" in shown and "In [4] (raise ValueError" in shown and "out.ipynb" in shown
+    assert "Traceback" not in shown
     kept = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     assert kept.cells[2].outputs[0].text == "before\n"
     assert not any(cell.outputs for cell in nbformat.read(path, as_version=4).cells)
     with pytest.raises(MissingError):
         run_notebook(tmp_path / "none.ipynb", tmp_path / "out.ipynb")
+
+
+def test_a_user_s_mistake_in_a_cell_is_one_here(tmp_path, capsys, monkeypatch):
+    """Of a notebook in another folder, without the library on Python's path; and this Python runs it."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "train.jsonl").write_text("{}")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    says = "import sys, pathlib; print(sys.executable, pathlib.Path('train.jsonl').exists())"
+    config = "from ebr_lib import check_configs; check_configs(finetune={'num_epoch': 3})"
+    path = small_notebook(tmp_path / "notebooks", "x = 1", says, config)
+    monkeypatch.chdir(tmp_path)
+    assert main(["notebook", "--notebook", "notebooks/small.ipynb", "--output", "out.ipynb"]) == 2
+    shown = capsys.readouterr().err
+    assert "num_epoch: unknown; did you mean num_epochs?" in shown and "In [3]" in shown and "Traceback" not in shown
+    assert f"{sys.executable} True" in shown
+    assert main(["notebook", "--notebook", str(path), "--output", str(path)]) == 2
+    assert "would replace the input" in capsys.readouterr().err
+    (tmp_path / "no.ipynb").write_text("no")
+    assert main(["notebook", "--notebook", "no.ipynb"]) == 2
+    assert "no.ipynb is not a notebook" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        ("os._exit(3)", "with exit status 3"),
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, probably for lack of memory"),
+    ],
+)
+def test_a_kernel_that_dies_is_named_with_its_cell_and_cause(tmp_path, end, cause):
+    path = small_notebook(tmp_path, "x = 1", f"import os\n{end}")
+    with pytest.raises(NotebookError, match=rf"cell In \[2\] \(import os\): the kernel died, {cause}; see .*out.ipynb"):
+        run_notebook(path, tmp_path / "out.ipynb")
+
+
+def test_ctrl_c_interrupts_the_cell_and_is_one_line(tmp_path):
+    """As in a terminal: the signal comes to the program, whose cell may save what it has."""
+    waits = "    print('begun', flush=True)\n    time.sleep(60)"
+    saves = f"try:\n{waits}\nexcept KeyboardInterrupt:\n    print('saved')\n    raise"
+    path = small_notebook(tmp_path, "import time", saves)
+    command = [
+        sys.executable,
+        "-m",
+        "ebr_lib",
+        "notebook",
+        "--notebook",
+        str(path),
+        "--output",
+        str(tmp_path / "o.ipynb"),
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "saved\ninterrupted\n")
+    assert "saved" in (tmp_path / "o.ipynb").read_text(encoding="utf-8")
 
 
 def test_bars_are_kept_as_they_ended(tmp_path):
