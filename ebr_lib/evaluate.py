@@ -15,8 +15,9 @@ import numpy as np
 
 from ebr_lib.config import EvalConfig
 from ebr_lib.data.pairs import expand, normalised, read_pairs, texts_of
+from ebr_lib.data.vectors import files_of
 from ebr_lib.errors import DataError, MissingError, ModelError, UserError
-from ebr_lib.files import make_folder, write_json, written_whole
+from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.loading import check_remote_code, look_for_bases_in
 from ebr_lib.model.recipe import EncoderRecipe
@@ -86,9 +87,10 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     config = EvalConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
     _check_own_code(config)
+    folder = make_folder(Path(config.output_dir))
+    _check_apart(config, folder)
     task, leaked = _read(config)
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
-    folder = make_folder(Path(config.output_dir))
     contenders = dict(_contenders(config, task))
     _tell_of_other_runs(folder, contenders)
     report = _report(config, task, contenders, task.facts() | leaked)
@@ -270,6 +272,15 @@ def _summary(report: Report) -> Table:
 
 def _interval(d: Difference) -> str:
     return f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.sure else ''}"
+
+
+def _check_apart(config: EvalConfig, folder: Path) -> None:
+    """Make sure that no file of the report is one that is read."""
+    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE)]
+    runs = _run_files(folder, labels(config.models, [BM25_NAME]))
+    read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
+    corpus = files_of(config.corpus_path) if config.corpus_path else []
+    check_apart([*written, *runs.values()], [*read, *corpus])
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,17 @@ def check_output_file(path: Path) -> None:
     make_folder(followed(path).parent)
 
 
-def check_apart(written: Iterable[Path], read: Iterable[str | Path | None]) -> None:
+def check_apart(written: Iterable[Path], read: Iterable[str | Path | Sequence[str] | None]) -> None:
     """Make sure, before the work, that a stage writes over nothing that it reads, however either is spelled or linked.
 
     :param written: files, and folders that are replaced as a whole.
-    :param read: files and folders; None is skipped.
+    :param read: files and folders, also several at a time; None is skipped.
     :raises ConfigError: two of them are one, or a folder that is replaced holds what is read.
     """
-    inputs = [Path(place) for place in read if place is not None and Path(place).exists()]
+    given = itertools.chain.from_iterable(
+        [places] if isinstance(places, str | Path) else places or () for places in read
+    )
+    inputs = [Path(place) for place in given if Path(place).exists()]
     for output in written:
         for place in inputs:
             inside = output.is_dir() and output.resolve() in place.resolve().parents

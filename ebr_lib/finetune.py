@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, ModelError
-from ebr_lib.files import make_folder, write_json, written_whole
+from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.model.processes import from_first_process, is_first_process, training_device, world_size
@@ -174,9 +174,11 @@ def _check_places(config: FinetuneConfig) -> None:
     """Make sure, before the work, that what will be written can be, in the stead of nothing but such."""
     from ebr_lib.model.contract import CONTRACT_FILE
 
-    make_folder(Path(config.output_dir))
-    for suffix in (ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX):
-        place = _place(config, suffix)
+    folder = make_folder(Path(config.output_dir))
+    places = {suffix: _place(config, suffix) for suffix in (ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX)}
+    rejects = [folder / name for name in (REJECTS_FILE, f"heldout_{REJECTS_FILE}")]
+    check_apart([*places.values(), *rejects], [config.data_path, config.eval_data_path, config.presets])
+    for suffix, place in places.items():
         if place.exists() and not place.is_dir():
             raise ConfigError(f"output folder {place} is a file; give another output_dir, or move it")
         is_ours = suffix == CHECKPOINTS_SUFFIX or (place / CONTRACT_FILE).is_file()

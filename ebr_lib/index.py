@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import IndexConfig, SearchConfig
-from ebr_lib.data.vectors import AGAIN, Embeddings, iter_embeddings, manifest_path, read_manifest
+from ebr_lib.data.vectors import AGAIN, Embeddings, files_of, iter_embeddings, read_manifest
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import check_apart, check_replaceable, write_json
 from ebr_lib.logs import RESULT, logger
@@ -115,7 +115,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     look_for_bases_in(config.base_model_path)
     folder = Path(config.output_dir)
     check_replaceable(folder, OWN_FILES.__contains__)
-    check_apart([folder], [config.embedding_path, manifest_path(config.embedding_path), config.queries_path])
+    check_apart([folder], [*files_of(config.embedding_path), config.queries_path, config.presets])
     made_by = read_manifest(config.embedding_path) or {}
     rows, dim = _size(config.embedding_path, made_by)
     _check_columns(config.embedding_path, config.id_column)

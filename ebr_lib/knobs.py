@@ -123,6 +123,11 @@ class Config:
         """Yield a sentence for every pair of knobs that cannot go together; called when each alone is right."""
         return iter(())
 
+    @property
+    def presets(self) -> list[str]:
+        """The preset files that it was resolved from, without those that `save` wrote, which hold every knob."""
+        return getattr(self, "_presets", [])
+
     @classmethod
     def resolve(cls, given: Self | Mapping[str, Any] | None = None, presets: Sequence[str | Path] = ()) -> Self:
         """Build a config: default < presets, in order < what is given.
@@ -140,7 +145,11 @@ class Config:
         for layer in layers:
             merged |= read_preset(layer)
         merged |= values
-        return cls._checked(merged)
+        config = cls._checked(merged)
+        object.__setattr__(
+            config, "_presets", [str(p) for p in layers if len(read_preset(p)) < len(dataclasses.fields(cls))]
+        )
+        return config
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> Self:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import VisConfig
-from ebr_lib.files import check_output_file, write_json
+from ebr_lib.data.vectors import files_of
+from ebr_lib.files import check_apart, check_output_file, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.tables import Shown, Table, html_link, html_picture
 from ebr_lib.view import clusters as measure
@@ -24,6 +25,7 @@ from ebr_lib.view.items import Items, columns_in, groups_of, read_both, read_ite
 from ebr_lib.view.maps import NEAR, Maps, project, sampled
 from ebr_lib.view.numbers import MEANINGS, SCORED, Numbers, health_of, meaning_of_kept, measured, tables_of
 
+NUMBERS, CONFIG, PAGE, MAPS = BESIDE = ".json", ".yaml", ".html", ".maps.npz"  # endings in place of the picture's
 LISTED = 20  # rows of a table that are shown
 NO_LABEL_TITLE = "k-means cluster"
 CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means silhouette")
@@ -86,9 +88,10 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
 
     :raises MissingError: there is no embedding file.
     :raises DataError: it cannot be read, or has no such column.
+    :raises ConfigError: one of these would replace a file that is read.
     """
     config = VisConfig.resolve(config)
-    check_output_file(Path(config.output_path))
+    _check_places(config)
     items, old = _read(config)
     _say_absent_fonts(config)
     health = health_of(items, config.seed)
@@ -108,6 +111,15 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     for table in tables:
         logger.info("%s", _head(table), extra=RESULT)
     return _written(config, now, before, groups, tables)
+
+
+def _check_places(config: VisConfig) -> None:
+    """Make sure, before the work, that what is written beside the picture too replaces nothing that is read."""
+    picture = Path(config.output_path)
+    check_output_file(picture)
+    files = [file for path in (config.embedding_path, config.compare_path) if path for file in files_of(path)]
+    beside = [picture.with_suffix(ending) for ending in BESIDE]
+    check_apart([picture, *beside], [*files, config.chinese_fonts, config.presets])
 
 
 def _read(config: VisConfig) -> tuple[Items, Items | None]:
@@ -134,7 +146,7 @@ def _labels(items: Items, config: VisConfig) -> Groups | None:
 
 def _maps(items: Items, old: Items | None, groups: Groups, config: VisConfig) -> tuple[Maps, Maps | None]:
     """The maps of the items, and those of before that they are drawn from."""
-    place = Path(config.output_path).with_suffix(".maps.npz")
+    place = Path(config.output_path).with_suffix(MAPS)
     cache = projection.Cache(place if config.cache and not config.fast else None)
     sample = sampled(items.unit, groups, config.max_points, config.seed, cache)
     asked = _asked(config)
@@ -164,13 +176,13 @@ def _asked(config: VisConfig) -> dict[str, dict[str, Any]]:
 def _written(config: VisConfig, now: _Side, before: _Side | None, groups: Groups, tables: Sequence[Table]) -> VisResult:
     """Write the picture, its numbers, its config and the page."""
     picture = Path(config.output_path)
-    numbers_path, page = picture.with_suffix(".json"), picture.with_suffix(".html") if config.explorer else None
+    numbers_path, page = picture.with_suffix(NUMBERS), picture.with_suffix(PAGE) if config.explorer else None
     panels = list(_panels(now.maps, before.maps if before else None))
     caption = _caption(now, before, groups, seed=config.seed)
     figure.draw(picture, panels, groups, title=_title(config), caption=caption, fonts=config.chinese_fonts)
     content = _content(config, now, before, groups, tables)
     write_json(numbers_path, content)
-    config.save(picture.with_suffix(".yaml"))
+    config.save(picture.with_suffix(CONFIG))
     if page:
         _explore(page, now, before, panels, groups, config=config)
     logger.info("wrote %s", ", ".join(str(path) for path in (picture, page, numbers_path) if path))

@@ -71,6 +71,11 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files that are read for an embedding file, those beside it too, whether they are there or not."""
+    return [Path(path), _beside(path, manifest_path), _beside(path, ids_path)]
+
+
 def ending_of(path: str | Path) -> str:
     """The ending that says which format an embedding file has, in lower case; `.txt` where a name has none of them."""
     ending = Path(path).suffix.lower()

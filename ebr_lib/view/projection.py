@@ -5,7 +5,12 @@ Everything here takes unit vectors: on the sphere the order by Euclidean distanc
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import importlib
+import shutil
+import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -309,13 +314,12 @@ def umap_map(
     # numba, when it first runs, gives OpenMP of the whole process a thread a processor: torch's is put back after it
     with warnings.catch_warnings(), threadpool_limits(limits=None):
         warnings.simplefilter("ignore")  # it can place no new points without a search index, and nobody asks it to
-        from umap import UMAP
-
+        umap = _imported_umap()
         itself = np.arange(len(start), dtype=np.int32)[:, None]
         k = min(n_neighbors - 1, neighbours.k)  # umap-learn counts the point itself
         indices = np.hstack([itself, neighbours.indices[:, :k]])
         distances = np.hstack([np.zeros_like(itself, dtype=np.float32), neighbours.distances[:, :k]])
-        model = UMAP(
+        model = umap.UMAP(
             n_neighbors=k + 1,
             min_dist=min_dist,
             init=start.astype(np.float32),
@@ -325,6 +329,31 @@ def umap_map(
             n_jobs=-1 if seed is None else 1,
         )
         return np.asarray(model.fit_transform(start), dtype=np.float32)  # of the data it only wants the number
+
+
+def _imported_umap() -> Any:
+    """UMAP, which compiles itself with numba: that keeps the outcome beside its code or in HOME, and fails where it can
+    write to neither, as in a container. There a temporary folder takes it, also where there is no HOME: numba would
+    make a folder called `~`."""
+    settings: Any = importlib.import_module("numba").config
+    if settings.CACHE_DIR or _has_home():
+        try:
+            return importlib.import_module("umap")
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
+    settings.CACHE_DIR = tempfile.mkdtemp(prefix="numba-")
+    atexit.register(shutil.rmtree, settings.CACHE_DIR, ignore_errors=True)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("umap", "pynndescent")]:
+        del sys.modules[name]  # what was loaded before the failure
+    return importlib.import_module("umap")
+
+
+def _has_home() -> bool:
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
 
 
 def place_rest(unit: Vectors, rest: Ints, projected: Vectors, coords: Coords, k: int = 5) -> Coords:
