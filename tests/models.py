@@ -37,7 +37,7 @@ CORPUS = [
     "南瓜的家常做法 清炒南瓜丝 热水器 书籍 平板电脑 洗发水 酒店 手机壳 苹果 衣服 水果",
     "买一个 iPhone 手机壳 送给妈妈 的 生日 礼物 0123456789 query passage Instruct",
 ]
-SHAPES = ("dense", "layernorm", "last_token", "no_pad", "passage", "towers", "late_towers", "static")
+SHAPES = ("dense", "layernorm", "last_token", "no_pad", "passage", "towers", "late_towers", "static", "tasks")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
@@ -118,6 +118,23 @@ def _save(folder: Path, modules: list, **kwargs) -> None:
     SentenceTransformer(modules=modules, device="cpu", **kwargs).save_pretrained(str(folder))
 
 
+TASK_CODE = '''
+from sentence_transformers.sentence_transformer.modules import Transformer
+
+
+class TaskTransformer(Transformer):
+    """Moves token states by what the text is for, as jina-embeddings-v3 does with an adapter for each task."""
+
+    def forward(self, features, task=None, **kwargs):
+        moved = {None: 0.0, "retrieval.query": 1.0, "retrieval.passage": -1.0}
+        if task not in moved:
+            raise ValueError(f"no task {task}")
+        features = super().forward(features)
+        features["token_embeddings"][..., 0] += moved[task]
+        return features
+'''
+
+
 def build_shape(shape: str, folder: Path) -> Path:
     """Save a tiny model of a shape that has more, or less, than a transformer with mean pooling."""
     torch.manual_seed(0)
@@ -143,6 +160,12 @@ def build_shape(shape: str, folder: Path) -> Path:
     elif shape == "late_towers":
         routes = {"query": [Dense(32, 24)], "passage": [Dense(32, 24)]}
         _save(folder, [bert(), pooling, Router(routes, default_route="query"), unit])
+    elif shape == "tasks":
+        _save(folder, [bert(), pooling, unit])
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[0] |= {"type": "tasks.TaskTransformer", "kwargs": ["task"]}
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "tasks.py").write_text(TASK_CODE, encoding="utf-8")
     else:
         assert shape == "static", shape
         _save(folder, [StaticEmbedding(tiny_tokenizer().backend_tokenizer, embedding_dim=32)])

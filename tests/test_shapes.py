@@ -156,6 +156,19 @@ def test_adapters_of_others_are_loaded_and_merged_to_the_last_tensor(tiny_models
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
 
 
+@pytest.mark.parametrize("lost", ["layer.1.attention.self.query.weight", "embeddings", "pooler"])
+def test_weights_that_the_files_do_not_hold_are_an_error(tiny_bert, tmp_path, caplog, lost):
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    weights = {name: weight for name, weight in load_file(folder / "model.safetensors").items() if lost not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if lost == "pooler":  # of which no embedding is made
+        load_model(str(folder), device="cpu")
+    else:
+        with pytest.raises(ModelError, match=f"would be random numbers: .*{lost}"):
+            load_model(str(folder), device="cpu")
+    assert "LOAD REPORT" not in caplog.text
+
+
 # --- sides --------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +182,25 @@ def test_each_side_goes_through_its_own_tower(tiny_models, shape):
         pair = EncoderRecipe(str(tiny_models(shape)), device="cpu", precision=precision).encoder_pair()
         for side, encoder in zip(wanted, pair, strict=True):
             np.testing.assert_allclose(encoder.encode(TEXTS), wanted[side], atol=allowed)
+
+
+def test_each_side_is_its_task_where_a_model_takes_one(tiny_models):
+    where = str(tiny_models("tasks"))
+    library = SentenceTransformer(where, trust_remote_code=True, device="cpu")
+    for side, task in (("query", "retrieval.query"), ("document", "retrieval.passage")):
+        wanted = library.encode(TEXTS, task=task, normalize_embeddings=True)
+        assert np.abs(wanted - library.encode(TEXTS, normalize_embeddings=True)).max() > 0.1
+        recipe = EncoderRecipe(where, device="cpu", precision="float32", trust_remote_code=True)
+        found = recipe.encoder_pair()[side == "document"]
+        np.testing.assert_allclose(found.encode(TEXTS), wanted, atol=1e-6)
+        assert (Encoder(found.model, precision="bfloat16").encode(TEXTS) * wanted).sum(axis=1).min() > 0.999
+    with pytest.raises(ModelError, match=r"different tasks.*cannot be fine-tuned"):
+        load_model(where, trust_remote_code=True, device="cpu", trainable=True)
+
+
+def test_a_model_of_two_towers_has_an_identity(tiny_models):
+    assert identify(str(tiny_models("towers"))).sha256 != identify(str(tiny_models("late_towers"))).sha256
+    assert identify(str(tiny_models("static"))).sha256
 
 
 def test_two_towers_are_not_trained(tiny_models):

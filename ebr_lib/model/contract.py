@@ -14,7 +14,7 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
-from ebr_lib.model.remote_code import Choice
+from ebr_lib.model.remote_code import Choice, module_folders
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -123,8 +123,11 @@ def _changes(model: SentenceTransformer, contract: Contract) -> str:
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """One sha256 for the safetensors files of a model's folder, or None where there are none."""
-    stats = [(str(file), file.stat()) for file in sorted(Path(folder).glob("*.safetensors"))]
+    """One sha256 for the safetensors files of a model's folder, of its modules where it holds none itself (two towers,
+    static embeddings); None where there are none."""
+    parts = (part for part, _ in module_folders(Path(folder)))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(f for p in parts for f in p.glob("*.safetensors"))
+    stats = [(str(file), file.stat()) for file in files]
     return _sha256_of_files(tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
 
 

@@ -151,7 +151,8 @@ class Encoder:
             raise ConfigError(
                 f"prompt {prompt!a} holds {HALF_CHARACTER}; was it typed in a terminal that is not UTF-8?"
             )
-        chosen = choose_precision(precision, model.device.type)
+        # static embeddings add up vectors: nothing to gain from another type, and much to lose
+        chosen = choose_precision(precision if hasattr(model[0], "model") else "float32", model.device.type)
         if chosen.why:
             logger.info("precision: %s", chosen.why)
         if model.device.type == "cpu":
@@ -372,8 +373,6 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTra
     Only a copy's layers are fused: a model that has the right types is the caller's, and stays what it was.
     """
     transformer, *rest = model
-    if not hasattr(transformer, "model"):  # static embeddings add up vectors: nothing to gain, and much to lose
-        dtype = torch.float32
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
     if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):
         return model

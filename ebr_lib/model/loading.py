@@ -32,12 +32,13 @@ from ebr_lib.model.shapes import (
     give_pad_token,
     keep_rest_in_float32,
     keep_side,
-    no_default_prompt_warning,
+    keep_task,
     prompts_by_side,
     refuse_no_embedding_model,
     refuse_two_towers,
     say_assumed_pooling,
     sides_differ,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -381,7 +382,7 @@ def _load(
         if here := local_folder(where):
             refuse_no_embedding_model(name, here)
             refuse_pickles(name, here)
-        with no_default_prompt_warning():
+        with whole(name):
             model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
     except ModelError:
         raise
@@ -401,6 +402,7 @@ def _make_usable(model: SentenceTransformer, name: str, side: Side, folder: Path
     if folder and not (folder / "modules.json").is_file():
         say_assumed_pooling(model, name)
     keep_side(model, side, name)
+    keep_task(model, side, name)
     own = (
         next((part for part, _ in module_folders(folder) if (part / ADAPTER_FILE).is_file()), None) if folder else None
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ SIDE_NAMES: dict[Side, tuple[str, ...]] = {
     "query": ("query", "search_query", "queries", "question", "retrieval.query", "web_search_query", "s2p_query"),
     "document": ("document", "passage", "corpus", "doc", "search_document", "documents", "retrieval.passage", "answer"),
 }
+# who says what of a model that is loaded; a line of its report on a weight that the files do not hold; and the parts
+# that no embedding comes from
+REPORTING = ("transformers.modeling_utils", "transformers.integrations.peft", "sentence_transformers.base.model")
+MADE_UP = re.compile(r"^(\S.*?)\s*\|[^|\n]*MISSING", re.MULTILINE)
+UNUSED = {"pooler", "classifier", "lm_head", "cls", "score"}
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
@@ -49,9 +55,43 @@ def _json(path: Path, missing: Any = None) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
 
 
+@contextmanager
+def whole(name: str) -> Iterator[None]:
+    """Load a model inside, and be sure that every weight came from its files; the library only warns of those that it
+    made up, among warnings that mean nothing here.
+
+    :raises ModelError: names weights that were made up.
+    """
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if " LOAD REPORT" in message and record.name == "transformers.modeling_utils":  # an adapter's is checked apart
+            reports.append(message)
+        return " LOAD REPORT" not in message and "Default prompt name is set to" not in message
+
+    sources = [logging.getLogger(source) for source in REPORTING]
+    for source in sources:
+        source.addFilter(keep)
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.removeFilter(keep)
+    made_up = [key for report in reports for key in MADE_UP.findall(report) if not UNUSED & set(key.split("."))]
+    if made_up:
+        raise ModelError(
+            f"model {name}: weights that its config.json asks for are not in its files, and would be random numbers: "
+            f"{', '.join(made_up[:3])}{' …' if len(made_up) > 3 else ''}; fetch the whole model again"
+        )
+
+
 def sides_differ(folder: Path) -> bool:
-    """Whether a folder's model has a Router, which may encode queries and documents with different modules."""
-    return any(module["type"].endswith((".Router", ".Asym")) for module in _json(folder / "modules.json", ()))
+    """Whether a folder's model may encode each side in its own way: it has a Router, or a module that takes a task."""
+    modules = _json(folder / "modules.json", ())
+    return any(
+        module["type"].endswith((".Router", ".Asym")) or "task" in module.get("kwargs", ()) for module in modules
+    )
 
 
 # --- one side's modules -------------------------------------------------------------------------------------------
@@ -62,6 +102,11 @@ def refuse_two_towers(model: SentenceTransformer, name: str) -> None:
 
     :raises ModelError: it does.
     """
+    if "task" in model.get_model_kwargs() and not _routers(model):
+        raise ModelError(
+            f"model {name} encodes queries and documents as different tasks, and cannot be fine-tuned here; it can be "
+            "encoded with, evaluated and searched"
+        )
     for router in _routers(model):
         towers = [list(router.sub_modules[_route(router, side, name)]) for side in SIDE_NAMES]
         if towers[0] != towers[1]:
@@ -112,6 +157,25 @@ def _route(router: Any, side: Side, name: str) -> str:
     return str(found[0])
 
 
+def keep_task(model: SentenceTransformer, side: Side, name: str) -> None:
+    """Let a model whose own modules take a task (jina-embeddings-v3) always do that of one side.
+
+    :raises ModelError: it knows no task of that side.
+    """
+    if "task" not in model.get_model_kwargs():
+        return
+    names = {name for name, kwargs in (model.module_kwargs or {}).items() if "task" in kwargs}
+    for task in (*SIDE_NAMES[side], "retrieval"):
+        try:
+            model.encode(["a"], task=task, show_progress_bar=False)
+        except (ValueError, KeyError, AssertionError):
+            continue
+        for module in (model.get_submodule(name) for name in names):
+            module.forward = functools.partial(module.forward, task=task)
+        return
+    raise ModelError(f"model {name} wants a task for each text, and does not know one for {side} texts of a usual name")
+
+
 def keep_rest_in_float32(model: SentenceTransformer, folder: Path) -> None:
     """Load what follows the transformer (Dense, LayerNorm) in float32, as it is saved and will be served; the library
     rounds it to the type that the transformer is loaded in."""
@@ -153,21 +217,6 @@ def prompts_by_side(prompts: Mapping[str, str | None], default: str | None, name
     return {str(side): text for side, text in found.items()}
 
 
-@contextmanager
-def no_default_prompt_warning() -> Iterator[None]:
-    """Keep the library from warning of a default prompt, which `prompts_by_side` replaces."""
-    of_library = logging.getLogger("sentence_transformers.base.model")
-
-    def other(record: logging.LogRecord) -> bool:
-        return "Default prompt name is set to" not in record.getMessage()
-
-    of_library.addFilter(other)
-    try:
-        yield
-    finally:
-        of_library.removeFilter(other)
-
-
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +248,7 @@ def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> Non
             asked,
         )
         asked = limit
-    if asked != model.max_seq_length:
+    if asked != model.max_seq_length and hasattr(model[0], "model"):  # static embeddings read texts to their end
         model.max_seq_length = asked
 
 
