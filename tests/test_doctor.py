@@ -141,6 +141,7 @@ def test_false_negatives_of_a_click_log():
 
 ONE_DOCUMENT = [TrainingRow(f"question {i}", "see our delivery page") for i in range(40)]
 ONE_ANCHOR = [TrainingRow("gift", f"gift idea {i}") for i in range(300)]
+ALL_WITH_ALL = [TrainingRow(f"query {i}", f"document {j}") for i in range(5) for j in range(5)]
 OTHERS = [TrainingRow(f"query {i}", f"document {i}") for i in range(12)]
 
 
@@ -149,6 +150,7 @@ OTHERS = [TrainingRow(f"query {i}", f"document {i}") for i in range(12)]
     [
         (ONE_DOCUMENT, 1.0, "the document 'see our delivery page' is the positive of 100.0% of the rows"),
         (ONE_ANCHOR + OTHERS, None, "the anchor 'gift' has 96.2% of the rows"),
+        (ALL_WITH_ALL, 1.0, "the 5 anchors and 5 documents nearly all answer each other"),
     ],
 )
 def test_rows_whose_negatives_are_all_masked_are_counted_and_the_cause_is_named(rows, share, cause):

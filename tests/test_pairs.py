@@ -617,9 +617,9 @@ def test_what_shares_a_text_stays_on_one_side(edges, seed):
     if len(anchors) < 2:
         return
     wanted = max(1, round(0.3 * len(anchors)))
-    largest = max(len(group & anchors) for group in part.values())
+    sizes = [len(group & anchors) for group in part.values() if group & anchors]
     assert train and held
-    if len(anchors) - largest >= wanted:
+    if len(anchors) - max(sizes) >= wanted and min(sizes) <= max(2 * wanted, len(anchors) // 3):
         assert not sides(train) & sides(held)
     else:
         assert not {pair.anchor for pair in train} & {pair.anchor for pair in held}
@@ -660,7 +660,28 @@ def test_popular_documents_fall_back_to_the_anchors_and_say_so(caplog):
     train, held = split_pairs(pairs, 0.1, 0)
     assert (len(train), len(held)) == (90, 10)
     (line,) = caplog.messages
-    assert "shared texts tie 100 % of the anchors together" in line and "unseen" in line
+    assert "shared texts tie up to 100 % of the anchors together" in line and "unseen" in line
+
+
+def test_a_few_large_parts_are_not_held_out_whole(caplog):
+    """Of two documents with half the anchors each, one would leave the half for training."""
+    pairs = [
+        Pair(anchor, (f"the page of everything {'A' if i % 2 else 'zebra'}",)) for i, anchor in enumerate(words(100))
+    ]
+    train, held = split_pairs(pairs, 0.1, 0)
+    assert (len(train), len(held)) == (90, 10)
+    assert "shared texts tie up to 50 % of the anchors together" in caplog.text
+    fifths = [Pair(anchor, (words(5, 2)[i % 5],)) for i, anchor in enumerate(words(100))]
+    assert [len(side) for side in split_pairs(fifths, 0.1, 0)] == [80, 20]
+
+
+def test_a_large_part_is_trained_on_whole_and_the_log_says_so(caplog):
+    texts = words(100)
+    pairs = [Pair(text, ("the page of everything" if i < 70 else f"{text} page",)) for i, text in enumerate(texts)]
+    with caplog.at_level("INFO", "ebr_lib"):
+        train, held = split_pairs(pairs, 0.1, 0)
+    assert (len(train), len(held)) == (90, 10) and not sides(train) & sides(held)
+    assert "tie 70 % of the anchors into one part" in caplog.text
 
 
 def test_near_duplicate_documents_that_tie_everything_count_when_equal_only(caplog):

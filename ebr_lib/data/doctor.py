@@ -379,7 +379,10 @@ def _masked_away(report: DoctorReport) -> str | None:
     if report.without_negatives < 0.1 and report.false_negatives_balanced <= 0.8 * report.negatives:
         return None
     (document, of_document), (anchor, of_anchor) = report.popular[0], report.largest_anchor
-    if of_anchor > of_document:
+    if 2 * max(of_anchor, of_document) < report.rows:
+        cause = f"{report.anchors} 个 anchor 与 {report.documents} 个文档几乎两两匹配"
+        english = f"the {report.anchors} anchors and {report.documents} documents nearly all answer each other"
+    elif of_anchor > of_document:
         cause = f"anchor“{shortened(anchor)}”占 {_percent(of_anchor, report.rows)} 的行"
         english = f"the anchor {shortened(anchor)!r} has {_percent(of_anchor, report.rows)} of the rows"
     else:

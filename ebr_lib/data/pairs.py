@@ -519,16 +519,27 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
     texts, apart = [*anchors, *documents], near.max() + 1 + np.arange(len(documents))
     for alike in (near_duplicate_groups(texts), np.concatenate([near, apart])):
         tied = _parts(pairs, keys, texts, alike)[: len(anchors)]
-        share = np.bincount(tied).max() / len(anchors)
-        if (1 - share) * len(anchors) >= wanted:
-            return tied
+        sizes = np.bincount(tied)
+        sizes = sizes[sizes > 0]  # a part may be of documents alone
+        share = 100 * sizes.max() / len(anchors)
+        # one part holds nearly everything, or even the smallest is too much to hold out
+        if len(anchors) - sizes.max() < wanted or sizes.min() > max(2 * wanted, len(anchors) // 3):
+            continue
+        if sizes.max() > max(len(anchors) // 2, np.bincount(near).max()):
+            logger.info(
+                "共享文本把 %.0f %% 的 anchor 连成一片，整片用于训练 shared texts tie %.0f %% of the anchors into one "
+                "part, which is trained on whole; others are held out",
+                share,
+                share,
+            )
+        return tied
     if tied.max() < near.max():
         logger.warning(
-            "共享文本把 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（计入 seen），"
-            "unseen 才是训练中从未出现的文档 shared texts tie %.0f %% of the anchors together, so the split is by "
-            "anchor: held-out documents may be in the training data (seen); only of unseen ones it has no text",
-            100 * share,
-            100 * share,
+            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过"
+            "（计入 seen），unseen 才是训练中从未出现的文档 shared texts tie up to %.0f %% of the anchors together, so the "
+            "split is by anchor: held-out documents may be in the training data (seen); only unseen ones are not",
+            share,
+            share,
         )
     return near
 
