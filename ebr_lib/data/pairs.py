@@ -535,8 +535,8 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
         return tied
     if tied.max() < near.max():
         logger.warning(
-            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过"
-            "（计入 seen），unseen 才是训练中从未出现的文档 shared texts tie up to %.0f %% of the anchors together, so the "
+            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（seen），"
+            "只有 unseen 从未出现 shared texts tie up to %.0f %% of the anchors together, so the "
             "split is by anchor: held-out documents may be in the training data (seen); only unseen ones are not",
             share,
             share,
