@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_notebook(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Execute a copy of the notebook and say where its results are."
+    parser.description = (
+        "Execute a copy of the notebook, in the notebook's folder, and say where its results are. Paths among its "
+        "parameters start from that folder."
+    )
     parser.add_argument("--notebook", default="EBR_workflow.ipynb", metavar="IPYNB", help="default %(default)s")
     parser.add_argument("--output", default="EBR_workflow.executed.ipynb", metavar="IPYNB", help="default %(default)s")
     parser.add_argument(

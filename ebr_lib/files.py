@@ -30,13 +30,21 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     What stood at `path` stays untouched until then, and for good when the block raises.
     """
     path = followed(Path(path))
+    with room_beside(path) as beside:
+        yield beside
+        _move_in(beside, path)
+
+
+@contextlib.contextmanager
+def room_beside(path: Path) -> Iterator[Path]:
+    """Yield a free path beside `path`, for what is there while it is written; nothing is left of it afterwards, and what
+    killed processes left is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_left_over(path)
     beside = _beside(path, "new")
     _remove(beside)
     try:
         yield beside
-        _move_in(beside, path)
     finally:
         _remove(beside)
 
@@ -131,7 +139,6 @@ def check_replaceable(folder: Path, is_own: Callable[[str], bool]) -> None:
 
     :raises ConfigError: it is a file, or holds others.
     """
-    make_folder(folder.parent)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output folder {folder} is a file; give another place")
     found = [place.name for place in folder.iterdir()] if folder.is_dir() else []

@@ -17,7 +17,7 @@ from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.config import IndexConfig, SearchConfig
 from ebr_lib.data.vectors import AGAIN, Embeddings, files_of, iter_embeddings, read_manifest
 from ebr_lib.errors import ConfigError, DataError, ModelError
-from ebr_lib.files import check_apart, check_replaceable, write_json
+from ebr_lib.files import check_apart, check_replaceable, make_folder, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.loading import look_for_bases_in
 from ebr_lib.model.precision import Asked
@@ -114,6 +114,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     config = IndexConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
     folder = Path(config.output_dir)
+    make_folder(folder if folder.exists() else folder.parent)
     check_replaceable(folder, OWN_FILES.__contains__)
     check_apart([folder], [*files_of(config.embedding_path), config.queries_path, config.presets])
     made_by = read_manifest(config.embedding_path) or {}
@@ -220,7 +221,9 @@ def _build(config: IndexConfig, index: Any, folder: Path, rows: int, real: Vecto
     write_deleted(folder, sample[:0])
     seconds = time.perf_counter() - start
     if (shared := len(distinct.first) - index.ntotal) > 0:
-        logger.info("重复向量: %d 行与其他行向量相同，只索引一次 (rows that share a vector; each is found)", shared)
+        logger.info(
+            "重复向量: %d 行的向量前面已有，只索引一次，仍可检索到 (rows with the vector of an earlier row)", shared
+        )
     queries, own = (taken, own) if real is None else (real, np.full(len(real), -1))
     truth = exact_neighbours(index, _once(config.embedding_path, distinct.first), queries, own)
     return _Built(index, written, seconds, truth, len(distinct.first))

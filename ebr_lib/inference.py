@@ -28,7 +28,7 @@ from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.moved import with_known_names
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.errors import ConfigError, DataError, MissingError
-from ebr_lib.files import check_output_file, sha256_of, write_json
+from ebr_lib.files import check_apart, check_output_file, followed, sha256_of, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.contract import files_sha256
 from ebr_lib.model.loading import (
@@ -97,7 +97,8 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     started = time.perf_counter()
     config = InferenceConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
-    output = Path(config.output_path).expanduser()
+    output = followed(Path(config.output_path).expanduser())
+    check_apart([output, manifest_path(output), _config_path(output), rejects_path(output)], [config.presets])
     check = check_output_folder if config.engine == "ray" else check_output_file
     check(output)
     check_remote_code(config.model_name, config.trust_remote_code)
@@ -313,7 +314,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         layout=layout,
         text_column=config.description_column,
         kept=tuple(settings["output_columns"]),
-        output=Path(config.output_path).expanduser(),
+        output=followed(Path(config.output_path).expanduser()),
         settings=settings,
         inputs=_hashed(sources),
         on_empty_text=config.on_empty_text,

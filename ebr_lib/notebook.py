@@ -24,7 +24,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from ebr_lib.errors import ConfigError, DataError, MissingError, UserError
+from ebr_lib import errors
+from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_apart, check_output_file, written_whole
 from ebr_lib.knobs import read_yaml
 
@@ -143,8 +144,7 @@ def _explained(error: BaseException, client: _Live, path: Path, output: Path) ->
     first = next(iter(cell.source.strip().splitlines()), "")
     place = f"{path.name}, cell In [{client.number}] ({first[:60]})"
     if isinstance(error, CellExecutionError):
-        mistakes = {kind.__name__: kind for kind in UserError.__subclasses__()}
-        kind = mistakes.get(error.ename)
+        kind = getattr(errors, error.ename, None)
         said = error.evalue if kind else f"{error.ename}: {error.evalue}"
         return (kind or NotebookError)(f"{said}\n{place}; see {output}")
     return NotebookError(f"{place}: the kernel died, {_cause(client.exit_status)}; see {output}")

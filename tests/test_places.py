@@ -19,6 +19,7 @@ from ebr_lib.evaluate import evaluate_retrieval
 from ebr_lib.files import check_apart, written_whole
 from ebr_lib.finetune import train_sentence_transformer
 from ebr_lib.index import build_faiss_index
+from ebr_lib.inference import run_batch_inference
 from ebr_lib.logs import logger, show_logs
 from ebr_lib.view import projection
 from ebr_lib.visualize import visualize_embeddings
@@ -68,6 +69,10 @@ def test_no_stage_writes_over_its_input(embeddings, tmp_path):
         train_sentence_transformer(
             {"model_name": "m", "data_path": str(inside), "output_dir": str(tmp_path / "models")}
         )
+    preset = tmp_path / "out.txt.yaml"
+    preset.write_text("precision: float32", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)would replace the input .*out\.txt\.yaml"):
+        run_batch_inference({"preset": str(preset), "output_path": str(tmp_path / "out.txt")})
     folder = tmp_path / "index"
     folder.mkdir()
     shutil.copy(embeddings, folder / "deleted.npy")
@@ -106,6 +111,16 @@ def test_a_folder_whose_replacement_was_killed_goes_back_to_its_place(tmp_path):
     with pytest.raises(RuntimeError), written_whole(tmp_path / "model"):
         raise RuntimeError
     assert (tmp_path / "model" / "weights").exists() and not old.exists()
+
+
+def test_the_encoding_stage_writes_through_a_link_too(tmp_path, tiny_bert):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "e.npy"
+    link.symlink_to(tmp_path / "disk" / "e.npy")
+    (tmp_path / "in.csv").write_text("id\x01description\n1\x01pan\n", encoding="utf-8")
+    run_batch_inference({"model_name": str(tiny_bert), "data_path": str(tmp_path / "in.csv"), "output_path": str(link)})
+    assert link.is_symlink() and read_embeddings(link).columns["id"] == ["1"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["disk", "e.npy", "in.csv"]
 
 
 def test_links_are_written_through(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.hive import BOM, NULL
 from ebr_lib.errors import DataError, MissingError
+from ebr_lib.files import room_beside
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -705,13 +705,13 @@ def write_embeddings(
     ]
     if is_text(path):
         _check_plain(path, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        sink = open_sink(path, Path(folder), list(columns), vectors.shape[1])
+    with room_beside(path) as folder:
+        folder.mkdir()
+        sink = open_sink(path, folder, list(columns), vectors.shape[1])
         sink.append(rows, vectors, valid)
         sink.commit()
         sink.close()
-        finish_sink(path, Path(folder))
+        finish_sink(path, folder)
     return path
 
 

@@ -20,7 +20,7 @@ from ebr_lib.data.vectors import PART_PREFIX, ending_of
 from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, refuse_other_job, run_job
 from ebr_lib.engines.local import EncoderFacts, LocalEncoder
 from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
-from ebr_lib.files import check_replaceable, replace_folder, write_json, written_whole
+from ebr_lib.files import check_replaceable, make_folder, replace_folder, write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.recipe import EncoderRecipe
 
@@ -142,6 +142,7 @@ def check_output_folder(folder: Path) -> None:
 
     :raises ConfigError: a file stands there, or a folder of other files, or the place cannot be written to.
     """
+    make_folder(folder.parent)
     check_replaceable(folder, lambda name: name.startswith(PART_PREFIX))
 
 
