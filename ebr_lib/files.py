@@ -37,8 +37,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def room_beside(path: Path) -> Iterator[Path]:
-    """Yield a free path beside `path`, for what is there while it is written; nothing is left of it afterwards, and what
-    killed processes left is removed first."""
+    """Yield a free path beside `path` to work at. Nothing stays there afterwards; what killed processes left goes
+    first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_left_over(path)
     beside = _beside(path, "new")
