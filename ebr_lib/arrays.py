@@ -13,5 +13,12 @@ Vectors = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+LOOKED_AT = 64  # texts without finite vectors that are encoded alone, to name the right ones
+
 Encode = Callable[[Sequence[str]], Vectors]
 """Texts to their vectors."""
+
+
+def not_finite(vectors: NDArray[np.floating]) -> Ints:
+    """The rows that hold a NaN or an infinite value: their cosines say nothing."""
+    return np.flatnonzero(~np.isfinite(vectors).all(axis=1))

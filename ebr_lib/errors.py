@@ -20,6 +20,10 @@ class ModelError(UserError, ValueError):
     """A model cannot be loaded, or is not the model that it should be."""
 
 
+class NotFiniteError(ModelError):
+    """A model gives vectors with NaN or infinite values for some texts, which it names."""
+
+
 class MissingError(UserError, FileNotFoundError):
     """A file or folder is not where the config says."""
 

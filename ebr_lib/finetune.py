@@ -8,17 +8,19 @@ import hashlib
 import html
 import json
 import logging
+import math
 import multiprocessing
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
-from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.main_guard import refuse_script_without_guard
@@ -482,6 +484,16 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
     return task.measure_model(model, query_only=config.adapter_side == "query") if task else {}
 
 
+def _measure_in_training(config: FinetuneConfig, task: HeldoutTask, model: SentenceTransformer) -> Mapping[str, float]:
+    """Means over all held-out anchors; NaN, which is never the best, once training has spoilt the vectors: what was
+    kept before is saved."""
+    try:
+        return _measure(config, task, model)["all"]
+    except NotFiniteError as error:
+        logger.warning("验证指标无法计算 held-out metrics are NaN: %s", error)
+        return dict.fromkeys(METRICS, math.nan)
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +543,7 @@ def _trainer(config: FinetuneConfig, data: _Data, model: SentenceTransformer, re
         anchors=all_known.anchors,
         documents=all_known.documents,
         balanced=config.balanced_batches,
-        measure=(lambda m: _measure(config, data.task, m)["all"]) if data.task else None,
+        measure=partial(_measure_in_training, config, data.task) if data.task else None,
         noise=_noise(config),
         noise_columns=config.noise_apply_to_fields,
         memory_limit_mb=config.memory_limit_gb * 1024,

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 
-from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.model import encoder, precision
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder, batches, dealt
@@ -60,6 +60,26 @@ def test_half_a_character_is_a_sentence(bert):
         exact(bert).encode(["a", "b \ud83d", "c"])
     with pytest.raises(ConfigError, match=r"prompt .* holds half a character"):
         Encoder(bert, prompt="\udcb2")
+
+
+def with_nan_for(letter: str, folder, place) -> str:
+    """A model whose embedding of a letter is NaN."""
+    model = load_model(str(folder), device="cpu")
+    (token,) = model.tokenizer(letter, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model[0].auto_model.get_input_embeddings().weight[token] = torch.nan
+    model.save_pretrained(str(place))
+    return str(place)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_is_an_error_that_names_the_texts(tiny_bert, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    model = load_model(with_nan_for("Q", tiny_bert, tmp_path / "nan"), device="cpu")
+    texts = [f"row {i}" for i in range(40)] + ["a Q text"] + [f"more {i}" for i in range(40)]
+    with pytest.raises(NotFiniteError, match=r"not finite \(NaN\) for \d+ of 81 texts, such as 'a Q text'; ") as error:
+        Encoder(model, precision=dtype).encode(texts)
+    assert ("set precision to float32" in str(error.value)) == (dtype == "bfloat16")
 
 
 def test_vectors_of_the_packaged_model(minilm):

@@ -363,6 +363,14 @@ def test_answers_that_are_not_in_a_given_corpus_are_counted_and_left_out(tmp_pat
         task_of(None, queries, corpus)
 
 
+def test_rows_with_text_and_without_a_vector_are_an_error(tmp_path):
+    vectors = np.array([[1, 0], [np.nan, np.nan]], dtype=np.float32)
+    write_embeddings(tmp_path / "e.npy", {"id": ["1", "2"], "text": ["a", "b"]}, vectors)
+    queries = jsonl(tmp_path / "q.jsonl", [{"query": "c", "positive": "a"}])
+    with pytest.raises(DataError, match=r"e\.npy: 1 rows have text and no vector \(NaN\), such as 'b' \(row 1\)"):
+        task_of(None, queries, tmp_path / "e.npy")
+
+
 # --- a query's own document ---------------------------------------------------------------------------------------
 
 PLEAS = ["Uniforms save money.", "Zoos protect animals.", "Tourism brings jobs."]

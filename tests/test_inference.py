@@ -27,7 +27,7 @@ from ebr_lib.engines import job as jobs
 from ebr_lib.engines import local
 from ebr_lib.engines.job import EncodeReport
 from ebr_lib.engines.local import EncoderFacts
-from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, UserError
+from ebr_lib.errors import ConfigError, DataError, MissingError, NotFiniteError, UserError
 from ebr_lib.inference import run_batch_inference
 from ebr_lib.model.loading import ModelIdentity
 from ebr_lib.model.recipe import EncoderRecipe
@@ -418,7 +418,8 @@ def test_another_prompt_than_the_models_is_warned_of(tmp_path: Path, monkeypatch
 def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, ["1\x01a\x01x", "2\x01b\x01x"])
     monkeypatch.setattr(encoder, "encode", lambda texts, told: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
-    with pytest.raises(ModelError, match=r"2 texts, the first in a\.csv, line 2"):
+    named = r"2 texts, the first in a\.csv, line 2 \('a'\); a\.csv, line 3 \('b'\); set precision"
+    with pytest.raises(NotFiniteError, match=named):
         run(tmp_path)
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import Vectors
+from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
 from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
 from ebr_lib.data.vectors import (
     DELIMITER,
@@ -39,8 +39,9 @@ from ebr_lib.data.vectors import (
     size_of,
 )
 from ebr_lib.engines.store import STATE_FILE, Store, digest_of
-from ebr_lib.errors import DataError, ModelError
+from ebr_lib.errors import DataError, NotFiniteError
 from ebr_lib.logs import logger
+from ebr_lib.tables import shortened
 
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
@@ -544,7 +545,7 @@ def _pump(windows: Iterator[Window], encoder: TextEncoder, writer: _Writer, prog
             coming = files.submit(next, windows, None)
             if window.texts:
                 vectors, report = encoder.encode(window.prepared, partial(meter.within, window))
-                _check_finite(window, vectors)
+                _check_finite(window, vectors, encoder)
                 files.submit(writer.keep, window, vectors, report).result()
             if writing is not None:
                 writing.result()
@@ -573,14 +574,25 @@ class _Meter:
         self._progress(self._rows, self._texts, self._share)
 
 
-def _check_finite(window: Window, vectors: Vectors) -> None:
-    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if wrong.size:
-        name, line = window.origins[wrong[0]]
-        raise ModelError(
-            f"the model gave a vector that is not finite for {wrong.size} texts, the first in {name}, line {line}; "
-            "set precision to float32, and restart: true"
-        )
+def _check_finite(window: Window, vectors: Vectors, encoder: TextEncoder) -> None:
+    """Refuse NaN, and name texts that give it alone: in packed rows it spreads to the texts beside them."""
+    wrong = not_finite(vectors).tolist()
+    if not wrong:
+        return
+    alone = [i for i in wrong[:LOOKED_AT] if len(not_finite(_vector_of(window.texts[i], encoder)))]
+    named = "; ".join(
+        f"{name}, line {line} ({shortened(window.texts[i], 60)!r})"
+        for i in (alone or wrong)[:3]
+        for name, line in [window.origins[i]]
+    )
+    raise NotFiniteError(
+        f"the model gives vectors that are not finite (NaN) for {len(wrong)} texts, the first in {named}; set "
+        "precision to float32 and restart: true, or check the model's weights, such as the embeddings of their tokens"
+    )
+
+
+def _vector_of(text: str, encoder: TextEncoder) -> Vectors:
+    return encoder.encode(encoder.prepare([text]), lambda done: None)[0]
 
 
 class _Writer:

@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ebr_lib.arrays import Vectors
+from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character
-from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.logs import logger
 from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.precision import Asked, choose_precision
+from ebr_lib.tables import shortened
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -183,8 +184,25 @@ class Encoder:
         return min(full, self.truncate_dim or full)
 
     def encode(self, texts: Sequence[str], show_bar: bool = False) -> Vectors:
-        """Vectors (texts, dim) in the order of the texts."""
-        return self.embed(self.tokenize(texts), show_bar)
+        """Vectors (texts, dim) in the order of the texts.
+
+        :raises NotFiniteError: some vectors are not finite, which would be near nothing.
+        """
+        vectors = self.embed(self.tokenize(texts), show_bar)
+        if len(wrong := not_finite(vectors)):
+            raise NotFiniteError(self._said_of([texts[i] for i in wrong], len(texts)))
+        return vectors
+
+    def _said_of(self, wrong: Sequence[str], total: int) -> str:
+        """An error message that names texts whose vectors are not finite, also when they are encoded alone: texts that
+        share a row with them lose theirs too."""
+        alone = [text for text in wrong[:LOOKED_AT] if len(not_finite(self.embed(self.tokenize([text]))))]
+        named = ", ".join(repr(shortened(text, 60)) for text in (alone or wrong)[:3])
+        advice = "" if self.precision == "float32" else f"set precision to float32 (it is {self.precision}), or "
+        return (
+            f"the model gives vectors that are not finite (NaN) for {len(wrong)} of {total} texts, such as {named}; "
+            f"{advice}check the model's weights, such as the embeddings of these texts' tokens"
+        )
 
     def tokenize(self, texts: Sequence[str]) -> Tokens | list[str]:
         """The first half of `encode`, which a thread may do for the next texts while these are embedded.

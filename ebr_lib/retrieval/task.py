@@ -673,6 +673,7 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     if id_column:
         _check_ids(path, id_column, all_ids)
     if column:
+        _check_texts_have_vectors(path, column, kept[column], valid)
         rows = rows[_with_text(path, column, [kept[column][row] or "" for row in rows])]
     ids = [all_ids[row] for row in rows]
     # where there is no text, each row is a document of its own
@@ -691,6 +692,15 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
         first_rows=np.array([place[id_] for id_ in corpus.ids], dtype=np.int64),
         blank=frozenset(all_ids) - corpus.number.keys(),
     )
+
+
+def _check_texts_have_vectors(path: Path, column: str, texts: Sequence[str | None], valid: Mask) -> None:
+    """Of the column that was encoded, rows without a vector have no text; else a model gave NaN for them."""
+    encoded = Maker.of(read_manifest(path) or {}).description_column
+    lost = [i for i in np.flatnonzero(~valid).tolist() if not is_blank(texts[i] or "")]
+    if lost and encoded in (None, column):
+        shown = ", ".join(f"{(texts[i] or '')[:60]!r} (row {i})" for i in lost[:3])
+        raise DataError(f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again")
 
 
 def _encoded_column(path: Path, told: str | None, found: Sequence[str]) -> str | None:
