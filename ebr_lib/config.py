@@ -14,7 +14,7 @@ from ebr_lib.knobs import Config, knob
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
-from ebr_lib.names import COLUMNS, BestMetric, Column, LeaveOutOwn, NoiseKind, OnBadRow
+from ebr_lib.names import COLUMNS, BestMetric, Column, LeaveOutOwn, NoiseKind, OnBadRow, OnChangedVectors
 
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -36,6 +36,11 @@ BASE_PATH = (
     "Where the base of a fine-tuned folder is now, if it was moved: a folder or a list of them. The base is known by the "
     "sha256 of its weights.",
     "微调模型的基座被移动后的位置：一个目录或目录列表；按权重的 sha256 识别。",
+)
+CHANGED_VECTORS = (
+    "error stops when a fine-tuned model's probe vectors are not those saved with it, or a model's files have changed "
+    "since it made an index's vectors; warn logs it and goes on.",
+    "微调模型的探针向量与保存时不一致，或生成索引向量的模型文件已改变时：error 报错停止，warn 仅记入日志并继续。",
 )
 OWN_LENGTH = "Tokens a text is cut to; null keeps the model's own.", "文本截断长度（token 数）；null 使用模型自带设置。"
 PRECISION = (
@@ -62,6 +67,7 @@ class FinetuneConfig(Config):
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
+    on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     data_path: Places = knob(
         "./train_text",
         "Training pairs: a file (JSON, JSONL, CSV, TSV, Parquet; gzip too) or a folder of them (files of the folder "
@@ -323,6 +329,7 @@ class InferenceConfig(Config):
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
+    on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     # input
     data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
@@ -618,6 +625,7 @@ class EvalConfig(Config):
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
+    on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     truncate_dim: Positive | None = knob(
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
@@ -696,6 +704,7 @@ class IndexConfig(Config):
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
+    on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     measure_queries: Positive = knob(1000, "At most so many queries measure.", "测量使用的查询数上限。")
     target_recall: Annotated[float, Field(gt=0, le=1)] = knob(
@@ -724,6 +733,7 @@ class SearchConfig(Config):
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
+    on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
 
     def conflicts(self) -> Iterator[str]:

@@ -186,6 +186,7 @@ def _recipe(config: EvalConfig, model_name: str) -> EncoderRecipe:
         precision=config.precision,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        on_changed_vectors=config.on_changed_vectors,
     )
 
 

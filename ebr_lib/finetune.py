@@ -61,6 +61,7 @@ FREE_ON_RESUME = (
     "eval_batch_size",
     "dataloader_num_workers",
     "save_steps",
+    "on_changed_vectors",
 )
 
 
@@ -386,6 +387,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
     model = load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
+        on_changed_vectors=config.on_changed_vectors,
         device=training_device(),
         dtype=torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32,
         trainable=True,
@@ -749,17 +751,15 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
 
 def _what_decides(config: FinetuneConfig, data: _Data) -> dict[str, Any]:
     """All that decides a run's result: knobs, and the contents of data and models, wherever they lie."""
-    from ebr_lib.model.contract import files_sha256
-    from ebr_lib.model.loading import local_folder
+    from ebr_lib.model.loading import files_of
 
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     base = _base(config)
-    folders = [local_folder(name) for name in dict.fromkeys((base.path, base.base_model))]
     return run | {
         "data_sha256": data.sha256,
         "model_sha256": base.sha256 or base.name,
         "base_sha256": base.base_sha256 or base.base_model,
-        "model_files": [files_sha256(folder) if folder else None for folder in folders],
+        "model_files": list(dict.fromkeys(files_of(base))),
     }
 
 

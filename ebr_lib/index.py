@@ -23,6 +23,7 @@ from ebr_lib.model.loading import look_for_bases_in
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.model.remote_code import Choice
+from ebr_lib.names import OnChangedVectors
 from ebr_lib.retrieval.faiss_index import (
     ROW,
     TRAIN_POINTS,
@@ -61,7 +62,7 @@ from ebr_lib.retrieval.index_store import (
     index_stamp,
     locked,
 )
-from ebr_lib.retrieval.maker import Maker, check_same_code, weights_of
+from ebr_lib.retrieval.maker import Maker, check_same_code, say_changed_files, weights_of
 from ebr_lib.retrieval.metrics import unit
 from ebr_lib.retrieval.task import read_queries
 from ebr_lib.tables import Shown, Table
@@ -184,7 +185,14 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
     if len(texts) > config.measure_queries:
         chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
         texts = [texts[i] for i in sorted(chosen)]
-    recipe = _recipe(made_by, dim, config.model_name, config.query_prompt, config.trust_remote_code)
+    recipe = _recipe(
+        made_by,
+        dim,
+        config.model_name,
+        query_prompt=config.query_prompt,
+        trust_remote_code=config.trust_remote_code,
+        on_changed_vectors=config.on_changed_vectors,
+    )
     return _encoder(recipe, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
@@ -318,16 +326,15 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
         },
         "embedding_path": config.embedding_path,
         "model": (made_by.get("model") or {}) | ({"asked_for": config.model_name} if config.model_name else {}),
-        "settings": {name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision")},
+        "settings": {name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision")}
+        | {"model files": list(maker.files)},
     }
 
 
 # --- the model of an index ----------------------------------------------------------------------------------------
 
 
-def _recipe(
-    manifest: Mapping[str, Any], dim: int, model_name: str | None, query_prompt: str | None, trust_remote_code: Choice
-) -> EncoderRecipe:
+def _recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderRecipe:
     """How to encode queries for an index: with the model that made it, cut to its dimension.
 
     Where the maker is not known nothing is cut: another dimension then most likely means another model.
@@ -339,11 +346,10 @@ def _recipe(
         raise ModelError("which model made these vectors is not known (they had no manifest); give model_name")
     return EncoderRecipe(
         model_name=name,
-        query_prompt=query_prompt,
         max_seq_length=maker.max_seq_length,
         truncate_dim=dim if maker.sha256 else None,
         precision=cast(Asked, maker.precision) if maker.precision in get_args(Asked) else "auto",
-        trust_remote_code=trust_remote_code,
+        **knobs,
     )
 
 
@@ -365,6 +371,7 @@ def _encoder(recipe: EncoderRecipe, maker: Maker, dim: int, where: str) -> Encod
             "their vectors cannot be compared; "
             "give the model that made them, or encode and index again with this one"
         )
+    say_changed_files(maker, recipe.model_name, where, recipe.on_changed_vectors)
     if encoder.dim != dim:
         raise ModelError(
             f"{where} holds vectors of {dim} dimensions, {recipe.model_name} makes {encoder.dim}; "
@@ -386,6 +393,7 @@ def search(
     query_prompt: str | None = None,
     trust_remote_code: Choice = False,
     base_model_path: str | Sequence[str] | None = None,
+    on_changed_vectors: OnChangedVectors = "error",
 ) -> SearchResult:
     """Find the k rows nearest to a query. Index and model stay loaded for the next search.
 
@@ -396,6 +404,7 @@ def search(
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
+    :param on_changed_vectors: raise an error when the model is no longer what it was, or only warn.
     :raises ConfigError: `k` is no whole number from 1, or `where` no mapping.
     :raises ModelError: the model is not the one that made the index's vectors.
     :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
@@ -407,7 +416,12 @@ def search(
     allowed = _allowed_values({} if where is None else where)
     held = index if isinstance(index, SearchIndex) else opened(str(index), index_stamp(index))
     look_for_bases_in(base_model_path)
-    recipe = _recipe(held.manifest, held.index.d, model_name, query_prompt, trust_remote_code)
+    knobs = {
+        "query_prompt": query_prompt,
+        "trust_remote_code": trust_remote_code,
+        "on_changed_vectors": on_changed_vectors,
+    }
+    recipe = _recipe(held.manifest, held.index.d, model_name, **knobs)
     encoder = _encoder(recipe, Maker.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
@@ -512,6 +526,7 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
         base_model_path=config.base_model_path,
+        on_changed_vectors=config.on_changed_vectors,
     )
     logger.info("%s", result.table.text(), extra=RESULT)
     return result

@@ -27,16 +27,15 @@ from ebr_lib.engines.job import (
 from ebr_lib.engines.local import EncoderFacts, LocalEngine
 from ebr_lib.engines.moved import with_known_names
 from ebr_lib.engines.ray_cluster import RayEngine, check_output_folder
-from ebr_lib.errors import ConfigError, DataError, MissingError
+from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.files import check_apart, check_output_file, followed, sha256_of, write_json
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.contract import files_sha256
 from ebr_lib.model.loading import (
     ModelIdentity,
     check_remote_code,
+    files_of,
     find_model,
     identify,
-    local_folder,
     look_for_bases_in,
 )
 from ebr_lib.model.recipe import EncoderRecipe
@@ -241,6 +240,7 @@ def _recipe(config: InferenceConfig) -> EncoderRecipe:
         batch_tokens=config.batch_tokens,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        on_changed_vectors=config.on_changed_vectors,
     )
 
 
@@ -278,7 +278,7 @@ def _settings(
     return own_code | {
         "model": identity.sha256 or identity.path,
         "base model": identity.base_sha256 or identity.base_model,
-        "model files": _files_sha256(identity),
+        "model files": list(files_of(identity)),
         "prompt": facts.prompt,
         "max_seq_length": facts.max_seq_length,
         "precision": facts.precision,
@@ -293,16 +293,6 @@ def _settings(
         "heal_rows": config.heal_rows,
         "on_empty_text": config.on_empty_text,
     }
-
-
-def _files_sha256(identity: ModelIdentity) -> list[str | None]:
-    """What a model, and its base, are made of besides weights; None for one that is not on this machine."""
-    digests = []
-    for name in dict.fromkeys((identity.path, identity.base_model)):
-        with contextlib.suppress(MissingError):
-            folder = local_folder(name)
-            digests.append(files_sha256(folder) if folder else None)
-    return digests
 
 
 # --- the job ------------------------------------------------------------------------------------------------------

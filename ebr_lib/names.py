@@ -9,6 +9,7 @@ COLUMNS = get_args(Column)
 """What a training row has."""
 
 OnBadRow = Literal["error", "skip"]
+OnChangedVectors = Literal["error", "warn"]
 NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
 Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]

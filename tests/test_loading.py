@@ -139,25 +139,6 @@ def test_the_card_says_what_loading_the_model_takes(saved):
     assert 'load_model("m", trust_remote_code=True)' in card and "to be cut to 16, 8 dimensions" in card
 
 
-def test_vectors_that_are_not_those_saved_are_said_loudly(copied, caplog):
-    probes = json.loads((copied / CONTRACT_FILE).read_text())["probes"]
-    edit(copied, probes={"query": [[-x for x in row] for row in probes["query"]]})
-    with caplog.at_level(logging.WARNING, "ebr_lib"):
-        load_model(str(copied), device="cpu")
-    assert "THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes -1.0000" in caplog.text
-    assert "have changed; vectors" in caplog.text
-    caplog.clear()
-    edit(copied, pooling="cls", normalize=False)
-    load_model(str(copied), device="cpu")
-    assert "have changed (pooling cls then, mean now, normalize False then, True now); vectors" in caplog.text
-    caplog.clear()
-    load_model(str(copied), device="cpu", side="document")  # no probes of this side: nothing to compare
-    assert caplog.text == ""
-    edit(copied, probes={"query": [row[:5] for row in probes["query"]]})
-    with pytest.raises(ModelError, match="vectors of 32 dimensions, the model was saved with 5"):
-        load_model(str(copied), device="cpu")
-
-
 def test_a_contract_that_cannot_be_read_is_named(copied):
     for text in ("{", '{"unknown": 1}'):
         (copied / CONTRACT_FILE).write_text(text)

@@ -273,8 +273,9 @@ def test_an_adapter_of_before_was_trained_in_the_library_s_class(adapters, tmp_p
 
 def test_an_adapter_on_a_base_that_is_not_here_says_at_once_that_it_needs_code(adapters, tmp_path):
     folder = shutil.copytree(adapters[True], tmp_path / "far")
-    contract = json.loads((folder / CONTRACT_FILE).read_text()) | {"base_model": "nobody/far-away"}
-    (folder / CONTRACT_FILE).write_text(json.dumps(contract))
+    for file, entry in ((CONTRACT_FILE, "base_model"), ("adapter_config.json", "base_model_name_or_path")):
+        values = json.loads((folder / file).read_text()) | {entry: "nobody/far-away"}
+        (folder / file).write_text(json.dumps(values))
     with pytest.raises(ModelError, match=r"an adapter on nobody/far-away, which needs its own code; read"):
         check_remote_code(str(folder), False)
 
@@ -375,7 +376,7 @@ def test_an_index_is_asked_with_the_model_as_it_was_loaded(encoded, catalogue, t
 
 def test_stored_vectors_of_the_other_kind_are_encoded_again(encoded, model, tmp_path):
     queries = tmp_path / "queries.jsonl"
-    rows = [{"query": text, "positive": text} for text in TEXTS]
+    rows = [{"query": f"find {text}", "positive": text} for text in TEXTS]
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = {
         "models": [str(model)],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
-from ebr_lib.model.remote_code import Choice, module_folders
+from ebr_lib.model.remote_code import Choice, as_mapping, module_folders, read_json, runs_own_code
+from ebr_lib.names import OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
 CONTRACT_FILE = "ebr_contract.json"
 # beside the weights; not what a run writes into the folder of the model that it trains
 SETUP_FILES = ("modules.json", "*config.json", "tokenizer.json", "vocab.txt", "*.model", "*.py")
-PROBE_COSINE = 0.999  # below this the vectors are not those of the saved model; bf16 stays above 0.9998
+# Largest distance of a probe's vector to the saved one, as a share of its length, that is rounding. Measured in float32
+# on one CPU, models of 6 and 24 layers: 1, 2 and 4 threads 0; alone, without padding 1.6e-6; eager attention 1e-6;
+# without oneDNN 1e-6; AVX2 1.6e-6; without AVX 1.7e-6; against float64 1.5e-6; adapter merged 2.8e-6. With weights or
+# arithmetic in bfloat16 6e-3 to 2e-2: the scale where either side has it, and for older contracts, which do not say.
+ROUNDING = {"float32": 3e-4, "other": 4.5e-2}
+UNKNOWN_CAUSE = (
+    "a tensor that was not loaded, or other arithmetic; no file, setting or library that is recorded differs"
+)
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers", "peft")
 PROBES = (
     "wireless earphones that stay in while running",
     "How do I cancel a payment I made by card?",
@@ -38,7 +48,9 @@ class Contract:
     """What a saved model was trained with.
 
     `adapter_side` is "both", or "query" when documents keep the base model's vectors. `probes` maps a side to the
-    vectors (texts × dimensions) of `PROBES`, prompt of that side included.
+    vectors (texts × dimensions) of `PROBES`, prompt of that side included. `number_type` is that of the weights that
+    made them, `libraries` the versions, `base_files` and `own_files` the sha256 of the files of base and model; all of
+    these are empty in older contracts.
     """
 
     base_model: str
@@ -53,10 +65,14 @@ class Contract:
     adapter_side: str = "both"
     matryoshka_dims: tuple[int, ...] = ()
     probes: dict[str, list[list[float]]] = field(default_factory=dict)
+    number_type: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+    base_files: dict[str, str] = field(default_factory=dict)
+    own_files: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the contract into a model's folder."""
-        write_json(folder / CONTRACT_FILE, asdict(self))
+        """Write the contract into a saved model's folder, with what its files are."""
+        write_json(folder / CONTRACT_FILE, asdict(replace(self, own_files=named_sha256(folder))))
 
 
 def read_contract(folder: str | Path) -> Contract | None:
@@ -90,36 +106,111 @@ def probe_vectors(model: SentenceTransformer, prompt: str) -> list[list[float]]:
     return [[float(f"{x:.7g}") for x in vector] for vector in vectors]
 
 
-def check_probes(model: SentenceTransformer, contract: Contract, side: str, where: str) -> float:
-    """Compare the model's probe vectors with the saved ones; warn loudly when they differ.
+def number_type(model: SentenceTransformer) -> str:
+    """The type of a model's weights: float32, or that of the narrowest among them."""
+    kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    return min(kinds - {"float32"}, default="float32")
 
-    :returns: the smallest cosine over the probes, 1.0 where the contract holds none.
-    :raises ModelError: the vectors have another dimension than the saved ones.
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that vectors depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model was loaded from, for naming the cause of other vectors.
+
+    :param name: as the user gave it.
+    :param folder: of the model itself.
+    :param base: folder of its base, which is its own for a merged model; None where it is not on this machine.
     """
+
+    name: str
+    folder: Path
+    base: Path | None
+
+
+def check_probes(
+    model: SentenceTransformer, contract: Contract, side: str, loaded: Loaded, on_changed_vectors: OnChangedVectors
+) -> None:
+    """Compare a model's probe vectors and its length with those that were saved.
+
+    :param side: "query" or "document"; for a model with equal sides the other's probes are compared too.
+    :raises ModelError: they differ by more than rounding, unless `on_changed_vectors` is "warn", which logs it.
+    """
+    sides = [side] if contract.adapter_side == "query" else [side, "document" if side == "query" else "query"]
+    distance = max(_distance(model, contract, each, loaded.name) for each in sides)
+    same_type = number_type(model) == contract.number_type
+    allowed = ROUNDING[contract.number_type if same_type and contract.number_type in ROUNDING else "other"]
+    shorter = _other_length(model, contract, side)
+    if distance <= allowed and not shorter:
+        return
+    causes = [*shorter, *_differences(model, contract, loaded)]
+    said = (
+        f"model {loaded.name}: these are not the vectors that were saved: {distance:.2g} of their length away, where "
+        f"{allowed:.2g} is rounding; likely cause: {'; '.join(causes) or UNKNOWN_CAUSE}. Vectors made earlier do not "
+    )
+    if on_changed_vectors == "error":
+        raise ModelError(
+            f"{said}match these: put back what changed, or set on_changed_vectors: warn and encode everything again"
+        )
+    logger.warning("向量与保存时不同 %smatch these (on_changed_vectors: warn)", said)
+
+
+def _distance(model: SentenceTransformer, contract: Contract, side: str, name: str) -> float:
+    """Largest distance of a probe's vector to the saved one, as a share of the saved one's length."""
     saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
     if not saved.size:
-        return 1.0
+        return 0.0
     now = np.asarray(probe_vectors(model, contract.prompts.get(side, "")), dtype=np.float64)
     if now.shape != saved.shape:
-        raise ModelError(f"{where}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
-    norms = np.linalg.norm(now, axis=1) * np.linalg.norm(saved, axis=1)
-    cosine = float(((now * saved).sum(axis=1) / np.maximum(norms, 1e-12)).min())
-    if cosine < PROBE_COSINE:
-        logger.warning(
-            "%s: THESE ARE NOT THE VECTORS THAT WERE SAVED: smallest cosine to the saved probes %.4f, wanted %.3f or "
-            "more. The base model or the libraries have changed%s; vectors of this model do not match earlier ones.",
-            where,
-            cosine,
-            PROBE_COSINE,
-            _changes(model, contract),
-        )
-    return cosine
+        raise ModelError(f"{name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
+    lengths = np.maximum(np.linalg.norm(saved, axis=1), 1e-12)
+    return float(np.nan_to_num(np.linalg.norm(now - saved, axis=1) / lengths, nan=np.inf).max())
 
 
-def _changes(model: SentenceTransformer, contract: Contract) -> str:
+def _other_length(model: SentenceTransformer, contract: Contract, side: str) -> list[str]:
+    """Whether long texts are cut elsewhere, which short probes do not show."""
+    from ebr_lib.model.positions import position_limit
+
+    if not contract.max_seq_length or (contract.adapter_side == "query" and side == "document"):
+        return []
+    wanted = min(contract.max_seq_length, position_limit(model) or contract.max_seq_length)
+    now = model.max_seq_length
+    return [] if now == wanted else [f"length (texts are cut at {now} tokens, {wanted} then)"]
+
+
+def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded) -> Iterator[str]:
+    """What is known to differ from when the model was saved, the surest causes first."""
+    if contract.trust_remote_code is True and not runs_own_code(model):
+        yield "remote code (the model's own code ran then, and its files no longer ask for it)"
+    yield from _changed_files("base", loaded.base, contract.base_files)
+    yield from _changed_files("model", loaded.folder, contract.own_files)
     then = asdict(contract)
-    changes = [f"{name} {then[name]} then, {now} now" for name, now in setup_of(model).items() if now != then[name]]
-    return f" ({', '.join(changes)})" if changes else ""
+    yield from (f"{name} {then[name]} then, {now} now" for name, now in setup_of(model).items() if now != then[name])
+    config = as_mapping(read_json(loaded.folder / "config_sentence_transformers.json"))
+    own = as_mapping(config.get("prompts"))
+    yield from (
+        f"prompt ({side}: {own[side]!r} beside the weights, {text!r} in the contract)"
+        for side, text in contract.prompts.items()
+        if side in own and own[side] != text
+    )
+    if contract.number_type and contract.number_type != (now := number_type(model)):
+        yield f"precision ({contract.number_type} then, {now} now)"
+    versions = {name: now for name, now in library_versions().items() if contract.libraries.get(name, now) != now}
+    yield from (f"library {name} {contract.libraries[name]} then, {now} now" for name, now in versions.items())
+
+
+def _changed_files(owner: str, folder: Path | None, then: dict[str, str]) -> Iterator[str]:
+    now = named_sha256(folder) if folder and then else then
+    changed = sorted(file for file in then if now.get(file) != then[file])
+    if code := [file for file in changed if file.endswith(".py")]:
+        yield f"remote code (files of the {owner} that changed: {', '.join(code)})"
+    if others := [file for file in changed if file not in code]:
+        yield f"another {owner} than then (files that changed: {', '.join(others)})"
 
 
 def weights_sha256(folder: str | Path) -> str | None:
@@ -141,19 +232,28 @@ def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
+def named_sha256(folder: str | Path, weights: bool = True) -> dict[str, str]:
+    """The sha256 of every file that a model's vectors depend on, by its place in the folder.
+
+    :param weights: with the weights at the root, too.
+    """
+    folder = Path(folder)
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    patterns = ("*.safetensors", *SETUP_FILES)
+    files = [file for pattern in patterns[0 if weights else 1 :] for file in folder.glob(pattern)]
+    for part in {module["path"] for module in modules if module["path"]}:
+        files += [file for pattern in patterns for file in (folder / part).glob(pattern)]
+    return {file.relative_to(folder).as_posix(): _sha256_without_place(file) for file in files}
+
+
 def files_sha256(folder: str | Path) -> str:
     """One sha256 for what a model is made of besides the weights of `weights_sha256`.
 
     Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this; where the
     base of an adapter lies does not count.
     """
-    folder = Path(folder)
-    listed = folder / "modules.json"
-    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
-    files = [file for pattern in SETUP_FILES for file in folder.glob(pattern)]
-    for part in {module["path"] for module in modules if module["path"]}:
-        files += [file for pattern in ("*.safetensors", *SETUP_FILES) for file in (folder / part).glob(pattern)]
-    named = sorted((file.relative_to(folder).as_posix(), _sha256_without_place(file)) for file in files)
+    named = sorted(named_sha256(folder, weights=False).items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

@@ -14,7 +14,15 @@ from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, is_adapted, load_adapter, merge_adapter, restore_adapter
-from ebr_lib.model.contract import CONTRACT_FILE, Contract, check_probes, read_contract, weights_sha256
+from ebr_lib.model.contract import (
+    CONTRACT_FILE,
+    Contract,
+    Loaded,
+    check_probes,
+    files_sha256,
+    read_contract,
+    weights_sha256,
+)
 from ebr_lib.model.pickles import pickle_error, refuse_pickles
 from ebr_lib.model.remote_code import (
     Choice,
@@ -40,6 +48,7 @@ from ebr_lib.model.shapes import (
     sides_differ,
     whole,
 )
+from ebr_lib.names import OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -158,6 +167,18 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
     with contextlib.suppress(MissingError, ModelError):  # loading says so
         base = _base_name(name, path, contract)
     return ModelIdentity(name, path, own, base, contract.base_sha256, trust_remote_code)
+
+
+def files_of(identity: ModelIdentity) -> tuple[str | None, ...]:
+    """One sha256 each for what a model, its base, and the repositories that hold its code are made of besides weights;
+    None for one that is not on this machine."""
+    folders: dict[str, Path | None] = {}
+    for name in (identity.path, identity.base_model):
+        with contextlib.suppress(MissingError):
+            folders[name] = local_folder(name)
+    repositories = {code.repository for folder in folders.values() if folder for code in own_code(folder)} - {None}
+    elsewhere = {name: local_folder(str(name)) for name in sorted(map(str, repositories))}
+    return tuple(files_sha256(folder) if folder else None for folder in (elsewhere | folders).values())
 
 
 def check_remote_code(name: str, choice: Choice, made_with: Choice | None = None) -> Choice:
@@ -298,12 +319,13 @@ def load_model(
     side: Side = "query",
     trainable: bool = False,
     merged: bool = False,
+    on_changed_vectors: OnChangedVectors = "error",
     **model_kwargs: Any,
 ) -> SentenceTransformer:
     """Load a model in float32 (unless `dtype` is among `model_kwargs`), for texts alone, from safetensors alone.
 
     A folder that fine-tuning saved is loaded as its base model plus the adapter; its probe texts are encoded and
-    compared, and a warning is logged when the vectors are not those that were saved. Documents of an adapter that was
+    compared with the vectors that were saved. Documents of an adapter that was
     trained for queries only are the base model's, its own length included. Of a model with two towers only that of
     `side` is loaded. Its prompts are `query` and `document`, whatever they were called, and there is no default one.
 
@@ -315,9 +337,10 @@ def load_model(
     :param side: what will be encoded.
     :param trainable: let the saved adapter's weights be trained further.
     :param merged: fold the adapter into the base weights: a quarter faster, and vectors equal but for rounding.
+    :param on_changed_vectors: raise an error when the probe vectors are not the saved ones, or only warn.
     :raises MissingError: the folder is not there.
     :raises ModelError: the hub cannot be reached, the folder holds no embedding model, its weights are pickled, the
-        model needs `trust_remote_code`, or a saved tensor did not arrive.
+        model needs `trust_remote_code`, a saved tensor did not arrive, or the vectors have changed.
     """
     where = find_model(name)
     contract = read_contract(where)
@@ -339,9 +362,11 @@ def load_model(
         if contract.adapter_side == "both" or side == "query":
             _load_adapter(name, where, model, trainable)
             model.max_seq_length = contract.max_seq_length
+            fit_length(model, None, name)
     if contract is not None:
         model.prompts = dict(contract.prompts)
-        check_probes(model, contract, side, name)
+        loaded = Loaded(name, Path(where), local_folder(base))
+        check_probes(model, contract, side, loaded, on_changed_vectors)
     if merged and is_adapted(model):
         merge_adapter(model)
     if max_seq_length is not None:

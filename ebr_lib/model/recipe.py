@@ -9,6 +9,7 @@ from ebr_lib.model.loading import base_folders, load_model, look_for_bases_in, p
 from ebr_lib.model.precision import Asked
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.shapes import Side
+from ebr_lib.names import OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,6 +34,7 @@ class EncoderRecipe:
     batch_tokens: int | None = None
     device: str | None = None
     trust_remote_code: Choice = False
+    on_changed_vectors: OnChangedVectors = "error"
     base_folders: tuple[str, ...] = field(default_factory=base_folders)  # another process has to be told of them
 
     def model(self, side: Side) -> SentenceTransformer:
@@ -45,6 +47,7 @@ class EncoderRecipe:
             device=self.device,
             side=side,
             merged=True,
+            on_changed_vectors=self.on_changed_vectors,
         )
 
     def encoder(self, side: Side) -> Encoder:

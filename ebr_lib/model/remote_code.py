@@ -161,6 +161,12 @@ def _said(choice: Choice) -> str:
     return choice if isinstance(choice, str) else str(choice).lower()
 
 
+def runs_own_code(model: SentenceTransformer) -> bool:
+    """Whether any part of a loaded model is of a class of its own."""
+    parts = (part for module in model.modules() for part in (module, getattr(module, "tokenizer", None)))
+    return any(type(part).__module__.startswith(PACKAGE_OF_OWN_CODE) for part in parts)
+
+
 def check_loaded(name: str, model: SentenceTransformer, choice: Choice) -> None:
     """Compare the classes that were loaded with those that the model's configs, as loaded, ask for.
 

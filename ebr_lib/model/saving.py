@@ -11,8 +11,16 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights, merge_adapter
-from ebr_lib.model.contract import PROBES, Contract, probe_vectors, setup_of
-from ebr_lib.model.loading import ModelIdentity, find_model, load_model, prompt_of
+from ebr_lib.model.contract import (
+    PROBES,
+    Contract,
+    library_versions,
+    named_sha256,
+    number_type,
+    probe_vectors,
+    setup_of,
+)
+from ebr_lib.model.loading import ModelIdentity, find_model, load_model, local_folder, prompt_of
 from ebr_lib.model.remote_code import Choice, forget_own_code, own_code
 
 if TYPE_CHECKING:
@@ -55,6 +63,9 @@ def make_contract(
         adapter_side=adapter_side,
         matryoshka_dims=matryoshka_dims,
         probes=probes,
+        number_type=number_type(model),
+        libraries=library_versions(),
+        base_files=named_sha256(folder, weights=False) if (folder := local_folder(base.base_model)) else {},
         **setup_of(model),
     )
 

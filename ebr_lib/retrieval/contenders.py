@@ -16,7 +16,7 @@ from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.logs import logger
 from ebr_lib.model.loading import check_remote_code, find_model
 from ebr_lib.model.recipe import EncoderRecipe
-from ebr_lib.retrieval.maker import Maker, weights_of
+from ebr_lib.retrieval.maker import Maker, changed_files, weights_of
 from ebr_lib.retrieval.metrics import CHUNK, Ranking, rank_vectors
 from ebr_lib.retrieval.task import Corpus, RetrievalTask
 
@@ -109,6 +109,8 @@ def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
     choice = check_remote_code(recipe.model_name, recipe.trust_remote_code)
     if maker.trust_remote_code not in (None, choice):
         wrong += maker.differences({"trust_remote_code": choice})
+    if not wrong and maker.sha256 and changed_files(maker, recipe.model_name):
+        wrong.append("its configs, tokenizer, pooling or .py files were others")
     wrong += maker.differences(told)
     if wrong and corpus.texts is None:
         raise DataError(

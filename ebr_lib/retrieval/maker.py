@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ebr_lib.errors import ModelError
-from ebr_lib.model.loading import check_remote_code, identify, one_sided
+from ebr_lib.logs import logger
+from ebr_lib.model.loading import check_remote_code, files_of, identify, one_sided
 from ebr_lib.model.remote_code import Choice
+from ebr_lib.names import OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Maker:
     dimension: int | None
     description_column: str | None
     trust_remote_code: Choice | None
+    files: tuple[str | None, ...]
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Maker:
@@ -40,6 +43,7 @@ class Maker:
             dimension=settings.get("dimension"),
             description_column=settings.get("description_column"),
             trust_remote_code=model.get("trust_remote_code"),
+            files=tuple(settings.get("model files") or ()),
         )
 
     @property
@@ -75,6 +79,31 @@ def check_same_code(maker: Maker, model_name: str, choice: Choice) -> None:
             f"the vectors of {maker.said} were made with trust_remote_code: {str(maker.trust_remote_code).lower()}, "
             f"and {model_name} no longer brings code of its own; give the model as it was, or encode again"
         )
+
+
+def changed_files(maker: Maker, model_name: str) -> bool:
+    """Whether the configs, tokenizer, modules or code of a model are not those that made the vectors, as far as it is
+    known; of an adapter for queries only its base's count, which made them."""
+    then, now = (tuple(dict.fromkeys(files)) for files in (maker.files, files_of(identify(model_name))))
+    if one_sided(model_name):
+        then, now = then[-1:], now[-1:]
+    return len(then) == len(now) and None not in (*then, *now) and then != now
+
+
+def say_changed_files(maker: Maker, model_name: str, where: str, on_changed_vectors: OnChangedVectors) -> None:
+    """Report a model of equal weights whose other files have changed since it made the vectors.
+
+    :raises ModelError: they have, unless `on_changed_vectors` is "warn".
+    """
+    if not maker.sha256 or not changed_files(maker, model_name):
+        return
+    said = (
+        f"{where} holds vectors of {maker.said}, whose configs, tokenizer, pooling or .py files have changed since "
+        f"({model_name}); put them back, or encode and index again"
+    )
+    if on_changed_vectors == "error":
+        raise ModelError(f"{said}; on_changed_vectors: warn goes on")
+    logger.warning("模型文件已改变 %s", said)
 
 
 def weights_of(model_name: str) -> frozenset[str]:
