@@ -355,7 +355,14 @@ def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: Sentenc
     batch = _batch_size(config)
     prompts = _column_prompts(config, model, 1)
     prompts["negative"] = prompts.pop("negative_1")
-    report = examine(rows, model.tokenizer, max_seq_length=config.max_seq_length, batch_size=batch, prompts=prompts)
+    report = examine(
+        rows,
+        model.tokenizer,
+        max_seq_length=config.max_seq_length,
+        batch_size=batch,
+        prompts=prompts,
+        masks=config.mask_known_positives,
+    )
     logger.info("%s", report.table.text())
     for advice in report.advice:
         logger.warning("%s", advice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -224,6 +225,11 @@ def test_labels_of_a_list(tmp_path):
         ({"messages": "q", "positive_messages": [[{"role": "user", "content": "p"}]]}, "`messages`: wanted one"),
         ({"query": "q", "positive_document_ids": ["1"]}, "Tevatron's rows that name documents by id"),
         ({"question": "q", "positive_ctxs": [{"text": "p"}]}, "DPR's rows"),
+        ({"premise": "a", "hypothesis": "b", "label": 0}, "NLI's rows; keep the entailments alone"),
+        ({"data": {"train": [{"anchor": "a", "positive": "b"}]}}, "the rows seem to be inside of these"),
+        ({"0": {"anchor": "a", "positive": "b"}}, "the rows seem to be inside of these"),
+        ({"rows": [{"row_idx": 0, "row": {"anchor": "a", "positive": "b"}}]}, "the rows seem to be inside of these"),
+        ({"columns": ["anchor", "positive"], "data": [["a", "b"]]}, "the rows seem to be inside of these"),
         ({"sentence1": "a", "sentence2": "b"}, "rename them to `anchor` and `positive`"),
         ({"query": {"0": "q", "1": "r"}, "pos": {"0": "p", "1": "s"}}, "to_json(path, orient='records', lines=True"),
         ({"query": ["q", "r"], "pos": ["p", "s"]}, "to_json(path, orient='records', lines=True"),
@@ -381,6 +387,7 @@ def test_a_folder_names_what_it_took_and_what_it_did_not(tmp_path, caplog):
     folder.mkdir()
     (folder / "a.jsonl").write_text(f"{json.dumps(PAIR)}\n" * 2)
     (folder / "rows.csv").write_text("anchor,positive\nc,d\n")
+    (folder / "packed.csv.GZ").write_bytes(gzip.compress(b"anchor,positive\ne,f\ng,h\n"))
     (folder / "blank.jsonl").write_text("\n\n")
     (folder / "linked.jsonl").symlink_to(elsewhere / "linked.jsonl")
     (folder / "broken.jsonl").symlink_to(elsewhere / "nothing.jsonl")
@@ -391,9 +398,15 @@ def test_a_folder_names_what_it_took_and_what_it_did_not(tmp_path, caplog):
     for place in (folder, tmp_path / "by_link"):
         caplog.clear()
         with caplog.at_level("INFO", "ebr_lib"):
-            assert len(read_pairs(place)) == 4
+            assert len(read_pairs(place)) == 6
         (read,) = [line for line in caplog.messages if "read:" in line and "not read" not in line]
-        for name, rows in {"a.jsonl": 2, "rows.csv": 1, "blank.jsonl": 0, "linked.jsonl": 1}.items():
+        for name, rows in {
+            "a.jsonl": 2,
+            "rows.csv": 1,
+            "packed.csv.GZ": 2,
+            "blank.jsonl": 0,
+            "linked.jsonl": 1,
+        }.items():
             assert f"{name} ({rows} rows)" in read
         left_out = [line for line in caplog.messages if "not read" in line]
         for name in ("broken.jsonl", "empty.jsonl", "notes.md", ".hidden.jsonl"):

@@ -63,6 +63,7 @@ class DoctorReport:
     :ivar without_negatives: share of the rows, 0 to 1, that have no negative left in a balanced batch once known
         positives are masked: their loss is 0.
     :ivar largest_anchor: the most frequent anchor and its rows.
+    :ivar masks: whether the loss masks known positives; where it does not, no row is without a negative.
     :ivar advice: what to do about it, in Chinese followed by English.
     """
 
@@ -85,6 +86,7 @@ class DoctorReport:
     false_negatives_balanced: float
     without_negatives: float
     largest_anchor: tuple[str, int]
+    masks: bool
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -108,6 +110,7 @@ def examine(
     max_seq_length: int,
     batch_size: int,
     prompts: Mapping[str, str] | None = None,
+    masks: bool = True,
     seed: int = 0,
 ) -> DoctorReport:
     """Look the training rows over.
@@ -117,6 +120,7 @@ def examine(
     :param tokenizer: a transformers tokenizer, or a function from texts to their lengths in tokens.
     :param batch_size: rows whose documents are each other's negatives.
     :param prompts: what goes before the texts of a column (anchor, positive, negative).
+    :param masks: whether the loss masks known positives.
     :raises DataError: there are no rows.
     """
     from ebr_lib.data.batches import KnownPositives
@@ -147,7 +151,8 @@ def examine(
         negatives=batch_size * (batch_size * known.columns.shape[1] - 1),
         false_negatives=_expected_false_negatives(known, own, batch_size),
         false_negatives_balanced=masked,
-        without_negatives=without_negatives,
+        without_negatives=without_negatives if masks else 0.0,
+        masks=masks,
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
     return _with_advice(report)
@@ -376,7 +381,8 @@ def _too_long(report: DoctorReport) -> str | None:
 
 def _masked_away(report: DoctorReport) -> str | None:
     """Where masking leaves little to learn from, which text is the cause."""
-    if report.without_negatives < 0.1 and report.false_negatives_balanced <= 0.8 * report.negatives:
+    mostly = report.masks and report.false_negatives_balanced > 0.8 * report.negatives
+    if report.without_negatives < 0.1 and not mostly:
         return None
     (document, of_document), (anchor, of_anchor) = report.popular[0], report.largest_anchor
     if 2 * max(of_anchor, of_document) < report.rows:

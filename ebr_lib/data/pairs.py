@@ -287,7 +287,7 @@ def _texts_of(value: Any, unused: dict[str, None]) -> tuple[str, tuple[str, ...]
     columns = _columns_of(value, unused)
     for name in ("anchor", "positive"):
         if name not in columns:
-            raise BadRowError(_missing_column(name, list(value)))
+            raise BadRowError(_missing_column(name, value))
     from_swift = {"messages", "response"} & set(value)
     if from_swift and (media := next((name for name in _MEDIA if value.get(name)), None)):
         raise BadRowError(f"`{media}`: only texts are trained on")
@@ -331,7 +331,7 @@ def _check_label(column: str, label: Any, positives: int, negatives: int) -> Non
     if not isinstance(label, list):
         if not _says_yes(column, label):
             raise BadRowError(
-                f"`{column}` is {label!r}: the row is no positive pair; leave it out, or give its text as a `negative`"
+                f"`{column}` is {label!r}: the row is not a positive pair; leave it out, or give its text as a `negative`"
             )
         return
     said = [_says_yes(column, one) for one in label]
@@ -447,7 +447,7 @@ def _hint(value: Any) -> str:
     return wanted + "orient='records', lines=True, force_ascii=False)" if columnar else ""
 
 
-def _missing_column(name: str, found: list[str]) -> str:
+def _missing_column(name: str, found: Mapping[str, Any]) -> str:
     there = f"no `{name}` column; found {', '.join(map(repr, found)) or 'none'}: "
     if sides := [key for key in found if key.casefold() in _SIDES]:
         return (
@@ -456,12 +456,15 @@ def _missing_column(name: str, found: list[str]) -> str:
         )
     if known := next((why for key, why in _OTHER_ROWS.items() if key in found), None):
         return there + known
+    if not any(map(_is_column, found)) and any(isinstance(value, dict | list) for value in found.values()):
+        return f"{there}the rows seem to be inside of these; wanted is one object per row, at the top or in one list"
     free = {column.casefold(): column for column in found if column not in _MEANING}
     near = next((free[m] for w in _ALIASES[name] for m in difflib.get_close_matches(w, free, n=1)), None)
     return there + (f"rename `{near}` to `{name}`" if near else f"rename the column that holds the {name} to `{name}`")
 
 
 _OTHER_ROWS = {
+    "premise": "NLI's rows; keep the entailments alone, as `anchor` and `positive`, and leave the label out",
     "positive_document_ids": "Tevatron's rows that name documents by id; put their texts into `positive_passages`",
     "positive_ctxs": "DPR's rows; write `question` as `anchor` and the texts of `positive_ctxs` as `positive`",
     "texts": "a list of texts says nothing of their sides; write `anchor` and `positive`",
