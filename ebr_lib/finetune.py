@@ -269,7 +269,7 @@ def _report_own(task: HeldoutTask) -> None:
 def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
     """Warn of held-out texts that training has seen, or nearly, in the other column too: they measure memory.
 
-    A document that answers training anchors as well is no leak, but its queries are `seen`.
+    A document that answers training anchors as well is not a leak, but its queries are `seen`.
     """
     import numpy as np
 

@@ -331,7 +331,7 @@ def _check_label(column: str, label: Any, positives: int, negatives: int) -> Non
     if not isinstance(label, list):
         if not _says_yes(column, label):
             raise BadRowError(
-                f"`{column}` is {label!r}: the row is not a positive pair; leave it out, or give its text as a `negative`"
+                f"`{column}` is {label!r}: the row is not a positive pair; leave it out, or make it a `negative`"
             )
         return
     said = [_says_yes(column, one) for one in label]
@@ -482,6 +482,7 @@ _GRAM = 4
 _OVERLAP = 0.8
 _BANDS, _BAND_ROWS = 8, 3  # finds a pair of overlap 0.8 with probability 0.997, of 0.88 with 0.9999
 _BLOCK_LETTERS = 1 << 22
+_MANY_TEXTS = 200_000
 
 
 def _printable(name: str) -> str:
@@ -595,6 +596,8 @@ def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
 
     :return: shape (texts,), numbered from 0 in order of first appearance.
     """
+    if len(texts) >= _MANY_TEXTS:
+        logger.info("查找近似文本 looking for near-duplicates: %d texts, some minutes", len(texts))
     words = [_LETTERS.findall(text.replace("_", " ")) for text in texts]
     letters = ["".join(found) or text for found, text in zip(words, texts, strict=True)]
     edges = [

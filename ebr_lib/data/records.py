@@ -315,7 +315,7 @@ class _Window:
         return passed
 
     def next_letter(self) -> str:
-        """Go to the next letter that is no space, and return it; at the end of the file, the empty string."""
+        """Go to the next letter that is not a space, and return it; at the end of the file, the empty string."""
         while True:
             rest = len(self._text)
             end = next((i for i in range(self._at, rest) if not self._text[i].isspace()), rest)
