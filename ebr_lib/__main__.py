@@ -1,5 +1,12 @@
 """`python -m ebr_lib`."""
 
-from ebr_lib.cli import main
+import sys
 
-raise SystemExit(main())
+try:
+    from ebr_lib.cli import main
+
+    status = main()
+except KeyboardInterrupt:  # while modules are loaded
+    sys.stderr.write("interrupted\n")
+    status = 130
+raise SystemExit(status)

@@ -179,6 +179,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def has_home() -> bool:
+    """Whether there is a HOME: in a container there may be none."""
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
+
+
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as file:

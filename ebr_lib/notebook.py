@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import atexit
 import contextlib
 import difflib
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import traitlets
 import yaml
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -26,7 +28,7 @@ from nbformat import NotebookNode
 
 from ebr_lib import errors
 from ebr_lib.errors import ConfigError, DataError, MissingError
-from ebr_lib.files import check_apart, check_output_file, written_whole
+from ebr_lib.files import check_apart, check_output_file, has_home, written_whole
 from ebr_lib.knobs import read_yaml
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
@@ -38,20 +40,25 @@ class NotebookError(RuntimeError):
 
 
 class _ThisPython(KernelSpecManager):
-    """Starts the Python that runs this, with this library, whatever is installed as a kernel of the name."""
+    """Starts the Python that runs this, with this library, whatever is installed as a kernel of the name.
+
+    `folder` takes what Jupyter would write to HOME, which a container may lack.
+    """
+
+    folder = traitlets.Unicode()
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         places = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return KernelSpec(
-            argv=argv, display_name=kernel_name, language="python", env={"PYTHONPATH": os.pathsep.join(places)}
-        )
+        env = {"PYTHONPATH": os.pathsep.join(places), "JUPYTER_RUNTIME_DIR": self.folder}
+        env |= {} if has_home() else {"HOME": self.folder}
+        return KernelSpec(argv=argv, display_name=kernel_name, language="python", env=env)
 
 
 class _Live(NotebookClient):
     """Passes on what the cells print while they run, and knows which cell runs."""
 
-    connection_file = ""
+    folder = ""
     current: NotebookNode | None = None
     number: int | None = None
     exit_status: int | None = None
@@ -59,7 +66,9 @@ class _Live(NotebookClient):
 
     def create_kernel_manager(self) -> AsyncKernelManager:
         self.km = AsyncKernelManager(
-            kernel_name="python3", kernel_spec_manager=_ThisPython(), connection_file=self.connection_file
+            kernel_name="python3",
+            kernel_spec_manager=_ThisPython(folder=self.folder),
+            connection_file=str(Path(self.folder) / "kernel.json"),
         )
         return self.km
 
@@ -115,14 +124,14 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
     inject(notebook, parameters or {})
     client = _Live(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the usual place is in HOME
-            client.connection_file = str(Path(folder) / "kernel.json")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as client.folder:
             client.execute()
     except (CellExecutionError, DeadKernelError, RuntimeError, asyncio.CancelledError) as error:
         if client.interrupted:
             raise KeyboardInterrupt from None
         raise _explained(error, client, path, output) from error
     finally:
+        atexit.unregister(client._cleanup_kernel)  # which stays where a kernel does not start, and then fails
         _settle_bars(notebook)
         with written_whole(output) as new:
             nbformat.write(notebook, new)

@@ -88,6 +88,10 @@ def test_a_user_s_mistake_in_a_cell_is_one_here(tmp_path, capsys, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "train.jsonl").write_text("{}")
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    specification = tmp_path / "kernels" / "python3" / "kernel.json"
+    specification.parent.mkdir(parents=True)
+    specification.write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     says = "import sys, pathlib; print(sys.executable, pathlib.Path('train.jsonl').exists())"
     config = "from ebr_lib import check_configs; check_configs(finetune={'num_epoch': 3})"
     path = small_notebook(tmp_path / "notebooks", "x = 1", says, config)

@@ -177,7 +177,7 @@ def test_umap_loads_where_numba_can_keep_nothing(monkeypatch):
     assert projection._imported_umap() == "umap"
     assert tried[0] == "" and Path(tried[1]).is_dir()
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    monkeypatch.setattr(projection, "_has_home", lambda: False)
+    monkeypatch.setattr(projection, "has_home", lambda: False)
     assert projection._imported_umap() == "umap"
     assert len(tried) == 3 and Path(tried[2]).is_dir()
 

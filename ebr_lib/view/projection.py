@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
-from ebr_lib.files import written_whole
+from ebr_lib.files import has_home, written_whole
 from ebr_lib.logs import logger
 
 Coords = NDArray[np.float32]
@@ -336,7 +336,7 @@ def _imported_umap() -> Any:
     write to neither, as in a container. There a temporary folder takes it, also where there is no HOME: numba would
     make a folder called `~`."""
     settings: Any = importlib.import_module("numba").config
-    if settings.CACHE_DIR or _has_home():
+    if settings.CACHE_DIR or has_home():
         try:
             return importlib.import_module("umap")
         except RuntimeError as error:
@@ -347,13 +347,6 @@ def _imported_umap() -> Any:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("umap", "pynndescent")]:
         del sys.modules[name]  # what was loaded before the failure
     return importlib.import_module("umap")
-
-
-def _has_home() -> bool:
-    try:
-        return bool(Path.home())
-    except RuntimeError:
-        return False
 
 
 def place_rest(unit: Vectors, rest: Ints, projected: Vectors, coords: Coords, k: int = 5) -> Coords:
