@@ -92,12 +92,8 @@ def test_rows_that_fill_a_batch_up_have_no_loss_of_their_own():
 
 def test_batches_are_filled_up_to_what_training_compares():
     rows = [TrainingRow(f"a{i}", f"p{i}") for i in range(10)]
-    assert [evaluation_batch(10, size, processes) for size, processes in ((4, 1), (64, 1), (4, 2), (64, 3))] == [
-        4,
-        10,
-        4,
-        4,
-    ]
+    sizes = ((4, 1), (64, 1), (4, 2), (64, 3), (64, 99))
+    assert [evaluation_batch(10, size, processes) for size, processes in sizes] == [4, 10, 4, 3, 1]
     assert fill_rows(rows, 8, 4, 0) == () and len(fill_rows(rows, 9, 4, 0)) == 3
     assert fill_rows(rows, 1, 64, 0) == tuple(range(10))
     assert fill_rows(rows, 9, 8, 0) == fill_rows(rows, 9, 8, 0) != fill_rows(rows, 9, 8, 1)

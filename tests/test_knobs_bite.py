@@ -63,7 +63,7 @@ def test_evaluation_embeds_no_more_than_its_batch_size_and_compares_the_same(log
     parts = ContrastiveLoss._in_parts
     monkeypatch.setattr(ContrastiveLoss, "_in_parts", lambda *given: embedded.append(given[-1]) or parts(*given))
     few, all_at_once = (values(log_of(eval_batch_size=size, learning_rate=1e-9), "eval_loss")[0] for size in (3, None))
-    assert embedded == [3, 3] and few == pytest.approx(all_at_once, rel=1e-4)  # 12 held-out rows, 8 a batch
+    assert set(embedded) == {3} and few == pytest.approx(all_at_once, rel=1e-4)
 
 
 def test_contrastive_batches_are_embedded_in_parts(log_of, monkeypatch):
@@ -147,7 +147,7 @@ def test_memory_is_pinned_for_a_gpu(told, device, pinned, monkeypatch):
     monkeypatch.setattr(training, "training_arguments", lambda folder, **arguments: arguments)
     config = FinetuneConfig.resolve({"dataloader_pin_memory": told})
     model = SimpleNamespace(device=torch.device(device), prompts={})
-    arguments = finetune._arguments(config, model, SimpleNamespace(train=[1, 2], task=None), 0)
+    arguments = finetune._arguments(config, model, SimpleNamespace(train=[1, 2], task=None), 0, 1)
     assert arguments["dataloader_pin_memory"] is pinned
 
 

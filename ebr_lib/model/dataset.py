@@ -93,7 +93,7 @@ def to_dataset(rows: Sequence[TrainingRow], numbers: Sequence[int]) -> Dataset:
 
 def evaluation_batch(train_rows: int, batch_size: int, processes: int) -> int:
     """Rows that a process compares in evaluation: as many as in training, where the training set is large enough."""
-    return min(batch_size, -(-train_rows // processes))
+    return max(1, min(batch_size, train_rows // processes))
 
 
 def fill_rows(train: Sequence[TrainingRow], heldout_rows: int, batch_size: int, seed: int) -> tuple[int, ...]:
