@@ -145,20 +145,18 @@ class StopOnNaN(TrainerCallback):
         self._lost = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a loss that is not finite, stop where the weights are not either."""
-        if self.seen and not self._lost and not all_finite(self.weights):
-            self._lost = True
-            logger.warning(
-                "权重不是有限数，训练停止 step %d made weights that are not finite: stopping", state.global_step
-            )
+        """Look at the weights after a loss that is not finite, and before they are measured."""
+        self._look(state, control, self.seen or control.should_evaluate)
         self.seen = False
-        self._end(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Neither measure nor save at the end of the epoch."""
-        self._end(control)
+        """Likewise."""
+        self._look(state, control, control.should_evaluate)
 
-    def _end(self, control: Any) -> None:
+    def _look(self, state: Any, control: Any, is_due: bool) -> None:
+        if is_due and not self._lost and not all_finite(self.weights):
+            self._lost = True
+            logger.warning("权重不是有限数，训练停止 step %d: the weights are not finite, stopping", state.global_step)
         if self._lost:
             control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
 

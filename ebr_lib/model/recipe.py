@@ -35,7 +35,7 @@ class EncoderRecipe:
     device: str | None = None
     trust_remote_code: Choice = False
     on_changed_vectors: OnChangedVectors = "error"
-    base_folders: tuple[str, ...] = field(default_factory=base_folders)  # another process has to be told of them
+    base_folders: tuple[str, ...] = field(default_factory=base_folders)  # which another process does not know
 
     def model(self, side: Side) -> SentenceTransformer:
         """Load the model, its adapter merged."""

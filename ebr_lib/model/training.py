@@ -403,8 +403,10 @@ def _evaluation_seconds(trainer: EbrTrainer, rows: Sequence[int]) -> float:
 
 
 def _checkpoint_seconds(trainer: EbrTrainer) -> float:
+    if not trainer.is_world_process_zero():
+        return 0.0
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=trainer.args.output_dir) as folder:
         trainer._save(folder)
     return time.perf_counter() - start
 
