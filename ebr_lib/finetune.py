@@ -126,6 +126,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     data = _read(config)
     _set_seed(config.seed)
     model = _model_with_adapter(config)
+    _refuse_broken(config, model)
     _refuse_other_base(config)  # again, for a model of the hub is here only now
     config = _as_the_adapter_is(config, model)
     _refuse_what_cannot_be(config, data, model)
@@ -706,6 +707,17 @@ def _causes_of_nan(config: FinetuneConfig) -> list[str]:
     from ebr_lib.model.logbook import causes_of_nan
 
     return causes_of_nan(config.learning_rate, config.temperature, _precision(config).dtype == "float16")
+
+
+def _refuse_broken(config: FinetuneConfig, model: SentenceTransformer) -> None:
+    from ebr_lib.model.contract import PROBES
+    from ebr_lib.model.saving import is_finite
+
+    if not is_finite(model):
+        raise ModelError(
+            f"model {config.model_name} makes vectors that are not finite numbers (NaN) before any training, of texts "
+            f"such as {PROBES[0]!r} or {PROBES[2]!r}: look for NaN in its weights, or get the model again"
+        )
 
 
 def _refuse_nan(config: FinetuneConfig, model: SentenceTransformer) -> None:

@@ -381,6 +381,16 @@ def test_good_weights_before_nan_are_those_that_are_saved(settings, monkeypatch,
     assert spoilt.steps == 4  # the first that shows it is the last
 
 
+def test_a_model_of_nan_is_refused_before_training(settings, tiny_bert, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_bert, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights = {name: torch.full_like(weight, float("nan")) for name, weight in weights.items()}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not finite numbers .* before any training"):
+        train(settings, model_name=str(broken))
+
+
 @pytest.mark.parametrize("flown", [True, False], ids=["preflight", "step"])
 def test_texts_that_have_no_vector_are_named(settings, tiny_bert, tmp_path, monkeypatch, flown):
     """One token's embedding is NaN; one row of the data has it."""
@@ -388,11 +398,11 @@ def test_texts_that_have_no_vector_are_named(settings, tiny_bert, tmp_path, monk
     shutil.copytree(tiny_bert, broken)
     weights = load_file(broken / "model.safetensors")
     (name,) = [name for name in weights if name.endswith("word_embeddings.weight")]
-    (token,) = AutoTokenizer.from_pretrained(broken)("洗", add_special_tokens=False)["input_ids"][:1]
+    (token,) = AutoTokenizer.from_pretrained(broken)("~", add_special_tokens=False)["input_ids"][:1]
     weights[name][token] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     rows = [{"anchor": f"want {i}", "positive": f"thing {i}"} for i in range(23)]
-    rows[11]["positive"] = "洗" * (20 if flown else 1)
+    rows[11]["positive"] = "~" * (40 if flown else 1)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ModelError, match=f"loss is nan: .* of 1 texts of the batch, such as '{rows[11]['positive']}'"):

@@ -19,6 +19,7 @@ from ebr_lib.files import write_json, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.model.processes import from_first_process, is_first_process
+from ebr_lib.model.saving import is_finite
 from ebr_lib.names import LOWER_IS_BETTER
 
 BEST_FOLDER = "best"
@@ -146,17 +147,20 @@ class StopOnNaN(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the weights after a loss that is not finite, and before they are measured."""
-        self._look(state, control, self.seen or control.should_evaluate)
+        lost = self.seen and not all_finite(self.weights)
         self.seen = False
+        self._look(state, control, lost, kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Likewise."""
-        self._look(state, control, control.should_evaluate)
+        self._look(state, control, False, kwargs["model"])
 
-    def _look(self, state: Any, control: Any, is_due: bool) -> None:
-        if is_due and not self._lost and not all_finite(self.weights):
+    def _look(self, state: Any, control: Any, lost: bool, model: Any) -> None:
+        if not self._lost and (lost or (control.should_evaluate and not is_finite(getattr(model, "module", model)))):
             self._lost = True
-            logger.warning("权重不是有限数，训练停止 step %d: the weights are not finite, stopping", state.global_step)
+            logger.warning(
+                "权重或向量不是有限数，训练停止 step %d: weights or vectors are not finite, stopping", state.global_step
+            )
         if self._lost:
             control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
 
