@@ -16,6 +16,7 @@ from ebr_lib.model import adapters, shapes
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, add_lora, read_adapter
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import identify, load_model, prompt_of
+from ebr_lib.model.losses import base_model_only
 from ebr_lib.model.positions import position_limit
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.model.saving import make_contract, save_adapter, save_merged
@@ -156,6 +157,48 @@ def test_adapters_of_others_are_loaded_and_merged_to_the_last_tensor(tiny_models
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
 
 
+def test_an_adapter_saved_by_itself_keeps_the_pooling_of_its_base(tiny_models, tmp_path):
+    model = trained(tiny_models, "dense", "dora")
+    model[0].model.peft_config["default"].base_model_name_or_path = str(tiny_models("dense"))
+    model[0].model.save_pretrained(tmp_path / "alone")
+    np.testing.assert_array_equal(vectors(load_model(str(tmp_path / "alone"), device="cpu")), vectors(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("pooling", "no pooling"),
+        ("tokenizer", "knows no words"),
+        ("model.safetensors", "does not load"),
+        ("2_Dense/model.safetensors", "does not load"),
+        ("2_Dense/config.json", "does not load"),
+    ],
+)
+def test_half_a_model_is_refused(tiny_models, tmp_path, change, message):
+    folder = shutil.copytree(tiny_models("dense"), tmp_path / "model")
+    if change == "pooling":
+        modules = json.loads((folder / "modules.json").read_text())
+        (folder / "modules.json").write_text(json.dumps(modules[:1]))
+    elif change == "tokenizer":
+        for file in folder.glob("token*"):
+            file.unlink()
+    else:
+        (folder / change).write_bytes((folder / change).read_bytes()[:40])
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder), device="cpu")
+
+
+def test_layers_that_are_in_the_files_alone_are_said(tiny_bert, tmp_path, caplog):
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    load_model(str(folder), device="cpu")
+    assert "are not used: encoder.layer.1" in caplog.text
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 16}))
+    with pytest.raises(ModelError, match=r"another shape than config\.json says: encoder"):
+        load_model(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize("lost", ["layer.1.attention.self.query.weight", "embeddings", "pooler"])
 def test_weights_that_the_files_do_not_hold_are_an_error(tiny_bert, tmp_path, caplog, lost):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
@@ -167,6 +210,20 @@ def test_weights_that_the_files_do_not_hold_are_an_error(tiny_bert, tmp_path, ca
         with pytest.raises(ModelError, match=f"would be random numbers: .*{lost}"):
             load_model(str(folder), device="cpu")
     assert "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize("shape", ["dense", "last_token"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_in_bfloat16_too_what_is_measured_is_what_is_served(tiny_models, tmp_path, shape, kind):
+    model = trained(tiny_models, shape, kind)
+    wanted = Encoder(model, precision="bfloat16").encode(TEXTS)
+    with base_model_only(model):
+        of_base = Encoder(model, precision="bfloat16").encode(TEXTS)
+    assert adapters.is_adapted(model)
+    folder = save(model, tiny_models(shape), tmp_path / "adapter")
+    served = EncoderRecipe(folder, device="cpu", precision="bfloat16", query_prompt="").encoder("query")
+    np.testing.assert_array_equal(served.encode(TEXTS), wanted)
+    np.testing.assert_array_equal(of_base, Encoder(load(tiny_models, shape), precision="bfloat16").encode(TEXTS))
 
 
 # --- sides --------------------------------------------------------------------------------------------------------

@@ -159,17 +159,20 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def merge_adapter(model: SentenceTransformer) -> None:
-    """Fold the adapter into the base weights, in place; the model is then an ordinary one."""
+    """Fold the adapter into the base weights, in place, or drop it where it is disabled; the model is then an ordinary
+    one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     inner = model.transformers_model
     for name, module in list(inner.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+            if not module.disable_adapters:
+                module.merge(safe_merge=True)
             _replace(inner, name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):  # a layer that the adapter trained as a whole
-            _replace(inner, name, module.modules_to_save[ADAPTER_NAME])
+            kept = module.original_module if module.disable_adapters else module.modules_to_save[ADAPTER_NAME]
+            _replace(inner, name, kept)
     inner._hf_peft_config_loaded = False
     del inner.peft_config
     if hasattr(inner, "_weight_conversions"):

@@ -16,6 +16,7 @@ from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character
 from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.logs import logger
+from ebr_lib.model.adapters import is_adapted, merge_adapter
 from ebr_lib.model.cpu_speed import keep_freed_memory
 from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
@@ -388,7 +389,8 @@ def dealt(texts: NDArray[np.intp], lengths: NDArray[np.int64], budget: int) -> I
 def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
     """The model with its transformer in `dtype` and the rest in float32: itself, or a copy.
 
-    Only a copy's layers are fused: a model that has the right types is the caller's, and stays what it was.
+    A copy's adapter is merged, as it is where a saved model is served, so that both give the same vectors; its layers
+    are fused. A model that has the right types is the caller's, and stays what it was.
     """
     transformer, *rest = model
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
@@ -396,6 +398,8 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTra
         return model
     twin = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})  # copying a vocabulary took half a second
     twin.float()
+    if is_adapted(twin):
+        merge_adapter(twin)
     twin[0].to(dtype)
     if hasattr(transformer, "model"):
         fuse(twin)

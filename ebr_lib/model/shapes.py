@@ -26,10 +26,12 @@ SIDE_NAMES: dict[Side, tuple[str, ...]] = {
     "query": ("query", "search_query", "queries", "question", "retrieval.query", "web_search_query", "s2p_query"),
     "document": ("document", "passage", "corpus", "doc", "search_document", "documents", "retrieval.passage", "answer"),
 }
-# who says what of a model that is loaded; a line of its report on a weight that the files do not hold; and the parts
-# that no embedding comes from
+# who says what of a model that is loaded; lines of its report on weights that the files do not hold, or the model; and
+# the parts that no embedding comes from
 REPORTING = ("transformers.modeling_utils", "transformers.integrations.peft", "sentence_transformers.base.model")
 MADE_UP = re.compile(r"^(\S.*?)\s*\|[^|\n]*MISSING", re.MULTILINE)
+UNREAD = re.compile(r"^(\S*\.(?:\d|\{).*?)\s*\|[^|\n]*UNEXPECTED", re.MULTILINE)  # of a numbered layer: not a head
+OTHER_SHAPE = re.compile(r"^(\S.*?)\s*\|[^|\n]*MISMATCH", re.MULTILINE)
 UNUSED = {"pooler", "classifier", "lm_head", "cls", "score"}
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -48,6 +50,23 @@ def refuse_no_embedding_model(name: str, folder: Path) -> None:
         raise ModelError(
             f"model {name} is a {kind}, not an embedding model: it does not give a text one vector to compare; give a "
             "model that does, such as the one that its card retrieves with"
+        )
+
+
+def refuse_no_vectors(model: SentenceTransformer, name: str) -> None:
+    """Refuse a model that does not pool its tokens to a vector, or whose tokenizer knows no words.
+
+    :raises ModelError: says what is missing.
+    """
+    last = [getattr(module, "module_output_name", "sentence_embedding") for module in model]
+    if last == ["token_embeddings"]:
+        raise ModelError(f"model {name} has no pooling in its modules.json; fetch the whole model again")
+    tokenizer = model.tokenizer
+    if hasattr(tokenizer, "all_special_ids") and set(tokenizer("a 1 的 я ا ก")["input_ids"]) <= set(
+        tokenizer.all_special_ids
+    ):
+        raise ModelError(
+            f"model {name}: its tokenizer knows no words; fetch the whole model again, tokenizer.json included"
         )
 
 
@@ -75,10 +94,25 @@ def whole(name: str) -> Iterator[None]:
         source.addFilter(keep)
     try:
         yield
+    except RuntimeError as error:
+        shapes = [key for report in reports for key in OTHER_SHAPE.findall(report)]
+        if not shapes:
+            raise
+        raise ModelError(
+            f"model {name}: weights in its files have another shape than config.json says: {', '.join(shapes[:3])}; "
+            "fetch the whole model again"
+        ) from error
     finally:
         for source in sources:
             source.removeFilter(keep)
     made_up = [key for report in reports for key in MADE_UP.findall(report) if not UNUSED & set(key.split("."))]
+    if unread := [key for report in reports for key in UNREAD.findall(report)]:
+        logger.warning(
+            "模型 %s 的文件中有未用到的权重 %d weights in its files are not used: %s; is config.json theirs?",
+            name,
+            len(unread),
+            ", ".join(unread[:3]),
+        )
     if made_up:
         raise ModelError(
             f"model {name}: weights that its config.json asks for are not in its files, and would be random numbers: "
