@@ -115,7 +115,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     config = IndexConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
     folder = Path(config.output_dir)
-    make_folder(folder if folder.exists() else folder.parent)
+    make_folder(folder if folder.is_dir() else folder.parent)
     check_replaceable(folder, OWN_FILES.__contains__)
     check_apart([folder], [*files_of(config.embedding_path), config.queries_path, config.presets])
     made_by = read_manifest(config.embedding_path) or {}
