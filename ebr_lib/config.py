@@ -352,6 +352,18 @@ class InferenceConfig(Config):
     encoding: Literal["auto", "utf-8", "gbk", "gb18030"] = knob(
         "auto", "Encoding of the input; auto tells UTF-8 from GB18030.", "输入编码；auto 自动区分 UTF-8 与 GB18030。"
     )
+    quoting: Literal["auto", "none", "csv"] = knob(
+        "auto",
+        "Fields in quotes as in CSV (RFC 4180); auto reads them with commas, and with tabs and other signs in files named "
+        "`.csv` or `.tsv`; with \\001, and with `heal_rows`, a quote is a letter.",
+        "字段是否可带引号（CSV，RFC 4180）；auto：逗号分隔，以及名为 `.csv`、`.tsv` 的制表符等分隔文件按引号解析；"
+        "\\001 分隔或 `heal_rows` 时引号为普通字符。",
+    )
+    escaped_by: Name | None = knob(
+        None,
+        "Character that takes the next one as it is, as in Hive's ESCAPED BY (`\\`); `n` after it is a newline.",
+        "转义字符，同 Hive 的 ESCAPED BY（`\\`），其后的 `n` 表示换行；null 表示不转义。",
+    )
     heal_rows: bool = knob(
         False,
         "Join lines that a newline inside a field has broken, a space in its place; otherwise they are rejected.",
@@ -362,6 +374,12 @@ class InferenceConfig(Config):
         "A null or blank text: skip it (to the rejects), keep the row with an empty vector, or stop.",
         "文本为空或 \\N 时：跳过（进入拒绝文件）、保留该行但向量留空、或报错停止。",
     )
+    max_rejected_share: Share = knob(
+        0.05,
+        "More rows than this share that cannot be read, or not written, are an error, and the output stays as it was; "
+        "rows skipped for an empty text do not count.",
+        "无法读取或写出的行超过该比例时报错，原有输出保持不变；因文本为空而跳过的行不计。",
+    )
     # output
     output_path: Name = knob(
         "./faiss/embeds_2.txt",
@@ -370,6 +388,11 @@ class InferenceConfig(Config):
     )
     output_columns: tuple[Name, ...] = knob(
         [], "Columns kept beside the vector, in this order; empty keeps all.", "输出中保留的列及顺序；留空保留全部。"
+    )
+    output_header: bool = knob(
+        True,
+        "Begin text with a row of the column names; false for files that a Hive table loads.",
+        "文本输出是否带表头行；供 Hive 表加载的文件设为 false。",
     )
     append: bool = knob(
         False,
@@ -432,6 +455,7 @@ class InferenceConfig(Config):
             yield "delimiter: a newline ends rows"
         elif self.encoding.startswith("gb") and delimiter_byte(self.delimiter) >= b"0":
             yield f"delimiter: {self.delimiter!r} can be the second byte of a GBK character; use one below '0', like \\001"
+        yield from self._quoting_conflicts()
         if self.columns and self.description_column not in self.columns:
             yield f"columns: {', '.join(self.columns)} do not hold description_column {self.description_column!r}"
         if len(set(self.columns)) != len(self.columns):
@@ -440,8 +464,21 @@ class InferenceConfig(Config):
             yield "output_columns: a name is there twice"
         if self.output_path.endswith((".gz", ".bz2", ".xz", ".zst", ".zip")):
             yield f"output_path: {self.output_path!r} is said to be compressed, and no format is; give .txt or .parquet"
+        if not self.output_header and self.output_path.lower().endswith((".parquet", ".npy")):
+            yield f"output_header: only text has a header row, and {self.output_path!r} is not text; leave it out"
         if "vector" in self.output_columns:
             yield "output_columns: `vector` is the name of the column that is written; rename the input's"
+
+    def _quoting_conflicts(self) -> Iterator[str]:
+        sign = escape_byte(self.escaped_by)
+        if sign is not None and (
+            len(sign) != 1 or sign.isspace() or sign == b'"' or sign == delimiter_byte(self.delimiter)
+        ):
+            yield f"escaped_by: {self.escaped_by!r} is not one ASCII character other than the delimiter, a quote or a space"
+        if self.quoting == "csv" and self.delimiter == '"':
+            yield "quoting: the delimiter is the quote itself"
+        if self.heal_rows and (self.quoting == "csv" or self.escaped_by):
+            yield "heal_rows: joins rows of plain text; with quoting: csv or escaped_by, newlines in fields are read as they are"
 
     def _engine_conflicts(self) -> Iterator[str]:
         if self.append and self.restart:
@@ -460,6 +497,11 @@ def delimiter_byte(text: str) -> bytes:
     if octal := re.fullmatch(r"\\(?:x([0-9a-fA-F]{2})|([0-7]{3}))", text):
         return bytes([int(octal[1], 16) if octal[1] else int(octal[2], 8) % 256])
     return spelled.get(text, text.encode() if text.isascii() else b"")
+
+
+def escape_byte(text: str | None) -> bytes | None:
+    """The byte that `escaped_by` means; a backslash may be spelled `\\\\`, as in a CREATE TABLE."""
+    return None if text is None else b"\\" if text == "\\\\" else delimiter_byte(text)
 
 
 @dataclass(frozen=True)

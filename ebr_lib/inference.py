@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebr_lib.config import InferenceConfig, delimiter_byte
-from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of
-from ebr_lib.data.hive import Layout, Source, is_empty, need_columns, open_source, readable
+from ebr_lib.config import InferenceConfig, delimiter_byte, escape_byte
+from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of, partitions_of
+from ebr_lib.data.hive import EMPTY_LINE, Layout, Source, is_empty, need_columns, open_source, readable
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
+from ebr_lib.engines.hints import likely_knobs, read_rejects
 from ebr_lib.engines.job import (
+    SKIPPED,
     Job,
     Outcome,
     drop_run,
@@ -50,6 +54,7 @@ COUNTS = (
     "rejected",
     "healed",
     "empty",
+    "line_breaks",
     "encoded",
     "duplicates",
     "uncounted",
@@ -120,7 +125,7 @@ def _finished(
 ) -> tuple[Outcome, _Bar]:
     """Run a job to its end, the manifest included."""
     with told_when_full(job.folder), contextlib.closing(_Bar()) as bar:
-        outcome = engine.run(job, bar)
+        outcome = engine.run(job, bar, partial(_check_losses, job, config.max_rejected_share))
         write_json(manifest_path(job.output), _manifest(job, identity, outcome) | {"not_read": found.named()})
         config.save(_config_path(job.output))
         engine.finish(job)
@@ -131,15 +136,41 @@ def _finished(
 
 
 def _open_inputs(config: InferenceConfig, output: Path) -> tuple[list[Source], Layout, FoundFiles]:
-    layout = Layout(delimiter_byte(config.delimiter), config.columns or None, config.encoding, config.heal_rows)
+    layout = Layout(
+        delimiter=delimiter_byte(config.delimiter),
+        columns=config.columns or None,
+        encoding=config.encoding,
+        heal=config.heal_rows,
+        quoting=config.quoting,
+        escape=escape_byte(config.escaped_by),
+    )
     found = find_files(config.data_path, config.file_patterns, "data_path")
     found = _with_rows(_not_written_here(found, output))
     found.log("set file_patterns to take them in")
     _need_files(found, config.file_patterns)
-    sources = [open_source(file, layout, name_of(file, found.root)) for file in found.files]
+    sources = [_opened(file, layout, found.root) for file in found.files]
+    _say_partitions(sources, found, config.output_columns)
     for source in sources:
         need_columns(source, [config.description_column, *config.output_columns], layout.delimiter)
     return sources, layout, found
+
+
+def _opened(file: Path, layout: Layout, root: Path) -> Source:
+    return open_source(file, layout, name_of(file, root), partitions_of(file, root))
+
+
+def _say_partitions(sources: list[Source], found: FoundFiles, kept: tuple[str, ...]) -> None:
+    """Log the columns that folders give, and warn of those that the files hold too."""
+    given = dict.fromkeys(name for source in sources for name in source.partitions if name not in kept)
+    if given:
+        names = ", ".join(given)
+        logger.info("分区列 partition columns: %s (name them in output_columns to keep them)", names)
+    for source in sources:
+        if both := [name for name in partitions_of(source.path, found.root) if name in source.columns]:
+            logger.warning(
+                "%s: column %s is in the file and in its folder's name: the file's is read", source.path, both[0]
+            )
+            return
 
 
 def _need_files(found: FoundFiles, patterns: tuple[str, ...]) -> None:
@@ -275,27 +306,70 @@ def _settings(
     """All that decides what is written; speed and place do not."""
     # only where it matters: an output of before may be appended to
     own_code = {"trust_remote_code": identity.trust_remote_code} if identity.trust_remote_code else {}
-    return own_code | {
-        "model": identity.sha256 or identity.path,
-        "base model": identity.base_sha256 or identity.base_model,
-        "model files": list(files_of(identity)),
-        "prompt": facts.prompt,
-        "max_seq_length": facts.max_seq_length,
-        "precision": facts.precision,
-        "dimension": facts.dim,
-        "normalize": config.normalize,
-        "description_column": config.description_column,
-        "output_columns": list(kept),
-        "format": ending_of(config.output_path),
-        "delimiter": config.delimiter,
-        "columns": list(config.columns),
-        "encoding": config.encoding,
-        "heal_rows": config.heal_rows,
-        "on_empty_text": config.on_empty_text,
-    }
+    return (
+        own_code
+        | _other_than_usual(config)
+        | {
+            "model": identity.sha256 or identity.path,
+            "base model": identity.base_sha256 or identity.base_model,
+            "model files": list(files_of(identity)),
+            "prompt": facts.prompt,
+            "max_seq_length": facts.max_seq_length,
+            "precision": facts.precision,
+            "dimension": facts.dim,
+            "normalize": config.normalize,
+            "description_column": config.description_column,
+            "output_columns": list(kept),
+            "format": ending_of(config.output_path),
+            "delimiter": config.delimiter,
+            "columns": list(config.columns),
+            "encoding": config.encoding,
+            "heal_rows": config.heal_rows,
+            "on_empty_text": config.on_empty_text,
+        }
+    )
+
+
+def _other_than_usual(config: InferenceConfig) -> dict[str, Any]:
+    """Settings that came later, where they are not their defaults: outputs from before them can be appended to."""
+    names = ("quoting", "escaped_by", "output_header")
+    usual = InferenceConfig()
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
+
+
+def _check_losses(job: Job, most: float, outcome: Outcome, rejects: Sequence[Path]) -> None:
+    """Check that what a run wrote is worth being put in its place.
+
+    :param most: share of the rows that may be lost; those that held no text are not.
+    :param rejects: files of the rows that are not in the output.
+    :raises DataError: nothing was written, or too many rows were lost.
+    """
+    counts, reasons = outcome.new_counts, outcome.new_reasons
+    skipped = sum(reasons[reason] for reason in SKIPPED)
+    lost, read = counts["rejected"] - skipped, counts["read"] - reasons[EMPTY_LINE]
+    if counts["written"] and lost <= most * read:
+        return
+    if not counts["read"] and job.append and outcome.counts["written"]:
+        return  # new files without a row leave the output as it was
+    why = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(5)) or "the files hold no rows"
+    hints = "".join(f"\n  - {hint}" for hint in likely_knobs(read_rejects(rejects), job.layout, _given(job)))
+    where = f"\nThe rejects are in {rejects[0]}" if counts["rejected"] and rejects else ""
+    if not counts["written"]:
+        raise DataError(f"{job.output}: none of {read} rows was written ({why}); what was there stays{hints}{where}")
+    share = math.ceil(1000 * lost / read) / 1000
+    raise DataError(
+        f"{job.output}: {lost} of {read} rows could not be read or written ({why}), more than max_rejected_share "
+        f"{most:g}; what was there stays{hints}\nOr accept the loss with --max_rejected_share {share:g}: the same call "
+        f"then ends at once{where}"
+    )
+
+
+def _given(job: Job) -> list[str]:
+    """Columns that the folders of the input give, whether the files hold them too or not."""
+    return list(dict.fromkeys(name for source in job.sources for name in partitions_of(Path(source.name), Path())))
 
 
 def _job(config: InferenceConfig, sources: list[Source], layout: Layout, settings: dict[str, Any]) -> Job:
@@ -310,6 +384,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         on_empty_text=config.on_empty_text,
         window_rows=config.window_rows,
         append=config.append,
+        with_header=config.output_header,
     )
     if config.restart and job.folder.exists():
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)
@@ -356,6 +431,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
         "inputs": outcome.inputs,
         "bytes": outcome.size,
         "rows": _told(counts),
+        "line_breaks": dict(outcome.breaks),
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
             "rows": _told(counts)["truncated"],
@@ -371,8 +447,17 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
     logger.info("向量已保存: %s (%d 行, %.1f 秒)", job.output, counts["written"], seconds)
     logger.info("%s", table.text(), extra=RESULT)
     for reason, number in outcome.reasons.most_common():
-        logger.warning("%d rows rejected: %s (see %s)%s", number, reason, job.rejects, _hint(job, reason))
+        logger.warning("拒收 %d rows rejected: %s (see %s)", number, reason, job.rejects)
     rejects = job.rejects if outcome.reasons else None
+    for hint in likely_knobs(read_rejects([rejects]), job.layout, _given(job)) if rejects else ():
+        logger.warning("%s", hint)
+    if outcome.breaks:
+        named = ", ".join(f"{column} {number}" for column, number in outcome.breaks.most_common())
+        logger.warning(
+            "保留列含换行类字符 kept values with a line break such as \\r or U+2028: %s; Spark and pandas may split "
+            "such rows: write Parquet (output_path ….parquet), or leave the column out of output_columns",
+            named,
+        )
     return InferenceResult(
         output=job.output,
         manifest=manifest_path(job.output),
@@ -382,13 +467,6 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
         seconds=seconds,
         table=table,
     )
-
-
-def _hint(job: Job, reason: str) -> str:
-    """What may help against a kind of rejects."""
-    if reason.startswith("not utf-8") and job.layout.encoding == "auto":
-        return "; GB18030 may read them: set encoding to gb18030"
-    return ""
 
 
 def _told(counts: Counter[str]) -> dict[str, int | None]:
@@ -406,9 +484,11 @@ def _stats(counts: Mapping[str, int]) -> EncodeStats:
 def _summary(counts: Counter[str], bar: _Bar, size: int) -> Iterator[tuple[str, Any]]:
     yield "rows read 读入", counts["read"]
     yield "written 写出", counts["written"]
-    yield "rejected 拒绝", counts["rejected"]
+    yield "rejected 拒收", counts["rejected"]
     yield "healed 接回", counts["healed"]
     yield "without text 无文本", counts["empty"]
+    if counts["line_breaks"]:
+        yield "kept line breaks 含换行类字符", counts["line_breaks"]
     yield "texts encoded 编码文本", counts["encoded"]
     yield "encoded in this run 本次编码", bar.texts
     yield "texts/s 每秒编码", f"{bar.speed:.0f}"

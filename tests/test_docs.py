@@ -229,3 +229,33 @@ def test_every_preset_resolves_and_opens_with_its_command(preset):
     assert found and any(preset in command for command in found)
     for command in found:
         check_command(shlex.split(command, comments=True))
+
+
+ODD = ['"open quote', "NA", None, "", "two\rparts", " x ", "001", "a\x85b\u2028c", '"q"', "\x0b", "#c", "null", "苹果"]
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_the_lines_that_read_an_output_read_every_value(document, tmp_path, monkeypatch):
+    import numpy
+    import pandas
+    import polars
+
+    from ebr_lib.data.vectors import ids_path, write_embeddings
+
+    (code,) = [code for code in blocks(document, "python") if "read_csv" in code]
+    vectors = numpy.random.default_rng(0).normal(size=(len(ODD), 3)).astype(numpy.float32)
+    columns = {"id": [str(i) for i in range(len(ODD))], "odd": ODD}
+    for ending in (".txt", ".parquet", ".npy"):
+        write_embeddings(tmp_path / "faiss" / f"embeds_2{ending}", columns, vectors)
+    monkeypatch.chdir(tmp_path)
+    names = {"numpy": numpy, "pandas": pandas, "polars": polars}
+    tables = [eval(ast.unparse(statement), names) for statement in ast.parse(code).body]
+    assert len(tables) == 5
+    assert (tables.pop() == vectors).all()
+    for table in tables:
+        odd = table["odd"].to_list()
+        assert [None if isinstance(value, float) else value for value in odd] == ODD
+        read = [numpy.array(v.split(), numpy.float32) if isinstance(v, str) else v for v in table["vector"]]
+        assert (numpy.stack(read) == vectors).all()
+    ids = code.splitlines()[0].replace("embeds_2.txt", ids_path("embeds_2.npy").name)
+    assert len(eval(ids, names)) == len(ODD)

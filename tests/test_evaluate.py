@@ -291,7 +291,7 @@ def test_a_parquet_file_that_was_cut_short_is_named(beir, tmp_path, reads):
     place = tmp_path / "c.parquet"
     write_embeddings(place, {"id": ["d0"], "text": ["a"]}, np.eye(1, 4, dtype=np.float32))
     place.write_bytes(place.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"c\.parquet is no whole Parquet file"):
+    with pytest.raises(DataError, match=r"c\.parquet is not a complete Parquet file"):
         reads(place)
 
 

@@ -94,3 +94,13 @@ def test_files_can_be_left_out_later(tmp_path: Path):
     put(tmp_path, "a.csv", "b.csv")
     found = find_files(tmp_path, ["*.csv"], "data_path").without([tmp_path / "a.csv"], "written by this stage")
     assert (names(found), found.named()) == (["b.csv"], {"a.csv": "written by this stage"})
+
+
+def test_partition_folders_are_columns(tmp_path: Path):
+    path = tmp_path / "a=b" / "x" / "dt=2026-11-01" / "city=%E4%B8%8A%3A" / "HIVE_UNION_SUBDIR_1" / "h=" / "000000_0"
+    default = tmp_path / "dt=__HIVE_DEFAULT_PARTITION__" / "000000_0"
+    wanted = {"dt": b"2026-11-01", "city": "上:".encode(), "h": b""}
+    assert finder.partitions_of(path, tmp_path / "a=b" / "x") == wanted
+    assert finder.partitions_of(path, tmp_path / "a=b" / "x" / "dt=2026-11-01") == wanted
+    assert finder.partitions_of(path, path) == {"h": b""}
+    assert finder.partitions_of(default, tmp_path) == {"dt": None}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +48,7 @@ def test_damaged_parquet_is_told_as_such(tmp_path: Path, codec: str):
             hive.need_columns(source, ["id"], b"\x01")
             list(hive.read_rows(source, ["id"], Layout()))
         except DataError as error:
-            errors += "is no whole Parquet file" in str(error)
+            errors += "is not a complete Parquet file" in str(error)
     assert errors > 9
 
 
@@ -77,8 +80,8 @@ def test_null_is_not_the_empty_string(tmp_path: Path):
 def test_bom_and_windows_newlines(tmp_path: Path):
     path = written(tmp_path, b"\xef\xbb\xbfid\x01text\r\n1\x01a\r\n2\x01b\r\r\n3\x01c\n")
     assert values_of(path, ["id", "text"]) == [[b"1", b"a"], [b"2", b"b\r"], [b"3", b"c"]]
-    plain = written(tmp_path, b"id\x01text\n1\x01a\r\n")
-    assert values_of(plain, ["text"]) == [[b"a\r"]]
+    plain = written(tmp_path, b"id\x01text\n1\x01a\r\n2\x01b\n3\x01c\n")
+    assert values_of(plain, ["text"]) == [[b"a\r"], [b"b"], [b"c"]]
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "auto"])
@@ -134,7 +137,7 @@ def test_rejects_carry_place_reason_and_bytes(tmp_path: Path):
     rejects = [row for row in rows_of(path, ["id"]) if row.reason]
     assert [(row.position, row.reason, row.raw) for row in rejects] == [
         (Position(3, 12), "1 fields, wanted 2", b"broken"),
-        (Position(4, 19), "1 fields, wanted 2", b""),
+        (Position(4, 19), "empty line", b""),
         (Position(5, 20), "3 fields, wanted 2", b"2\x01b\x01c"),
     ]
     assert [row.values for row in rejects] == [[]] * 3
@@ -393,7 +396,7 @@ def test_parquet_input(tmp_path: Path):
     with pytest.raises(DataError, match="column tags is list"):
         hive.need_columns(source, ["tags"], b"\x01")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=f"^{path} is no whole Parquet"):
+    with pytest.raises(DataError, match=f"^{path} is not a complete Parquet"):
         hive.open_source(path, layout)
 
 
@@ -414,7 +417,7 @@ def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str
     hive.need_columns(source, ["id", "text"], b"\x01")
     rows = list(hive.read_rows(source, ["id", "text", "none"], Layout()))
     assert [row.values for row in rows] == [[b"1", b"a", None], [], [None, b"c", None], ["苹".encode(), b"d", None]]
-    assert rows[1].reason == "bytes that are no utf-8: column id"
+    assert rows[1].reason == "bytes that are not utf-8: column id"
     assert rows[1].raw == b'{"id": "\\\\xff", "text": "b", "none": null}'
     assert (rows[1].position, rows[1].after, rows[3].position) == (Position(2, 1), Position(3, 2), Position(4, 3))
 
@@ -452,3 +455,169 @@ def test_a_vanished_file_is_an_error(tmp_path: Path):
     source.path.unlink()
     with pytest.raises(MissingError, match=f"^{source.path}: the file is no longer there"):
         list(hive.read_rows(source, ["id"], Layout()))
+
+
+# --- quotes and escapes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "knobs", "quoted"),
+    [
+        ("a.csv", ",", {}, True),
+        ("000000_0", ",", {}, True),
+        ("a.csv", "\t", {}, True),
+        ("a.tsv.gz", "\t", {}, True),
+        ("000000_0", "\t", {}, False),
+        ("a.csv", ";", {}, True),
+        ("a.csv", "\x01", {}, False),
+        ("a.csv", ",", {"quoting": "none"}, False),
+        ("a.csv", ",", {"heal": True}, False),
+        ("000000_0", "\x01", {"quoting": "csv"}, True),
+    ],
+)
+def test_when_quotes_are_quotes(tmp_path: Path, name: str, delimiter: str, knobs: dict, quoted: bool):
+    path = written(tmp_path, f'id{delimiter}text\n1{delimiter}"a"\n'.encode(), name)
+    assert values_of(path, ["text"], delimiter=delimiter.encode(), **knobs) == [[b"a" if quoted else b'"a"']]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("seed", range(8))
+def test_quoted_rows_are_those_of_the_csv_module(tmp_path: Path, newline: str, seed: int):
+    generator = random.Random(seed)
+    rows = [["".join(generator.choices('a",\n 苹\\', k=generator.randint(0, 6))) for _ in range(3)] for _ in range(60)]
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator=newline, quoting=generator.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])).writerows(
+        [["id", "ti,tle", "text"], *rows]
+    )
+    for encoding in ("utf-8", "gb18030"):
+        path = written(tmp_path, out.getvalue().encode(encoding))
+        layout = Layout(delimiter=b",", encoding=encoding)
+        source = hive.open_source(path, layout)
+        found = list(hive.read_rows(source, ["id", "ti,tle", "text"], layout))
+        assert [row.values for row in found] == [[value.encode() for value in row] for row in rows]
+        for at in range(0, len(found), 9):
+            assert list(hive.read_rows(source, ["id", "ti,tle", "text"], layout, found[at].after)) == found[at + 1 :]
+        assert found[-1].after.offset == path.stat().st_size
+
+
+def test_a_quote_that_is_not_closed_costs_its_row_alone(tmp_path: Path, monkeypatch):
+    path = written(tmp_path, b'id,text\n1,"open\n2,b\n3,"c\nd"\n4,"e" f\n5,12" pan\n6,"\n')
+    rows = rows_of(path, ["id", "text"], delimiter=b",")
+    assert [row.values for row in rows if not row.reason] == [[b"2", b"b"], [b"3", b"c\nd"], [b"5", b'12" pan']]
+    assert [(row.raw, row.reason) for row in rows if row.reason] == [
+        (b'1,"open', "a letter after a closing quote"),
+        (b'4,"e" f', "a letter after a closing quote"),
+        (b'6,"', "a quote that is not closed"),
+    ]
+    monkeypatch.setattr(hive, "HEAL_LINES", 3)
+    path = written(tmp_path, b'id,text\n1,"open\n' + b"2,b\n" * 9)
+    assert [bool(row.reason) for row in rows_of(path, ["id"], delimiter=b",")] == [True, *[False] * 9]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_escaped_rows_come_back(tmp_path: Path, seed: int):
+    generator = random.Random(seed)
+    rows = [
+        ["".join(generator.choices('a\x01\n\\"nr苹N丂', k=generator.randint(0, 6))) for _ in range(3)]
+        for _ in range(60)
+    ]
+    spelled = [
+        [re.sub(r"[\x01\\\n]", lambda m: "\\n" if m[0] == "\n" and seed % 2 else "\\" + m[0], v) for v in row]
+        for row in rows
+    ]
+    content = "id\x01title\x01text\n" + "".join("\x01".join(row) + "\n" for row in spelled)
+    for encoding in ("utf-8", "gb18030"):  # the second byte of 丂 may be a backslash's
+        path = written(tmp_path, content.encode(encoding))
+        layout = Layout(encoding=encoding, escape=b"\\")
+        source = hive.open_source(path, layout)
+        found = list(hive.read_rows(source, ["id", "title", "text"], layout))
+        assert [row.values for row in found] == [[value.encode() for value in row] for row in rows]
+        for at in range(0, len(found), 9):
+            assert list(hive.read_rows(source, ["id"], layout, found[at].after))[0:1] == [
+                row._replace(values=row.values[:1]) for row in found[at + 1 : at + 2]
+            ]
+
+
+def test_null_and_backslashes_with_escapes(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\n\\N\x01\\\\N\n1\x01\\t\n")
+    assert values_of(path, ["id", "text"], escape=b"\\") == [[None, b"\\N"], [b"1", b"t"]]
+    both = written(tmp_path, b'id,text\n1,"12\\" pan, steel"\n\\N,"a\\\\"\n')
+    assert values_of(both, ["id", "text"], delimiter=b",", escape=b"\\") == [[b"1", b'12" pan, steel'], [None, b"a\\"]]
+
+
+# --- line ends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (b"id\x01text\r\n1\x01a\n2\x01b\n", [b"a", b"b"]),
+        (b"id\x01text\n1\x01a\r\n2\x01b\r\n", [b"a", b"b"]),
+        (b"id\x01text\r1\x01a\r2\x01b\r", [b"a", b"b"]),
+        (b"id\x01text\r1\x01a\r2\x01b", [b"a", b"b"]),
+        (b"id\x01text\r\n1\x01a", [b"a"]),
+        (b"id\x01text\n1\x01a\rc\n2\x01b\n", [b"a\rc", b"b"]),
+    ],
+)
+def test_line_ends_go_by_the_rows(tmp_path: Path, content: bytes, values: list[bytes], monkeypatch):
+    monkeypatch.setattr(hive, "CR_BLOCK", 5)
+    path = written(tmp_path, content)
+    rows = rows_of(path, ["text"])
+    assert [row.values for row in rows] == [[value] for value in values]
+    assert rows[-1].after.offset == len(content)
+    source = hive.open_source(path, Layout())
+    assert list(hive.read_rows(source, ["text"], Layout(), rows[0].after)) == rows[1:]
+
+
+def test_mixed_line_ends_are_warned_of(tmp_path: Path, caplog):
+    values_of(written(tmp_path, b"id\n1\r\n2\n3\n"), ["id"])
+    assert "1 of its first 3 rows end in" in caplog.text
+
+
+# --- columns of Parquet -------------------------------------------------------------------------------------------
+
+
+def test_parquet_columns_of_every_kind_have_their_text_or_are_named(tmp_path: Path):
+    import decimal
+    import uuid
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    key = uuid.UUID(int=7)
+    columns = {
+        "uuid": (pa.array([key.bytes, None], pa.uuid()), str(key)),
+        "json": (pa.array(['{"a": 1}', None], pa.json_()), '{"a": 1}'),
+        "decimal": (pa.array([decimal.Decimal("1.50"), None]), "1.50"),
+        "utc": (pa.array([0, None], pa.timestamp("ms", "UTC")), "1970-01-01 00:00:00.000Z"),
+        "dict": (pa.array(["x", None]).dictionary_encode(), "x"),
+        "large": (pa.array(["x", None], pa.large_string()), "x"),
+        "bool": (pa.array([True, None]), "true"),
+        "zone": (pa.array([0, None], pa.timestamp("us", "Mars/Base")), None),
+        "map": (pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int8())), None),
+        "nested": (pa.array([{"a": 1}, None]), None),
+    }
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({name: values for name, (values, _) in columns.items()}), path)
+    source = hive.open_source(path, Layout())
+    good = [name for name, (_, text) in columns.items() if text is not None]
+    hive.need_columns(source, good, b"\x01")
+    rows = list(hive.read_rows(source, good, Layout()))
+    assert [value.decode() for value in rows[0].values] == [columns[name][1] for name in good]
+    assert rows[1].values == [None] * len(good)
+    for name, words in (("zone", "time zone Mars/Base is not known"), ("map", "map<"), ("nested", "struct<")):
+        with pytest.raises(DataError, match=rf"column {name} is .*{words}"):
+            hive.need_columns(source, [name], b"\x01")
+
+
+def test_text_in_a_file_named_parquet_is_read_as_text(tmp_path: Path):
+    assert values_of(written(tmp_path, b"id\x01text\n1\x01a\n", "a.parquet"), ["text"]) == [[b"a"]]
+
+
+def test_columns_that_folders_give_are_put_where_they_are_wanted(tmp_path: Path):
+    path = written(tmp_path, b"id\x01text\n1\x01a\nbroken\n")
+    source = hive.open_source(path, Layout(), partitions={"dt": b"2026", "text": b"no", "city": None})
+    assert source.partitions == {"dt": b"2026", "city": None}
+    hive.need_columns(source, ["dt", "text"], b"\x01")
+    rows = list(hive.read_rows(source, ["dt", "id", "city", "text"], Layout()))
+    assert [row.values for row in rows] == [[b"2026", b"1", None, b"a"], []]

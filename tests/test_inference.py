@@ -75,13 +75,15 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
 
 def catalogue(folder: Path, rows: list[str], name: str = "a.csv", header: str = "id\x01description\x01label") -> Path:
     path = folder / "in" / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([header, *rows, ""]), encoding="utf-8", newline="")
     return path
 
 
 def run(folder: Path, **knobs):
-    return run_batch_inference({"data_path": str(folder / "in"), "output_path": str(folder / "out.txt")} | knobs)
+    """Run the stage on `in`; rows may be lost, as tests of what becomes of odd rows need it."""
+    places = {"data_path": str(folder / "in"), "output_path": str(folder / "out.txt"), "max_rejected_share": 1.0}
+    return run_batch_inference(places | knobs)
 
 
 def rejects_of(path: Path) -> list[list[bytes]]:
@@ -272,7 +274,7 @@ def test_parquet_is_known_by_its_bytes_and_its_rejects_have_no_hint_on_encodings
     knobs = {"file_patterns": ["*_0"], "output_columns": ["description"]}
     result = run(tmp_path, **knobs)
     assert read_embeddings(result.output).columns == {"description": ["a", "b"]}
-    assert "bytes that are no utf-8: column description" in caplog.text
+    assert "bytes that are not utf-8: column description" in caplog.text
     assert "GB18030" not in caplog.text
 
 
@@ -727,7 +729,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, encoder: FakeEncode
 
     catalogue(tmp_path, ["1\x01a\x01x"])
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a\.csv cannot be read \(Permission denied\)"):
-        patch.setattr(inference if step == "sha256_of" else hive, step if step == "sha256_of" else "_open", forbidden)
+        patch.setattr(inference if step == "sha256_of" else hive, step if step == "sha256_of" else "kind_of", forbidden)
         run(tmp_path)
 
 
@@ -774,3 +776,172 @@ def test_windows_end_at_many_bytes_too(tmp_path: Path, encoder: FakeEncoder, mon
     catalogue(tmp_path, [f"{i}\x01{i}{'long' * 100}\x01x" for i in range(10)])
     run(tmp_path)
     assert sizes == [3, 3, 3, 1]
+
+
+# --- a run that loses rows ----------------------------------------------------------------------------------------
+
+
+def lose(folder: Path, lost: int, empty: int = 0, name: str = "a.csv", raw: str = "1 field") -> None:
+    """A file of 100 rows of which some do not fit and some have no text."""
+    good = [f"{i}\x01text {i}\x01x" for i in range(100 - lost - empty)]
+    catalogue(folder, [*good, *[raw] * lost, *["9\x01\x01x"] * empty, ""], name)
+
+
+def test_a_run_that_loses_more_than_allowed_fails_and_leaves_the_output(tmp_path: Path, encoder: FakeEncoder):
+    lose(tmp_path, 5, empty=60)  # rows without a text are no loss, nor is an empty line
+    knobs = {"max_rejected_share": 0.05}
+    before = run(tmp_path, **knobs).output.read_bytes()
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+    lose(tmp_path, 6)
+    with pytest.raises(DataError) as failed:
+        run(tmp_path, **knobs)
+    words = [
+        "6 of 100 rows",
+        "6 × 1 fields, wanted 3",
+        "max_rejected_share 0.05",
+        "--max_rejected_share 0.06",
+        "rejects",
+    ]
+    assert all(word in str(failed.value) for word in words)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*") if path.is_file()} == files
+    asked = len(encoder.asked)
+    result = run(tmp_path, max_rejected_share=0.06)  # the rows are there: nothing is encoded again
+    assert (result.counts["written"], len(encoder.asked)) == (94, asked)
+    assert result.output.read_bytes() != before
+
+
+def test_after_a_run_that_failed_another_one_takes_its_place(tmp_path: Path, encoder: FakeEncoder):
+    lose(tmp_path, 50)
+    with pytest.raises(DataError):
+        run(tmp_path, max_rejected_share=0.05)
+    with pytest.raises(DataError):
+        run(tmp_path, max_rejected_share=0.05, output_columns=["id"])
+    lose(tmp_path, 0)
+    assert run(tmp_path, max_rejected_share=0.05).counts["written"] == 100
+    assert not (tmp_path / "out.txt.work").exists()
+
+
+@pytest.mark.parametrize("rows", [[], ["1\x01\x01x"] * 3, ["lost"] * 3])
+def test_nothing_written_is_an_error(tmp_path: Path, encoder: FakeEncoder, rows: list[str]):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    before = run(tmp_path).output.read_bytes()
+    catalogue(tmp_path, rows)
+    with pytest.raises(DataError, match=f"none of {len(rows)} rows was written"):
+        run(tmp_path)
+    assert (tmp_path / "out.txt").read_bytes() == before
+
+
+def test_appending_counts_the_losses_of_the_new_files_alone(tmp_path: Path, encoder: FakeEncoder):
+    lose(tmp_path, 0)
+    before = run(tmp_path).output.read_bytes()
+    lose(tmp_path, 10, name="b.csv")
+    with pytest.raises(DataError, match="10 of 100 rows"):
+        run(tmp_path, append=True, max_rejected_share=0.06)
+    assert (tmp_path / "out.txt").read_bytes() == before
+    assert run(tmp_path, append=True, max_rejected_share=0.1).counts["written"] == 190
+    catalogue(tmp_path, [], "c.csv")
+    assert run(tmp_path, append=True).counts["written"] == 190  # a file without rows
+
+
+@pytest.mark.parametrize(
+    ("content", "knobs", "words"),
+    [
+        (b'id,description\n1,"a, b"\n2,"c"\n', {"delimiter": ",", "quoting": "none"}, "--quoting csv"),
+        (b'id,description\n1,"a" b\n2,"c" d\n', {"delimiter": ","}, "--quoting none"),
+        (b'id,description\n1,"a \\" b"\n2,"\\" d"\n', {"delimiter": ","}, r"--escaped_by '\\\\'"),
+        (b"id\x01description\n1\x01a\\\x01b\n2\x01c\\\nd\n", {}, r"--escaped_by '\\\\'"),
+        (b"1,a\n2,b\n", {"columns": ["id", "description"]}, "--delimiter ','"),
+        (b"1\ta\n2\tb\n", {"columns": ["id", "description"]}, r"--delimiter '\\t'"),
+        (b"1\x01a\n2\x01b\n", {"columns": ["id", "description"], "delimiter": "|"}, r"--delimiter '\\001'"),
+        (b"id\x01description\x01x\n1\x01a\nb\x01y\n", {}, "--heal_rows true"),
+        (
+            b"1\x01a\x01new\n2\x01b\x01new\n",
+            {"columns": ["id", "description"]},
+            "3 fields, more than the 2 .*--columns",
+        ),
+        ("id\x01description\n1\x01手机\n".encode() * 2 + "2\x01手机\n".encode("gbk"), {}, "--encoding gb18030"),
+    ],
+)
+def test_the_error_over_lost_rows_names_the_likely_knob(
+    tmp_path: Path, encoder, content: bytes, knobs: dict, words: str
+):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words.replace("(", r"\(")):
+        run(tmp_path, max_rejected_share=0.0, **knobs)
+
+
+def test_a_column_that_the_folders_give_is_not_one_of_the_files(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["2\x01b"], "dt=1/a.csv", header="1\x01a")
+    with pytest.raises(DataError, match=r"the folders give dt, .* leave it out of columns"):
+        run(tmp_path, columns=["id", "description", "dt"])
+
+
+# --- partition folders, other readers -----------------------------------------------------------------------------
+
+
+def test_partition_columns_are_kept_where_they_are_named(tmp_path: Path, encoder: FakeEncoder, caplog):
+    caplog.set_level("INFO")
+    catalogue(tmp_path, ["1\x01a\x01x"], "dt=2026-11-01/hour=03/a.csv")
+    catalogue(tmp_path, ["2\x01b\x01x"], "dt=2026%3A02/hour=__HIVE_DEFAULT_PARTITION__/a.csv")
+    assert list(read_embeddings(run(tmp_path).output).columns) == ["id", "description", "label"]
+    assert "partition columns: dt, hour" in caplog.text
+    for ending in (".txt", ".parquet", ".npy"):
+        out = tmp_path / f"o{ending}"
+        knobs = {"output_columns": ["dt", "id", "hour"], "output_path": str(out)}
+        wanted = {"dt": ["2026:02", "2026-11-01"], "id": ["2", "1"], "hour": [None, "03"]}
+        assert read_embeddings(run(tmp_path, **knobs).output).columns == wanted
+        catalogue(tmp_path, ["3\x01c\x01x"], "dt=2026-11-02/hour=04/a.csv")
+        appended = read_embeddings(run(tmp_path, **knobs, append=True).output).columns
+        assert (appended["dt"][-1], appended["hour"][-1]) == ("2026-11-02", "04")
+        (tmp_path / "in" / "dt=2026-11-02" / "hour=04" / "a.csv").unlink()
+    catalogue(tmp_path, ["3\x01c\x01x"], "b.csv")
+    with pytest.raises(DataError, match=r"b\.csv: no column dt"):
+        run(tmp_path, output_columns=["dt"])
+    (tmp_path / "in" / "b.csv").unlink()
+    catalogue(tmp_path, ["file\x01d\x01x"], "dt=folder/b.csv", header="dt\x01description\x01label")
+    (tmp_path / "in" / "dt=2026%3A02").rename(tmp_path / "gone")
+    run(tmp_path, output_columns=["dt"])
+    assert "column dt is in the file and in its folder's name: the file's is read" in caplog.text
+
+
+BREAKS = ["\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+def test_kept_values_that_other_readers_split_are_counted(tmp_path: Path, encoder: FakeEncoder, caplog):
+    plain = ["1\x01a\x01苹果 \u2027 \xa0 \x1f\t"]
+    catalogue(tmp_path, [*plain, *(f"{i}\x01text {i}\x01a{sign}b" for i, sign in enumerate(BREAKS))])
+    assert not any(sign in plain[0] for sign in BREAKS)
+    result = run(tmp_path, window_rows=3)
+    assert result.counts["line_breaks"] == len(BREAKS)
+    assert f"label {len(BREAKS)}; Spark and pandas may split such rows: write Parquet" in caplog.text
+    assert json.loads(result.manifest.read_text())["line_breaks"] == {"label": len(BREAKS)}
+    caplog.clear()
+    assert run(tmp_path, output_columns=["id"]).counts["line_breaks"] == 0
+    assert run(tmp_path, output_path=str(tmp_path / "o.parquet")).counts["line_breaks"] == 0
+    assert "line break" not in caplog.text
+
+
+def test_text_without_a_header_is_read_by_its_manifest(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01\\N", "2\x01b\x01x"])
+    whole = run(tmp_path, output_columns=["id", "label"])
+    bare = run(tmp_path, output_columns=["id", "label"], output_path=str(tmp_path / "bare.txt"), output_header=False)
+    assert bare.output.read_bytes() == whole.output.read_bytes().split(b"\n", 1)[1]
+    assert read_embeddings(bare.output).columns == read_embeddings(whole.output).columns
+    catalogue(tmp_path, ["3\x01c\x01x"], "b.csv")
+    run(
+        tmp_path,
+        output_columns=["id", "label"],
+        output_path=str(tmp_path / "bare.txt"),
+        output_header=False,
+        append=True,
+    )
+    assert read_embeddings(bare.output).columns["id"] == ["1", "2", "3"]
+    with pytest.raises(ConfigError, match="output_header"):
+        InferenceConfig.resolve({"output_header": False, "output_path": "a.parquet"})
+
+
+def test_what_is_not_read_is_in_the_manifest(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01x"])
+    catalogue(tmp_path, ["2\x01b\x01x"], "b.txt")
+    assert json.loads(run(tmp_path).manifest.read_text())["not_read"] == {"b.txt": "no pattern matches the name"}

@@ -157,6 +157,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
         "model_name": str(tiny_bert),
         "data_path": str(tmp_path / "in"),
         "window_rows": WINDOW,
+        "max_rejected_share": 1.0,
         "precision": "float32",
         "device": "cpu",
         "heal_rows": case.heal_rows,

@@ -54,7 +54,7 @@ def light_workers(monkeypatch):
 def kill_worker_once_it_has_begun(work: Path, engine_run):
     """Wrap the engine's run: a thread waits for a shard's first state, then kills the process that holds it."""
 
-    def wrapped(self, job, progress):
+    def wrapped(self, job, progress, check=None):
         stop = threading.Event()
 
         def kill() -> None:
@@ -69,7 +69,7 @@ def kill_worker_once_it_has_begun(work: Path, engine_run):
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            return engine_run(self, job, progress)
+            return engine_run(self, job, progress, check)
         finally:
             stop.set()
             killer.join()
@@ -193,10 +193,12 @@ def test_a_resume_with_other_files_is_refused(tmp_path: Path, cluster, light_wor
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ray_cluster, "_collect_rejects", lambda *ignored: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path, **knobs)
-    (tmp_path / "in" / "c.csv").rename(tmp_path / "in" / "a.csv")
+    (tmp_path / "in" / "c.csv").rename(tmp_path / "c.csv")
+    catalogue(tmp_path, ["a\x01kettle\x01x"], "a.csv")
     with pytest.raises(DataError, match=r"input c\.csv: no longer there\n  - input a\.csv: new\n"):
         run(tmp_path, **knobs)
-    (tmp_path / "in" / "a.csv").rename(tmp_path / "in" / "c.csv")
+    (tmp_path / "in" / "a.csv").unlink()
+    (tmp_path / "c.csv").rename(tmp_path / "in" / "c.csv")
     result = run(tmp_path, **knobs)
     assert sorted(path.name for path in result.output.iterdir()) == ["part-00000.txt", "part-00001.txt"]
     assert read_embeddings(result.output).columns["id"] == ["b", "c"]
@@ -206,3 +208,15 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path, cluster):
     catalogue(tmp_path, ["1\x01a\x01x"])
     with pytest.raises(ConfigError, match=r"replaced as a whole and holds other files \(a\.csv\)"):
         run(tmp_path, engine="ray", output_path=str(tmp_path / "in"), data_path=str(tmp_path / "in" / "a.csv"))
+
+
+def test_losses_count_over_all_files_and_folders_give_columns(tmp_path: Path, cluster, light_workers, tiny_bert):
+    for day, rows in (("01", ["lost"]), ("02", [f"{i}\x01text {i}\x01x" for i in range(19)])):
+        catalogue(tmp_path, rows, f"dt=2026-11-{day}/a.csv")
+    knobs = {"model_name": str(tiny_bert), "engine": "ray", "output_path": str(tmp_path / "parts.txt")}
+    with pytest.raises(DataError, match=r"1 of 20 rows .*1 × 1 fields, wanted 3"):
+        run(tmp_path, **knobs, max_rejected_share=0.04)
+    assert not (tmp_path / "parts.txt").exists()
+    result = run(tmp_path, **knobs, max_rejected_share=0.05, output_columns=["dt", "id"])  # another job: begins again
+    found = read_embeddings(result.output).columns
+    assert (set(found["dt"]), len(found["id"]), result.counts["rejected"]) == ({"2026-11-02"}, 19, 1)

@@ -358,7 +358,7 @@ def test_a_manifest_of_another_kind(tmp_path: Path):
 def test_a_cut_binary_file_is_an_error(tmp_path: Path, ending: str):
     path = v.write_embeddings(tmp_path / f"e{ending}", {"id": ["1"] * 50}, some_vectors(50, 4))
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(DataError, match="no whole"):
+    with pytest.raises(DataError, match="not a complete"):
         v.read_embeddings(path)
 
 
@@ -403,7 +403,7 @@ def test_npy_of_another_shape_or_kind_is_refused(tmp_path: Path, array: np.ndarr
 def test_npy_that_is_a_pickle_is_not_opened(tmp_path: Path):
     path = tmp_path / "e.npy"
     path.write_bytes(pickle.dumps(np.ones((2, 2), np.float32)))
-    with pytest.raises(DataError, match=r"no whole \.npy file"):
+    with pytest.raises(DataError, match=r"not a complete \.npy file"):
         v.read_embeddings(path)
 
 

@@ -7,10 +7,12 @@ back ends the walk, and a second name of the same folder does not double its row
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
@@ -26,6 +28,7 @@ SPECIAL = "not a file"
 OWN = "written by this stage"
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "_spark_metadata", "_temporary")
 DOTTED_MARKERS = (".*.crc", "._*", ".DS_Store", ".hive-staging*", ".ipynb_checkpoints")
+NULL_PARTITION = b"__HIVE_DEFAULT_PARTITION__"
 QUIET = (MARKER, OWN, SUBFOLDER)  # expected: logged, without a warning
 SHOWN = 8  # names in a log line; `FoundFiles.left_out` holds all of them
 
@@ -87,6 +90,24 @@ def name_of(path: Path, root: Path) -> str:
     """Place of a file below the root, or its own name; bytes that are not UTF-8 are spelled `\\xff`."""
     name = path.relative_to(root).as_posix() if path != root and path.is_relative_to(root) else path.name
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def partitions_of(path: Path, root: Path) -> dict[str, bytes | None]:
+    """Columns that the folders of a file give, as Hive writes them (`dt=2026-11-01/city=%E4%B8%8A`), outermost first.
+
+    Those below the root, and those that the root itself ends in; `__HIVE_DEFAULT_PARTITION__` is null.
+    """
+    place = Path.cwd() / root  # as it is spelled: a link may lead elsewhere
+    place = place.parent if path == root else place
+    above = itertools.takewhile(lambda name: "=" in name, reversed(place.parts))
+    below = path.relative_to(root).parts[:-1] if path != root else ()
+    return dict(_partition(name) for name in (*reversed(list(above)), *below) if "=" in name[1:])
+
+
+def _partition(folder: str) -> tuple[str, bytes | None]:
+    name, _, value = folder.partition("=")
+    raw = unquote_to_bytes(os.fsencode(value))
+    return unquote(name), None if raw == NULL_PARTITION else raw.decode("utf-8", "backslashreplace").encode()
 
 
 class _Walk:

@@ -1,9 +1,9 @@
-"""Delimited text as Hive writes it, and Parquet, streamed row by row.
+"""Delimited text as Hive writes it, Parquet and ORC, streamed row by row.
 
-Nothing is quoted and nothing escapes: rows end at `\\n` and nowhere else, fields at the delimiter, `\\N` is null and
-differs from the empty string. Bytes are split first and decoded after, so one bad byte costs one row. Splitting bytes
-is safe in UTF-8 and in GBK/GB18030, whose second bytes are 0x30 and above. A row that does not fit is handed over as
-a reject, never dropped.
+Rows of plain text end at `\\n` and nowhere else, fields at the delimiter, `\\N` is null and differs from the empty
+string; quotes and escapes mean something only where the layout says so. Bytes are split first and decoded after, so one
+bad byte costs one row. Splitting bytes is safe in UTF-8 and in GBK/GB18030, whose second bytes are 0x30 and above. A
+row that does not fit is handed over as a reject, never dropped.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
-import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, NamedTuple
 
+from ebr_lib.data.columnar import column_texts, need_texts, read_batches, read_schema
+from ebr_lib.data.containers import COLUMNAR, TEXT, kind_of, open_bytes, unpacked_size
+from ebr_lib.data.fields import NULL, BrokenQuoteError, Dialect, Record
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-NULL = b"\\N"
 BOM = b"\xef\xbb\xbf"
 SAMPLE_BYTES = 1 << 20  # read at once to tell the encoding by
 SAMPLE_LIMIT = 1 << 26  # read in all, where all of it is ASCII
-PARQUET_HEAD = b"PAR1\x15"  # its mark, and how the first header begins; a column of text may be named PAR1
 HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is put together again
-PARQUET_ROWS = 4096
+CR_BLOCK = 1 << 20  # read at once of a file whose rows end in \\r alone
+EMPTY_LINE = "empty line"
+OPEN_QUOTE = "a quote that is not closed"
 
 Value = bytes | None
 
@@ -44,20 +44,26 @@ class Layout:
     :param columns: names of the columns of files without a header row; None takes each file's first row.
     :param encoding: auto (UTF-8, or GB18030 where most rows with other than ASCII are that and not UTF-8), or a codec.
     :param heal: put rows together again that a newline inside a field has broken; the newline becomes a space.
+    :param quoting: whether fields may stand in quotes, as in RFC 4180: none, csv, or auto. That is csv for commas, and
+        for tabs and other signs in files named `.csv` or `.tsv`; none for control characters, and with `heal`.
+    :param escape: one byte that takes the next one as it is (Hive's ESCAPED BY); None where nothing escapes.
     """
 
     delimiter: bytes = b"\x01"
     columns: tuple[str, ...] | None = None
     encoding: str = "auto"
     heal: bool = False
+    quoting: str = "auto"
+    escape: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Source:
     """One input file whose header is known; rows begin at byte `start`, which is line `first_line`.
 
-    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of a Parquet file. `stamp` is
-    its size and time of change, to tell whether it is still the same.
+    `columns` are those in the file; `partitions` those that its folders give, with the value for all of its rows.
+    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of Parquet and ORC. `stamp` is
+    its size and time of change, to tell whether it is still the same. `newline` ends its rows. `kind` says what it is.
     """
 
     path: Path
@@ -66,9 +72,12 @@ class Source:
     stamp: tuple[int, int]
     extent: int
     encoding: str = "utf-8"
-    crlf: bool = False
+    newline: bytes = b"\n"
     start: int = 0
     first_line: int = 1
+    kind: str = TEXT
+    quoted: bool = False
+    partitions: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -86,7 +95,7 @@ class Source:
         if now != self.stamp:
             raise DataError(
                 f"{self.path} changed while it was read ({self.size} bytes then, {now[0]} now); what "
-                "was written stays. Run the same call again when it is whole: it reads that file anew"
+                "was written stays. Run the same call again when it is whole: it reads that file again"
             )
 
 
@@ -124,13 +133,6 @@ class Row(NamedTuple):
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
-def _is_parquet(path: Path) -> bool:
-    if path.suffix.lower() == ".parquet":
-        return True
-    with open(path, "rb") as file:
-        return file.read(len(PARQUET_HEAD)) == PARQUET_HEAD
-
-
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an error that names it.
@@ -147,55 +149,54 @@ def readable(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip data is damaged or cut short ({error}); fetch the file again") from error
     except OSError as error:
-        if error.errno is not None:
-            raise DataError(
-                f"{path} cannot be read ({error.strerror}); see to it and run the same call again"
-            ) from error
-        raise _no_parquet(path, error) from error  # the codecs of Arrow tell of damaged data so
-    except pa.ArrowInvalid as error:
-        raise _no_parquet(path, error) from error
-
-
-def _no_parquet(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is no whole Parquet file ({error}); fetch it again")
-
-
-def _open(path: Path) -> IO[bytes]:
-    file = open(path, "rb")  # noqa: SIM115 - the callers close it
-    if file.peek(2)[:2] != b"\x1f\x8b":
-        return file
-    return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20))
+        if error.errno is None:  # Arrow's codecs say so of damaged data
+            raise DataError(f"{path} is damaged or not complete ({error}); fetch it again") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); see to it and run the same call again") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a complete Parquet file ({error}); fetch it again") from error
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a file holds nothing, compressed or not."""
-    with readable(path), _open(path) as file:
-        return not file.read(1)
+    """Whether a file holds nothing, compressed or not.
+
+    :raises DataError: a container that is not read.
+    """
+    with readable(path):
+        if not path.stat().st_size:
+            return True
+        kind = kind_of(path)
+        if kind in COLUMNAR:
+            return False
+        with open_bytes(path, kind) as file:
+            return not file.read(1)
 
 
-def open_source(path: Path, layout: Layout, name: str | None = None) -> Source:
-    """Read a file's header and tell its encoding.
+def open_source(
+    path: Path, layout: Layout, name: str | None = None, partitions: Mapping[str, Value] | None = None
+) -> Source:
+    """Read a file's header and tell what it holds, its encoding and its newlines.
 
-    :raises DataError: the file is empty, is UTF-16, or names a column twice.
+    :param partitions: columns that the file's folders give; one of the same name in the file is read from the file.
+    :raises DataError: the file is empty, is UTF-16, a container that is not read, or names a column twice.
     """
     name = name or path.name
     with readable(path):
-        source = _open_parquet(path, name) if _is_parquet(path) else _open_text(path, layout, name)
+        kind = kind_of(path)
+        source = _open_columnar(path, kind, layout, name) if kind in COLUMNAR else _open_text(path, kind, layout, name)
     twice = sorted({column for column in source.columns if source.columns.count(column) > 1})
     if twice:
         raise DataError(f"{path}: column {', '.join(twice)} is there more than once; rename it")
-    return source
+    given = {column: value for column, value in (partitions or {}).items() if column not in source.columns}
+    return replace(source, partitions=given)
 
 
-def _open_parquet(path: Path, name: str) -> Source:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        return Source(path, name, tuple(file.schema_arrow.names), stamp_of(path), file.metadata.num_rows)
+def _open_columnar(path: Path, kind: str, layout: Layout, name: str) -> Source:
+    schema, rows = read_schema(path, kind)
+    return Source(path, name, tuple(schema.names), stamp_of(path), rows, kind=kind)
 
 
-def _open_text(path: Path, layout: Layout, name: str) -> Source:
-    with _open(path) as file:
+def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
+    with open_bytes(path, kind) as file:
         head = file.read(4)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{path} is UTF-16, whose bytes cannot be split; convert it: iconv -f UTF-16 -t UTF-8")
@@ -206,11 +207,30 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
         sample = _foreign_lines(file, first, block)
     if not first and layout.columns is None:
         raise DataError(f"{path} is empty: wanted a header row")
-    encoding = "utf-8" if bom else _encoding_of(path, sample, layout)
-    named = _header(first, layout.delimiter, encoding)
-    stamp, extent = stamp_of(path), _extent(path)
-    if layout.columns is None or named == layout.columns:
-        return Source(path, name, named, stamp, extent, encoding, first.endswith(b"\r\n"), bom + len(first), 2)
+    quoted = _is_quoted(path, layout)
+    crlf = b"\r\n" if first.endswith(b"\r\n") and not quoted else b"\n"  # with quotes, rows may end in either
+    source = Source(
+        path,
+        name,
+        (),
+        stamp_of(path),
+        unpacked_size(path, kind),
+        encoding="utf-8" if bom else _encoding_of(path, sample, layout),
+        newline=b"\r" if _ends_in_cr(first + block) else crlf,
+        start=bom,
+        kind=kind,
+        quoted=quoted,
+    )
+    header = next(_split_rows(source, layout, Position(1, bom)), None)
+    decoded = "utf-8" if _is_transcoded(source, layout.escape) else source.encoding
+    named = tuple(_decoded(name, decoded) for name in header.fields) if header else ()
+    is_header = layout.columns is None or named == layout.columns
+    if source.newline != b"\r" and not quoted:
+        rows = (first + block)[header.after.offset - bom :] if header and is_header else first + block
+        source = replace(source, newline=_newline_of(path, rows, crlf))
+    if is_header and header:
+        return replace(source, columns=named, start=header.after.offset, first_line=header.after.line)
+    assert layout.columns is not None
     if set(named) == set(layout.columns):
         logger.warning(
             "%s: the first row holds the names in columns, in another order (%s); it is read as a row: "
@@ -218,13 +238,39 @@ def _open_text(path: Path, layout: Layout, name: str) -> Source:
             path,
             ", ".join(named),
         )
-    return Source(path, name, layout.columns, stamp, extent, encoding, _is_crlf(first + block), bom, 1)
+    return replace(source, columns=layout.columns)
 
 
-def _is_crlf(sample: bytes) -> bool:
-    """Whether every row ends in `\\r\\n`; a file without a header shows it in no other way."""
-    newlines = sample.count(b"\n")
-    return newlines > 0 and sample.count(b"\r\n") == newlines
+def _decoded(name: Value, encoding: str) -> str:
+    return (NULL if name is None else name).decode(encoding, "replace")
+
+
+def _is_quoted(path: Path, layout: Layout) -> bool:
+    if layout.quoting != "auto":
+        return layout.quoting == "csv"
+    if layout.heal or (layout.delimiter < b" " and layout.delimiter != b"\t"):
+        return False
+    return layout.delimiter == b"," or any(ending.lower() in (".csv", ".tsv") for ending in path.suffixes)
+
+
+def _ends_in_cr(sample: bytes) -> bool:
+    """Whether rows end in `\\r` alone, as on the first Macintosh."""
+    return b"\n" not in sample and b"\r" in sample.rstrip(b"\r")
+
+
+def _newline_of(path: Path, rows: bytes, header: bytes) -> bytes:
+    """What ends the rows: `\\r\\n` where most of them show it; what ends the header where no row shows any."""
+    newlines, carriage = rows.count(b"\n"), rows.count(b"\r\n")
+    if not newlines:
+        return header
+    if 0 < carriage < newlines:
+        logger.warning(
+            "%s: %d of its first %d rows end in \\r\\n, the others in \\n; what most have is taken for the row's end",
+            path,
+            carriage,
+            newlines,
+        )
+    return b"\r\n" if 2 * carriage > newlines else b"\n"
 
 
 class _Piece(NamedTuple):
@@ -249,21 +295,6 @@ def _not_ascii(block: bytes, goes_on: bool) -> list[_Piece]:
     *whole, last = block.split(b"\n")
     pieces = [*(_Piece(line, False) for line in whole), _Piece(last, goes_on)]
     return [piece for piece in pieces if not piece.line.isascii()]
-
-
-def _extent(path: Path) -> int:
-    """Bytes of a file, uncompressed; gzip notes them in its last four bytes, of one member and below 4 GiB."""
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-        if is_gzip:
-            file.seek(-4, io.SEEK_END)
-            return int.from_bytes(file.read(4), "little")
-        return file.seek(0, io.SEEK_END)
-
-
-def _header(line: bytes, delimiter: bytes, encoding: str) -> tuple[str, ...]:
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    return tuple(field.decode(encoding, "replace") for field in line.split(delimiter))
 
 
 def _encoding_of(path: Path, lines: list[_Piece], layout: Layout) -> str:
@@ -299,19 +330,23 @@ def _is_utf8(value: bytes) -> bool:
 def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> None:
     """Check that a file has the columns, and that they can be read as text.
 
-    :raises DataError: lists the columns wanted and found, and the likely way out; or names a Parquet column of lists.
+    :raises DataError: lists the columns wanted and found, and the likely way out; or names one that has no text.
     """
     wanted = list(wanted)
-    missing = [column for column in wanted if column not in source.columns]
+    missing = [column for column in wanted if column not in source.columns and column not in source.partitions]
     if not missing:
-        _need_texts(source, wanted)
+        if source.kind in COLUMNAR:
+            with readable(source.path):
+                need_texts(source.path, source.kind, [name for name in wanted if name in source.columns])
         return
-    found = ", ".join(column[:40] for column in source.columns[:20])
+    found = ", ".join(column[:40] for column in [*source.columns, *source.partitions][:20])
     hint = "for files without a header row, give their names: columns=[…]"
     if len(source.columns) == 1:
-        others = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon"}
-        near = [name for sign, name in others.items() if sign in source.columns[0]]
-        hint = f"the first row holds {near[0]}: is that the delimiter?" if near else hint
+        others = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon", "\x01": "\\001"}
+        near = [(name, sign) for sign, name in others.items() if sign in source.columns[0]]
+        spelled = {"\t": "\\t", "\x01": "\\001"}
+        for name, sign in near[:1]:
+            hint = f"the first row holds {name}: is that the delimiter? (--delimiter '{spelled.get(sign, sign)}')"
     raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found} (split by {delimiter!r}); {hint}")
 
 
@@ -324,14 +359,32 @@ def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Posi
     :raises MissingError: the file is no longer there.
     :raises DataError: the compressed data ends early, or the file is no Parquet.
     """
+    own = [name for name in wanted if name in source.columns]
+    if len(own) < len(wanted):
+        yield from _with_partitions(source, wanted, read_rows(source, own, layout, start))
+        return
     with readable(source.path):
-        if _is_parquet(source.path):
-            yield from _parquet_rows(source, wanted, start.line if start else 1)
+        if source.kind in COLUMNAR:
+            yield from _columnar_rows(source, wanted, start.line if start else 1)
             return
-        lines = _lines(source, start or Position(source.first_line, source.start))
-        choose = _Chooser(source, wanted, layout.delimiter)
+        start = start or Position(source.first_line, source.start)
+        if not _dialect(source, layout).is_plain:
+            rest = replace(source, encoding="utf-8") if _is_transcoded(source, layout.escape) else source
+            yield from map(_Chooser(rest, wanted, layout.delimiter).split_row, _split_rows(source, layout, start))
+            return
+        lines, choose = _lines(source, start), _Chooser(source, wanted, layout.delimiter)
         for line in _healed(lines, choose) if layout.heal else lines:
             yield choose.row(line)
+
+
+def _with_partitions(source: Source, wanted: Sequence[str], rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows with the values of their folders put in where they are wanted."""
+    given = [(place, source.partitions[name]) for place, name in enumerate(wanted) if name not in source.columns]
+    for row in rows:
+        if not row.reason:
+            for place, value in given:
+                row.values.insert(place, value)
+        yield row
 
 
 class _Line(NamedTuple):
@@ -344,14 +397,90 @@ class _Line(NamedTuple):
 
 
 def _lines(source: Source, start: Position) -> Iterator[_Line]:
-    here = start
-    with _open(source.path) as file:
+    here, carriage = start, b"\r" if source.newline == b"\r\n" else b""
+    with open_bytes(source.path, source.kind) as file:
         file.seek(start.offset)
-        for line in file:
+        for line in _cr_lines(file) if source.newline == b"\r" else file:
             after = Position(here.line + 1, here.offset + len(line))
-            raw = line[:-1] if line.endswith(b"\n") else line
-            yield _Line(here, after, raw.removesuffix(b"\r") if source.crlf else raw, raw)
+            raw = line[:-1] if line.endswith((b"\n", source.newline)) else line
+            yield _Line(here, after, raw.removesuffix(carriage) if carriage else raw, raw)
             here = after
+
+
+def _cr_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines that end in `\\r`, their end included."""
+    rest = b""
+    while block := file.read(CR_BLOCK):
+        *lines, rest = (rest + block).split(b"\r")
+        yield from (line + b"\r" for line in lines)
+    if rest:
+        yield rest
+
+
+class _Split(NamedTuple):
+    """A row whose fields were told apart, or `reason` why they could not be."""
+
+    position: Position
+    after: Position
+    raw: bytes
+    text: bytes
+    fields: list[Value]
+    reason: str = ""
+
+
+def _dialect(source: Source, layout: Layout) -> Dialect:
+    return Dialect(layout.delimiter, source.quoted, layout.escape)
+
+
+def _split_rows(source: Source, layout: Layout, start: Position) -> Iterator[_Split]:
+    """Rows with quotes or escapes, over as many lines as each takes.
+
+    Where lines make no row together, the first is handed over as it is, and the next begins a row of its own: reading
+    may go on at the end of any row.
+    """
+    dialect, width = _dialect(source, layout), len(source.columns)
+    waiting: deque[_Line] = deque()
+    lines = _lines(source, start)
+    while line := waiting.popleft() if waiting else next(lines, None):
+        held = [line]
+        row = _record(source, dialect, held, waiting, lines)
+        if len(held) > 1 and (row.reason or (width and len(row.fields) != width)):
+            waiting.extendleft(reversed(held[1:]))
+            row = _Split(line.position, line.after, line.raw, line.fields, [], row.reason or OPEN_QUOTE)
+        yield row
+
+
+def _record(
+    source: Source, dialect: Dialect, held: list[_Line], waiting: deque[_Line], lines: Iterator[_Line]
+) -> _Split:
+    """Put a row together from its first line in `held` and the lines that come; those that it takes are in `held`."""
+    first, record, size, reason = held[0], Record(dialect), 0, ""
+    encoding = source.encoding if _is_transcoded(source, dialect.escape) else "utf-8"
+    try:
+        whole = record.add(_as_utf8(held[0].fields, encoding))
+        while not whole and len(held) < HEAL_LINES and size < HEAL_BYTES:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                break
+            held.append(line)
+            size += len(line.fields)
+            whole = record.add(source.newline[-1:] + _as_utf8(line.fields, encoding))
+        reason = "" if whole else OPEN_QUOTE if source.quoted else "an escape at the end of the file"
+    except BrokenQuoteError as error:
+        reason = str(error)
+    except UnicodeError:
+        reason = f"not {encoding}"
+    raw = source.newline[-1:].join(line.raw for line in held)
+    return _Split(first.position, held[-1].after, raw, record.text, record.fields, reason)
+
+
+def _is_transcoded(source: Source, escape: bytes | None) -> bool:
+    """Whether lines become UTF-8 before they are split: in GBK, an escape character may be half of another one."""
+    return escape is not None and escape >= b"0" and source.encoding != "utf-8"
+
+
+def _as_utf8(line: bytes, encoding: str) -> bytes:
+    return line if encoding == "utf-8" else line.decode(encoding).encode()
 
 
 class _Chooser:
@@ -368,8 +497,7 @@ class _Chooser:
     def row(self, line: _Line) -> Row:
         fields = line.fields.split(self.delimiter)
         if len(fields) != self.width:
-            reason = f"{len(fields)} fields, wanted {self.width}"
-            return self._reject(line, reason)
+            return self._reject(line, _width_reason(len(fields), self.width, line.fields))
         values = [None if fields[place] == NULL else fields[place] for place in self._places]
         if not line.fields.isascii() and not (self._is_utf8 and _is_utf8(line.fields)):
             try:
@@ -377,6 +505,19 @@ class _Chooser:
             except UnicodeError:
                 return self._reject(line, self._undecodable(values))
         return Row(line.position, line.after, values, line.raw, "", line.lines, line.resumable)
+
+    def split_row(self, split: _Split) -> Row:
+        """The row of fields that were told apart already."""
+        reason, values = split.reason, []
+        if not reason and len(split.fields) != self.width:
+            reason = _width_reason(len(split.fields), self.width, split.raw)
+        if not reason:
+            values = [split.fields[place] for place in self._places]
+            try:
+                values = [self._as_utf8(value) for value in values]
+            except UnicodeError:
+                reason, values = self._undecodable(values), []
+        return Row(split.position, split.after, values, split.raw, reason)
 
     def _reject(self, line: _Line, reason: str) -> Row:
         return Row(line.position, line.after, [], line.raw, reason, line.lines, line.resumable)
@@ -395,6 +536,10 @@ class _Chooser:
         except UnicodeError:
             return False
         return True
+
+
+def _width_reason(found: int, wanted: int, line: bytes) -> str:
+    return f"{found} fields, wanted {wanted}" if line.strip() else EMPTY_LINE
 
 
 def _healed(lines: Iterator[_Line], choose: _Chooser) -> Iterator[_Line]:
@@ -427,68 +572,24 @@ def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
     yield _Line(held[0].position, held[-1].after, fields, raw, len(held))
 
 
-# --- Parquet ------------------------------------------------------------------------------------------------------
+# --- Parquet and ORC ----------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator[Row]:
-    """Rows of a Parquet file; their line is the number of the row from 1, and so is their offset, from 0."""
-    import pyarrow.parquet as pq
-
-    done = 0
-    with pq.ParquetFile(source.path) as file:
-        groups: list[int] = []
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if not groups and done + rows < start:  # whole groups before the start are not read
-                done += rows
-            else:
-                groups.append(group)
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(wanted)):
-            columns = [_as_bytes(batch.column(name)) for name in wanted]
-            for values in zip(*columns, strict=True):
-                done += 1
-                if done >= start:
-                    yield _parquet_row(Position(done, done - 1), wanted, list(values))
+def _columnar_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator[Row]:
+    """Rows of a columnar file; their line is the number of the row from 1, and so is their offset, from 0."""
+    for first, batch in read_batches(source.path, source.kind, wanted, start):
+        columns = [column_texts(source.path, name, batch.column(name)) for name in wanted]
+        for number, values in enumerate(zip(*columns, strict=True), first):
+            if number >= start:
+                yield _columnar_row(Position(number, number - 1), wanted, list(values))
 
 
-def _parquet_row(position: Position, wanted: Sequence[str], values: list[Value]) -> Row:
+def _columnar_row(position: Position, wanted: Sequence[str], values: list[Value]) -> Row:
     after = Position(position.line + 1, position.offset + 1)
-    bad = [name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value)]
+    bad = dict.fromkeys(name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value))
     if not bad:
         return Row(position, after, values, b"")
-    return Row(position, after, [], _as_json(wanted, values), f"bytes that are no utf-8: column {', '.join(bad)}")
-
-
-def _as_bytes(column: pa.Array) -> list[Any]:
-    """A column as text in UTF-8; bytes are taken for text as they are."""
-    import pyarrow as pa
-
-    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    return (plain if _holds_bytes(plain.type) else plain.cast(pa.string())).cast(pa.binary()).to_pylist()
-
-
-def _need_texts(source: Source, wanted: Sequence[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with readable(source.path):
-        if not _is_parquet(source.path):
-            return
-        schema = pq.read_schema(source.path)
-    for name in wanted:
-        try:
-            _as_bytes(pa.array([], schema.field(name).type))
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{source.path}: column {name} is {schema.field(name).type}, which is no text; "
-                "name the columns to keep in output_columns, without it"
-            ) from error
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return Row(position, after, [], _as_json(wanted, values), f"bytes that are not utf-8: column {', '.join(bad)}")
 
 
 def raw_of(wanted: Sequence[str], row: Row) -> bytes:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO
 
+from ebr_lib.data.containers import opened
 from ebr_lib.data.hive import readable
 from ebr_lib.errors import DataError
 
@@ -26,11 +25,6 @@ _MOST_LETTERS = 1 << 24  # of one CSV field: a quote that is never closed must n
 _DELIMITERS = "\x01\t,;|"
 _TABLE_ENDINGS = (".csv", ".tsv", ".txt")
 _MISSING = frozenset({r"\N", "NaN", "nan", "NULL", "null", "None", "<NA>"})  # as pandas and Hive write them
-_OTHER_KINDS = {
-    b"PK\x03\x04": "a zip archive or an Excel file",
-    b"\xfd7zXZ": "xz-compressed",
-    b"ARROW1": "an Arrow file",
-}
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _PARQUET_ROWS = 1024
 
@@ -96,27 +90,6 @@ def _is_parquet(file: Path) -> bool:
     with file.open("rb") as stream:
         start = stream.read(4)
     return start == b"PAR1" or (bool(start) and file.suffix.lower() == ".parquet")
-
-
-def opened(file: Path) -> IO[bytes]:
-    """Open a file for its bytes; gzip, bzip2 and zstd, known by their first bytes, are decompressed.
-
-    :raises DataError: it is an archive, an Excel file or packed in another way.
-    """
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    for mark, kind in _OTHER_KINDS.items():
-        if start.startswith(mark):
-            raise DataError(f"{file} is {kind}; save its rows as JSON lines, CSV or Parquet")
-    if start.startswith(b"\x1f\x8b"):
-        return cast("IO[bytes]", gzip.open(file))
-    if start.startswith(b"BZh"):
-        return cast("IO[bytes]", bz2.open(file))
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        import pyarrow as pa
-
-        return cast("IO[bytes]", io.BufferedReader(pa.input_stream(str(file), compression="zstd"), _CHUNK))
-    return file.open("rb")
 
 
 def _head(file: Path) -> str:

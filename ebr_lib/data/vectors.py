@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Vectors
-from ebr_lib.data.hive import BOM, NULL
+from ebr_lib.data.fields import NULL
+from ebr_lib.data.hive import BOM
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import room_beside
 
@@ -154,11 +155,12 @@ def iter_embeddings(
 
     path = Path(path)
     manifest = read_manifest(path)
+    names = _names_without_header(manifest)
     parts = _parts(path)
     done, dim = 0, None
     with tqdm(total=sum(p.stat().st_size for p in parts), unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for part in parts:
-            for size, batch in _format_of(part).batches(part, columns, dim):
+            for size, batch in _format_of(part).batches(part, columns, dim, names):
                 dim = dim or batch.vectors.shape[1]
                 yield _numbered(batch, done, dim, keep_empty)
                 done += batch.total
@@ -167,6 +169,12 @@ def iter_embeddings(
         raise DataError(
             f"{path} holds {done} rows, its manifest says {wanted}: the file was cut short or replaced; {AGAIN}"
         )
+
+
+def _names_without_header(manifest: dict[str, Any] | None) -> list[str] | None:
+    """The columns of text that has no header row, as its manifest says; None where it has one."""
+    settings = (manifest or {}).get("settings", {})
+    return None if settings.get("output_header", True) else [*settings["output_columns"], VECTOR]
 
 
 def _parts(path: Path) -> list[Path]:
@@ -213,10 +221,12 @@ class _Format(Protocol):
     """One kind of embedding file. `batches` yields (bytes read, rows): all columns' rows, vectors of the valid rows."""
 
     def batches(
-        self, path: Path, columns: Sequence[str] | None, dim: int | None
+        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
     ) -> Iterator[tuple[int, Embeddings]]: ...
 
-    def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink: ...
+    def sink(
+        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+    ) -> Sink: ...
 
     def copy_back(self, path: Path, folder: Path) -> dict[str, int]: ...
 
@@ -238,19 +248,25 @@ def _line_blocks(file: IO[bytes], carriage: bytes) -> Iterator[list[bytes]]:
 
 
 class _Text:
-    def batches(self, path: Path, columns: Sequence[str] | None, dim: int | None) -> Iterator[tuple[int, Embeddings]]:
+    def batches(
+        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
+    ) -> Iterator[tuple[int, Embeddings]]:
         done = 0
         with open(path, "rb") as file:
-            head = file.readline()
-            if not head:
+            head = b"" if names else file.readline()
+            if not head and not names:
                 raise DataError(f"{path} is empty; {AGAIN}")
-            found = head.rstrip(b"\r\n").removeprefix(BOM).decode("utf-8", "replace").split("\x01")
+            found = (
+                list(names)
+                if names
+                else head.rstrip(b"\r\n").removeprefix(BOM).decode("utf-8", "replace").split("\x01")
+            )
             place = _need_vector(path, found)
             wanted = [(name, found.index(name)) for name in _chosen(path, found, columns)]
             yield len(head), Embeddings(np.empty((0, dim or 0), np.float32), {n: [] for n, _ in wanted}, _no_rows(), 0)
             for lines in _line_blocks(file, b"\r" if head.endswith(b"\r\n") else b""):
                 fields = [line.split(DELIMITER) for line in lines]
-                _check_widths(path, fields, len(found), done)
+                _check_widths(path, fields, len(found), done - bool(names))
                 rows = np.array([i for i, row in enumerate(fields) if row[place]], dtype=np.int64)
                 vectors = _parse_vectors(path, [fields[i][place] for i in rows], rows + done, dim)
                 dim = dim or vectors.shape[1]
@@ -258,8 +274,10 @@ class _Text:
                 yield sum(map(len, lines)) + len(lines), Embeddings(vectors, kept, rows, len(lines))
                 done += len(lines)
 
-    def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
-        return TextSink(folder, columns, sizes)
+    def sink(
+        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+    ) -> Sink:
+        return TextSink(folder, columns, sizes, header=header)
 
     def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
         shutil.copyfile(path, folder / TextSink.NAME)
@@ -355,14 +373,16 @@ def _is_number(value: bytes) -> bool:
 
 
 class _Parquet:
-    def batches(self, path: Path, columns: Sequence[str] | None, dim: int | None) -> Iterator[tuple[int, Embeddings]]:
+    def batches(
+        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
+    ) -> Iterator[tuple[int, Embeddings]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no whole Parquet file ({error}); {AGAIN}") from error
+            raise DataError(f"{path} is not a complete Parquet file ({error}); {AGAIN}") from error
         _need_vector(path, file.schema_arrow.names)
         names = _chosen(path, file.schema_arrow.names, columns)
         yield 0, Embeddings(np.empty((0, dim or 0), np.float32), {name: [] for name in names}, _no_rows(), 0)
@@ -377,7 +397,9 @@ class _Parquet:
             yield int(share * len(batch)), Embeddings(vectors, kept, rows, len(batch))
             done += len(batch)
 
-    def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
+    def sink(
+        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+    ) -> Sink:
         return ParquetSink(folder, columns, dim, sizes)
 
     def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
@@ -457,11 +479,13 @@ def ids_path(path: str | Path) -> Path:
 
 
 class _Npy:
-    def batches(self, path: Path, columns: Sequence[str] | None, dim: int | None) -> Iterator[tuple[int, Embeddings]]:
+    def batches(
+        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
+    ) -> Iterator[tuple[int, Embeddings]]:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{path} is no whole .npy file ({error}); {AGAIN}") from error
+            raise DataError(f"{path} is not a complete .npy file ({error}); {AGAIN}") from error
         if array.ndim != 2 or array.dtype.kind != "f" or not array.shape[1]:
             raise DataError(f"{path}: wanted floats of rows × dimensions, found {array.dtype} of shape {array.shape}")
         if dim and array.shape[1] != dim:
@@ -474,7 +498,9 @@ class _Npy:
             kept = {name: values[start : start + BATCH_ROWS] for name, values in ids.items()}
             yield chunk.nbytes, Embeddings(chunk[rows], kept, rows, len(chunk))
 
-    def sink(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> Sink:
+    def sink(
+        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+    ) -> Sink:
         return NpySink(folder, columns, dim, sizes)
 
     def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
@@ -520,13 +546,20 @@ class Sink(Protocol):
 
 
 def open_sink(
-    place: str | Path, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None = None
+    place: str | Path,
+    folder: Path,
+    columns: Sequence[str],
+    dim: int,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    header: bool = True,
 ) -> Sink:
     """Open the work files of an embedding file in `folder`; the ending of `place` says which format.
 
     :param sizes: what `commit` returned when the run was interrupted; what was written since is cut off.
+    :param header: text begins with the names of its columns.
     """
-    return _format_of(place).sink(folder, columns, dim, sizes)
+    return _format_of(place).sink(folder, columns, dim, sizes, header)
 
 
 def finish_sink(place: str | Path, folder: Path) -> None:
@@ -569,16 +602,21 @@ def _line(fields: Fields) -> bytes:
 
 
 class TextSink:
-    """Delimited text with a header row: the kept columns, then the vector."""
+    """Delimited text, with a header row where it is wanted: the kept columns, then the vector."""
 
     NAME = "rows.txt"
 
     def __init__(
-        self, folder: Path, columns: Sequence[str], sizes: Mapping[str, int] | None, with_vector: bool = True
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        sizes: Mapping[str, int] | None,
+        with_vector: bool = True,
+        header: bool = True,
     ) -> None:
         self._path = folder / self.NAME
         self._file = _open_work(self._path, sizes)
-        if sizes is None:
+        if sizes is None and header:
             names = [*columns, VECTOR] if with_vector else list(columns)
             self._file.write("\x01".join(names).encode() + b"\n")
 

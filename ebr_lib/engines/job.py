@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
-from ebr_lib.data.hive import Layout, Position, Row, Source, Value, raw_of, read_rows
+from ebr_lib.data.hive import EMPTY_LINE, Layout, Position, Row, Source, Value, raw_of, read_rows
 from ebr_lib.data.vectors import (
     DELIMITER,
     PART_PREFIX,
@@ -45,15 +45,21 @@ from ebr_lib.tables import shortened
 
 REJECTS = "rejects"
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
-STATE_VERSION = 2  # of what a state holds and what its windows are; another version's run is not continued
+STATE_VERSION = 3  # of what a state holds and what its windows are; another version's run is not continued
 WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
 FIRST_ROWS = 1 << 10  # of the first window; each next one may hold as many as all before it
 WRITE_ROWS = 1 << 12
 EXAMPLES = 5
-PROGRESS = ("file", "position", "first", "sizes", "rejects", "counts", "reasons", "examples", "share")  # of a state
+PROGRESS = ("file", "position", "first", "sizes", "rejects", "counts", "reasons", "breaks", "examples", "share")
+NOT_PLAIN = "a value holds \\001, a newline or \\N alone, which text cannot hold"
+EMPTY_TEXTS = ("null text", "blank text", "empty text")
+SKIPPED = (*EMPTY_TEXTS, EMPTY_LINE)  # rejects that are no loss: nothing was there to read
+# what ends a line for Spark, pandas, Hive or Python's splitlines, but not here: the two bytes of U+0085 and so on
+LINE_BREAKS = (b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\xc2\x85", b"\xe2\x80\xa8", b"\xe2\x80\xa9")
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of what does not show: spaces, controls, marks of format
 
 Told = Callable[[int], None]
+Check = Callable[["Outcome", Sequence[Path]], None]  # raises where what was made is not to be put in its place
 Progress = Callable[[int, int, float], None]  # rows done, texts encoded in this run, share of the input
 
 
@@ -113,6 +119,7 @@ class Job:
     on_empty_text: str = "skip"
     window_rows: int = 16384
     append: bool = False
+    with_header: bool = True
 
     @property
     def folder(self) -> Path:
@@ -132,10 +139,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the output holds: rows and tokens counted, reasons of rejects, texts that were cut, input files, bytes."""
+    """What the output holds: rows and tokens counted, reasons of rejects, texts that were cut, input files, bytes.
+
+    `breaks` counts, by column, the kept values with a line break that other readers split rows at. `new_counts` and
+    `new_reasons` are those of the rows that this job added to an output that was there before.
+    """
 
     counts: Counter[str]
     reasons: Counter[str]
+    breaks: Counter[str]
+    new_counts: Counter[str]
+    new_reasons: Counter[str]
     examples: list[dict[str, Any]]
     inputs: list[dict[str, Any]]
     size: int
@@ -159,6 +173,7 @@ class Window(NamedTuple):
     rejects: list[bytes]
     counts: Counter[str]
     reasons: Counter[str]
+    breaks: Counter[str]
     file: int
     after: Position
     share: float
@@ -169,8 +184,11 @@ class Window(NamedTuple):
         return self.first_place + self.fresh
 
 
-def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
+def run_job(job: Job, encoder: TextEncoder, progress: Progress, check: Check | None = None) -> Outcome:
     """Encode all sources of a job, going on where an interrupted run stopped.
+
+    :param check: looks at the outcome and the reject files before anything is put in its place; where it raises, all
+        stays in the work folder: the same job asks it again, and another one takes its place.
 
     :param progress: told how many rows are done, how many texts this run encoded, and what share of the input is done.
     :raises DataError: a setting or an input is not what the interrupted run had; the disk is full; an input changed
@@ -178,8 +196,32 @@ def run_job(job: Job, encoder: TextEncoder, progress: Progress) -> Outcome:
     """
     with told_when_full(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
+        _drop_failed(job)
         with contextlib.closing(Store(job.folder)) as store:
-            return _run(job, store, encoder, progress)
+            return _run(job, store, encoder, progress, check)
+
+
+def _drop_failed(job: Job) -> None:
+    """Drop a run whose outcome was refused, where this job is another one."""
+    if not (job.folder / STATE_FILE).exists():
+        return
+    with contextlib.closing(Store(job.folder)) as store:
+        state = store.state
+        if not state or not state.get("failed") or not _differs(job, state):
+            return
+        logger.info("放弃上次失败的运行: %s (the run that failed is dropped)", job.folder)
+        shutil.rmtree(job.folder)
+    job.folder.mkdir()
+
+
+def _differs(job: Job, state: dict[str, Any]) -> bool:
+    known = [*state["earlier"], *state["inputs"]]
+    return state.get("version") != STATE_VERSION or bool(
+        _changed_settings(state["settings"], job)
+        or _changed_contents(known, job)
+        or _gone(state["inputs"], job)
+        or new_inputs(job, known)
+    )
 
 
 @contextlib.contextmanager
@@ -227,7 +269,7 @@ def drop_run(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Outcome:
+def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress, check: Check | None) -> Outcome:
     state = store.state or _first_state(job)
     _check_version(job, state)
     back, state = _without_changed(job, state)
@@ -238,11 +280,30 @@ def _run(job: Job, store: Store, encoder: TextEncoder, progress: Progress) -> Ou
         store.begin(encoder.dim, state["first"])
         state = _write_all(job, store, encoder, state, progress)
     store.drop_vectors()  # all are written, and what comes may need the room
+    outcome = _outcome(state)
+    if check is not None and (job.folder / REJECTS).exists():  # else it was put in its place already
+        try:
+            check(outcome, [job.folder / REJECTS])
+        except DataError:
+            store.commit(state | {"failed": True})
+            raise
     finish_sink(job.output, job.folder)
     _move_rejects(job, state)
-    inputs = [*state["earlier"], *state["inputs"]]
+    return replace(outcome, size=size_of(job.output))
+
+
+def _outcome(state: dict[str, Any]) -> Outcome:
     counts, reasons = Counter(state["counts"]), Counter(state["reasons"])
-    return Outcome(counts, reasons, state["examples"], inputs, size_of(job.output))
+    return Outcome(
+        counts=counts,
+        reasons=reasons,
+        breaks=Counter(state["breaks"]),
+        new_counts=counts - Counter(state["held"]["counts"]),
+        new_reasons=reasons - Counter(state["held"]["reasons"]),
+        examples=state["examples"],
+        inputs=[*state["earlier"], *state["inputs"]],
+        size=0,
+    )
 
 
 def _first_state(job: Job) -> dict[str, Any]:
@@ -252,6 +313,8 @@ def _first_state(job: Job) -> dict[str, Any]:
     before = _before(job)
     earlier = job.rejects.read_bytes() if before and job.rejects.exists() else REJECT_HEADER
     (job.folder / REJECTS).write_bytes(earlier)
+    counts = {name: count for name, count in before.get("rows", {}).items() if count is not None}
+    reasons = before.get("rejects", {}).get("reasons", {})
     return {
         "version": STATE_VERSION,
         "settings": job.settings,
@@ -262,8 +325,10 @@ def _first_state(job: Job) -> dict[str, Any]:
         "first": 0,
         "sizes": reopen(job.output, job.folder) if before else None,
         "rejects": len(earlier),
-        "counts": {name: count for name, count in before.get("rows", {}).items() if count is not None},
-        "reasons": before.get("rejects", {}).get("reasons", {}),
+        "counts": counts,
+        "reasons": reasons,
+        "breaks": before.get("line_breaks", {}),
+        "held": {"counts": counts, "reasons": reasons},
         "examples": before.get("truncated", {}).get("examples", []),
         "share": 0.0,
         "before": None,
@@ -444,7 +509,7 @@ class _Builder:
         """Why a row that was read well cannot be in the output, if so."""
         text = row.values[-1]
         if self._must_be_plain and not all(map(is_plain, row.values[:-1])):
-            return "a value holds \\001, a newline or \\N alone, which text cannot hold"
+            return NOT_PLAIN
         if _has_text(text):
             return ""
         found = "null text" if text is None else "blank text" if text else "empty text"
@@ -476,6 +541,8 @@ class _Builder:
         self._counts["encoded"] += len(fresh)
         self._counts["duplicates"] += len(asked) - len(fresh)
         unknown = [texts[i].decode() for i in new]
+        breaks = line_breaks(self._job.kept, self._rows) if self._must_be_plain else Counter[str]()
+        self._counts["line_breaks"] += breaks.total()
         window = Window(
             rows=self._rows,
             places=places,
@@ -488,6 +555,7 @@ class _Builder:
             rejects=self._rejects,
             counts=self._counts,
             reasons=self._reasons,
+            breaks=breaks,
             file=file,
             after=after,
             share=share,
@@ -495,6 +563,18 @@ class _Builder:
         self._rows_before += self._counts["read"]
         self._clear()
         return window
+
+
+def line_breaks(names: Sequence[str], rows: Sequence[Sequence[Value]]) -> Counter[str]:
+    """Values, by column, that hold a line break other than `\\n`."""
+    every = b"\n".join([value for row in rows for value in row if value])
+    if not _has_break(every):  # as nearly always
+        return Counter()
+    return Counter(name for row in rows for name, value in zip(names, row, strict=True) if value and _has_break(value))
+
+
+def _has_break(value: bytes) -> bool:
+    return any(sign in value for sign in LINE_BREAKS)
 
 
 def _windows(job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any]) -> Iterator[Window]:
@@ -525,7 +605,7 @@ def _write_all(
     job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     """Encode and write all windows that are left; returns the last state."""
-    sink = open_sink(job.output, job.folder, job.kept, encoder.dim, state["sizes"])
+    sink = open_sink(job.output, job.folder, job.kept, encoder.dim, state["sizes"], header=job.with_header)
     with contextlib.closing(sink), open(job.folder / REJECTS, "r+b") as rejects:
         rejects.truncate(state["rejects"])
         rejects.seek(0, os.SEEK_END)
@@ -630,6 +710,7 @@ class _Writer:
             "first": window.after_place,
             "counts": dict(Counter(self.state["counts"]) + counts),
             "reasons": dict(Counter(self.state["reasons"]) + window.reasons),
+            "breaks": dict(Counter(self.state["breaks"]) + window.breaks),
             "examples": [*self.state["examples"], *examples][:EXAMPLES],
             "share": window.share,
         }

@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 
 from ebr_lib.arrays import Vectors
-from ebr_lib.engines.job import EXAMPLES, EncodeReport, Job, Outcome, Progress, TextEncoder, Told, clean_up, run_job
+from ebr_lib.engines.job import (
+    EXAMPLES,
+    Check,
+    EncodeReport,
+    Job,
+    Outcome,
+    Progress,
+    TextEncoder,
+    Told,
+    clean_up,
+    run_job,
+)
 from ebr_lib.errors import ModelError
 from ebr_lib.model.loading import prompt_of
 from ebr_lib.model.main_guard import refuse_script_without_guard
@@ -110,9 +121,9 @@ class LocalEngine:
         self._encoder = open_encoder(recipe, processes)
         self.facts = self._encoder.facts
 
-    def run(self, job: Job, progress: Progress) -> Outcome:
+    def run(self, job: Job, progress: Progress, check: Check | None = None) -> Outcome:
         """Encode all that is left of a job; see `run_job`."""
-        return run_job(job, self._encoder, progress)
+        return run_job(job, self._encoder, progress, check)
 
     def finish(self, job: Job) -> None:
         """Take the work folder away."""

@@ -17,7 +17,17 @@ from typing import Any
 
 import ebr_lib
 from ebr_lib.data.vectors import PART_PREFIX, ending_of
-from ebr_lib.engines.job import EXAMPLES, REJECT_HEADER, Job, Outcome, Progress, refuse_other_job, run_job
+from ebr_lib.engines.job import (
+    EXAMPLES,
+    REJECT_HEADER,
+    Check,
+    Job,
+    Outcome,
+    Progress,
+    drop_run,
+    refuse_other_job,
+    run_job,
+)
 from ebr_lib.engines.local import EncoderFacts, LocalEncoder
 from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
 from ebr_lib.files import check_replaceable, make_folder, replace_folder, write_json, written_whole
@@ -91,9 +101,10 @@ class RayEngine:
                 "written stays. Lower batch_tokens or num_actors and run the same call again: it continues"
             ) from error
 
-    def run(self, job: Job, progress: Progress) -> Outcome:
+    def run(self, job: Job, progress: Progress, check: Check | None = None) -> Outcome:
         """Encode every input file into a part file; parts that an interrupted run has finished are kept.
 
+        :param check: looks at the outcome of all files, and at their reject files.
         :raises DataError: as `run_job`.
         :raises ModelError: a worker was lost more than RETRIES times.
         """
@@ -114,7 +125,14 @@ class RayEngine:
             idle.append(actor)
             counts = _added(list(outcomes.values())).counts
             progress(counts["read"], counts["encoded"], len(outcomes) / len(shards))
-        return _added([outcomes[number] for number in range(len(shards))])
+        outcome = _added([outcomes[number] for number in range(len(shards))])
+        if check is not None:
+            try:
+                check(outcome, [shard.rejects for shard in shards if shard.rejects.exists()])
+            except DataError:
+                _note(job, failed=True)
+                raise
+        return outcome
 
     def finish(self, job: Job) -> None:
         """Collect the rejects into one file, put the folder of parts in its place, and clean up there.
@@ -154,13 +172,22 @@ def _begin(job: Job) -> None:
     note = job.folder / JOB_FILE
     if note.exists():
         begun = json.loads(note.read_text(encoding="utf-8"))
-        refuse_other_job(job, begun["settings"], begun["inputs"])
-        return
+        if not begun.get("failed"):
+            refuse_other_job(job, begun["settings"], begun["inputs"])
+            return
+        if (begun["settings"], begun["inputs"]) == (job.settings, list(job.inputs)):
+            return
+        logger.info("放弃上次失败的运行: %s (the run that failed is dropped)", job.folder)
+        drop_run(job.folder)
     if any(job.folder.glob(f"{PART_PREFIX}*")):
         raise DataError(
             f"{job.folder} holds parts of a run that are not known to be of this one; drop it with restart: true"
         )
-    write_json(note, {"settings": job.settings, "inputs": job.inputs})
+    _note(job, failed=False)
+
+
+def _note(job: Job, failed: bool) -> None:
+    write_json(job.folder / JOB_FILE, {"settings": job.settings, "inputs": job.inputs, "failed": failed})
 
 
 def _shards(job: Job) -> Iterator[Job]:
@@ -172,13 +199,21 @@ def _shards(job: Job) -> Iterator[Job]:
 
 
 def _added(outcomes: list[Outcome]) -> Outcome:
-    counts, reasons = Counter[str](), Counter[str]()
+    counts, reasons, breaks = Counter[str](), Counter[str](), Counter[str]()
     for outcome in outcomes:
         counts.update(outcome.counts)
         reasons.update(outcome.reasons)
-    examples = [example for outcome in outcomes for example in outcome.examples]
-    inputs = [entry for outcome in outcomes for entry in outcome.inputs]
-    return Outcome(counts, reasons, examples[:EXAMPLES], inputs, sum(outcome.size for outcome in outcomes))
+        breaks.update(outcome.breaks)
+    return Outcome(
+        counts=counts,
+        reasons=reasons,
+        breaks=breaks,
+        new_counts=counts,
+        new_reasons=reasons,
+        examples=[example for outcome in outcomes for example in outcome.examples][:EXAMPLES],
+        inputs=[entry for outcome in outcomes for entry in outcome.inputs],
+        size=sum(outcome.size for outcome in outcomes),
+    )
 
 
 def _collect_rejects(job: Job, shards: list[Job]) -> None:

@@ -19,6 +19,8 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.data.columnar import read_columns, read_schema
+from ebr_lib.data.containers import COLUMNAR, kind_of, opened
 from ebr_lib.data.doctor import language_of
 from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
@@ -383,33 +385,14 @@ def read_records(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     suffix = _plain_suffix(path)
-    if suffix == PARQUET:
-        import pyarrow.parquet as pq
-
-        with readable(path), opened(path) as file:
-            yield from pq.read_table(file).to_pylist()
+    with readable(path):
+        kind = kind_of(path)
+    if kind in COLUMNAR:
+        yield from read_columns(path, kind)
     elif suffix in JSON:
         yield from _json_records(path)
     else:
         yield from _delimited_records(path)
-
-
-def opened(path: Path) -> IO[bytes]:
-    """Open a file for its bytes; gzip, bzip2 and zstd, known by their first bytes, are decompressed."""
-    import bz2
-    import gzip
-
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.open(path))
-    if head.startswith(b"BZh"):
-        return bz2.open(path)
-    if head == b"\x28\xb5\x2f\xfd":
-        import pyarrow
-
-        return io.BytesIO(pyarrow.input_stream(str(path), compression="zstd").read())
-    return open(path, "rb")
 
 
 def _letters(path: Path, newline: str | None = None) -> IO[str]:
@@ -645,11 +628,13 @@ def _distinct(
 def _holds_vectors(path: Path) -> bool:
     if ending_of(path) == NPY or path.is_dir():
         return True
-    if ending_of(path) == PARQUET:
-        import pyarrow.parquet as pq
-
-        with readable(path):
-            return VECTOR in pq.read_schema(path).names
+    manifest = read_manifest(path)
+    if manifest is not None and not manifest.get("settings", {}).get("output_header", True):
+        return True
+    with readable(path):
+        kind = kind_of(path)
+    if kind in COLUMNAR:
+        return VECTOR in read_schema(path, kind)[0].names
     with opened(path) as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
 

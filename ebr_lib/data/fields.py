@@ -1,0 +1,141 @@
+"""Fields of delimited rows with quotes (RFC 4180) or an escape character (Hive's ESCAPED BY), bytes in and bytes out.
+
+A quoted field begins and ends with `"`, holds delimiters and newlines as they are, and `""` for a quote. An escape
+character takes the next character as it is, but `n` and `r`, which are a newline and a carriage return, as in Hive.
+`\\N` alone is null. A record may go on over several lines, so it is parsed a line at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+NULL = b"\\N"
+ESCAPED = {b"n": b"\n", b"r": b"\r"}
+LOOSE_QUOTE = "a letter after a closing quote"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the fields of a row are told apart.
+
+    :param delimiter: one byte between the fields.
+    :param quoted: fields may be quoted.
+    :param escape: one byte that takes the next one as it is; None where nothing escapes.
+    """
+
+    delimiter: bytes
+    quoted: bool
+    escape: bytes | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether splitting at the delimiter is all there is."""
+        return not self.quoted and self.escape is None
+
+    def marks(self, line: bytes) -> bool:
+        """Whether a line holds a quote or an escape, so that it needs more than splitting."""
+        return (self.quoted and b'"' in line) or (self.escape is not None and self.escape in line)
+
+    @cached_property
+    def bare(self) -> re.Pattern[bytes]:
+        """A field without quotes."""
+        escape = re.escape(self.escape or b"")
+        others = b"[^" + re.escape(self.delimiter) + escape + b"]++"
+        return re.compile(b"(?:" + others + (b"|" + escape + b"." if escape else b"") + b")*+", re.DOTALL)
+
+    @cached_property
+    def body(self) -> re.Pattern[bytes]:
+        """A quoted field after its opening quote, up to the closing one."""
+        escape = re.escape(self.escape or b"")
+        others = b'(?:[^"' + escape + b']++|""' + (b"|" + escape + b"." if escape else b"") + b")*+"
+        return re.compile(others, re.DOTALL)
+
+    @cached_property
+    def _escapes(self) -> re.Pattern[bytes]:
+        return re.compile(re.escape(self.escape or b"") + b"(.)", re.DOTALL)
+
+    def value(self, raw: bytes) -> bytes | None:
+        """What a field without quotes stands for."""
+        if raw == NULL:
+            return None
+        if self.escape is None or self.escape not in raw:
+            return raw
+        return self._escapes.sub(lambda found: ESCAPED.get(found[1], found[1]), raw)
+
+    def unquoted(self, raw: bytes) -> bytes | None:
+        """What the inside of a quoted field stands for."""
+        if self.escape is None or self.escape not in raw:
+            return None if raw == NULL else raw.replace(b'""', b'"')
+        pairs = re.compile(b'""|' + self._escapes.pattern, re.DOTALL)
+        value = pairs.sub(lambda found: b'"' if found[1] is None else ESCAPED.get(found[1], found[1]), raw)
+        return None if raw == NULL else value
+
+
+class BrokenQuoteError(ValueError):
+    """A quoted field is followed by something else than a delimiter or the end of the row."""
+
+
+class Record:
+    """A row that is parsed line by line; `fields` are whole when `add` says so."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.fields: list[bytes | None] = []
+        self.text = b""
+        self._dialect = dialect
+        self._at = 0  # where the next field begins, or the part of an open one that is not read yet
+        self._opened = -1  # where the inside of an open quoted field begins
+
+    def add(self, line: bytes) -> bool:
+        """Add the next line, with the newline that came before it; returns whether the row is whole.
+
+        :raises BrokenQuoteError: the row cannot be one.
+        """
+        self.text += line
+        if self._opened >= 0 and not self._dialect.marks(line):
+            self._at = len(self.text)
+            return False
+        while True:
+            end = self._quoted_field() if self._in_quotes() else self._bare_field()
+            if end < 0:
+                return False
+            self._opened = -1
+            if end == len(self.text):
+                return self._ended()
+            if self._dialect.quoted and self.text[end:] == b"\r":
+                return True
+            if self.text[end : end + 1] != self._dialect.delimiter:
+                raise BrokenQuoteError(LOOSE_QUOTE)
+            self._at = end + 1
+
+    def _ended(self) -> bool:
+        """Take the `\\r` of a row that ends in `\\r\\n` away; without quotes, the file's rows say whether it is one."""
+        last = self.fields[-1]
+        if self._dialect.quoted and self.text.endswith(b"\r") and last:
+            self.fields[-1] = last.removesuffix(b"\r")
+        return True
+
+    def _in_quotes(self) -> bool:
+        if self._opened < 0 and self._dialect.quoted and self.text[self._at : self._at + 1] == b'"':
+            self._at = self._opened = self._at + 1
+        return self._opened >= 0
+
+    def _quoted_field(self) -> int:
+        """Where the field that began with a quote ends, after the closing one; -1 where it goes on."""
+        found = self._dialect.body.match(self.text, self._at)
+        assert found is not None  # it may be empty
+        self._at = found.end()
+        if self.text[self._at : self._at + 1] != b'"':
+            return -1
+        self.fields.append(self._dialect.unquoted(self.text[self._opened : self._at]))
+        return self._at + 1
+
+    def _bare_field(self) -> int:
+        found = self._dialect.bare.match(self.text, self._at)
+        assert found is not None
+        end = found.end()
+        if self._dialect.escape is not None and self.text[end : end + 1] == self._dialect.escape:
+            return -1  # it escapes the newline that follows
+        self.fields.append(self._dialect.value(found[0]))
+        return end
