@@ -139,7 +139,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     trainer = _trainer(config, data, model, report)
     seconds = _train(config, data, trainer, measuring)
     _refuse_nan(config, model)
-    after = _measure(config, data.task, model)
+    after = _measured_best(trainer) or _measure(config, data.task, model)
     result = FinetuneResult(
         model_path=str(_place(config, ADAPTER_SUFFIX)),
         merged_path=str(_place(config, MERGED_SUFFIX)) if config.merge_adapter else None,
@@ -494,14 +494,23 @@ def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTr
     return task.measure_model(model, query_only=config.adapter_side == "query") if task else {}
 
 
-def _measure_in_training(config: FinetuneConfig, task: HeldoutTask, model: SentenceTransformer) -> Mapping[str, float]:
-    """Means over all held-out anchors; NaN, which is never the best, once training has spoilt the vectors: what was
-    kept before is saved."""
+def _measure_in_training(config: FinetuneConfig, task: HeldoutTask, model: SentenceTransformer) -> GroupMeans:
+    """Means of a model in training; NaN, which is never the best, once that has spoilt the vectors: what was kept
+    before is saved."""
     try:
-        return _measure(config, task, model)["all"]
+        return _measure(config, task, model)
     except NotFiniteError as error:
         logger.warning("验证指标无法计算 held-out metrics are NaN: %s", error)
-        return dict.fromkeys(METRICS, math.nan)
+        return {"all": dict.fromkeys(METRICS, math.nan)}
+
+
+def _measured_best(trainer: EbrTrainer) -> GroupMeans | None:
+    """The means of the weights that are kept, as they were measured in training: one number in log, curve and table.
+    None where this process did not measure them, as after a resumed run that got no better."""
+    from ebr_lib.model.callbacks import KeepBest
+
+    kept = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KeepBest)]
+    return trainer.measured.get(kept[0].best_step) if kept and kept[0].best is not None else None
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -900,7 +909,9 @@ def _save_heldout(data: _Data, folder: Path) -> None:
     for row in data.heldout:
         answers.setdefault(row.anchor, []).append(row.positive)
     _write_lines(folder / HELDOUT_FILE, ({"anchor": anchor, "positive": texts} for anchor, texts in answers.items()))
-    texts = dict.fromkeys(row.positive for row in (*data.train, *data.heldout))
+    # those of the held-out measure first, in its order: the evaluation stage then encodes the same batches, to the bit
+    own = data.task.documents if data.task else ()
+    texts = dict.fromkeys((*own, *(row.positive for row in (*data.train, *data.heldout))))
     seen = texts_of(data.train)
     _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": normalised(text) in seen} for text in texts))
 

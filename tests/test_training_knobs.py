@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import get_scheduler, set_seed
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from ebr_lib import finetune
+from ebr_lib import evaluate_retrieval, finetune
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.data.batches import KnownPositives
 from ebr_lib.data.noise import TextNoise
@@ -32,6 +32,7 @@ from ebr_lib.model import memory, precision, training
 from ebr_lib.model.adapters import adapter_weights, add_lora, trainable_counts
 from ebr_lib.model.dataset import with_equal_negatives
 from ebr_lib.model.encoder import Encoder
+from ebr_lib.model.heldout import HeldoutTask
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import ContrastiveLoss
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler, scheduler_extras
@@ -835,6 +836,27 @@ def test_before_is_the_base_model_and_after_is_what_was_saved(settings, tiny_ber
         }
         assert dict(found["all"]) == pytest.approx(wanted)
     assert result.before != result.after
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path, bf16):  # noqa: F811
+    """Measured once, and computed as the saved model computes: fused layers of training round bfloat16 otherwise."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: bf16)
+    calls = []
+    measure = HeldoutTask.measure_model
+    monkeypatch.setattr(HeldoutTask, "measure_model", lambda *given, **more: calls.append(1) or measure(*given, **more))
+    result = train(settings, num_epochs=2, learning_rate=2e-2)
+    assert len(calls) == 3  # before, and after each epoch
+    log = [json.loads(line) for line in (Path(result.model_path) / "training_log.jsonl").read_text().splitlines()]
+    best = max((entry for entry in log if "eval_ndcg@10" in entry), key=lambda entry: entry["eval_ndcg@10"])
+    found = evaluate_retrieval({
+        "models": [result.model_path, settings["model_name"]], "data_path": result.model_path, "bm25": False,
+        "output_dir": str(tmp_path / "evaluation"), "resamples": 100, "max_seq_length": 32,
+    }).metrics  # fmt: skip
+    for name in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
+        after, before = found.values()
+        assert result.after["all"][name] == best[f"eval_{name}"] == after[name]
+        assert result.before["all"][name] == before[name]
 
 
 def test_merging_says_how_much_it_changed_and_the_card_what_it_was_trained_on(settings, caplog):  # noqa: F811

@@ -38,12 +38,15 @@ def fused_lora(model: SentenceTransformer) -> Iterator[None]:
 
 
 class FusedLinear(Linear):
-    """PEFT's layer; where it has one adapter on a frozen `nn.Linear`, it computes as this file says."""
+    """PEFT's layer; in training, with one adapter on a frozen `nn.Linear`, it computes as this file says.
+
+    What is measured is computed as the saved model does: in bfloat16 the two round differently.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output (…, out features) of an input (…, in features)."""
         base = self.base_layer
-        if args or kwargs or not self._fuses(base, x):
+        if args or kwargs or not self.training or not self._fuses(base, x):
             return super().forward(x, *args, **kwargs)
         dropped = self.lora_dropout[ADAPTER_NAME](x)
         a, b = self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight

@@ -31,6 +31,7 @@ from ebr_lib.model.adapters import read_adapter, set_adapter_weights
 from ebr_lib.model.callbacks import SaveAfterEvaluation, StopOnNaN, StopOnSignal, TrainingBar, all_finite
 from ebr_lib.model.cpu_speed import attention
 from ebr_lib.model.dataset import EpochBatches, Noise, NoisyCollator
+from ebr_lib.model.heldout import GroupMeans
 from ebr_lib.model.losses import ContrastiveLoss, evaluating
 from ebr_lib.model.memory import count_peak_anew, give_memory_back, peak_memory_mb
 from ebr_lib.model.packing import plain_is_faster
@@ -124,7 +125,8 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     :param anchors: for each row number (label), the number of its anchor; balanced batches keep equal ones apart.
     :param documents: likewise of its document, which balanced batches deal out.
-    :param measure: held-out metrics of a model, for evaluations; None evaluates nothing but the loss.
+    :param measure: held-out metrics of a model, for evaluations; None evaluates nothing but the loss. `measured` keeps
+        them by step.
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 is none.
     """
 
@@ -137,7 +139,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         anchors: NDArray[np.int64],
         documents: NDArray[np.int64],
         balanced: bool = True,
-        measure: Callable[[SentenceTransformer], Mapping[str, float]] | None = None,
+        measure: Callable[[SentenceTransformer], GroupMeans] | None = None,
         noise: Noise | None = None,
         noise_columns: Sequence[str] = (),
         memory_limit_mb: float = 0.0,
@@ -147,7 +149,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         self._noise, self._noise_columns = noise, noise_columns
         self._noisy: NoisyCollator | None = None
         self.memory_limit_mb = memory_limit_mb
-        evaluator = _HeldoutEvaluator(measure) if measure else None
+        self._measure, self.measured = measure, dict[int, GroupMeans]()
+        evaluator = _HeldoutEvaluator(self._measured) if measure else None
         super().__init__(evaluator=evaluator, **kwargs)
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight go past it
         self.loss.autocast = self.accelerator.autocast
@@ -163,6 +166,11 @@ class EbrTrainer(SentenceTransformerTrainer):
         bar = self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
         has_table = self.evaluator is not None and not isinstance(bar, ProgressCallback)
         self.add_callback(bar if has_table else TrainingBar())
+
+    def _measured(self, model: SentenceTransformer) -> Mapping[str, float]:
+        assert self._measure is not None
+        means = self.measured[self.state.global_step] = self._measure(model)
+        return means["all"]
 
     # --- data ---
 
