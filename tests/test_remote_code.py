@@ -165,6 +165,25 @@ def test_own_code_that_does_not_load_says_what_it_lacks(model, tmp_path):
         load_model(str(folder), trust_remote_code=True, device="cpu")
 
 
+def test_a_model_in_a_folder_of_a_module_is_asked_for_its_code_too(model, tmp_path):
+    """As older versions of sentence-transformers saved them; the library looks for the code at the root."""
+    folder = shutil.copytree(model, tmp_path / "older")
+    part = folder / "0_Transformer"
+    part.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling.py"):
+        (folder / name).rename(part / name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match=r"TinyKalmModel in .*0_Transformer/config.json"):
+        load_model(str(folder), device="cpu")
+    assert same(load_model(str(folder), trust_remote_code="ignore", device="cpu").encode(TEXTS), pooled(model, False))
+    with pytest.raises(ModelError, match=r"put its .py files beside its modules.json"):
+        load_model(str(folder), trust_remote_code=True, device="cpu")
+    (part / "modeling.py").rename(folder / "modeling.py")
+    assert same(load_model(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS), pooled(model, True))
+
+
 def test_code_for_other_tasks_is_said_and_changes_nothing(model, tmp_path, caplog):
     folder = shutil.copytree(model, tmp_path / "heads")
     config = json.loads((folder / "config.json").read_text())
