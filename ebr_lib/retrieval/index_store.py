@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_new and [place.name for place in folder.iterdir()] == [LOCK]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # Windows keeps a file that is open
         lock.release()
 
 
