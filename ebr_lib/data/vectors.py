@@ -173,7 +173,7 @@ def iter_embeddings(
 
 def _names_without_header(manifest: dict[str, Any] | None) -> list[str] | None:
     """The columns of text that has no header row, as its manifest says; None where it has one."""
-    settings = (manifest or {}).get("settings", {})
+    settings = (manifest or {}).get("settings") or {}
     return None if settings.get("output_header", True) else [*settings["output_columns"], VECTOR]
 
 
