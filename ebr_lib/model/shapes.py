@@ -90,8 +90,11 @@ def whole(name: str) -> Iterator[None]:
         return " LOAD REPORT" not in message and "Default prompt name is set to" not in message
 
     sources = [logging.getLogger(source) for source in REPORTING]
+    levels = [source.level for source in sources]
     for source in sources:
         source.addFilter(keep)
+        if not source.isEnabledFor(logging.WARNING):  # somebody silenced the library
+            source.setLevel(logging.WARNING)
     try:
         yield
     except RuntimeError as error:
@@ -103,8 +106,9 @@ def whole(name: str) -> Iterator[None]:
             "fetch the whole model again"
         ) from error
     finally:
-        for source in sources:
+        for source, level in zip(sources, levels, strict=True):
             source.removeFilter(keep)
+            source.setLevel(level)
     made_up = [key for report in reports for key in MADE_UP.findall(report) if not UNUSED & set(key.split("."))]
     if unread := [key for report in reports for key in UNREAD.findall(report)]:
         logger.warning(
