@@ -397,12 +397,13 @@ class _Line(NamedTuple):
 
 
 def _lines(source: Source, start: Position) -> Iterator[_Line]:
-    here, carriage = start, b"\r" if source.newline == b"\r\n" else b""
+    here, end = start, source.newline[-1:]
+    carriage = b"\r" if source.newline == b"\r\n" else b""
     with open_bytes(source.path, source.kind) as file:
         file.seek(start.offset)
         for line in _cr_lines(file) if source.newline == b"\r" else file:
             after = Position(here.line + 1, here.offset + len(line))
-            raw = line[:-1] if line.endswith((b"\n", source.newline)) else line
+            raw = line[:-1] if line.endswith(end) else line
             yield _Line(here, after, raw.removesuffix(carriage) if carriage else raw, raw)
             here = after
 
