@@ -18,7 +18,7 @@ LOOSE_QUOTE = "a letter after a closing quote"
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the fields of a row are told apart.
+    """How the fields of a row are separated.
 
     :param delimiter: one byte between the fields.
     :param quoted: fields may be quoted.

@@ -419,7 +419,7 @@ def _cr_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 class _Split(NamedTuple):
-    """A row whose fields were told apart, or `reason` why they could not be."""
+    """A row whose fields were separated, or `reason` why they could not be."""
 
     position: Position
     after: Position
@@ -508,7 +508,7 @@ class _Chooser:
         return Row(line.position, line.after, values, line.raw, "", line.lines, line.resumable)
 
     def split_row(self, split: _Split) -> Row:
-        """The row of fields that were told apart already."""
+        """The row of fields that were separated already."""
         reason, values = split.reason, []
         if not reason and len(split.fields) != self.width:
             reason = _width_reason(len(split.fields), self.width, split.raw)
