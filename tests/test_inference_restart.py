@@ -498,5 +498,5 @@ def test_advice_to_change_a_setting_names_restart_too(tmp_path: Path, monkeypatc
     run(tmp_path, restart=True)
     bad = np.full((1, 6), np.nan, np.float32)
     monkeypatch.setattr(encoder, "encode", lambda texts, told: (bad.repeat(len(texts), 0), jobs.EncodeReport()))
-    with pytest.raises(ModelError, match="set precision to float32, and restart: true"):
+    with pytest.raises(ModelError, match="set precision to float32 and restart: true"):
         run(tmp_path)

@@ -86,7 +86,7 @@ def _widths(rejects: Sequence[Reject], layout: Layout, given: Sequence[str]) -> 
         yield f"another sign separates their fields: --delimiter '{SIGNS[sign]}'"
     elif not layout.heal and _broken_by_newlines(odd, wanted):
         yield "newlines inside fields broke them: --heal_rows true"
-    elif 2 * count > widths.total():
+    elif usual > 1 and 2 * count > widths.total():
         kind = "more" if usual > wanted else "fewer"
         yield (
             f"most of them have {usual} fields, {kind} than the {wanted} that the header or columns name; did the "
