@@ -257,5 +257,5 @@ def test_the_lines_that_read_an_output_read_every_value(document, tmp_path, monk
         assert [None if isinstance(value, float) else value for value in odd] == ODD
         read = [numpy.array(v.split(), numpy.float32) if isinstance(v, str) else v for v in table["vector"]]
         assert (numpy.stack(read) == vectors).all()
-    ids = code.splitlines()[0].replace("embeds_2.txt", ids_path("embeds_2.npy").name)
+    ids = ast.unparse(ast.parse(code).body[0]).replace("embeds_2.txt", ids_path("embeds_2.npy").name)
     assert len(eval(ids, names)) == len(ODD)
