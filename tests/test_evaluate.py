@@ -333,7 +333,7 @@ def test_paths_that_are_given_stand_in_for_those_of_a_folder(beir, tmp_path):
     (beir / "corpus.jsonl").rename(tmp_path / "other.jsonl")
     task = task_of(beir, corpus=tmp_path / "other.jsonl", qrels=beir / "qrels" / "dev.tsv")
     assert len(task.queries) == 3
-    with pytest.raises(MissingError, match="qrels: there is no such file"):
+    with pytest.raises(MissingError, match=r"found dev\.tsv, train\.tsv; name it"):
         task_of(beir, corpus=tmp_path / "other.jsonl", qrels=beir / "qrels")
 
 
@@ -419,8 +419,16 @@ def test_a_query_left_without_an_answer_is_counted_and_left_out(arguments):
 
 def test_ids_that_pair_queries_with_their_answers_are_numbered_apart(arguments, caplog):
     (arguments / "qrels" / "test.tsv").write_text("q2\tq2\t1\n")
-    assert task_of(arguments).relevant == [{2: 1}]
+    task = task_of(arguments)
+    assert (task.relevant, task.facts()["answers_of_the_query_id_kept"]) == ([{2: 1}], 1)
     assert "numbered apart: the document of a query's id is its only answer" in caplog.text
+
+
+def test_a_title_does_not_hide_the_query_s_own_text(arguments):
+    rows = [json.loads(line) for line in (arguments / "corpus.jsonl").read_text().splitlines()]
+    jsonl(arguments / "corpus.jsonl", [row | {"_id": f"d{i}", "title": f"Title {i}"} for i, row in enumerate(rows)])
+    (arguments / "qrels" / "test.tsv").write_text("q0\td3\t1\nq1\td4\t1\nq2\td5\t1\n")
+    assert task_of(arguments).own == [{0}, {1}, set()]
 
 
 def test_answers_given_as_texts_leave_out_the_query(tmp_path):
@@ -477,6 +485,14 @@ AS_TEXT = {
     "test.jsonl": "".join(
         json.dumps(dict(zip(("query-id", "corpus-id", "score"), j, strict=True))) + "\n" for j in JUDGED
     ),
+    "nested.json": '{"1": {"7": 2, "8": 0}, "2": {"9": 1}}',
+    "nested.jsonl": '{"1": {"7": "2", "8": 0}}\n{"2": [9]}\n',
+    "rows_within.json": json.dumps(
+        {
+            "data": [dict(zip(("query-id", "corpus-id", "score"), j, strict=True)) for j in JUDGED],
+        }
+    ),
+    "tabs_within.parquet": TABLE.replace(",", "\t"),
     "numbers.json": json.dumps([{"corpus_id": int(d), "Query ID": int(q), "label": float(g)} for q, d, g in JUDGED]),
 }
 
@@ -503,8 +519,40 @@ def test_judgements_in_parquet(tmp_path, ids):
 
     frame = pandas.DataFrame(JUDGED, columns=["query-id", "corpus-id", "score"])
     numbers = frame.assign(**{name: frame[name].astype(int).astype(ids) for name in frame.columns[:2]})
-    numbers.to_parquet(numbered_texts(tmp_path) / "qrels" / "test.parquet")
+    numbers.to_parquet(numbered_texts(tmp_path) / "qrels" / ("test.parquet" if ids == "int64" else "test.tsv"))
     assert task_of(tmp_path).relevant == [{0: 2, 1: 0}, {2: 1}]
+
+
+@pytest.mark.parametrize("judged", ["qrels/test-{}", "qrels/test/{}", "data/test-{}", "qrels-{}"])
+def test_folders_of_parquet_parts(beir, judged):
+    """As data sets on Hugging Face are laid out: each table in parts, with or without a folder of its own."""
+    import pandas
+
+    qrels = pandas.read_csv(beir / "qrels" / "test.tsv", sep="\t")
+    shutil.rmtree(beir / "qrels")
+    tables = {judged: qrels}
+    for name in ("corpus", "queries"):
+        tables[f"{name}/{name}-{{}}"] = pandas.read_json(beir / f"{name}.jsonl", lines=True)
+        (beir / f"{name}.jsonl").unlink()
+    for name, frame in tables.items():
+        for i in range(2):
+            place = beir / f"{name.format(f'0000{i}-of-00002')}.parquet"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            frame[i::2].to_parquet(place)
+    task = task_of(beir)
+    grades = {
+        query: {task.corpus.ids[d]: grade for d, grade in grades.items()}
+        for query, grades in zip(task.query_ids, task.relevant, strict=True)
+    }
+    assert grades == {"q0": {"d0": 2, "d3": 0}, "q1": {"d1": 1}, "q2": {"d2": 1, "d5": 1}}
+    place.unlink()  # a part that is not there is no smaller table
+    with pytest.raises(MissingError, match=f"{re.escape(place.name)}: there is no such file"):
+        task_of(beir, qrels=place.with_name(place.name.replace("00001-", "00000-")))
+
+
+def test_rows_within_an_object_are_read_as_in_training(tmp_path):
+    (tmp_path / "q.json").write_text('{"data": [{"query": "red shoe", "positive": ["crimson shoe"]}]}')
+    assert task_of(tmp_path / "q.json").queries == ["red shoe"]
 
 
 def test_unknown_ids_and_blank_queries_are_counted_and_left_out(beir, caplog):
@@ -693,15 +741,12 @@ def test_contenders_that_cannot_be_measured_are_told_before_any_is_ranked(beir, 
         evaluate_retrieval(config | {"corpus_path": str(place), "output_dir": str(tmp_path / "o")})
 
 
-@pytest.mark.parametrize("wrong", ["too long", "no model"])
-def test_models_that_do_not_load_are_told_before_any_is_ranked(beir, tiny_models, tmp_path, monkeypatch, wrong):
+def test_models_that_do_not_load_are_told_before_any_is_ranked(beir, tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr("ebr_lib.evaluate.rank_with_model", lambda *_: pytest.fail("ranked"))
-    other = tiny_models("bert")  # 128 positions; those of Qwen2 are computed
-    if wrong == "no model":
-        other = tmp_path / "empty"
-        other.mkdir()
-        (other / "config.json").write_text("{}")
-    config = {"models": [str(tiny_models("qwen2")), str(other)], "max_seq_length": 4096, "data_path": str(beir)}
+    other = tmp_path / "empty"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    config = {"models": [str(tiny_bert), str(other)], "data_path": str(beir)}
     with pytest.raises(ModelError, match=rf"model {other}"):
         evaluate_retrieval(config | {"output_dir": str(tmp_path / "o")})
 

@@ -43,6 +43,13 @@ WANTED = [
 
 
 @pytest.mark.parametrize(
+    "text", ["Phone case", " phone\u3000CASE\n", "ｐｈｏｎｅ case", "\ufeffpho\u00adne case\u200b", "\u2060phone case"]
+)
+def test_equal_texts_differ_in_what_shows_nothing(text):
+    assert pairs_module.normalised(text) == "phone case"
+
+
+@pytest.mark.parametrize(
     "text",
     [
         json.dumps(ROWS, ensure_ascii=False),

@@ -68,6 +68,7 @@ _HELDOUT_NAME = re.compile(
 )
 # zero-width characters and control codes show nothing, so a text of them is as empty as one of spaces
 _VISIBLE = re.compile(r"[^\s\u0000-\u001f\u200b-\u200f\u2060\ufeff]")
+_ZERO_WIDTH = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # the soft hyphen, which shows nothing either
 HALF_CHARACTER = "half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it"
 _SHOWN_BAD_ROWS = 5
 _SHOWN_FILES = 20
@@ -94,8 +95,9 @@ class TrainingRow:
 
 
 def normalised(text: str) -> str:
-    """The one definition of equal texts: NFKC, casefolded, runs of whitespace collapsed, ends trimmed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """The one definition of equal texts: NFKC, casefolded, no zero-width characters, runs of whitespace collapsed."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join((text if text.isascii() else _ZERO_WIDTH.sub("", text)).split())
 
 
 def text_keys(texts: Iterable[str]) -> NDArray[np.int64]:

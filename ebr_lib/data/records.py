@@ -69,8 +69,8 @@ def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
             yield from _line_rows(file)
 
 
-def json_rows(file: Path, is_column: IsColumn = lambda name: True) -> Iterator[RawRow]:
-    """Stream the rows of a JSON file; by default, each object that is not in an array is a row.
+def json_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
+    """Stream the rows of a JSON file; see `raw_rows`.
 
     :raises DataError: an array or object is broken, or the file is not UTF-8.
     """

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.columnar import read_columns, read_schema
 from ebr_lib.data.containers import COLUMNAR, kind_of, opened
 from ebr_lib.data.doctor import language_of
+from ebr_lib.data.finder import find_files
 from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, normalised, text_keys
@@ -38,15 +39,18 @@ DOCUMENT_TEXTS = ("text", "description", "document", "passage", "positive", "con
 ANSWERS = ("positive", "pos", "positives")
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 DOCUMENT_IDS = ("_id", "id", "doc_id", "docid")
-HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "heldout.jsonl", "corpus.jsonl", "queries.jsonl", "qrels"
+HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE = "heldout.jsonl", "corpus.jsonl", "queries.jsonl"
+QRELS_FOLDERS = ("qrels", "data")  # of BEIR, and of data sets whose judgements are the default table
 JSON = (".jsonl", ".json", ".ndjson")
-TABLES = (*JSON, PARQUET, ".csv", ".tsv", ".txt")  # of two files of one name the first of these is taken
+TABLES = (*JSON, PARQUET, ".orc", ".csv", ".tsv", ".txt")  # of two files of one name the first of these is taken
 JUDGEMENTS = (*TABLES, ".qrels", ".trec")
 COMPRESSED = ("", ".gz", ".bz2", ".zst")
+PART = re.compile(r"(.+-)(\d+)(-of-(\d+).*)")  # a part of a table, as Hugging Face names it
 # names of a judgement's columns, without case, "-", "_" and spaces
 JUDGED_QUERY = ("queryid", "qid", "query", "topic")
 JUDGED_DOCUMENT = ("corpusid", "docid", "documentid", "did", "passageid", "pid", "itemid", "document", "doc")
 GRADE = ("score", "grade", "relevance", "rel", "label", "judgement", "judgment")
+USUAL = frozenset((*QUERY_TEXTS, *DOCUMENT_TEXTS, *ANSWERS, *QUERY_IDS, *DOCUMENT_IDS, *JUDGED_QUERY))
 SHOWN_LEFT_OUT = 3
 DAMAGED = (ValueError, OSError, EOFError, zlib.error)  # UnicodeDecodeError is a ValueError
 
@@ -87,13 +91,14 @@ class Corpus:
     `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, `column` the one of its
     columns that holds `texts`, and `first_rows` its rows that the documents stand for, in order. `blank` are the ids of
     rows that are not documents: without text, or without a vector in an embedding file. `seen` says which documents
-    training has seen, where that is known.
+    training has seen, where that is known. `untitled` holds those documents whose text without the title is a query.
     """
 
     ids: list[str]
     texts: list[str] | None
     number: dict[str, int] = field(repr=False)
     number_of_text: dict[int, int] = field(repr=False)  # by `text_keys`: the texts are held once
+    untitled: Mapping[int, frozenset[int]] = field(default_factory=dict, repr=False)  # documents by texts without title
     vectors: Path | None = None
     column: str | None = None
     first_rows: NDArray[np.int64] | None = None
@@ -156,13 +161,14 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
     """Find the files of a task; paths that are given win over what `data_path` holds.
 
     :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus`, `queries`
-        and `qrels/test`, each `.jsonl` or another table), or a file of queries with their answers.
+        and `qrels/test`, each `.jsonl`, another table, or a folder of such), or a file of queries with their answers.
     :raises MissingError: a file is not there, or not given, or a folder is neither.
     """
-    given = Path(corpus) if corpus else None, Path(qrels) if qrels else None
+    judged = Path(qrels) if qrels else None
+    given = Path(corpus) if corpus else None, _split_in(judged) if judged and judged.is_dir() else judged
     sources = _found(Path(data_path), *given) if data_path and not queries else Sources(Path(queries or ""), *given)
     for path in (sources.queries, sources.corpus, sources.qrels):
-        if path is not None and not (path.is_file() or (path == sources.corpus and path.is_dir())):
+        if path is not None and not path.exists():
             raise MissingError(f"evaluation data {path}: there is no such file")
     if sources.qrels and not sources.corpus:
         raise MissingError(
@@ -179,32 +185,42 @@ def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
     if (place / HELDOUT_FILE).is_file():
         return Sources(place / HELDOUT_FILE, corpus, qrels)
     if (queries := _table_named("queries", place, TABLES)) and corpus:
-        return Sources(queries, corpus, qrels or _beir_qrels(place / QRELS_FOLDER))
+        return Sources(queries, corpus, qrels or _beir_qrels(place))
     raise MissingError(
         f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
-        f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FOLDER}/*.tsv, or a file of queries; "
+        f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and qrels/*.tsv, or a file of queries; "
         f"found {', '.join(sorted(p.name for p in place.glob('*'))[:8]) if place.is_dir() else 'nothing'}"
     )
 
 
 def _table_named(stem: str, folder: Path, endings: Iterable[str]) -> Path | None:
-    places = (folder / f"{stem}{ending}{packed}" for ending in endings for packed in COMPRESSED)
-    return next((place for place in places if place.is_file()), None)
+    """A table of a folder: a file of its name, the first of its parts, or a folder of its name."""
+    files = [folder / f"{stem}{ending}{packed}" for ending in endings for packed in COMPRESSED]
+    found = [path for path in files if path.is_file()] + sorted(folder.glob(f"{stem}-*0-of-*"))
+    return next(iter(found), folder / stem if (folder / stem).is_dir() else None)
 
 
-def _beir_qrels(folder: Path) -> Path:
+def _beir_qrels(place: Path) -> Path:
+    alone = _table_named("qrels", place, JUDGEMENTS)
+    if alone and alone.is_file():
+        return alone
+    return _split_in(next((folder for name in QRELS_FOLDERS if (folder := place / name).is_dir()), place / "qrels"))
+
+
+def _split_in(folder: Path) -> Path:
     """The judgements of a folder: those of the test split, or else the only ones."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in there if not path.name.startswith(".") and _plain_suffix(path) in JUDGEMENTS]
-    found = _table_named("test", folder, JUDGEMENTS) or (files[0] if len(files) == 1 else None)
+    splits = [path for path in files if not (part := PART.fullmatch(path.name)) or int(part[2]) == 0]
+    found = _table_named("test", folder, JUDGEMENTS) or (splits[0] if len(splits) == 1 else None)
     if found is None:
         names = ", ".join(file.name for file in files or there) or "none"
         raise MissingError(
             f"{folder}: wanted a file of judgements test{'|'.join(JUDGEMENTS)}, or one alone, found {names}; name it "
             "with qrels_path"
         )
-    if len(files) > 1:
-        others = ", ".join(path.name for path in files if path != found)
+    if len(splits) > 1:
+        others = ", ".join(path.name for path in splits if path != found)
         logger.info("标注文件 judgements: %s (not %s)", found, others)
     return found
 
@@ -234,7 +250,7 @@ def read_task(
     for name in slice_columns:
         _need_column(sources.queries, records, name)
     answers = None if sources.qrels else _answers(sources.queries, records)
-    corpus = _read_corpus(sources.corpus, columns, answers, trained)
+    corpus = _read_corpus(sources.corpus, columns, texts, answers, trained)
     if sources.qrels:
         own_column = columns.id if columns.id in records[0] else None
         ids = _ids(sources.queries, records, own_column, QUERY_IDS, needed=True)
@@ -302,9 +318,16 @@ def _own_documents(
 ) -> list[frozenset[int]]:
     """For each query, the documents that are the query itself: of its text, and of its id where there are ids."""
     own: list[set[int]] = [set() for _ in texts]
-    if leave_out_own != "none" and corpus.texts is not None:
+    if leave_out_own != "none" and corpus.texts is None:
+        logger.warning(
+            "%s 没有文本列，无法按文本略过查询自身 keeps no text: documents of a query's text are not left out; keep "
+            "the text column in the inference run",
+            corpus.vectors,
+        )
+    elif leave_out_own != "none":
         for documents, key in zip(own, text_keys(texts).tolist(), strict=True):
             documents.update({corpus.number_of_text[key]} if key in corpus.number_of_text else ())
+            documents.update(corpus.untitled.get(key, ()))
     if leave_out_own == "text_and_id" and ids is not None:
         of_id = {i: corpus.number[ids[i]] for i in judged.asked if ids[i] in corpus.number}
         of_id = {i: document for i, document in of_id.items() if document not in own[i]}
@@ -329,12 +352,13 @@ def _own_documents(
 def _are_numbered_apart(of_id: Mapping[int, int], judged: _Judged) -> bool:
     """Whether equal ids do not mean the same thing: the documents of the queries' ids, of other texts, are the only
     answers of most of these queries."""
-    pairs = sum(judged.answers(i) == {document} for i, document in of_id.items())
-    if apart := 2 * pairs > len(of_id):
+    answers = sum(judged.answers(i) == {document} for i, document in of_id.items())
+    if apart := 2 * answers > len(of_id):
+        judged.left_out["answers_of_the_query_id_kept"] = answers
         logger.warning(
             "查询与文档视为各自编号 queries and documents are taken as numbered apart: the document of a query's id is "
             "its only answer, of another text, for %d of %d queries",
-            pairs,
+            answers,
             len(of_id),
         )
     elif of_id:
@@ -349,7 +373,7 @@ def _are_numbered_apart(of_id: Mapping[int, int], judged: _Judged) -> bool:
 def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
     shown = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
     advice = (
-        ". The answers are the queries themselves, by text or id: set leave_out_own: none to keep them"
+        ". The answers are the queries themselves, by text or id: where these are meant, set leave_out_own: none"
         if left_out.get("own_judgements_left_out")
         else ""
     )
@@ -362,7 +386,8 @@ def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a table of texts: JSON (an array, or one object a line), Parquet, or delimited text with a header row.
+    """Read a table of texts: JSON (an array, or one object a line), Parquet, ORC, or delimited text with a header row;
+    a file, all files of a folder, or all parts of `NAME-00000-of-00002.parquet`.
 
     Delimited text is split by `\\001` where its header has one, by tabs in a `.tsv`, in both of which a quote is a
     letter like any other; else it is CSV with quotes.
@@ -370,29 +395,52 @@ def read_records(path: Path) -> list[Record]:
     :raises MissingError: there is no such file.
     :raises DataError: it cannot be read as such, or holds no row.
     """
-    if not path.is_file():
-        raise MissingError(f"{path}: there is no such file")
-    try:
-        records = list(_records(path))
-    except UserError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
+    records = [record for part in _parts(path) for record in _records_of_file(part)]
     if not records:
         raise DataError(f"{path} holds no rows")
     return records
 
 
+def _parts(path: Path) -> list[Path]:
+    """The files of a table: those of a folder, all parts where the file is one of several, else the file alone."""
+    if path.is_dir():
+        patterns = [f"*{ending}{packed}" for ending in JUDGEMENTS for packed in COMPRESSED]
+        found = find_files(path, patterns, "evaluation data")
+        found.log()
+        if not found.files:
+            raise MissingError(f"{path}: wanted a table ({', '.join(TABLES)}) in the folder, found none")
+        return found.files
+    if (part := PART.fullmatch(path.name)) is None:
+        parts = [path]
+    else:
+        numbers = (str(number).zfill(len(part[2])) for number in range(int(part[4])))
+        parts = [path.with_name(f"{part[1]}{number}{part[3]}") for number in numbers]
+    if missing := [file for file in parts if not file.is_file()]:
+        raise MissingError(f"{missing[0]}: there is no such file")
+    return parts
+
+
+def _records_of_file(path: Path) -> list[Record]:
+    try:
+        return list(_records(path))
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise DataError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
+
+
 def _records(path: Path) -> Iterator[Record]:
-    suffix = _plain_suffix(path)
-    with readable(path):
-        kind = kind_of(path)
-    if kind in COLUMNAR:
+    if (kind := _kind_of(path)) in COLUMNAR:
         yield from read_columns(path, kind)
-    elif suffix in JSON:
+    elif _plain_suffix(path) in JSON:
         yield from _json_records(path)
     else:
         yield from _delimited_records(path)
+
+
+def _kind_of(path: Path) -> str:
+    with readable(path):
+        return kind_of(path)
 
 
 def _letters(path: Path, newline: str | None = None) -> IO[str]:
@@ -400,7 +448,7 @@ def _letters(path: Path, newline: str | None = None) -> IO[str]:
 
 
 def _json_records(path: Path) -> Iterator[Record]:
-    for line, row, _ in json_rows(path):
+    for line, row, _ in json_rows(path, _is_usual):
         if isinstance(row, BadRowError):
             raise DataError(f"{path}, line {line}: {row}")
         if not isinstance(row, dict):
@@ -409,6 +457,10 @@ def _json_records(path: Path) -> Iterator[Record]:
             if half_character(_strings(value)) is not None:
                 raise DataError(f"{path}, line {line}: `{column}` holds {HALF_CHARACTER}")
         yield row
+
+
+def _is_usual(name: str) -> bool:
+    return name in USUAL or _plain_name(name) in USUAL
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -545,7 +597,11 @@ def _no_ids(path: Path, usual: Sequence[str], found: Sequence[str]) -> DataError
 
 
 def _read_corpus(
-    path: Path | None, columns: Columns, answers: Sequence[Sequence[str]] | None, trained: set[str]
+    path: Path | None,
+    columns: Columns,
+    queries: Sequence[str],
+    answers: Sequence[Sequence[str]] | None,
+    trained: set[str],
 ) -> Corpus:
     """The documents of a file; of the answers where there is none. Without answers, judgements name documents by id."""
     if path is None:
@@ -564,7 +620,19 @@ def _read_corpus(
     rows = _with_text(path, column, texts)
     chosen = [flags[row] for row in rows] if flags else None
     corpus = _distinct(path, [ids[row] for row in rows], [texts[row] for row in rows], chosen, trained)
-    return replace(corpus, blank=frozenset(ids) - corpus.number.keys())
+    plain = [_text(records[row].get(column)) for row in rows]
+    untitled = _untitled(plain, [corpus.number[ids[row]] for row in rows], queries)
+    return replace(corpus, blank=frozenset(ids) - corpus.number.keys(), untitled=untitled)
+
+
+def _untitled(texts: Sequence[str], numbers: Sequence[int], queries: Sequence[str]) -> dict[int, frozenset[int]]:
+    """Documents by those of their texts that are a query."""
+    asked = set(text_keys(queries).tolist())
+    found: dict[int, set[int]] = {}
+    for key, number in zip(text_keys(texts).tolist(), numbers, strict=True):
+        if key in asked:
+            found.setdefault(key, set()).add(number)
+    return {key: frozenset(documents) for key, documents in found.items()}
 
 
 def _with_text(path: Path, column: str, texts: Sequence[str]) -> list[int]:
@@ -626,14 +694,15 @@ def _distinct(
 
 
 def _holds_vectors(path: Path) -> bool:
-    if ending_of(path) == NPY or path.is_dir():
-        return True
     manifest = read_manifest(path)
-    if manifest is not None and not manifest.get("settings", {}).get("output_header", True):
+    if ending_of(path) == NPY or (
+        manifest is not None and not (manifest.get("settings") or {}).get("output_header", True)
+    ):
         return True
-    with readable(path):
-        kind = kind_of(path)
-    if kind in COLUMNAR:
+    if path.is_dir():
+        vectors = manifest is not None or any(ending_of(file) == NPY for file in path.iterdir())
+        return vectors or _holds_vectors(_parts(path)[0])
+    if (kind := _kind_of(path)) in COLUMNAR:
         return VECTOR in read_schema(path, kind)[0].names
     with opened(path) as file:
         return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
@@ -807,13 +876,34 @@ def _read_qrels(path: Path, rows: int, queries: Mapping[str, int], corpus: Corpu
 
 def _judgements(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
     """Place, query, document and grade of each judgement."""
-    if _plain_suffix(path) in (*JSON, PARQUET):
-        records = read_records(path)
-        names = _judgement_columns(path, list(records[0]))
-        for number, record in enumerate(records, 1):
-            query, document, grade = (record.get(name) for name in names)
-            yield f"row {number}", _id(query), _id(document), _grade(path, f"row {number}", grade, record)
+    for part in _parts(path):
+        is_table = _plain_suffix(part) in JSON or _kind_of(part) in COLUMNAR
+        yield from _judgement_records(part) if is_table else _judgement_rows(part, queries)
+
+
+def _judgement_records(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    records = _records_of_file(path)
+    if records and all(isinstance(value, (dict, list)) for value in records[0].values()):
+        yield from _nested_judgements(path, records)
         return
+    names = _judgement_columns(path, list(records[0])) if records else []
+    for number, record in enumerate(records, 1):
+        query, document, grade = (record.get(name) for name in names)
+        yield f"row {number}", _id(query), _id(document), _grade(path, f"row {number}", grade, record)
+
+
+def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[tuple[str, str, str, int]]:
+    """Judgements as pytrec_eval takes them, `{query: {document: grade}}`; in a list of documents each is relevant."""
+    for query, documents in chain.from_iterable(record.items() for record in records):
+        place = f"query {query!r}"
+        grades = dict.fromkeys(map(_id, documents), 1) if isinstance(documents, list) else documents
+        if not isinstance(grades, dict) or any(isinstance(document, (dict, list)) for document in documents):
+            raise _wrong_judgement(path, place, documents)
+        for document, grade in grades.items():
+            yield place, query, document, _grade(path, place, grade, {document: grade})
+
+
+def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
     chosen: Sequence[int] | None = None
     for number, (line, fields) in enumerate(_judgement_lines(path)):
         if number == 0 and _is_header(fields, queries):
@@ -867,9 +957,11 @@ def _judgement_columns(path: Path, found: Sequence[str]) -> list[str]:
     chosen = [
         next((named[name] for name in usual if name in named), None) for usual in (JUDGED_QUERY, JUDGED_DOCUMENT, GRADE)
     ]
-    if None in chosen:
+    missing = [name for name, column in zip(("query-id", "corpus-id", "score"), chosen, strict=True) if column is None]
+    if missing:
         raise DataError(
-            f"{path}: wanted columns query-id, corpus-id and score, found {', '.join(found) or 'none'}; rename them"
+            f"{path}: wanted columns query-id, corpus-id and score, found {', '.join(found) or 'none'}; "
+            f"{' and '.join(missing)} must be added, or another column renamed"
         )
     return cast(list[str], chosen)
 
