@@ -7,6 +7,7 @@ a cluster (`test_docs` parses those), and `make test`, which runs this. A notebo
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -65,28 +66,34 @@ def fields(name: str) -> list[list[bytes]]:
 
 
 def write_exports(folder: Path) -> None:
-    """The catalogue as Hive's own part, and as a file split by tabs."""
+    """The catalogue as Hive's own part, alone and in a partition, and as files split by tabs and by commas."""
+    day = folder / "by_day" / "dt=2026-11-01"
+    day.mkdir(parents=True)
     (folder / "export").mkdir()
     header, *rows = fields("infer_data/catalogue_000.csv")
     chosen = [header.index(name) for name in (b"item_id", b"title", b"description")]
     for name, sign, lines in (("export/000000_0", b"\x01", rows), ("items.tsv", b"\t", [header, *rows])):
         text = b"".join(sign.join(line[i] for i in chosen) + b"\n" for line in lines)
         (folder / name).write_bytes(text)
+    shutil.copy(folder / "export" / "000000_0", day)
+    with (folder / "items.csv").open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([row[i].decode() for i in chosen] for row in (header, *rows))
 
 
 def write_judged_queries(folder: Path) -> None:
     """Queries and judgements: for the catalogue by its item ids, and as a BEIR folder."""
     rows = fields("infer_data/catalogue_000.csv")[1:4]
     ids, texts = [row[0].decode() for row in rows], [row[-1].decode() for row in rows]
-    queries = [f'q{i},"{text.split(".")[0]}"\n' for i, text in enumerate(texts)]
+    asked = {f"q{i}": text.split(".")[0] for i, text in enumerate(texts)}
+    queries = [f'{key},"{text}"\n' for key, text in asked.items()]
     qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{id_}\t1\n" for i, id_ in enumerate(ids))
     (folder / "queries.csv").write_text("_id,text\n" + "".join(queries), encoding="utf-8")
     (folder / "qrels.tsv").write_text(qrels, encoding="utf-8")
     beir = folder / "beir" / "scifact"
     (beir / "qrels").mkdir(parents=True)
     (beir / "qrels" / "test.tsv").write_text(qrels, encoding="utf-8")
-    for name, keys in (("queries", [f"q{i}" for i in range(len(ids))]), ("corpus", ids)):
-        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in zip(keys, texts, strict=True)]
+    for name, known in (("queries", asked), ("corpus", dict(zip(ids, texts, strict=True)))):
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in known.items()]
         (beir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
