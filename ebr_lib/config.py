@@ -32,6 +32,11 @@ REMOTE_CODE = (
     "the model's card says so; false refuses such a model.",
     "模型自带代码时：true 执行该代码（请先阅读）；ignore 改用库自带的类（仅当模型说明如此要求）；false 拒绝加载这样的模型。",
 )
+LABEL_COLUMN = (
+    "Column of the training data that says whether a row is a positive pair: 1 is one, 0 is not. null takes columns named "
+    "so (`label`, `score`, `is_duplicate` …); none: no column says it.",
+    "训练数据中标明该行是否为正例的列：1 为正例，0 不是。null 按列名识别（`label`、`score`、`is_duplicate` 等）；none 表示没有这样的列。",
+)
 BASE_PATH = (
     "Where the base of a fine-tuned folder is now, if it was moved: a folder or a list of them. The base is known by the "
     "sha256 of its weights.",
@@ -90,6 +95,7 @@ class FinetuneConfig(Config):
         "A row that cannot be used stops the run, or is skipped, counted and written to a reject file.",
         "遇到坏行时报错停止，或跳过、计数并写入拒收文件。",
     )
+    label_column: Name | None = knob(None, *LABEL_COLUMN)
     prompt: str | dict[str, str] | None = knob(
         None,
         "Put before every text; or one a column: `{anchor: 'query: ', positive: 'passage: '}`. Saved into the model. "
@@ -637,6 +643,7 @@ class EvalConfig(Config):
         "Training data, to measure queries with seen and unseen documents apart, and to report queries that training had.",
         "训练数据：用于区分见过与未见过的文档，并报告训练集中已有的查询。",
     )
+    label_column: Name | None = knob(None, *LABEL_COLUMN)
     query_column: Name | None = knob(None, *QUERY_COLUMN)
     corpus_column: Name | None = knob(
         None,

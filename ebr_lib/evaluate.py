@@ -134,7 +134,7 @@ def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     columns = Columns(config.query_column, config.corpus_column, config.id_column)
     if config.train_data_path is None:
         return read_task(sources, columns, config.slice_columns, set(), config.leave_out_own), {}
-    pairs = read_pairs(config.train_data_path, on_bad_row="skip")
+    pairs = read_pairs(config.train_data_path, on_bad_row="skip", label_column=config.label_column)
     trained = texts_of(expand(pairs))
     task = read_task(sources, columns, config.slice_columns, trained, config.leave_out_own)
     rows = {normalised(text) for pair in pairs for text in (pair.anchor, *pair.positives)}

@@ -54,6 +54,7 @@ FREE_ON_RESUME = (
     "base_model_path",
     "data_path",
     "eval_data_path",
+    "label_column",
     "output_dir",
     "resume_from_checkpoint",
     "merge_adapter",
@@ -229,11 +230,11 @@ def _read(config: FinetuneConfig) -> _Data:
 
     writes = config.on_bad_row == "skip" and is_first_process()
     rejects = Path(config.output_dir) / REJECTS_FILE if writes else None
-    pairs = read_pairs(config.data_path, config.on_bad_row, rejects)
+    pairs = read_pairs(config.data_path, config.on_bad_row, rejects, config.label_column)
     warn_of_heldout_names(config.data_path, pairs)
     if config.eval_data_path is not None:
         more = rejects.with_name(f"heldout_{REJECTS_FILE}") if rejects else None
-        train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row, more)
+        train, heldout = pairs, read_pairs(config.eval_data_path, config.on_bad_row, more, config.label_column)
         _say_what_leaks(train, heldout)
     else:
         train, heldout = split_pairs(pairs, config.eval_ratio, config.seed)

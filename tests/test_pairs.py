@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +204,46 @@ def test_a_label_of_degree_stops_the_run_for_no_row_says_where_it_begins(tmp_pat
     file.write_text("".join(json.dumps(PAIR | {"score": one}) + "\n" for one in (1.0, label)))
     with pytest.raises(DataError, match=r"line 2: `score` is .*, neither yes .* nor no"):
         read_pairs(file, on_bad_row=mode)
+
+
+@pytest.mark.parametrize("name", ["gold_label", "Similarity Score", "cosine_score", "isMatch", "is-relevant", "label "])
+def test_a_label_is_known_by_the_words_of_its_name(tmp_path, name):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(PAIR | {name: 0}))
+    with pytest.raises(DataError, match=f"line 1: `{name}` is 0"):
+        read_pairs(file)
+
+
+@pytest.mark.parametrize("name", ["pos_scores", "neg_scores", "type", "labelled_by", "score_source"])
+def test_other_columns_are_read_past(tmp_path, name):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(PAIR | {name: [0.2]}))
+    assert texts(read_pairs(file)) == [("a", ("b",), ())]
+
+
+def test_the_label_column_can_be_given(tmp_path, caplog):
+    file = tmp_path / "a.jsonl"
+    rows = [PAIR | {"score": 37.5, "click": click} for click in (1, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, PAIR)))
+    with pytest.raises(DataError, match=r"`score` is 37.5.*set label_column: none"):
+        read_pairs(file)
+    assert len(read_pairs(file, label_column="none")) == 3
+    assert "set label_column to it" not in caplog.text
+    with pytest.raises(DataError, match=r"(?s)2 of 3 rows.*line 2: `click` is 0.*line 3: `click` is missing"):
+        read_pairs(file, label_column="click")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize(("values", "warned"), [([0, 1], True), ([0, 0], True), ([1, 1], False), ([0, 2], False)])
+def test_columns_of_0_and_1_that_are_not_used_are_warned_of(tmp_path, caplog, name, values, warned):
+    frame = pd.DataFrame([PAIR | {"click": value} for value in values])
+    file = tmp_path / name
+    if name == "a.jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        (frame.to_csv if name == "a.csv" else frame.to_parquet)(file, index=False)
+    assert len(read_pairs(file)) == 2
+    assert ("set label_column to it" in caplog.text) is warned
 
 
 def test_labels_of_a_list(tmp_path):

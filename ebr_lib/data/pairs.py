@@ -45,13 +45,14 @@ _SIDES = {
     for gap in ("", "_")
     for end in ends
 }
+# words that the name of a label ends in, as in `gold_label`, `isRelevant`, `cosine score`
+_LABEL_WORDS = frozenset(
+    "label labels score scores similarity sim relevance rel relevant duplicate dup similar match grade judgement "
+    "judgment is_positive 标签 分数 得分 相似度 相关性 是否相似 是否相关".split()
+)
+_WORD_ENDS = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W_]+")
+NO_LABEL = "none"  # a `label_column` that says that no column is a label
 # fmt: off
-_LABELS = frozenset([
-    "label", "labels", "gold_label", "score", "scores", "similarity", "similarity_score", "sim", "cos_sim",
-    "cosine_similarity", "relevance", "rel", "relevance_score", "relevance_label", "relevant", "is_relevant",
-    "is_positive", "is_duplicate", "is_dup", "duplicate", "is_similar", "is_match", "grade", "judgement", "judgment",
-    "标签", "分数", "得分", "相似度", "相关性", "是否相似", "是否相关",
-])
 _YES = frozenset(
     ["true", "yes", "positive", "relevant", "duplicate", "similar", "entailment", "是", "相似", "相关"]
 )
@@ -60,6 +61,7 @@ _NO = frozenset([
     "contradiction", "not_entailment", "否", "不相似", "不相关",
 ])
 # fmt: on
+_OFF, _ON = frozenset(["0", "0.0", "false"]), frozenset(["1", "1.0", "true"])
 _MEDIA = ("images", "videos", "audios")
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _PATTERNS = [f"*{ending}{packed}" for packed in ("", ".gz", ".bz2", ".zst") for ending in _ENDINGS]
@@ -147,17 +149,42 @@ class _DegreeError(Exception):
 
 @dataclass
 class _Reading:
-    """What reading has gathered so far, over all files."""
+    """What reading has gathered so far, over all files.
 
+    :ivar unused: columns that mean nothing to us, each with the values that it has, up to three.
+    """
+
+    label_column: str | None
     pairs: list[Pair] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
-    unused: dict[str, None] = field(default_factory=dict)
+    unused: dict[str, set[str]] = field(default_factory=dict)
+
+    def is_label(self, name: str) -> bool:
+        """Whether a column says if the pair belongs together: the one that was given, or by its name."""
+        return _is_label(name) if self.label_column is None else name == self.label_column != NO_LABEL
+
+    def is_column(self, name: str) -> bool:
+        """Whether a column is read at all."""
+        return _is_column(name) or self.is_label(name)
+
+    def labels_of(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that judge a row; the one that was given wherever it is missing, too."""
+        if self.label_column is None:
+            return list(filter(_is_label, row))
+        return [] if self.label_column == NO_LABEL else [self.label_column]
+
+    def note_unused(self, column: str, value: Any) -> None:
+        """Remember a column that is not used, and what it holds."""
+        seen = self.unused.setdefault(column, set())
+        if value is not None and len(seen) < 3:
+            seen.add(str(value).strip().casefold()[:9])
 
 
 def read_pairs(
     path: str | Path | Sequence[str | Path],
     on_bad_row: OnBadRow = "error",
     rejects: str | Path | None = None,
+    label_column: str | None = None,
 ) -> list[Pair]:
     """Read training pairs from a file (JSON, JSON lines, CSV, TSV, Parquet), a folder of them, or several of either.
 
@@ -166,15 +193,16 @@ def read_pairs(
 
     :param on_bad_row: `error` raises and lists the first bad rows; `skip` counts them and writes them to `rejects`.
     :param rejects: JSON lines with file, line, reason and the row as it stands; with `skip` only.
+    :param label_column: the column that says whether a row is a positive pair; None goes by the names of columns
+        (`label`, `score` …), and "none" says that there is no such column.
     :raises MissingError: a path is not there, or a folder has nothing to read.
     :raises DataError: bad rows (with `error`), a file that is broken or of another kind, no rows at all.
     """
     files = list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
-    reading = _Reading()
+    reading = _Reading(label_column)
     rows = {file: _read_file(file, reading) for file in files}
     _say_files(rows)
-    if reading.unused:
-        logger.info("未使用的列 columns not used: %s", ", ".join(map(_printable, reading.unused)))
+    _say_unused(reading)
     _settle_bad_rows(reading, on_bad_row, rejects)
     if not reading.pairs:
         raise DataError(f"no training rows in {', '.join(map(str, files))}; wanted objects with {_WANTED}")
@@ -225,13 +253,26 @@ def _say_files(rows: Mapping[Path, int]) -> None:
         logger.warning("没有数据行 no rows in: %s", _shown(empty))
 
 
+def _say_unused(reading: _Reading) -> None:
+    """Name the columns that are not used, and warn of those that may well say which pairs belong together."""
+    if reading.unused:
+        logger.info("未使用的列 columns not used: %s", ", ".join(map(_printable, reading.unused)))
+    flags = [name for name, values in reading.unused.items() if values & _OFF and values <= _OFF | _ON]
+    if flags and reading.label_column is None:
+        logger.warning(
+            "列 %s 只有 0/1，未当作标签：值为 0 的行也按正例训练 columns of 0 and 1 that are not used, so that rows "
+            "with 0 are trained on as positives; where one judges the pairs, set label_column to it",
+            ", ".join(map(_printable, flags)),
+        )
+
+
 def _read_file(file: Path, reading: _Reading) -> int:
     """Read a file's rows into `reading`; return how many it has, bad ones included."""
     count = 0
-    for line, value, raw in raw_rows(file, _is_column):
+    for line, value, raw in raw_rows(file, reading.is_column):
         count += 1
         try:
-            anchor, positives, negatives = _texts_of(value, reading.unused)
+            anchor, positives, negatives = _texts_of(value, reading)
         except BadRowError as reason:
             row = raw or json.dumps(value, ensure_ascii=False, default=str)
             reading.bad.append({"file": str(file), "line": line, "reason": str(reason), "row": row})
@@ -272,21 +313,24 @@ def _write_rejects(bad: Sequence[dict[str, Any]], place: Path) -> None:
 
 
 def _is_column(name: str) -> bool:
-    known = name in _MEANING or name.casefold() in _SIDES or _is_label(name) or name in _MEDIA
+    known = name in _MEANING or name.casefold() in _SIDES or name in _MEDIA
     return known or bool(_NUMBERED_NEGATIVE.fullmatch(name))
 
 
 def _is_label(name: str) -> bool:
-    return name.casefold() in _LABELS
+    """Whether a name says that the column judges the pair; `pos_scores` and `neg_scores` are of single documents."""
+    words = _WORD_ENDS.sub(" ", name).casefold().split()
+    of_documents = bool(words) and words[0] in ("pos", "neg", "positive", "negative")
+    return bool(words) and not of_documents and (words[-1] in _LABEL_WORDS or "_".join(words) in _LABEL_WORDS)
 
 
-def _texts_of(value: Any, unused: dict[str, None]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The anchor, positives and negatives of one decoded row; names of columns without use go to `unused`."""
+def _texts_of(value: Any, reading: _Reading) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The anchor, positives and negatives of one decoded row; columns without use are noted."""
     if isinstance(value, BadRowError):
         raise value
     if not isinstance(value, dict):
         raise BadRowError(f"wanted an object with {_WANTED}, found {_kind(value)}")
-    columns = _columns_of(value, unused)
+    columns = _columns_of(value, reading)
     for name in ("anchor", "positive"):
         if name not in columns:
             raise BadRowError(_missing_column(name, value))
@@ -297,12 +341,12 @@ def _texts_of(value: Any, unused: dict[str, None]) -> tuple[str, tuple[str, ...]
     positives = _texts(columns["positive"], value[columns["positive"]])
     sources = [*filter(_NUMBERED_NEGATIVE.fullmatch, value), *filter(None, [columns.get("negative")])]
     negatives = [text for column in sources for text in _optional_texts(column, value[column])]
-    for column in filter(_is_label, value):
-        _check_label(column, value[column], len(positives), len(negatives))
+    for column in reading.labels_of(value):
+        _check_label(column, value.get(column), len(positives), len(negatives))
     return anchor, tuple(positives), tuple(negatives)
 
 
-def _columns_of(row: Mapping[str, Any], unused: dict[str, None]) -> dict[str, str]:
+def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
     """The row's column of each meaning."""
     columns: dict[str, str] = {}
     others = []
@@ -314,13 +358,13 @@ def _columns_of(row: Mapping[str, Any], unused: dict[str, None]) -> dict[str, st
             raise BadRowError(f"`{columns[name]}` and `{key}` both name the {name}; keep one")
         else:
             columns[name] = key
-    if not {"anchor", "positive"} & set(columns) and any(map(_is_label, row)):
+    if not {"anchor", "positive"} & set(columns) and any(map(reading.is_label, row)):
         sides = {_SIDES[key.casefold()]: key for key in reversed(others) if key.casefold() in _SIDES}
         columns |= sides
         others = [key for key in others if key not in sides.values()]
     for key in others:
-        if not _is_label(key) and not _NUMBERED_NEGATIVE.fullmatch(key):
-            unused[key] = None
+        if key.strip() and not reading.is_label(key) and not _NUMBERED_NEGATIVE.fullmatch(key):
+            reading.note_unused(key, row[key])
     return columns
 
 
@@ -357,7 +401,8 @@ def _says_yes(column: str, label: Any) -> bool:
         return label == 1
     raise _DegreeError(
         f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are trained on: keep the rows "
-        f"that are positive, and leave the column `{column}` out of them"
+        f"that are positive, and leave the column `{column}` out of them; where it does not judge the pairs, set "
+        "label_column: none"
     )
 
 
@@ -412,7 +457,8 @@ def _text(column: str, value: Any, wanted: bool = True) -> str:
 def _passage(column: str, passage: Mapping[str, Any], wanted: bool) -> Any:
     """A passage as Tevatron writes it, `docid`, `title` and `text`: its title, a space, its text."""
     for name in filter(_is_label, passage):
-        degree = isinstance(passage[name], float) and passage[name] not in (0, 1)  # of the search that found it
+        # a number of the search that found it
+        degree = isinstance(passage[name], int | float) and passage[name] not in (0, 1, -1)
         if not degree and _says_yes(name, passage[name]) is not wanted:
             raise BadRowError(f"`{column}` has a passage whose `{name}` is {passage[name]!r}")
     title, text = passage.get("title"), passage["text"]

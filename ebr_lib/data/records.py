@@ -63,7 +63,8 @@ def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
             yield from _table_rows(file, delimiter, is_column)
         elif file.suffix.lower() in _TABLE_ENDINGS and head:
             raise DataError(
-                f"{file}: wanted a header row that names the columns; the first row is {_first_line(head)[:80]!r}"
+                f"{file}: wanted a header row that names the columns; the first row is {_first_line(head)[:80]!r}, and "
+                "none of it is a known name such as `anchor` and `positive` (in small letters)"
             )
         else:
             yield from _line_rows(file)
@@ -443,14 +444,21 @@ def _parquet_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
     with pq.ParquetFile(file) as table:
         names = table.schema_arrow.names
         _check_once(file, names)
-        known = [name for name in names if is_column(name)]
-        if not known:
+        if not any(map(is_column, names)):
             raise DataError(f"{file}: none of its columns is known ({', '.join(names)})")
+        # numbers cost little, and may be a label that its name does not show
+        known = [field.name for field in table.schema_arrow if is_column(field.name) or _is_small(field.type)]
         number = 0
         for batch in table.iter_batches(_PARQUET_ROWS, columns=known):
             for row in batch.to_pylist():
                 number += 1
                 yield RawRow(number, dict.fromkeys(names) | {name: _decoded_bytes(cell) for name, cell in row.items()})
+
+
+def _is_small(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
 
 
 def _decoded_bytes(value: Any) -> Any:
