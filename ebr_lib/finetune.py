@@ -297,8 +297,11 @@ def _say_what_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
             "验证集泄漏: %d 条 held-out documents are anchors of the training data, or near-duplicates of them",
             asked.sum(),
         )
-    if (seen := np.isin(documents, train_documents)).any():
+    seen = np.isin(columns[3], columns[1])
+    if seen.any():
         logger.info("训练中出现过的验证文档 held-out documents that training has too (seen): %d", seen.sum())
+    if (near := np.isin(documents, train_documents) & ~seen).any():
+        logger.info("近似文档 held-out documents that are near-duplicates of training documents: %d", near.sum())
 
 
 def _fingerprint(*sets: Sequence[TrainingRow]) -> str:

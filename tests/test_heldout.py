@@ -37,6 +37,11 @@ def test_a_document_is_unseen_when_no_training_row_has_its_text(row, seen, tmp_p
         (("where is my card", "page a"), ("my tent", "where is my cards"), ["1 条 held-out documents"]),
         (("x y z", "page a"), ("page a", "x y z"), ["1 条 held-out anchors", "1 条 held-out documents"]),
         (("where is my card", "page a"), ("my tent", "page a"), ["that training has too (seen): 1"]),
+        (
+            ("where is my card", "a page of wool"),
+            ("my tent", "a page of wools"),
+            ["near-duplicates of training documents: 1"],
+        ),
         (("where is my card", "page a"), ("my tent", "a thing of wool"), []),
     ],
 )
@@ -46,4 +51,4 @@ def test_leaks_are_found_in_both_columns(caplog, train, heldout, said):
     assert len(caplog.messages) == len(said)
     for line, wanted in zip(caplog.messages, said, strict=True):
         assert wanted in line
-        assert ("泄漏" in line) is ("(seen)" not in wanted)
+        assert ("泄漏" in line) is ("held-out" in wanted)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ebr_lib import build_faiss_index, evaluate_retrieval, finetune, train_sentence_transformer
-from ebr_lib.config import FinetuneConfig
+from ebr_lib import build_faiss_index, evaluate, evaluate_retrieval, finetune, train_sentence_transformer
+from ebr_lib.config import EvalConfig, FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.model import heldout, precision, training
 from ebr_lib.model.losses import ContrastiveLoss
@@ -102,6 +102,26 @@ def test_the_held_out_corpus_has_the_size_told(settings, monkeypatch):  # noqa: 
     assert sizes[-1] == own + 1
     train_sentence_transformer(settings | {"eval_corpus_size": 2000})
     assert own + 1 < sizes[-1] == 16
+
+
+def test_the_label_column_decides_which_rows_are_trained_on(settings, tmp_path):  # noqa: F811
+    rows = [{"anchor": f"want {i}", "positive": f"thing {i}", "score": 0.5, "click": i % 2} for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = settings | {"data_path": str(path), "eval_data_path": str(path), "on_bad_row": "skip"}
+    for column, count in (("none", 6), ("click", 3)):
+        data = finetune._read(FinetuneConfig.resolve(given | {"label_column": column}))
+        assert (len(data.train), len(data.heldout)) == (count, count)
+    with pytest.raises(DataError, match="`score` is 0.5"):
+        finetune._read(FinetuneConfig.resolve(given))
+    heldout = [{"anchor": "ask", "positive": "thing 1"}]
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(heldout[0]))
+    config = {"data_path": str(tmp_path), "train_data_path": str(path), "label_column": "none"}
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "thing 1"}) + "\n" + json.dumps({"text": "other"}))
+    with pytest.raises(DataError, match="`score` is 0.5"):
+        evaluate._read(EvalConfig.resolve(config | {"label_column": None}))
+    task, _ = evaluate._read(EvalConfig.resolve(config))
+    assert task.queries
 
 
 def test_an_anchor_is_neither_its_answer_nor_a_competitor(settings, tmp_path, caplog):  # noqa: F811

@@ -66,7 +66,7 @@ _MEDIA = ("images", "videos", "audios")
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _PATTERNS = [f"*{ending}{packed}" for packed in ("", ".gz", ".bz2", ".zst") for ending in _ENDINGS]
 _HELDOUT_NAME = re.compile(
-    r"(?:^|[^a-z])(dev|test|valid|validation|val|eval|evaluation|heldout|holdout)s?(?:[^a-z]|$)|测试|验证"
+    r"(?:^|[^a-z])(dev|test|valid|validation|val|eval|evaluation|heldout|holdout)s?(?:set|data|split)?(?:[^a-z]|$)|测试|验证"
 )
 # zero-width characters and control codes show nothing, so a text of them is as empty as one of spaces
 _VISIBLE = re.compile(r"[^\s\u0000-\u001f\u200b-\u200f\u2060\ufeff]")
@@ -587,9 +587,10 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
         return tied
     if tied.max() < near.max():
         logger.warning(
-            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（seen），"
-            "只有 unseen 从未出现 shared texts tie up to %.0f %% of the anchors together, so the "
-            "split is by anchor: held-out documents may be in the training data (seen); only unseen ones are not",
+            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（seen；unseen 从未出现），"
+            "验证 anchor 也可能是训练中的文档 shared texts tie up to %.0f %% of the anchors together, so the split is by "
+            "anchor: held-out documents may be in the training data (seen; unseen ones are not), and a held-out anchor "
+            "may be a document there",
             share,
             share,
         )
