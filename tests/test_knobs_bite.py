@@ -112,13 +112,13 @@ def test_the_label_column_decides_which_rows_are_trained_on(settings, tmp_path):
     for column, count in (("none", 6), ("click", 3)):
         data = finetune._read(FinetuneConfig.resolve(given | {"label_column": column}))
         assert (len(data.train), len(data.heldout)) == (count, count)
-    with pytest.raises(DataError, match="`score` is 0.5"):
+    with pytest.raises(DataError, match=r"`score` is 0\.5"):
         finetune._read(FinetuneConfig.resolve(given))
     heldout = [{"anchor": "ask", "positive": "thing 1"}]
     (tmp_path / "heldout.jsonl").write_text(json.dumps(heldout[0]))
     config = {"data_path": str(tmp_path), "train_data_path": str(path), "label_column": "none"}
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "thing 1"}) + "\n" + json.dumps({"text": "other"}))
-    with pytest.raises(DataError, match="`score` is 0.5"):
+    with pytest.raises(DataError, match=r"`score` is 0\.5"):
         evaluate._read(EvalConfig.resolve(config | {"label_column": None}))
     task, _ = evaluate._read(EvalConfig.resolve(config))
     assert task.queries

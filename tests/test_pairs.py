@@ -465,7 +465,8 @@ def test_a_folder_names_what_it_took_and_what_it_did_not(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "warned"),
     [("dev.jsonl", True), ("my-test.json", True), ("train_valid.csv", True), ("EVAL.jsonl", True),
-     ("验证集.jsonl", True), ("testset.jsonl", True), ("latest.jsonl", False), ("contest.jsonl", False), ("device.jsonl", False)],
+     ("验证集.jsonl", True), ("testset.jsonl", True),
+     ("latest.jsonl", False), ("contest.jsonl", False), ("device.jsonl", False)],
 )  # fmt: skip
 def test_names_of_held_out_data_are_warned_of(tmp_path, caplog, name, warned):
     (tmp_path / name).write_text("anchor,positive\na,b\n" if name.endswith("csv") else json.dumps(PAIR))

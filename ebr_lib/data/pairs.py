@@ -45,14 +45,15 @@ _SIDES = {
     for gap in ("", "_")
     for end in ends
 }
+# fmt: off
 # words that the name of a label ends in, as in `gold_label`, `isRelevant`, `cosine score`
-_LABEL_WORDS = frozenset(
-    "label labels score scores similarity sim relevance rel relevant duplicate dup similar match grade judgement "
-    "judgment is_positive 标签 分数 得分 相似度 相关性 是否相似 是否相关".split()
-)
+_LABEL_WORDS = frozenset([
+    "label", "labels", "score", "scores", "similarity", "sim", "relevance", "rel", "relevant", "duplicate", "dup",
+    "similar", "match", "grade", "judgement", "judgment", "is_positive",
+    "标签", "分数", "得分", "相似度", "相关性", "是否相似", "是否相关",
+])
 _WORD_ENDS = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W_]+")
 NO_LABEL = "none"  # a `label_column` that says that no column is a label
-# fmt: off
 _YES = frozenset(
     ["true", "yes", "positive", "relevant", "duplicate", "similar", "entailment", "是", "相似", "相关"]
 )
@@ -587,9 +588,9 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
         return tied
     if tied.max() < near.max():
         logger.warning(
-            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过（seen；unseen 从未出现），"
-            "验证 anchor 也可能是训练中的文档 shared texts tie up to %.0f %% of the anchors together, so the split is by "
-            "anchor: held-out documents may be in the training data (seen; unseen ones are not), and a held-out anchor "
+            "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过"
+            "（seen；unseen 从未出现），验证 anchor 也可能是训练中的文档 "
+            "shared texts tie up to %.0f %% of the anchors together, so the split is by anchor: held-out documents may be in the training data (seen; unseen ones are not), and a held-out anchor "
             "may be a document there",
             share,
             share,
