@@ -590,8 +590,8 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
         logger.warning(
             "共享文本把多达 %.0f %% 的 anchor 连在一起，改为按 anchor 划分：验证集的文档可能在训练中出现过"
             "（seen；unseen 从未出现），验证 anchor 也可能是训练中的文档 "
-            "shared texts tie up to %.0f %% of the anchors together, so the split is by anchor: held-out documents may be in the training data (seen; unseen ones are not), and a held-out anchor "
-            "may be a document there",
+            "shared texts tie up to %.0f %% of the anchors together, so the split is by anchor: held-out documents may "
+            "be in the training data (seen; unseen ones are not), and a held-out anchor may be a document there",
             share,
             share,
         )
