@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.config import InferenceConfig, delimiter_byte, escape_byte
 from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of, partitions_of
 from ebr_lib.data.hive import EMPTY_LINE, Layout, Source, is_empty, need_columns, open_source, readable
-from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path
+from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path, read_manifest
 from ebr_lib.engines.hints import likely_knobs, read_rejects
 from ebr_lib.engines.job import (
     SKIPPED,
@@ -300,6 +300,13 @@ def _engine(config: InferenceConfig) -> Iterator[LocalEngine | RayEngine]:
         engine.close()
 
 
+def _model_files(config: InferenceConfig, identity: ModelIdentity) -> list[str | None]:
+    """What the model is made of; as an earlier version would say it, where an output of that is appended to."""
+    before = (read_manifest(config.output_path) if config.append else None) or {}
+    earlier = list(files_of(identity, with_place=True))
+    return earlier if (before.get("settings") or {}).get("model files") == earlier else list(files_of(identity))
+
+
 def _settings(
     config: InferenceConfig, facts: EncoderFacts, identity: ModelIdentity, kept: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -312,7 +319,7 @@ def _settings(
         | {
             "model": identity.sha256 or identity.path,
             "base model": identity.base_sha256 or identity.base_model,
-            "model files": list(files_of(identity)),
+            "model files": _model_files(config, identity),
             "prompt": facts.prompt,
             "max_seq_length": facts.max_seq_length,
             "precision": facts.precision,

@@ -45,6 +45,8 @@ def show_logs(level: int = logging.INFO) -> None:
     print_anything()
     # text bars are the same in a notebook and headless; tqdm would ask for a widget library
     warnings.filterwarnings("ignore", message="IProgress not found")
+    # of a base whose config.json lies in a module's folder; no vocabulary is changed here
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()
         handler.addFilter(_is_news)

@@ -148,6 +148,25 @@ def test_every_stage_takes_the_place_of_the_base(moved, tmp_path, pairs):  # noq
     assert search(tmp_path / "index", "warm", 1, base_model_path=str(base)).rows[0]["id"] == "1"
 
 
+def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp_path):
+    """It counted the place of an adapter's base among the model's files."""
+    from ebr_lib.index import build_faiss_index, search
+
+    model = str(project / "saved" / "bert-peft-lora")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("id\x01description\n1\x01warm\n")
+    out = tmp_path / "e.txt"
+    encoding = {"model_name": model, "data_path": str(tmp_path / "in"), "output_path": str(out)}
+    run_batch_inference(encoding)
+    manifest = json.loads(manifest_path(out).read_text())
+    manifest["settings"]["model files"] = list(loading.files_of(identify(model), with_place=True))
+    write_json(manifest_path(out), manifest)
+    (tmp_path / "in" / "b.csv").write_text("id\x01description\n2\x01pan\n")
+    assert run_batch_inference(encoding | {"append": True}).counts["written"] == 2
+    build_faiss_index({"embedding_path": str(out), "output_dir": str(tmp_path / "index")})
+    assert search(tmp_path / "index", "pan", 1).rows[0]["id"] == "2"
+
+
 def test_an_output_is_appended_to_when_model_base_and_data_have_moved(moved, tmp_path):
     folder, base = moved
     (tmp_path / "in").mkdir()

@@ -138,13 +138,22 @@ def test_a_tensor_that_does_not_arrive_is_an_error(tiny_models, tmp_path, change
         load_model(str(folder), device="cpu")
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["LayerNorm"]}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["LayerNorm"]},
+        {"target_modules": ["query", "word_embeddings"], "exclude_modules": None},
+    ],
+)
 def test_adapters_of_others_are_loaded_and_merged_to_the_last_tensor(tiny_models, tmp_path, more):
     """A folder without a contract, whose adapter sentence-transformers puts on by itself."""
     from peft import LoraConfig
 
     model = load(tiny_models, "dense")
-    model.add_adapter(LoraConfig(target_modules="all-linear", exclude_modules=r"pooler.*", r=4, **more), "default")
+    all_linear = {"target_modules": "all-linear", "exclude_modules": r"pooler.*", "r": 4}
+    model.add_adapter(LoraConfig(**all_linear | more), "default")
     model.requires_grad_(False)
     for name, weight in model[0].named_parameters():
         weight.requires_grad_("lora_" in name or "modules_to_save" in name or ("bias" in more and "bias" in name))

@@ -232,10 +232,11 @@ def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def named_sha256(folder: str | Path, weights: bool = True) -> dict[str, str]:
+def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool = False) -> dict[str, str]:
     """The sha256 of every file that a model's vectors depend on, by its place in the folder.
 
     :param weights: with the weights at the root, too.
+    :param with_place: where the base of an adapter lies counts.
     """
     folder = Path(folder)
     listed = folder / "modules.json"
@@ -244,16 +245,17 @@ def named_sha256(folder: str | Path, weights: bool = True) -> dict[str, str]:
     files = [file for pattern in patterns[0 if weights else 1 :] for file in folder.glob(pattern)]
     for part in {module["path"] for module in modules if module["path"]}:
         files += [file for pattern in patterns for file in (folder / part).glob(pattern)]
-    return {file.relative_to(folder).as_posix(): _sha256_without_place(file) for file in files}
+    sha256 = sha256_of if with_place else _sha256_without_place
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
-def files_sha256(folder: str | Path) -> str:
+def files_sha256(folder: str | Path, *, with_place: bool = False) -> str:
     """One sha256 for what a model is made of besides the weights of `weights_sha256`.
 
     Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this; where the
-    base of an adapter lies does not count.
+    base of an adapter lies does not count, unless `with_place`, as in manifests of earlier versions.
     """
-    named = sorted(named_sha256(folder, weights=False).items())
+    named = sorted(named_sha256(folder, weights=False, with_place=with_place).items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

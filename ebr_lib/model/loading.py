@@ -173,16 +173,17 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
     return ModelIdentity(name, path, own, base, contract.base_sha256, trust_remote_code)
 
 
-def files_of(identity: ModelIdentity) -> tuple[str | None, ...]:
+def files_of(identity: ModelIdentity, *, with_place: bool = False) -> tuple[str | None, ...]:
     """One sha256 each for what a model, its base, and the repositories that hold its code are made of besides weights;
-    None for one that is not on this machine."""
+    None for one that is not on this machine. `with_place`: see `files_sha256`."""
     folders: dict[str, Path | None] = {}
     for name in (identity.path, identity.base_model):
         with contextlib.suppress(MissingError):
             folders[name] = local_folder(name)
     repositories = {code.repository for folder in folders.values() if folder for code in own_code(folder)} - {None}
     elsewhere = {name: local_folder(str(name)) for name in sorted(map(str, repositories))}
-    return tuple(files_sha256(folder) if folder else None for folder in (elsewhere | folders).values())
+    places = (elsewhere | folders).values()
+    return tuple(files_sha256(folder, with_place=with_place) if folder else None for folder in places)
 
 
 def check_remote_code(name: str, choice: Choice, made_with: Choice | None = None) -> Choice:

@@ -84,10 +84,12 @@ def check_same_code(maker: Maker, model_name: str, choice: Choice) -> None:
 def changed_files(maker: Maker, model_name: str) -> bool:
     """Whether the configs, tokenizer, modules or code of a model are not those that made the vectors, as far as it is
     known; of an adapter for queries only its base's count, which made them."""
-    then, now = (tuple(dict.fromkeys(files)) for files in (maker.files, files_of(identify(model_name))))
+    identity = identify(model_name)
+    recorded = (maker.files, files_of(identity), files_of(identity, with_place=True))
+    then, now, before = (tuple(dict.fromkeys(files)) for files in recorded)
     if one_sided(model_name):
-        then, now = then[-1:], now[-1:]
-    return len(then) == len(now) and None not in (*then, *now) and then != now
+        then, now, before = then[-1:], now[-1:], before[-1:]
+    return len(then) == len(now) and None not in (*then, *now) and then not in (now, before)
 
 
 def say_changed_files(maker: Maker, model_name: str, where: str, on_changed_vectors: OnChangedVectors) -> None:
