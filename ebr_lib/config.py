@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
@@ -23,7 +24,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 MoreThanZero = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
-Places = Name | tuple[Name, ...]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A file, a folder or a model; `~` is the home folder, which a shell puts in only for some ways to write a flag."""
+Places = Place | tuple[Place, ...]
 Length = Annotated[int, Field(ge=8, le=32768)]
 
 # what the knobs do that several stages have
@@ -65,7 +68,7 @@ class FinetuneConfig(Config):
     """Stage 1, `train_sentence_transformer`: LoRA fine-tuning on pairs or triplets."""
 
     # model and data
-    model_name: Name = knob(
+    model_name: Place = knob(
         "all-MiniLM-L6-v2",
         "Base model: the packaged all-MiniLM-L6-v2, a local folder, or a hub name.",
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
@@ -85,7 +88,7 @@ class FinetuneConfig(Config):
         "sides.",
         "验证数据，格式相同；为 null 时从训练数据中划出 `eval_ratio`，同一文本不会出现在两边。",
     )
-    output_dir: Name = knob(
+    output_dir: Place = knob(
         "./saved_model",
         "Folder under which `<model>-peft-lora/` is saved.",
         "输出目录，模型保存为其中的 `<模型名>-peft-lora/`。",
@@ -328,7 +331,7 @@ class FinetuneConfig(Config):
 class InferenceConfig(Config):
     """Stage 2, `run_batch_inference`: encode a catalogue of Hive text."""
 
-    model_name: Name = knob(
+    model_name: Place = knob(
         "all-MiniLM-L6-v2",
         "Model: a fine-tuned folder (`./saved_model/…-peft-lora`), the packaged name, a local folder or a hub name.",
         "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置名称、本地目录或 Hub 名称。",
@@ -337,7 +340,7 @@ class InferenceConfig(Config):
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     # input
-    data_path: Name = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
+    data_path: Place = knob("./infer_data", "A file or a folder of delimited text.", "分隔文本文件，或装有它们的目录。")
     file_patterns: tuple[Name, ...] = knob(
         ["*.csv", "*.csv.gz", "*.csv.bz2", "*.csv.zst", "*.tsv", "*.parquet", "*.orc", "part-[0-9]*", "0*_[0-9]*"],
         "Which files of a folder are read; `0*_[0-9]*` are Hive's own parts (`000000_0_copy_1`, `000002_1000`). "
@@ -387,7 +390,7 @@ class InferenceConfig(Config):
         "无法读取或写出的行超过该比例时报错，原有输出保持不变；因文本为空而跳过的行不计。",
     )
     # output
-    output_path: Name = knob(
+    output_path: Place = knob(
         "./faiss/embeds_2.txt",
         "The embedding file to write; .parquet and .npy by their ending, text otherwise.",
         "输出的向量文件；按后缀写 .parquet、.npy，其余为文本。",
@@ -514,8 +517,8 @@ def escape_byte(text: str | None) -> bytes | None:
 class VisConfig(Config):
     """Stage 3, `visualize_embeddings`: draw an embedding file and measure its clusters."""
 
-    embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to read.", "要读取的向量文件。")
-    output_path: Name = knob(
+    embedding_path: Place = knob("./faiss/embeds_2.txt", "The embedding file to read.", "要读取的向量文件。")
+    output_path: Place = knob(
         "./embedding_scatter.png", "The picture to write: .png, .svg or .pdf.", "输出的图片：.png、.svg 或 .pdf。"
     )
     # what is drawn
@@ -527,7 +530,7 @@ class VisConfig(Config):
         "Column whose text the explorer and the tables show; null takes `description`, else the first other column.",
         "交互页面和表格中展示的文本列；null 取 `description`，没有则取第一个其他列。",
     )
-    chinese_fonts: tuple[Name, ...] = knob(
+    chinese_fonts: tuple[Place, ...] = knob(
         [
             "Noto Sans CJK SC",
             "Source Han Sans SC",
@@ -581,7 +584,7 @@ class VisConfig(Config):
         "k-means 的聚类数；null 取标签个数，没有标签时取轮廓系数最好的数目。",
     )
     # before and after
-    compare_path: str | None = knob(
+    compare_path: Place | None = knob(
         None,
         "Embedding file of the same items from before, such as the base model's: draws and measures before and after.",
         "同一批数据之前的向量文件（如基座模型）：绘制并比较前后变化。",
@@ -606,7 +609,7 @@ class EvalConfig(Config):
     """Extension, `evaluate_retrieval`: did retrieval get better?"""
 
     # what is measured
-    models: tuple[Name, ...] = knob(
+    models: tuple[Place, ...] = knob(
         ["all-MiniLM-L6-v2"],
         "Models to measure side by side: fine-tuned folders, local folders, hub names; the first is what the others are compared with.",
         "并排评估的模型（微调目录、本地目录或 Hub 名称）；第一个为对照基线。",
@@ -617,22 +620,22 @@ class EvalConfig(Config):
         "同时评估 BM25（向量模型至少应超过它）；中文用 jieba 分词。",
     )
     # data
-    data_path: Name | None = knob(
+    data_path: Place | None = knob(
         "./saved_model/all-MiniLM-L6-v2-peft-lora",
         "A fine-tuned model's folder (its held-out split), a BEIR folder, or a file of queries with a `positive` column.",
         "微调模型目录（使用其留出集）、BEIR 目录，或带 `positive` 列的查询文件。",
     )
-    queries_path: Name | None = knob(
+    queries_path: Place | None = knob(
         None,
         "File of queries (JSON, CSV, TSV, \\001 or Parquet), instead of `data_path`.",
         "查询文件（JSON、CSV、TSV、\\001 分隔或 Parquet），代替 `data_path`。",
     )
-    corpus_path: Name | None = knob(
+    corpus_path: Place | None = knob(
         None,
         "File of documents, or an embedding file of the inference stage, whose vectors are used for the model that made them.",
         "文档文件，或推理阶段的向量文件（向量只用于生成它的模型）。",
     )
-    qrels_path: Name | None = knob(
+    qrels_path: Place | None = knob(
         None,
         "Judgements: `query document grade` per line, as BEIR or TREC write them, or JSON, CSV or Parquet with the "
         "columns query-id, corpus-id and score.",
@@ -692,7 +695,7 @@ class EvalConfig(Config):
     )
     examples: Count = knob(10, "Queries to show that were won most, and lost most.", "展示提升最多与下降最多的查询数。")
     seed: Seed = knob(42, "Seed of interval and test.", "区间与检验的随机种子。")
-    output_dir: Name = knob(
+    output_dir: Place = knob(
         "./evaluation",
         "Folder for report.html, report.json, and the runs and judgements in TREC format.",
         "输出目录：report.html、report.json 以及 TREC 格式的排序结果与标注。",
@@ -713,8 +716,8 @@ class EvalConfig(Config):
 class IndexConfig(Config):
     """Extension, `build_faiss_index`: an index over an embedding file, measured."""
 
-    embedding_path: Name = knob("./faiss/embeds_2.txt", "The embedding file to index.", "要建索引的向量文件。")
-    output_dir: Name = knob(
+    embedding_path: Place = knob("./faiss/embeds_2.txt", "The embedding file to index.", "要建索引的向量文件。")
+    output_dir: Place = knob(
         "./faiss/index",
         "Folder of the index, its columns, its manifest and the curve.",
         "索引目录：索引、保留列、清单与召回曲线图。",
@@ -740,13 +743,13 @@ class IndexConfig(Config):
         "HNSW 建图的搜索宽度，越大越慢、越准。",
     )
     # measuring
-    queries_path: Name | None = knob(
+    queries_path: Place | None = knob(
         None,
         "File of real queries to measure with; null takes vectors of the index and leaves themselves out.",
         "用于测量的真实查询文件；null 使用索引内的向量（排除其自身）。",
     )
     query_column: Name | None = knob(None, *QUERY_COLUMN)
-    model_name: Name | None = knob(
+    model_name: Place | None = knob(
         None,
         "Model that encodes the queries; null takes the one that the embedding file's manifest names.",
         "编码查询的模型；null 使用向量文件清单中的模型。",
@@ -769,7 +772,7 @@ class SearchConfig(Config):
     """`search`: find the rows of an index that are nearest to a query."""
 
     query: Name = knob("warm blanket", "What to look for.", "查询文本。")
-    index_dir: Name = knob("./faiss/index", "Folder of the index.", "索引目录。")
+    index_dir: Place = knob("./faiss/index", "Folder of the index.", "索引目录。")
     k: Positive = knob(10, "How many rows to show.", "返回条数。")
     where: tuple[Name, ...] = knob(
         [],
@@ -777,7 +780,7 @@ class SearchConfig(Config):
         "按保留列过滤，写作 `列=值`，空值（null）写作 `列=\\N`；同一列的多个值为“或”。",
         split=False,
     )
-    model_name: Name | None = knob(
+    model_name: Place | None = knob(
         None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)

@@ -294,8 +294,7 @@ def _write(
         new.write_text(report.html(), encoding="utf-8")
     seconds = {name: round(c.seconds, 3) for name, c in contenders.items()}
     write_json(folder / JSON_FILE, {"config": config.to_dict(), "seconds": seconds} | asdict(report))
-    with written_whole(folder / CONFIG_FILE) as new:
-        config.save(new)
+    config.save(folder / CONFIG_FILE)
     _write_lines(folder / QRELS_FILE, _qrel_lines(task))
     runs = _run_files(folder, contenders)
     for name, path in runs.items():

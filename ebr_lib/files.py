@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebr_lib.errors import ConfigError
+from ebr_lib.errors import ConfigError, DataError, UserError
 
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?:(?P<machine>[^.]*)-)?(?P<process>\d+)\.(?P<kind>new|old)")
 """What `written_whole` writes beside a place, and where it puts a folder that it replaces."""
 DAY = 86_400.0
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+FULL_ELSEWHERE = ("disk is full", "PytorchStreamWriter failed writing")  # SQLite; torch
 
 
 @contextlib.contextmanager
@@ -35,6 +38,36 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _move_in(beside, path)
 
 
+def full_disk(error: BaseException | None) -> str | None:
+    """What an error, or one that it came from, says of a full disk, in a few words; None where it says nothing of it.
+
+    By its text: Faiss, safetensors, SQLite and torch raise errors of their own classes, without a number.
+    """
+    while error is not None:
+        if said := next((text for text in (*FULL, *FULL_ELSEWHERE) if text in str(error)), None):
+            return said
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def named_when_full(place: Path) -> Iterator[None]:
+    """Turn what a full disk raises into a sentence with the place that is written to.
+
+    :raises DataError: there is no room left.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own class
+        if (said := full_disk(error)) is None:
+            raise
+        raise DataError(
+            f"{place}: the disk is full ({said}); what was there before stays. Make room and run the same call again"
+        ) from error
+
+
 @contextlib.contextmanager
 def room_beside(path: Path) -> Iterator[Path]:
     """Yield a free path beside `path` to work at. Nothing stays there afterwards; what killed processes left goes
@@ -44,7 +77,8 @@ def room_beside(path: Path) -> Iterator[Path]:
     beside = _beside(path, "new")
     _remove(beside)
     try:
-        yield beside
+        with named_when_full(path):
+            yield beside
     finally:
         _remove(beside)
 

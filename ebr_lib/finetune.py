@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import FinetuneConfig
 from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
-from ebr_lib.files import check_apart, make_folder, write_json, written_whole
+from ebr_lib.files import check_apart, make_folder, named_when_full, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.model.processes import from_first_process, is_first_process, training_device, world_size
@@ -700,7 +700,7 @@ def _train(config: FinetuneConfig, data: _Data, trainer: EbrTrainer, measuring: 
     # one process tidies up, all go on from the same place
     checkpoint = from_first_process(_last_checkpoint(config, data) if is_first_process() else None)
     start = time.perf_counter()
-    with fast_training(trainer.model):
+    with fast_training(trainer.model), named_when_full(_place(config, CHECKPOINTS_SUFFIX)):
         _preflight(trainer, measuring)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -101,7 +101,7 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     started = time.perf_counter()
     config = InferenceConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
-    output = followed(Path(config.output_path).expanduser())
+    output = followed(Path(config.output_path))
     check_apart([output, manifest_path(output), _config_path(output), rejects_path(output)], [config.presets])
     check = check_output_folder if config.engine == "ray" else check_output_file
     check(output)
@@ -385,7 +385,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         layout=layout,
         text_column=config.description_column,
         kept=tuple(settings["output_columns"]),
-        output=followed(Path(config.output_path).expanduser()),
+        output=followed(Path(config.output_path)),
         settings=settings,
         inputs=_hashed(sources),
         on_empty_text=config.on_empty_text,

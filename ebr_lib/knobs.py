@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ebr_lib.errors import ConfigError, MissingError
+from ebr_lib.files import written_whole
 
 PRESET_KEY = "preset"
 
@@ -96,14 +97,14 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def _field_errors(config_class: type[Config], name: str, value: Any) -> list[str]:
+def _validated(config_class: type[Config], name: str, value: Any) -> tuple[Any, list[str]]:
+    """A knob's value as its type makes it, and what is wrong with it."""
     try:
-        _adapter(config_class, name).validate_python(value)  # type: ignore[arg-type] # a class is hashable
+        return _adapter(config_class, name).validate_python(value), []  # type: ignore[arg-type] # a class is hashable
     except ValidationError as error:
-        # a union reports every branch it tried; one line a knob is enough for a person
+        # a union reports every branch it tried; one line per knob is enough for a person
         reasons = dict.fromkeys(_PYDANTIC_LEAD.sub("", e["msg"]) for e in error.errors())
-        return [f"{name}: {value!r} is not allowed; wanted {' or '.join(reasons)}"]
-    return []
+        return value, [f"{name}: {value!r} is not allowed; wanted {' or '.join(reasons)}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,10 @@ class Config:
     def __post_init__(self) -> None:
         errors = []
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
-            errors += _field_errors(type(self), field.name, getattr(self, field.name))
+            given = _frozen(getattr(self, field.name))
+            value, wrong = _validated(type(self), field.name, given)
+            object.__setattr__(self, field.name, given if given == value else value)  # 1 epoch stays 1, is not 1.0
+            errors += wrong
         errors = errors or list(self.conflicts())
         if errors:
             raise ConfigError(_listed(type(self), errors))
@@ -159,7 +162,7 @@ class Config:
         if not errors:
             return cls(**known)
         for name, value in known.items():
-            errors += _field_errors(cls, name, _frozen(value))
+            errors += _validated(cls, name, _frozen(value))[1]
         raise ConfigError(_listed(cls, errors))
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,9 +170,10 @@ class Config:
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write every knob as YAML; the file is itself a preset that repeats the run."""
+        """Write every knob as YAML, whole or not at all; the file is itself a preset that repeats the run."""
         text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        with written_whole(path) as new:
+            new.write_text(text, encoding="utf-8")
 
     def _repr_html_(self) -> str:
         from ebr_lib.tables import Table

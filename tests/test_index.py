@@ -17,6 +17,7 @@ from ebr_lib.index import add_rows, build_faiss_index, delete_rows, search
 from ebr_lib.model.loading import identify
 from ebr_lib.model.recipe import EncoderRecipe
 from ebr_lib.retrieval.faiss_index import open_index
+from ebr_lib.retrieval.index_store import BUILDING, index_stamp
 
 TEXTS = ["red running shoes", "透明手机壳", "steel frying pan", "warm wool blanket", "南瓜的家常做法", "洗发水"]
 KINDS = ["shoes", "phone", "kitchen", "home", "kitchen", "bath"]
@@ -315,6 +316,24 @@ def test_a_failed_build_loses_nothing(folder, tmp_path):
         build_faiss_index(config | {"id_column": "sku"})
     assert (folder / "index.faiss").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_full_disk_names_the_folder_and_loses_nothing(folder, tiny_bert, tmp_path, monkeypatch):
+    before = index_stamp(folder)
+    more = embedding_file(tmp_path / "more.txt", tiny_bert, first=6)
+
+    def full(index, place):
+        Path(place).write_bytes(b"half")
+        raise RuntimeError(f"write error in {place}: 4 != 776 (No space left on device)")
+
+    monkeypatch.setattr("faiss.write_index", full)
+    for change in (
+        lambda: add_rows(folder, more),
+        lambda: build_faiss_index({"embedding_path": str(more), "output_dir": str(folder)}),
+    ):
+        with pytest.raises(DataError, match=r"index: the disk is full \(No space left on device\); what was there"):
+            change()
+        assert index_stamp(folder) == before and not (folder / BUILDING).exists()
 
 
 def test_no_folder_with_other_files_is_replaced(embeds, tmp_path):

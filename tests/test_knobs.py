@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from ebr_lib.cli import main, main_finetune
+from ebr_lib.cli import STAGES, main, main_finetune
 from ebr_lib.config import FinetuneConfig, InferenceConfig, SearchConfig, check_configs
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, from_flags, knob, knob_table, read_yaml, with_tables
@@ -56,7 +56,7 @@ def test_a_seed_is_one_that_every_library_takes():
 
 
 def test_an_int_is_a_float():
-    assert Small.resolve({"rate": 1}).rate == 1
+    assert Small.resolve({"rate": 1}).to_dict()["rate"].__repr__() == "1"
 
 
 def test_yaml_reads_scientific_notation():
@@ -131,6 +131,20 @@ def test_a_place_is_one_or_several():
     assert FinetuneConfig.resolve({"data_path": ["a", "b"]}).to_dict()["data_path"] == ["a", "b"]
     with pytest.raises(ConfigError, match="data_path: 3 is not allowed"):
         FinetuneConfig.resolve({"data_path": 3})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_home_folder_may_be_a_tilde_in_every_place(stage, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    kind = STAGES[stage].config
+    places = [f.name for f in dataclasses.fields(kind) if re.search("_(path|dir)$|model_name|^models$", f.name)]
+    assert len(places) > 2
+    for name in places:
+        given = ["~/a.png", "b"] if name == "models" else "~/a.png"
+        value = getattr(kind.resolve({name: given}), name)
+        assert value == (("/home/me/a.png", "b") if name == "models" else "/home/me/a.png")
+    assert InferenceConfig.resolve({"delimiter": "~"}).delimiter == "~"
 
 
 def test_conflicts_are_found_when_each_value_alone_is_right():

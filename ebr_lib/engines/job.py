@@ -8,7 +8,6 @@ the last state and makes the same windows again, hence the same batches, hence t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import sqlite3
@@ -40,6 +39,7 @@ from ebr_lib.data.vectors import (
 )
 from ebr_lib.engines.store import STATE_FILE, Store, digest_of
 from ebr_lib.errors import DataError, NotFiniteError
+from ebr_lib.files import full_disk
 from ebr_lib.logs import logger
 from ebr_lib.tables import shortened
 
@@ -233,11 +233,10 @@ def told_when_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "is full" in str(error)
-        if not full:
+        if (said := full_disk(error)) is None:
             raise
         raise DataError(
-            f"{folder}: the disk is full ({error}); the rows written so far are whole and stay there. "
+            f"{folder}: the disk is full ({said}); the rows written so far are whole and stay there. "
             "Make room and run the same call again: it continues"
         ) from error
 

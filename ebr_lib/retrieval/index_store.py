@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ebr_lib.errors import ConfigError
-from ebr_lib.files import make_folder
+from ebr_lib.files import make_folder, named_when_full
 from ebr_lib.logs import logger
 
 INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
@@ -31,6 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     The system releases the lock of a process that ends, however it ends.
 
     :raises ConfigError: the folder cannot be written to, or another process holds it for `WAIT_SECONDS`.
+    :raises DataError: the disk is full.
     """
     import filelock
 
@@ -51,7 +52,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         make_folder(folder)  # whoever held it may have removed a folder that came to nothing
         settle(folder)
-        yield
+        with named_when_full(folder):
+            yield
     finally:
         if is_new and [place.name for place in folder.iterdir()] == [LOCK]:
             shutil.rmtree(folder, ignore_errors=True)  # Windows keeps a file that is open
