@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
+from ebr_lib.arrays import Vectors, broken_alone, not_finite
 from ebr_lib.data.hive import EMPTY_LINE, Layout, Position, Row, Source, Value, raw_of, read_rows
 from ebr_lib.data.vectors import (
     DELIMITER,
@@ -658,15 +658,13 @@ def _check_finite(window: Window, vectors: Vectors, encoder: TextEncoder) -> Non
     wrong = not_finite(vectors).tolist()
     if not wrong:
         return
-    alone = [i for i in wrong[:LOOKED_AT] if len(not_finite(_vector_of(window.texts[i], encoder)))]
+    found, count = broken_alone(wrong, lambda i: len(not_finite(_vector_of(window.texts[i], encoder))) > 0)
     named = "; ".join(
-        f"{name}, line {line} ({shortened(window.texts[i], 60)!r})"
-        for i in (alone or wrong)[:3]
-        for name, line in [window.origins[i]]
+        f"{name}, line {line} ({shortened(window.texts[i], 60)!r})" for i in found for name, line in [window.origins[i]]
     )
     raise NotFiniteError(
-        f"the model gives vectors that are not finite (NaN) for {len(wrong)} texts, the first in {named}; set "
-        "precision to float32 and restart: true, or check the model's weights, such as the embeddings of their tokens"
+        f"the model gives vectors that are not finite (NaN) for {count} texts, the first in {named}; set precision "
+        "to float32 and restart: true, or check the model's weights, such as the embeddings of their tokens"
     )
 
 

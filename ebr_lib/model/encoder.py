@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ebr_lib.arrays import LOOKED_AT, Vectors, not_finite
+from ebr_lib.arrays import Vectors, broken_alone, not_finite
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character
 from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.logs import logger
@@ -197,11 +197,13 @@ class Encoder:
     def _said_of(self, wrong: Sequence[str], total: int) -> str:
         """An error message that names texts whose vectors are not finite, also when they are encoded alone: texts that
         share a row with them lose theirs too."""
-        alone = [text for text in wrong[:LOOKED_AT] if len(not_finite(self.embed(self.tokenize([text]))))]
-        named = ", ".join(repr(shortened(text, 60)) for text in (alone or wrong)[:3])
+        found, count = broken_alone(
+            range(len(wrong)), lambda i: len(not_finite(self.embed(self.tokenize([wrong[i]])))) > 0
+        )
+        named = ", ".join(repr(shortened(wrong[i], 60)) for i in found)
         advice = "" if self.precision == "float32" else f"set precision to float32 (it is {self.precision}), or "
         return (
-            f"the model gives vectors that are not finite (NaN) for {len(wrong)} of {total} texts, such as {named}; "
+            f"the model gives vectors that are not finite (NaN) for {count} of {total} texts, such as {named}; "
             f"{advice}check the model's weights, such as the embeddings of these texts' tokens"
         )
 
