@@ -191,19 +191,27 @@ def test_a_list_of_rows_that_is_there_twice_is_an_error(tmp_path):
 @pytest.mark.parametrize(("packed", "chunk"), [(False, 40), (True, 40), (False, 1 << 20)])
 @pytest.mark.parametrize("before", [0, 1, 500])
 @pytest.mark.parametrize(
-    "broken", ['{"anchor": "a" "positive": "b"}', '{"anchor": "a", positive: "b"}', "{'a': 1}", "x"]
+    "broken",
+    [
+        '{"anchor": "a" "positive": "b"}',
+        '{"anchor": "a", positive: "b"}',
+        '{"anchor": "a", "positive":}',
+        "{'a': 1}",
+        "x",
+    ],
 )
 def test_a_broken_array_names_the_line_of_the_file(tmp_path, monkeypatch, packed, chunk, before, broken):  # noqa: PLR0917
     """Rows of three lines; the decoder's own line, which counts from the chunk's beginning, is not in the message."""
     monkeypatch.setattr(records, "_CHUNK", chunk)
     row = '{"anchor": "a",\n\n"positive": "b"},\n'
-    text = ("[\n" + row * before + broken + ",\n" + row * 5).encode()
     file = tmp_path / "a.json"
-    file.write_bytes(gzip.compress(text) if packed else text)
-    with pytest.raises(DataError) as error:
-        read_pairs(file)
-    assert f"line {2 + 3 * before}: the JSON is broken there" in str(error.value)
-    assert str(error.value).count("line ") == 1
+    for after in (",\n" + row * 5, "\n\n\n]\n", "]"):
+        text = ("[\n" + row * before + broken + after).encode()
+        file.write_bytes(gzip.compress(text) if packed else text)
+        with pytest.raises(DataError) as error:
+            read_pairs(file)
+        assert f"line {2 + 3 * before}: the JSON is broken there" in str(error.value)
+        assert str(error.value).count("line ") == 1
 
 
 def test_each_line_an_array_is_named(tmp_path):

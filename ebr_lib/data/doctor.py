@@ -346,7 +346,7 @@ def _contradictions(report: DoctorReport) -> str | None:
         f"{report.positives_as_negatives:,} 个负样本同时是该 anchor 的正样本；"
         "mask_known_positives 会屏蔽它们，但最好修正数据。 "
         f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives takes "
-        "them out of the loss, but mend the data."
+        "them out of the loss, but correct the data."
     )
 
 
@@ -424,7 +424,7 @@ def _popular_documents(report: DoctorReport) -> str | None:
 
 
 def _few_documents(report: DoctorReport) -> str | None:
-    if report.documents >= report.batch_size:
+    if report.documents >= report.batch_size or _masked_away(report):
         return None
     return (
         f"不同文档只有 {report.documents} 个，少于批大小 {report.batch_size}：更大的批不会带来更多负例。 "

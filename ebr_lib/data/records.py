@@ -279,7 +279,8 @@ class _Window:
             raise DataError(
                 f"{self.file}, after line {self.line}: not UTF-8 ({error.reason}); {UTF8_ADVICE}"
             ) from error
-        self._text, self._at = self._text[self._at :] + chunk, 0
+        if chunk:  # at the end of the file all stays, for the place of an error is counted in it
+            self._text, self._at = self._text[self._at :] + chunk, 0
         return bool(chunk)
 
     def _step(self, end: int) -> str:
