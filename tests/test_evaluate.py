@@ -550,6 +550,27 @@ def test_folders_of_parquet_parts(beir, judged):
         task_of(beir, qrels=place.with_name(place.name.replace("00001-", "00000-")))
 
 
+@pytest.mark.parametrize("ending", ["txt", "parquet", "npy"])
+def test_a_folder_of_parts_is_a_corpus_of_texts_or_of_vectors(beir, tmp_path, caplog, ending):
+    import pandas
+
+    texts, vectors = tmp_path / "texts", tmp_path / "vectors"
+    texts.mkdir(), vectors.mkdir()
+    (texts / "_SUCCESS").touch()
+    frame = pandas.read_json(beir / "corpus.jsonl", lines=True)
+    for i in range(2):
+        part = frame[i::2]
+        part.to_parquet(texts / f"part-0000{i}-c000.snappy.parquet")
+        columns = {name: part[name].tolist() for name in ("_id", "text")}
+        write_embeddings(vectors / f"part-0000{i}.{ending}", columns, np.ones((len(part), 4), np.float32))
+    with caplog.at_level("INFO", "ebr_lib"):
+        of_texts = task_of(beir, corpus=texts)
+    assert caplog.text.count("_SUCCESS") == 1
+    of_vectors = task_of(beir, corpus=vectors)
+    assert of_texts.corpus.vectors is None and of_vectors.corpus.vectors == vectors
+    assert of_texts.query_ids == of_vectors.query_ids == ["q0", "q1", "q2"]
+
+
 def test_rows_within_an_object_are_read_as_in_training(tmp_path):
     (tmp_path / "q.json").write_text('{"data": [{"query": "red shoe", "positive": ["crimson shoe"]}]}')
     assert task_of(tmp_path / "q.json").queries == ["red shoe"]

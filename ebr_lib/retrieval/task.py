@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.columnar import read_columns, read_schema
 from ebr_lib.data.containers import COLUMNAR, kind_of, opened
 from ebr_lib.data.doctor import language_of
-from ebr_lib.data.finder import find_files
+from ebr_lib.data.finder import FoundFiles, find_files
 from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, normalised, text_keys
@@ -404,11 +404,8 @@ def read_records(path: Path) -> list[Record]:
 def _parts(path: Path) -> list[Path]:
     """The files of a table: those of a folder, all parts where the file is one of several, else the file alone."""
     if path.is_dir():
-        patterns = [f"*{ending}{packed}" for ending in JUDGEMENTS for packed in COMPRESSED]
-        found = find_files(path, patterns, "evaluation data")
+        found = _tables_in(path)
         found.log()
-        if not found.files:
-            raise MissingError(f"{path}: wanted a table ({', '.join(TABLES)}) in the folder, found none")
         return found.files
     if (part := PART.fullmatch(path.name)) is None:
         parts = [path]
@@ -418,6 +415,14 @@ def _parts(path: Path) -> list[Path]:
     if missing := [file for file in parts if not file.is_file()]:
         raise MissingError(f"{missing[0]}: there is no such file")
     return parts
+
+
+def _tables_in(folder: Path) -> FoundFiles:
+    patterns = [f"*{ending}{packed}" for ending in JUDGEMENTS for packed in COMPRESSED]
+    found = find_files(folder, patterns, "evaluation data")
+    if not found.files:
+        raise MissingError(f"{folder}: wanted a table ({', '.join(TABLES)}) in the folder, found none")
+    return found
 
 
 def _records_of_file(path: Path) -> list[Record]:
@@ -701,7 +706,7 @@ def _holds_vectors(path: Path) -> bool:
         return True
     if path.is_dir():
         vectors = manifest is not None or any(ending_of(file) == NPY for file in path.iterdir())
-        return vectors or _holds_vectors(_parts(path)[0])
+        return vectors or _holds_vectors(_tables_in(path).files[0])
     if (kind := _kind_of(path)) in COLUMNAR:
         return VECTOR in read_schema(path, kind)[0].names
     with opened(path) as file:
