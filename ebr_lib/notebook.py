@@ -33,6 +33,15 @@ from ebr_lib.knobs import read_yaml
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 LIBRARY = Path(__file__).parent.parent
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text (quotes make it one: 'NAME=\"3\"')",
+    list: "a list ([a, b])",
+    dict: "knobs (NAME.knob=value)",
+}
+"""The types of parameters, for people."""
 
 
 class NotebookError(RuntimeError):
@@ -235,7 +244,7 @@ def _wrong(name: str, value: Any, known: Mapping[str, Any]) -> str | None:
     """What is wrong with a parameter, if anything: its name, or a type other than that of the cell's own value."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = f"; did you mean {near[0]}?" if near else "."
         return f"{name}: the parameters cell does not set it{meant} It sets {', '.join(sorted(known))}"
     held = known[name]
     if isinstance(held, float):
@@ -244,7 +253,7 @@ def _wrong(name: str, value: Any, known: Mapping[str, Any]) -> str | None:
         fits = held is None or type(value) is type(held)
     if fits:
         return None
-    wanted = "true or false" if isinstance(held, bool) else f"a {type(held).__name__}"
+    wanted = KINDS.get(type(held), type(held).__name__)
     return f"{name}: {value!r}; wanted {wanted}, as in the notebook"
 
 

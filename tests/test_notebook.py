@@ -41,11 +41,12 @@ def test_parameters_are_injected_behind_their_cell_and_replaced():
         ({"RUN": "flase"}, "RUN: 'flase'; wanted true or false"),
         ({"RUN": 1}, "RUN: 1; wanted true or false"),
         ({"RUN": None}, "RUN: None; wanted true or false"),
-        ({"A": 5}, "A: 5; wanted a dict"),
+        ({"A": 5}, r"A: 5; wanted knobs \(NAME\.knob=value\)"),
+        ({"zzz": 5}, r"zzz: the parameters cell does not set it\. It sets A, MODEL"),
         ({"RUN": {"x": 1}}, r"RUN: {'x': 1}; wanted true or false"),
-        ({"RATE": "fast"}, "RATE: 'fast'; wanted a float"),
-        ({"RATE": True}, "RATE: True; wanted a float"),
-        ({"MODEL": 3}, "MODEL: 3; wanted a str"),
+        ({"RATE": "fast"}, "RATE: 'fast'; wanted a number"),
+        ({"RATE": True}, "RATE: True; wanted a number"),
+        ({"MODEL": 3}, "MODEL: 3; wanted a text .quotes"),
     ],
 )
 def test_a_parameter_is_known_and_of_the_notebook_s_type(given, said):
