@@ -36,9 +36,9 @@ REMOTE_CODE = (
     "模型自带代码时：true 执行该代码（请先阅读）；ignore 改用库自带的类（仅当模型说明如此要求）；false 拒绝加载这样的模型。",
 )
 LABEL_COLUMN = (
-    "Column of the training data that says whether a row is a positive pair: 1 is one, 0 is not. null takes columns named "
+    "Column of pairs that says whether a row is a positive pair: 1 is one, 0 is not. null takes columns named "
     "so (`label`, `score`, `is_duplicate` …); none: no column says it.",
-    "训练数据中标明该行是否为正例的列：1 为正例，0 不是。null 按列名识别（`label`、`score`、`is_duplicate` 等）；none 表示没有这样的列。",
+    "成对数据中标明该行是否为正例的列：1 为正例，0 不是。null 按列名识别（`label`、`score`、`is_duplicate` 等）；none 表示没有这样的列。",
 )
 BASE_PATH = (
     "Where the base of a fine-tuned folder is now, if it was moved: a folder or a list of them. The base is known by the "

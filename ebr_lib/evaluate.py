@@ -131,7 +131,7 @@ def _said(facts: Mapping[str, Any]) -> str:
 def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
     """The task, and what of it training has had, where the training data is given."""
     sources = find_sources(config.data_path, config.queries_path, config.corpus_path, config.qrels_path)
-    columns = Columns(config.query_column, config.corpus_column, config.id_column)
+    columns = Columns(config.query_column, config.corpus_column, config.id_column, config.label_column)
     if config.train_data_path is None:
         return read_task(sources, columns, config.slice_columns, set(), config.leave_out_own), {}
     pairs = read_pairs(config.train_data_path, on_bad_row="skip", label_column=config.label_column)

@@ -762,6 +762,20 @@ def test_contenders_that_cannot_be_measured_are_told_before_any_is_ranked(beir, 
         evaluate_retrieval(config | {"corpus_path": str(place), "output_dir": str(tmp_path / "o")})
 
 
+def test_a_label_of_no_is_never_an_answer(tmp_path, caplog):
+    corpus, queries = tmp_path / "corpus.jsonl", tmp_path / "q.jsonl"
+    corpus.write_text("".join(json.dumps({"_id": f"d{i}", "text": f"doc {i}"}) + "\n" for i in range(4)))
+    rows = [{"query": f"ask {i}", "positive": f"doc {i}", "label": i % 2} for i in range(4)]
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_of(None, queries, corpus)
+    assert (task.queries, task.relevant) == (["ask 1", "ask 3"], [{1: 1}, {3: 1}])
+    assert "rows whose label says no are no answers: 2 of" in caplog.text
+    assert len(task_of(None, queries, corpus, columns=Columns(label="none")).queries) == 4
+    queries.write_text(json.dumps(rows[1] | {"label": 0.7}))
+    with pytest.raises(DataError, match=r"q.jsonl: row 1: `label` is 0.7, neither yes .*set label_column: none"):
+        task_of(None, queries, corpus)
+
+
 def test_models_that_do_not_load_are_told_before_any_is_ranked(beir, tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr("ebr_lib.evaluate.rank_with_model", lambda *_: pytest.fail("ranked"))
     other = tmp_path / "empty"

@@ -369,6 +369,21 @@ def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
     return columns
 
 
+def is_positive_pair(row: Mapping[str, Any], positives: int, label_column: str | None) -> bool:
+    """Whether the labels of a row, as `read_pairs` knows them, call all of its positives positive.
+
+    :raises DataError: a label is neither a yes nor a no.
+    """
+    try:
+        for column in _Reading(label_column).labels_of(row):
+            _check_label(column, row.get(column), positives, 0)
+    except BadRowError:
+        return False
+    except _DegreeError as reason:
+        raise DataError(str(reason)) from None
+    return True
+
+
 def _check_label(column: str, label: Any, positives: int, negatives: int) -> None:
     """Make sure that a label calls the positives positive; it may be one, one a positive, or one a document.
 
@@ -401,7 +416,7 @@ def _says_yes(column: str, label: Any) -> bool:
     if isinstance(label, int | float | Decimal) and label in (1, 0, -1):
         return label == 1
     raise _DegreeError(
-        f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are trained on: keep the rows "
+        f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are used: keep the rows "
         f"that are positive, and leave the column `{column}` out of them; where it does not judge the pairs, set "
         "label_column: none"
     )

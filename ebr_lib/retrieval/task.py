@@ -25,7 +25,7 @@ from ebr_lib.data.doctor import language_of
 from ebr_lib.data.finder import FoundFiles, find_files
 from ebr_lib.data.hive import Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
-from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, normalised, text_keys
+from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, is_positive_pair, normalised, text_keys
 from ebr_lib.data.records import BadRowError, json_rows
 from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, MissingError, UserError
@@ -76,12 +76,14 @@ class Sources:
 class Columns:
     """Names of the columns to read; None takes the first of the usual names that is there.
 
-    `id` is that of the documents, and of the queries where their file has it too.
+    `id` is that of the documents, and of the queries where their file has it too. `label` says whether a query's answer
+    is one; "none" is no column.
     """
 
     query: str | None = None
     corpus: str | None = None
     id: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def read_task(
     texts = _query_texts(sources.queries, records, columns.query)
     for name in slice_columns:
         _need_column(sources.queries, records, name)
-    answers = None if sources.qrels else _answers(sources.queries, records)
+    answers = None if sources.qrels else _answers(sources.queries, records, columns.label)
     corpus = _read_corpus(sources.corpus, columns, texts, answers, trained)
     if sources.qrels:
         own_column = columns.id if columns.id in records[0] else None
@@ -783,14 +785,26 @@ def _without_vectors(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str
 # --- judgements ---------------------------------------------------------------------------------------------------
 
 
-def _answers(path: Path, records: Sequence[Record]) -> list[list[str]]:
+def _answers(path: Path, records: Sequence[Record], label_column: str | None) -> list[list[str]]:
+    """The texts that answer each query; none in rows whose label says that they do not."""
     column = next((name for name in ANSWERS if name in records[0]), None)
     if column is None:
         raise DataError(
             f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
             f"file given as qrels_path; found {', '.join(records[0])}"
         )
-    return [_texts_of(path, row, record.get(column)) for row, record in enumerate(records, 1)]
+    answers, refused = [], 0
+    for row, record in enumerate(records, 1):
+        texts = _texts_of(path, row, record.get(column))
+        try:
+            answer = not texts or is_positive_pair(record, len(texts), label_column)
+        except DataError as reason:
+            raise DataError(f"{path}: row {row}: {reason}") from None
+        refused += not answer
+        answers.append(texts if answer else [])
+    if refused:
+        logger.warning("标签为否的行不算答案 rows whose label says no are no answers: %d of %s", refused, path)
+    return answers
 
 
 def _texts_of(path: Path, row: int, value: Any) -> list[str]:
