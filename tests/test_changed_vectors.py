@@ -72,6 +72,21 @@ def turned(folder: Path, share: float) -> None:
     edit(folder / CONTRACT_FILE, probes=probes)
 
 
+def test_probes_of_an_older_contract_had_the_default_prompt_of_the_model(models):
+    folder = models / "adapter"
+    model = load_model(str(folder), device="cpu")
+    probes = {side: saving.probe_vectors(model, "passage: ") for side in ("query", "document")}
+    edit(folder / CONTRACT_FILE, probes=probes, number_type="")
+    edit(folder / "config_sentence_transformers.json", prompts={"passage": "passage: "})
+    with pytest.raises(ModelError, match=NOT_THOSE):
+        load_model(str(folder), device="cpu")
+    edit(folder / "config_sentence_transformers.json", default_prompt_name="passage")
+    assert load_model(str(folder), device="cpu").encode(["warm"]).shape == (1, 32)
+    edit(folder / CONTRACT_FILE, number_type="float32")
+    with pytest.raises(ModelError, match=NOT_THOSE):
+        load_model(str(folder), device="cpu")
+
+
 def test_rounding_in_float32_is_small_and_of_older_contracts_is_not_known(models):
     folder = models / "adapter"
     assert read_contract(folder).number_type == "float32"

@@ -165,6 +165,17 @@ def test_own_code_that_does_not_load_says_what_it_lacks(model, tmp_path):
         load_model(str(folder), trust_remote_code=True, device="cpu")
 
 
+def test_code_in_another_repository_that_is_not_here_is_named_as_that(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "referring")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "nobody/code--modeling.TinyKalmModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"read the \.py files of nobody/code, then set"):
+        load_model(str(folder), device="cpu")
+    with pytest.raises(ModelError, match="names the code of another repository: fetch that one too"):
+        load_model(str(folder), trust_remote_code=True, device="cpu")
+
+
 def test_a_model_in_a_folder_of_a_module_is_asked_for_its_code_too(model, tmp_path):
     """As older versions of sentence-transformers saved them; the library looks for the code at the root."""
     folder = shutil.copytree(model, tmp_path / "older")

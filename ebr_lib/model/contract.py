@@ -142,7 +142,7 @@ def check_probes(
     :raises ModelError: they differ by more than rounding, unless `on_changed_vectors` is "warn", which logs it.
     """
     sides = [side] if contract.adapter_side == "query" else [side, "document" if side == "query" else "query"]
-    distance = max(_distance(model, contract, each, loaded.name) for each in sides)
+    distance = max(_distance(model, contract, each, loaded) for each in sides)
     same_type = number_type(model) == contract.number_type
     allowed = ROUNDING[contract.number_type if same_type and contract.number_type in ROUNDING else "other"]
     shorter = _other_length(model, contract, side)
@@ -160,16 +160,28 @@ def check_probes(
     logger.warning("向量与保存时不同 %smatch these (on_changed_vectors: warn)", said)
 
 
-def _distance(model: SentenceTransformer, contract: Contract, side: str, name: str) -> float:
+def _distance(model: SentenceTransformer, contract: Contract, side: str, loaded: Loaded) -> float:
     """Largest distance of a probe's vector to the saved one, as a share of the saved one's length."""
     saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
     if not saved.size:
         return 0.0
-    now = np.asarray(probe_vectors(model, contract.prompts.get(side, "")), dtype=np.float64)
+    prompt = contract.prompts.get(side) or _default_prompt_of_then(contract, loaded.folder)
+    now = np.asarray(probe_vectors(model, prompt), dtype=np.float64)
     if now.shape != saved.shape:
-        raise ModelError(f"{name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
+        raise ModelError(
+            f"{loaded.name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}"
+        )
     lengths = np.maximum(np.linalg.norm(saved, axis=1), 1e-12)
     return float(np.nan_to_num(np.linalg.norm(now - saved, axis=1) / lengths, nan=np.inf).max())
+
+
+def _default_prompt_of_then(contract: Contract, folder: Path) -> str:
+    """What an older contract's probes of a side without a prompt were made with: the model's default prompt, which its
+    texts never had."""
+    if contract.number_type:
+        return ""
+    config = as_mapping(read_json(folder / "config_sentence_transformers.json"))
+    return as_mapping(config.get("prompts")).get(str(config.get("default_prompt_name"))) or ""
 
 
 def _other_length(model: SentenceTransformer, contract: Contract, side: str) -> list[str]:

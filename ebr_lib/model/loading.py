@@ -493,6 +493,8 @@ def _load_error(name: str, where: str, error: Exception, choice: Choice = False)
         remedy = "install what it asks for, or the transformers version that its card names"
         if "does not appear to have a file named" in reason:  # they are looked for at the root, not beside the weights
             remedy = "put its .py files beside its modules.json"
+        elif "connect" in reason:
+            remedy = "its auto_map names the code of another repository: fetch that one too, where there is a network"
         return ModelError(f"model {name}: its own code (trust_remote_code: true) fails to load it: {reason}; {remedy}")
     if "safetensors" in reason and not Path(where).is_dir():
         return pickle_error(name, "what the hub holds")
