@@ -364,8 +364,9 @@ class InferenceConfig(Config):
     quoting: Literal["auto", "none", "csv"] = knob(
         "auto",
         "Fields in quotes as in CSV (RFC 4180); auto reads them with commas, and with tabs and other signs in files named "
-        "`.csv` or `.tsv`; with \\001, and with `heal_rows`, a quote is a letter.",
-        "字段是否可带引号（CSV，RFC 4180）；auto：逗号分隔，以及名为 `.csv`、`.tsv` 的制表符等分隔文件按引号解析；"
+        "`.csv` or `.tsv` where all quotes of the first rows enclose fields; with \\001, and with `heal_rows`, a quote is "
+        "a letter.",
+        "字段是否可带引号（CSV，RFC 4180）；auto：逗号分隔，以及名为 `.csv`、`.tsv`、且前若干行引号均成对包住字段的制表符等分隔文件按引号解析；"
         "\\001 分隔或 `heal_rows` 时引号为普通字符。",
     )
     escaped_by: Name | None = knob(
@@ -385,9 +386,9 @@ class InferenceConfig(Config):
     )
     max_rejected_share: Share = knob(
         0.05,
-        "More rows than this share that cannot be read, or not written, are an error, and the output stays as it was; "
-        "rows skipped for an empty text do not count.",
-        "无法读取或写出的行超过该比例时报错，原有输出保持不变；因文本为空而跳过的行不计。",
+        "More rows than this share that cannot be read are an error, and the output stays as it was; large input is "
+        "sampled first. Rows skipped for an empty text do not count.",
+        "无法读取的行超过该比例时报错，原有输出保持不变；数据量大时先抽样检查。因文本为空而跳过的行不计。",
     )
     # output
     output_path: Place = knob(

@@ -144,6 +144,8 @@ def check_output_file(path: Path) -> None:
     make_folder(path.parent)
     if path.is_dir():
         raise ConfigError(f"output file {path} is a folder; give the name of a file, in it say")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"output file {path} is a device or a pipe, which a file would replace; give another place")
     make_folder(followed(path).parent)
 
 

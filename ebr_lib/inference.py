@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections import Counter
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.config import InferenceConfig, delimiter_byte, escape_byte
 from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of, partitions_of
-from ebr_lib.data.hive import EMPTY_LINE, Layout, Source, is_empty, need_columns, open_source, readable
+from ebr_lib.data.hive import EMPTY_LINE, Layout, Source, is_empty, need_columns, open_source, read_rows, readable
 from ebr_lib.data.vectors import VECTOR, ending_of, ids_path, is_plain, is_text, manifest_path, read_manifest
-from ebr_lib.engines.hints import likely_knobs, read_rejects
+from ebr_lib.engines.hints import HINT_ROWS, Reject, likely_knobs, read_rejects
 from ebr_lib.engines.job import (
     SKIPPED,
     Job,
@@ -55,6 +56,7 @@ COUNTS = (
     "healed",
     "empty",
     "line_breaks",
+    "altered",
     "encoded",
     "duplicates",
     "uncounted",
@@ -63,6 +65,8 @@ COUNTS = (
     "tokens_lost",
     "slots",
 )
+AS_THEY_ARE = "write Parquet (output_path ….parquet), or leave the column out of output_columns"
+SAMPLED_BYTES, SAMPLED_ROWS = 1 << 24, 100_000  # of input from which on a sample is read first; rows in it
 OF_TOKENS = ("truncated", "tokens", "tokens_lost", "slots")
 
 
@@ -108,6 +112,7 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     check_remote_code(config.model_name, config.trust_remote_code)
     sources, layout, found = _open_inputs(config, output)
     kept = _kept_columns(config, sources)
+    _check_sample(_not_held(config, sources, output), [*kept, config.description_column], layout, config)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
     with _engine(config) as engine:
         # now that a model of the hub is here
@@ -347,6 +352,53 @@ def _other_than_usual(config: InferenceConfig) -> dict[str, Any]:
 # --- the job ------------------------------------------------------------------------------------------------------
 
 
+def _check_sample(sources: Sequence[Source], wanted: Sequence[str], layout: Layout, config: InferenceConfig) -> None:
+    """Check, before hours of work on large input, that rows can be read: the first ones of each file.
+
+    A file counts by its size, and up to twice `max_rejected_share` is left to the count of all rows in the end.
+
+    :raises DataError: far too many cannot.
+    """
+    size = sum(source.size for source in sources)
+    if size < SAMPLED_BYTES:
+        return
+    reasons, rejects, share, seen = Counter[str](), list[Reject](), 0.0, 0
+    for source in sources:
+        read = lost = 0
+        for row in itertools.islice(read_rows(source, wanted, layout), max(20, SAMPLED_ROWS // len(sources))):
+            read += 1
+            if row.reason and row.reason not in SKIPPED:
+                lost += 1
+                reasons[row.reason] += 1
+                if len(rejects) < HINT_ROWS:
+                    rejects.append(Reject(source.name.encode(), row.position.line, row.reason, row.raw.split(b"\n")[0]))
+        seen += read
+        share += source.size / size * lost / max(1, read)
+    if share <= 2 * config.max_rejected_share:
+        return
+    accepted = min(1.0, math.ceil(100 * share + 1) / 100)
+    raise DataError(
+        f"{config.data_path}: of the first {seen} rows of its files, {share:.0%} cannot be read ({_most(reasons)}), "
+        f"more than max_rejected_share {config.max_rejected_share:g}; nothing was encoded, and what was there stays"
+        f"{_hints(rejects, layout, sources)}\nOr accept the loss with --max_rejected_share {accepted:g}"
+    )
+
+
+def _not_held(config: InferenceConfig, sources: list[Source], output: Path) -> list[Source]:
+    """The sources that an output which is appended to does not hold yet."""
+    before = (read_manifest(output) or {}) if config.append else {}
+    held = {entry["path"] for entry in before.get("inputs", [])}
+    return [source for source in sources if source.name not in held]
+
+
+def _most(reasons: Counter[str]) -> str:
+    return "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(5))
+
+
+def _hints(rejects: Sequence[Reject], layout: Layout, sources: Sequence[Source]) -> str:
+    return "".join(f"\n  - {hint}" for hint in likely_knobs(rejects, layout, _given(sources)))
+
+
 def _check_losses(job: Job, most: float, outcome: Outcome, rejects: Sequence[Path]) -> None:
     """Check that what a run wrote is worth being put in its place.
 
@@ -361,22 +413,22 @@ def _check_losses(job: Job, most: float, outcome: Outcome, rejects: Sequence[Pat
         return
     if not counts["read"] and job.append and outcome.counts["written"]:
         return  # new files without a row leave the output as it was
-    why = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(5)) or "the files hold no rows"
-    hints = "".join(f"\n  - {hint}" for hint in likely_knobs(read_rejects(rejects), job.layout, _given(job)))
+    why = _most(reasons) or "the files hold no rows"
+    hints = _hints(read_rejects(rejects), job.layout, job.sources)
     where = f"\nThe rejects are in {rejects[0]}" if counts["rejected"] and rejects else ""
     if not counts["written"]:
         raise DataError(f"{job.output}: none of {read} rows was written ({why}); what was there stays{hints}{where}")
     share = math.ceil(1000 * lost / read) / 1000
     raise DataError(
-        f"{job.output}: {lost} of {read} rows could not be read or written ({why}), more than max_rejected_share "
+        f"{job.output}: {lost} of {read} rows could not be read ({why}), more than max_rejected_share "
         f"{most:g}; what was there stays{hints}\nOr accept the loss with --max_rejected_share {share:g}: the same call "
         f"then ends at once{where}"
     )
 
 
-def _given(job: Job) -> list[str]:
+def _given(sources: Sequence[Source]) -> list[str]:
     """Columns that the folders of the input give, whether the files hold them too or not."""
-    return list(dict.fromkeys(name for source in job.sources for name in partitions_of(Path(source.name), Path())))
+    return list(dict.fromkeys(name for source in sources for name in partitions_of(Path(source.name), Path())))
 
 
 def _job(config: InferenceConfig, sources: list[Source], layout: Layout, settings: dict[str, Any]) -> Job:
@@ -439,6 +491,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
         "bytes": outcome.size,
         "rows": _told(counts),
         "line_breaks": dict(outcome.breaks),
+        "altered": dict(outcome.altered),
         "rejects": {"file": job.rejects.name if outcome.reasons else None, "reasons": dict(outcome.reasons)},
         "truncated": {
             "rows": _told(counts)["truncated"],
@@ -456,14 +509,21 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
     for reason, number in outcome.reasons.most_common():
         logger.warning("拒收 %d rows rejected: %s (see %s)", number, reason, job.rejects)
     rejects = job.rejects if outcome.reasons else None
-    for hint in likely_knobs(read_rejects([rejects]), job.layout, _given(job)) if rejects else ():
+    for hint in likely_knobs(read_rejects([rejects]), job.layout, _given(job.sources)) if rejects else ():
         logger.warning("%s", hint)
+    if outcome.altered:
+        logger.warning(
+            "保留列的 \\001、换行已写成空格，\\N 写成空值 kept values written with a space for \\001 or a newline, "
+            "or as null for \\N: %s; %s",
+            _by_column(outcome.altered),
+            AS_THEY_ARE,
+        )
     if outcome.breaks:
-        named = ", ".join(f"{column} {number}" for column, number in outcome.breaks.most_common())
         logger.warning(
             "保留列含换行类字符 kept values with a line break such as \\r or U+2028: %s; Spark and pandas may split "
-            "such rows: write Parquet (output_path ….parquet), or leave the column out of output_columns",
-            named,
+            "such rows: %s",
+            _by_column(outcome.breaks),
+            AS_THEY_ARE,
         )
     return InferenceResult(
         output=job.output,
@@ -474,6 +534,10 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
         seconds=seconds,
         table=table,
     )
+
+
+def _by_column(counts: Counter[str]) -> str:
+    return ", ".join(f"{column} {number}" for column, number in counts.most_common())
 
 
 def _told(counts: Counter[str]) -> dict[str, int | None]:
@@ -496,6 +560,8 @@ def _summary(counts: Counter[str], bar: _Bar, size: int) -> Iterator[tuple[str, 
     yield "without text 无文本", counts["empty"]
     if counts["line_breaks"]:
         yield "kept line breaks 含换行类字符", counts["line_breaks"]
+    if counts["altered"]:
+        yield "kept values altered 保留值已改写", counts["altered"]
     yield "texts encoded 编码文本", counts["encoded"]
     yield "encoded in this run 本次编码", bar.texts
     yield "texts/s 每秒编码", f"{bar.speed:.0f}"

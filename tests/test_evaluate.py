@@ -182,6 +182,10 @@ def test_a_quote_swallows_no_rows(tmp_path):
     place = tmp_path / "q.tsv"
     place.write_text('query\tpositive\n"5 inch pan\tx\nb\ty\n"c" d\tz\n')
     assert [row["query"] for row in read_records(place)] == ['"5 inch pan', "b", '"c" d']
+    place.write_text('query\tpositive\n"5 inch pan\tx\nb\ty"\n')
+    assert [row["query"] for row in read_records(place)] == ['"5 inch pan', "b"]
+    place.write_text('query\tpositive\n"two\tparts"\t"x\ny"\nb\ty\n')  # as pandas writes it
+    assert [row["query"] for row in read_records(place)] == ["two\tparts", "b"]
     place = tmp_path / "q.csv"
     place.write_text('query,positive\n"two\nlines, 5"" pan",x\nb,y\n')
     assert [row["query"] for row in read_records(place)] == ['two\nlines, 5" pan', "b"]

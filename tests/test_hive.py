@@ -7,11 +7,13 @@ import gzip
 import io
 import random
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from ebr_lib.data import hive
+from ebr_lib.data.fields import Dialect, Record
 from ebr_lib.data.hive import Layout, Position
 from ebr_lib.errors import DataError, MissingError
 
@@ -478,6 +480,52 @@ def test_a_vanished_file_is_an_error(tmp_path: Path):
 def test_when_quotes_are_quotes(tmp_path: Path, name: str, delimiter: str, knobs: dict, quoted: bool):
     path = written(tmp_path, f'id{delimiter}text\n1{delimiter}"a"\n'.encode(), name)
     assert values_of(path, ["text"], delimiter=delimiter.encode(), **knobs) == [[b"a" if quoted else b'"a"']]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['1\t"six inch', "2\tb"],  # not closed
+        ['1\t"six inch', '2\t"seven" inch', "3\tc"],  # letters after it
+        ['1\t"six inch', '2\tb"', "3\tc"],  # a field of whole rows
+    ],
+)
+def test_loose_quotes_between_tabs_are_letters(tmp_path: Path, rows: list[str]):
+    path = written(tmp_path, "\n".join(["id\ttext", *rows, ""]).encode(), "a.tsv")
+    assert values_of(path, ["id", "text"], delimiter=b"\t") == [row.encode().split(b"\t") for row in rows]
+
+
+def test_loose_quotes_far_into_a_file_cost_no_other_row(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hive, "SAMPLE_BYTES", 40)
+    path = written(tmp_path, b'id\ttext\n0\t"a\tb"\n' + b"1\tx\n" * 20 + b'2\t"six\n3\tb"\n4\t"c\nd"\n', "a.tsv")
+    *_, first, second, last = rows_of(path, ["text"], delimiter=b"\t")
+    assert (first.raw, first.reason, second.values) == (b'2\t"six', hive.OPEN_QUOTE, [b'b"'])
+    assert last.values == [b"c\nd"]
+
+
+def test_a_field_of_many_lines_is_put_together_once():
+    record, line, began = Record(Dialect(b",", True)), b"\n2,b" + b"x" * 3000, time.process_time()
+    assert not record.add(b'1,"open')
+    assert not any(record.add(line) for _ in range(8000))
+    assert record.add(b'"') and record.fields == [b"1", b"open" + 8000 * line]
+    assert time.process_time() - began < 5  # 0.05; half a minute where each line copies those before it
+
+
+def test_old_orc_takes_the_names_that_it_is_given(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import orc
+
+    path = tmp_path / "000000_0"
+    orc.write_table(pa.table({"_col0": ["1", "2"], "_col1": ["a", "b"]}), path)
+    assert values_of(path, ["text", "id"], columns=("id", "text")) == [[b"a", b"1"], [b"b", b"2"]]
+    with pytest.raises(DataError, match=r"found _col0, _col1; give their names in order: columns=\[…\]"):
+        hive.need_columns(hive.open_source(path, Layout()), ["text"], b"\x01")
+    with pytest.raises(DataError, match="has 2 columns without names of their own, columns names 1"):
+        hive.open_source(path, Layout(columns=("text",)))
+
+
+def test_a_byte_order_mark_alone_is_nothing(tmp_path: Path):
+    assert hive.is_empty(written(tmp_path, hive.BOM)) and not hive.is_empty(written(tmp_path, hive.BOM + b"a"))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

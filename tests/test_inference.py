@@ -211,18 +211,66 @@ def test_input_knobs(tmp_path: Path, encoder: FakeEncoder):
     assert encoder.asked == ["苹果"]
 
 
-def test_parquet_values_that_text_cannot_hold_are_rejected(tmp_path: Path, encoder: FakeEncoder):
+@pytest.mark.parametrize("ending", ["txt", "npy"])
+def test_values_that_text_cannot_hold_are_written_with_spaces_and_counted(
+    tmp_path: Path, encoder: FakeEncoder, caplog, ending: str
+):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     (tmp_path / "in").mkdir()
-    ids = ["1", "a\nb", "a\x01b", "\\N", None]
-    pq.write_table(pa.table({"id": ids, "description": list("abcde")}), tmp_path / "in" / "a.parquet")
-    result = run(tmp_path, output_columns=["id"])
-    assert read_embeddings(result.output).columns["id"] == ["1", None]
-    assert json.loads(rejects_of(result.rejects)[0][4]) == {"id": "a\nb", "description": "b"}
-    whole = run(tmp_path, output_columns=["id"], output_path=str(tmp_path / "o.parquet"))
-    assert read_embeddings(whole.output).columns["id"] == ids
+    ids = ["1", "a\nb\r\nc", "a\x01b", "\\N", None]
+    texts = ["a", "b\nb", "c", "d", "e"]
+    pq.write_table(pa.table({"id": ids, "description": texts}), tmp_path / "in" / "a.parquet")
+    result = run(tmp_path, output_path=str(tmp_path / f"o.{ending}"), max_rejected_share=0.0)
+    back = read_embeddings(result.output)
+    assert back.columns == {"id": ["1", "a b c", "a b", None, None], "description": ["a", "b b", "c", "d", "e"]}
+    assert (back.vectors == np.stack([fake_vector(text) for text in texts])).all()  # the text itself is encoded
+    assert result.counts["altered"] == 4 and result.rejects is None
+    assert json.loads(result.manifest.read_text())["altered"] == {"id": 3, "description": 1}
+    assert "id 3, description 1; write Parquet" in caplog.text
+    whole = run(tmp_path, output_path=str(tmp_path / "o.parquet"))
+    assert read_embeddings(whole.output).columns == {"id": ids, "description": texts}
+    assert not whole.counts["altered"]
+
+
+@pytest.mark.parametrize(
+    ("content", "knobs"),
+    [
+        ("id\x01description\n1\x01a\\\x01b\n2\x01a\\\nb\n3\x01a\\nb\n", {"escaped_by": "\\"}),
+        ('id,description\n1,a b\n2,"a\nb"\n3,"a\r\nb"\n', {"delimiter": ","}),
+    ],
+    ids=["escaped", "quoted"],
+)
+def test_no_row_is_lost_for_a_kept_value_that_was_quoted_or_escaped(tmp_path, encoder, content: str, knobs: dict):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text(content, newline="")
+    back = read_embeddings(run(tmp_path, max_rejected_share=0.0, **knobs).output)
+    assert back.columns == {"id": ["1", "2", "3"], "description": ["a b"] * 3}
+
+
+def test_a_header_row_in_the_middle_of_joined_files_is_no_item(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01x", "id\x01description\x01label", "2\x01b\x01x"])
+    result = run(tmp_path, max_rejected_share=0.0)
+    assert read_embeddings(result.output).columns["id"] == ["1", "2"]
+    assert rejects_of(result.rejects)[0][3] == b"the header row again"
+
+
+def test_large_input_that_cannot_be_read_is_refused_before_it_is_encoded(
+    tmp_path: Path, encoder: FakeEncoder, monkeypatch
+):
+    monkeypatch.setattr(inference, "SAMPLED_BYTES", 1000)
+    for part in range(9):  # in the rows of all files, not of the first alone
+        rows = [f"{i}\x01text {part} {i}\x01" + ("a\\\x01b" if part and i % 3 == 0 else "") for i in range(60)]
+        catalogue(tmp_path, rows, f"part-{part}")
+    with pytest.raises(DataError) as error:
+        run(tmp_path, max_rejected_share=0.1)
+    assert "of the first 540 rows of its files, 30% cannot be read (160 × 4 fields, wanted 3)" in str(error.value)
+    assert r"--escaped_by '\\'" in str(error.value) and not encoder.asked
+    assert not (tmp_path / "out.txt.work").exists()
+    assert run(tmp_path, max_rejected_share=0.31).counts["rejected"] == 160  # as the error says
+    catalogue(tmp_path, [f"{i}\x01new {i}\x01" for i in range(60)], "part-9")
+    assert run(tmp_path, append=True, max_rejected_share=0.0).counts["written"] == 440  # of the new file alone
 
 
 def test_a_healed_row_that_is_rejected_is_reported_as_it_was(tmp_path: Path, encoder: FakeEncoder):

@@ -82,60 +82,68 @@ class Record:
 
     def __init__(self, dialect: Dialect) -> None:
         self.fields: list[bytes | None] = []
-        self.text = b""
         self._dialect = dialect
-        self._at = 0  # where the next field begins, or the part of an open one that is not read yet
-        self._opened = -1  # where the inside of an open quoted field begins
+        self._text, self._at = b"", 0  # the last line after what was left of those before it; what is read of it
+        self._open: list[bytes] | None = None  # what was read of a quoted field that is not closed yet, in pieces
 
     def add(self, line: bytes) -> bool:
         """Add the next line, with the newline that came before it; returns whether the row is whole.
 
         :raises BrokenQuoteError: the row cannot be one.
         """
-        self.text += line
-        if self._opened >= 0 and not self._dialect.marks(line):
-            self._at = len(self.text)
-            return False
+        rest = self._text[self._at :]
+        if not rest and not self._dialect.marks(line):
+            return self._add_plain(line)
+        self._text, self._at = rest + line, 0
         while True:
             end = self._quoted_field() if self._in_quotes() else self._bare_field()
             if end < 0:
                 return False
-            self._opened = -1
-            if end == len(self.text):
-                return self._ended()
-            if self._dialect.quoted and self.text[end:] == b"\r":
+            self._open = None
+            if end == len(self._text):
                 return True
-            if self.text[end : end + 1] != self._dialect.delimiter:
+            if self._dialect.quoted and self._text[end:] == b"\r":
+                return True
+            if self._text[end : end + 1] != self._dialect.delimiter:
                 raise BrokenQuoteError(LOOSE_QUOTE)
             self._at = end + 1
 
-    def _ended(self) -> bool:
-        """Take the `\\r` of a row that ends in `\\r\\n` away; without quotes, the file's rows say whether it is one."""
-        last = self.fields[-1]
-        if self._dialect.quoted and self.text.endswith(b"\r") and last:
-            self.fields[-1] = last.removesuffix(b"\r")
+    def _add_plain(self, line: bytes) -> bool:
+        """Add a line without quotes and escapes: it belongs to the open field, or is a whole row."""
+        if self._open is not None:
+            self._open.append(line)
+            return False
+        self.fields = [self._dialect.value(field) for field in self._without_cr(line).split(self._dialect.delimiter)]
         return True
 
+    def _without_cr(self, end: bytes) -> bytes:
+        """The end of a row without the `\\r` of `\\r\\n`; without quotes, the file's rows say whether it is one."""
+        return end.removesuffix(b"\r") if self._dialect.quoted else end
+
     def _in_quotes(self) -> bool:
-        if self._opened < 0 and self._dialect.quoted and self.text[self._at : self._at + 1] == b'"':
-            self._at = self._opened = self._at + 1
-        return self._opened >= 0
+        if self._open is None and self._dialect.quoted and self._text[self._at : self._at + 1] == b'"':
+            self._open = []
+            self._at += 1
+        return self._open is not None
 
     def _quoted_field(self) -> int:
         """Where the field that began with a quote ends, after the closing one; -1 where it goes on."""
-        found = self._dialect.body.match(self.text, self._at)
+        assert self._open is not None
+        found = self._dialect.body.match(self._text, self._at)
         assert found is not None  # it may be empty
+        self._open.append(found[0])
         self._at = found.end()
-        if self.text[self._at : self._at + 1] != b'"':
+        if self._text[self._at : self._at + 1] != b'"':
             return -1
-        self.fields.append(self._dialect.unquoted(self.text[self._opened : self._at]))
+        self.fields.append(self._dialect.unquoted(b"".join(self._open)))
         return self._at + 1
 
     def _bare_field(self) -> int:
-        found = self._dialect.bare.match(self.text, self._at)
+        found = self._dialect.bare.match(self._text, self._at)
         assert found is not None
         end = found.end()
-        if self._dialect.escape is not None and self.text[end : end + 1] == self._dialect.escape:
+        if self._dialect.escape is not None and self._text[end : end + 1] == self._dialect.escape:
             return -1  # it escapes the newline that follows
-        self.fields.append(self._dialect.value(found[0]))
+        raw = self._without_cr(found[0]) if end == len(self._text) else found[0]
+        self.fields.append(self._dialect.value(raw))
         return end

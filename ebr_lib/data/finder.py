@@ -48,7 +48,8 @@ class FoundFiles:
 
     def without(self, files: Sequence[Path], reason: str) -> FoundFiles:
         """The same, with some of the files left out for a reason."""
-        kept = [file for file in self.files if file not in files]
+        gone = set(files)
+        kept = [file for file in self.files if file not in gone]
         return FoundFiles(self.root, kept, dict(sorted((self.left_out | dict.fromkeys(files, reason)).items())))
 
     def named(self) -> dict[str, str]:

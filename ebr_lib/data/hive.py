@@ -11,7 +11,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import itertools
 import json
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import IO, NamedTuple
 
 from ebr_lib.data.columnar import column_texts, need_texts, read_batches, read_schema
 from ebr_lib.data.containers import COLUMNAR, TEXT, kind_of, open_bytes, unpacked_size
-from ebr_lib.data.fields import NULL, BrokenQuoteError, Dialect, Record
+from ebr_lib.data.fields import LOOSE_QUOTE, NULL, BrokenQuoteError, Dialect, Record
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.logs import logger
 
@@ -32,6 +34,8 @@ HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is put together agai
 CR_BLOCK = 1 << 20  # read at once of a file whose rows end in \\r alone
 EMPTY_LINE = "empty line"
 OPEN_QUOTE = "a quote that is not closed"
+HEADER_AGAIN = "the header row again"
+OLD_ORC_NAME = re.compile(r"_col\d+")  # of a column, by Hive before 2.0: the table's own names are not in the file
 
 Value = bytes | None
 
@@ -64,6 +68,7 @@ class Source:
     `columns` are those in the file; `partitions` those that its folders give, with the value for all of its rows.
     `extent` is where its positions end, in what they count: uncompressed bytes, or rows of Parquet and ORC. `stamp` is
     its size and time of change, to tell whether it is still the same. `newline` ends its rows. `kind` says what it is.
+    `stored` are the columns' names in the file where they are other ones (`_col0`).
     """
 
     path: Path
@@ -78,6 +83,11 @@ class Source:
     kind: str = TEXT
     quoted: bool = False
     partitions: Mapping[str, Value] = field(default_factory=dict)
+    stored: tuple[str, ...] = ()
+
+    def stored_names(self, names: Iterable[str]) -> list[str]:
+        """The names that columns have in the file itself."""
+        return [self.stored[self.columns.index(name)] if self.stored else name for name in names]
 
     @property
     def size(self) -> int:
@@ -168,7 +178,7 @@ def is_empty(path: Path) -> bool:
         if kind in COLUMNAR:
             return False
         with open_bytes(path, kind) as file:
-            return not file.read(1)
+            return file.read(len(BOM) + 1) in (b"", BOM)
 
 
 def open_source(
@@ -192,7 +202,14 @@ def open_source(
 
 def _open_columnar(path: Path, kind: str, layout: Layout, name: str) -> Source:
     schema, rows = read_schema(path, kind)
-    return Source(path, name, tuple(schema.names), stamp_of(path), rows, kind=kind)
+    stored = tuple(schema.names)
+    if layout.columns is None or not all(map(OLD_ORC_NAME.fullmatch, stored)):
+        return Source(path, name, stored, stamp_of(path), rows, kind=kind)
+    if len(stored) != len(layout.columns):
+        raise DataError(
+            f"{path} has {len(stored)} columns without names of their own, columns names {len(layout.columns)}"
+        )
+    return Source(path, name, layout.columns, stamp_of(path), rows, kind=kind, stored=stored)
 
 
 def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
@@ -225,6 +242,9 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
     decoded = "utf-8" if _is_transcoded(source, layout.escape) else source.encoding
     named = tuple(_decoded(name, decoded) for name in header.fields) if header else ()
     is_header = layout.columns is None or named == layout.columns
+    if _has_loose_quotes(source, header, layout, first + block):
+        logger.info("%s: 引号按普通字符读取 (quotes are letters: they do not enclose fields)", path)
+        return _open_text(path, kind, replace(layout, quoting="none"), name)
     if source.newline != b"\r" and not quoted:
         rows = (first + block)[header.after.offset - bom :] if header and is_header else first + block
         source = replace(source, newline=_newline_of(path, rows, crlf))
@@ -251,6 +271,20 @@ def _is_quoted(path: Path, layout: Layout) -> bool:
     if layout.heal or (layout.delimiter < b" " and layout.delimiter != b"\t"):
         return False
     return layout.delimiter == b"," or any(ending.lower() in (".csv", ".tsv") for ending in path.suffixes)
+
+
+def _has_loose_quotes(source: Source, header: _Split | None, layout: Layout, sample: bytes) -> bool:
+    """Whether quotes cannot enclose fields in the first rows of a file that only its name says to have such.
+
+    Tables of Hive and of databases are named `.tsv` too, where a quote is a letter: `"6 inch`.
+    """
+    if layout.quoting != "auto" or not source.quoted or layout.delimiter == b"," or b'"' not in sample or not header:
+        return False
+    source = replace(source, columns=("",) * len(header.fields))
+    rows = itertools.takewhile(
+        lambda row: row.position.offset < SAMPLE_BYTES, _split_rows(source, layout, Position(1, source.start))
+    )
+    return any(row.reason in (OPEN_QUOTE, LOOSE_QUOTE) for row in rows)
 
 
 def _ends_in_cr(sample: bytes) -> bool:
@@ -337,9 +371,14 @@ def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> Non
     if not missing:
         if source.kind in COLUMNAR:
             with readable(source.path):
-                need_texts(source.path, source.kind, [name for name in wanted if name in source.columns])
+                own = [name for name in wanted if name in source.columns]
+                need_texts(source.path, source.kind, source.stored_names(own))
         return
     found = ", ".join(column[:40] for column in [*source.columns, *source.partitions][:20])
+    if source.kind in COLUMNAR:
+        old = all(map(OLD_ORC_NAME.fullmatch, source.columns))
+        hint = "; give their names in order: columns=[…]" if old else ""
+        raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found}{hint}")
     hint = "for files without a header row, give their names: columns=[…]"
     if len(source.columns) == 1:
         others = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon", "\x01": "\\001"}
@@ -424,7 +463,6 @@ class _Split(NamedTuple):
     position: Position
     after: Position
     raw: bytes
-    text: bytes
     fields: list[Value]
     reason: str = ""
 
@@ -440,14 +478,17 @@ def _split_rows(source: Source, layout: Layout, start: Position) -> Iterator[_Sp
     may go on at the end of any row.
     """
     dialect, width = _dialect(source, layout), len(source.columns)
+    # a field that holds whole rows: in auto, rather two loose quotes than one field; commas are CSV whatever they hold
+    doubtful = source.quoted and layout.quoting == "auto" and layout.delimiter != b"," and width > 1
     waiting: deque[_Line] = deque()
     lines = _lines(source, start)
     while line := waiting.popleft() if waiting else next(lines, None):
         held = [line]
         row = _record(source, dialect, held, waiting, lines)
-        if len(held) > 1 and (row.reason or (width and len(row.fields) != width)):
+        whole = doubtful and all(line.fields.count(layout.delimiter) == width - 1 for line in held)
+        if len(held) > 1 and (row.reason or whole or (width and len(row.fields) != width)):
             waiting.extendleft(reversed(held[1:]))
-            row = _Split(line.position, line.after, line.raw, line.fields, [], row.reason or OPEN_QUOTE)
+            row = _Split(line.position, line.after, line.raw, [], row.reason or OPEN_QUOTE)
         yield row
 
 
@@ -472,7 +513,7 @@ def _record(
     except UnicodeError:
         reason = f"not {encoding}"
     raw = source.newline[-1:].join(line.raw for line in held)
-    return _Split(first.position, held[-1].after, raw, record.text, record.fields, reason)
+    return _Split(first.position, held[-1].after, raw, record.fields, reason)
 
 
 def _is_transcoded(source: Source, escape: bytes | None) -> bool:
@@ -494,11 +535,14 @@ class _Chooser:
         self._names = list(wanted)
         self._encoding = source.encoding
         self._is_utf8 = source.encoding == "utf-8"
+        self._header = [name.encode(source.encoding, "replace") for name in source.columns]
 
     def row(self, line: _Line) -> Row:
         fields = line.fields.split(self.delimiter)
         if len(fields) != self.width:
             return self._reject(line, _width_reason(len(fields), self.width, line.fields))
+        if fields == self._header:  # of files that were joined
+            return self._reject(line, HEADER_AGAIN)
         values = [None if fields[place] == NULL else fields[place] for place in self._places]
         if not line.fields.isascii() and not (self._is_utf8 and _is_utf8(line.fields)):
             try:
@@ -512,6 +556,8 @@ class _Chooser:
         reason, values = split.reason, []
         if not reason and len(split.fields) != self.width:
             reason = _width_reason(len(split.fields), self.width, split.raw)
+        if split.fields == self._header:
+            reason = HEADER_AGAIN
         if not reason:
             values = [split.fields[place] for place in self._places]
             try:
@@ -578,8 +624,9 @@ def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
 
 def _columnar_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator[Row]:
     """Rows of a columnar file; their line is the number of the row from 1, and so is their offset, from 0."""
-    for first, batch in read_batches(source.path, source.kind, wanted, start):
-        columns = [column_texts(source.path, name, batch.column(name)) for name in wanted]
+    stored = source.stored_names(wanted)
+    for first, batch in read_batches(source.path, source.kind, stored, start):
+        columns = [column_texts(source.path, name, batch.column(name)) for name in stored]
         for number, values in enumerate(zip(*columns, strict=True), first):
             if number >= start:
                 yield _columnar_row(Position(number, number - 1), wanted, list(values))

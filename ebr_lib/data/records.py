@@ -359,7 +359,7 @@ def _names(line: str, delimiter: str) -> list[str]:
 
 def _table_rows(file: Path, delimiter: str, is_column: IsColumn) -> Iterator[RawRow]:
     """Rows of delimited text as dicts; a cell that is missing, or written as pandas and Hive write nulls, is None."""
-    rows = _split_rows(file, delimiter, _is_quoted(file, delimiter))
+    rows = _split_rows(file, delimiter, is_quoted(file, delimiter))
     names = [name.strip() for name in next(rows)[1]]
     _check_once(file, names)
     for line, cells in rows:
@@ -402,8 +402,11 @@ def _list_cell(cell: str) -> Any:
     return cell
 
 
-def _is_quoted(file: Path, delimiter: str) -> bool:
-    """Whether fields are quoted as in CSV: never by `\\001`; by tabs, where the whole file can be read so."""
+def is_quoted(file: Path, delimiter: str) -> bool:
+    """Whether fields are quoted as in CSV: never by `\\001`; by tabs, where the whole file can be read so.
+
+    Not where a field would then hold whole rows: those are two loose quotes.
+    """
     if delimiter == "\x01":
         return False
     if delimiter != "\t":
@@ -411,9 +414,15 @@ def _is_quoted(file: Path, delimiter: str) -> bool:
     try:
         rows = _split_rows(file, delimiter, True)
         width = len(next(rows)[1])
-        return all(len(cells) == width for _, cells in rows)
+        return all(len(cells) == width and not _holds_rows(cells, delimiter) for _, cells in rows)
     except DataError:
         return False
+
+
+def _holds_rows(cells: list[str], delimiter: str) -> bool:
+    """Whether every line of a row has as many fields as the row."""
+    lines = delimiter.join(cells).split("\n")
+    return len(cells) > 1 < len(lines) and all(line.count(delimiter) == len(cells) - 1 for line in lines)
 
 
 def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:

@@ -211,8 +211,10 @@ def _chosen(path: Path, found: Sequence[str], columns: Sequence[str] | None) -> 
 
 def _need_vector(path: Path, found: Sequence[str]) -> int:
     if VECTOR not in found:
+        shown = ", ".join(name[:40] for name in found[:20]) or "none"
         raise DataError(
-            f"{path}: no column `{VECTOR}`; its columns are {', '.join(found) or 'none'} (fields are split by \\001)"
+            f"{path}: no column `{VECTOR}`; its columns are {shown} (fields are split by \\001). A file without a "
+            "header row (output_header: false) needs its manifest beside it, whose name ends in .json"
         )
     return list(found).index(VECTOR)
 
@@ -756,6 +758,15 @@ def write_embeddings(
 def is_plain(value: bytes | None) -> bool:
     """Whether delimited text can hold a value: no `\\001` or newline in it, and not what stands for null."""
     return value is None or not (DELIMITER in value or b"\n" in value or value == NULL)
+
+
+def plain(value: bytes | None) -> bytes | None:
+    """A value as delimited text can hold it: a space for each `\\001` or newline; `\\N` alone, which is null there."""
+    if value is None or value == NULL:
+        return None
+    if DELIMITER not in value and b"\n" not in value:
+        return value
+    return value.replace(b"\r\n", b" ").replace(b"\n", b" ").replace(DELIMITER, b" ")
 
 
 def _check_plain(path: Path, rows: Iterable[Fields]) -> None:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 from ebr_lib.data.fields import LOOSE_QUOTE
 from ebr_lib.data.hive import OPEN_QUOTE, Layout
 from ebr_lib.data.vectors import DELIMITER
-from ebr_lib.engines.job import NOT_PLAIN
 
-SAMPLE_ROWS = 1000
+HINT_ROWS = 1000
 SIGNS = {b"\x01": "\\001", b"\t": "\\t", b",": ",", b"|": "|", b";": ";"}
 WIDTH = re.compile(r"(\d+) fields, wanted (\d+)")
 
@@ -31,7 +30,7 @@ class Reject(NamedTuple):
 def read_rejects(files: Iterable[Path]) -> list[Reject]:
     """The first rows of reject files; of a row that goes on over several lines, the first one."""
     rows = (fields for file in files for fields in _fields(file))
-    return [Reject(f[0], int(f[1]), f[3].decode(), f[4]) for f in itertools.islice(rows, SAMPLE_ROWS)]
+    return [Reject(f[0], int(f[1]), f[3].decode(), f[4]) for f in itertools.islice(rows, HINT_ROWS)]
 
 
 def _fields(path: Path) -> Iterator[list[bytes]]:
@@ -51,11 +50,6 @@ def likely_knobs(rejects: Sequence[Reject], layout: Layout, given: Sequence[str]
     found = [*_broken_quotes(rejects), *_widths(rejects, layout, given)]
     if layout.encoding == "auto" and any(reject.reason.startswith("not utf-8") for reject in rejects):
         found.append("GB18030 may read them: set encoding to gb18030 (--encoding gb18030)")
-    if any(reject.reason == NOT_PLAIN for reject in rejects):
-        found.append(
-            "write Parquet, which holds every value (--output_path ….parquet), or name the columns to keep "
-            "without that one (--output_columns …)"
-        )
     return found
 
 

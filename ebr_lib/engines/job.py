@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Vectors, broken_alone, not_finite
-from ebr_lib.data.hive import EMPTY_LINE, Layout, Position, Row, Source, Value, raw_of, read_rows
+from ebr_lib.data.hive import EMPTY_LINE, HEADER_AGAIN, Layout, Position, Row, Source, Value, raw_of, read_rows
 from ebr_lib.data.vectors import (
     DELIMITER,
     PART_PREFIX,
     Sink,
     finish_sink,
-    is_plain,
     is_text,
     open_sink,
+    plain,
     read_manifest,
     reopen,
     size_of,
@@ -50,10 +50,21 @@ WINDOW_BYTES = 1 << 26  # a window of very long rows ends earlier
 FIRST_ROWS = 1 << 10  # of the first window; each next one may hold as many as all before it
 WRITE_ROWS = 1 << 12
 EXAMPLES = 5
-PROGRESS = ("file", "position", "first", "sizes", "rejects", "counts", "reasons", "breaks", "examples", "share")
-NOT_PLAIN = "a value holds \\001, a newline or \\N alone, which text cannot hold"
+PROGRESS = (
+    "file",
+    "position",
+    "first",
+    "sizes",
+    "rejects",
+    "counts",
+    "reasons",
+    "breaks",
+    "altered",
+    "examples",
+    "share",
+)
 EMPTY_TEXTS = ("null text", "blank text", "empty text")
-SKIPPED = (*EMPTY_TEXTS, EMPTY_LINE)  # rejects that are no loss: nothing was there to read
+SKIPPED = (*EMPTY_TEXTS, EMPTY_LINE, HEADER_AGAIN)  # rejects that are no loss: nothing was there to read
 # what ends a line for Spark, pandas, Hive or Python's splitlines, but not here: the two bytes of U+0085 and so on
 LINE_BREAKS = (b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\xc2\x85", b"\xe2\x80\xa8", b"\xe2\x80\xa9")
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of what does not show: spaces, controls, marks of format
@@ -141,13 +152,15 @@ class Job:
 class Outcome:
     """What the output holds: rows and tokens counted, reasons of rejects, texts that were cut, input files, bytes.
 
-    `breaks` counts, by column, the kept values with a line break that other readers split rows at. `new_counts` and
+    `breaks` counts, by column, the kept values with a line break that other readers split rows at; `altered` those that
+    text cannot hold, which were written with a space in place of each sign that ends fields or rows. `new_counts` and
     `new_reasons` are those of the rows that this job added to an output that was there before.
     """
 
     counts: Counter[str]
     reasons: Counter[str]
     breaks: Counter[str]
+    altered: Counter[str]
     new_counts: Counter[str]
     new_reasons: Counter[str]
     examples: list[dict[str, Any]]
@@ -174,6 +187,7 @@ class Window(NamedTuple):
     counts: Counter[str]
     reasons: Counter[str]
     breaks: Counter[str]
+    altered: Counter[str]
     file: int
     after: Position
     share: float
@@ -297,6 +311,7 @@ def _outcome(state: dict[str, Any]) -> Outcome:
         counts=counts,
         reasons=reasons,
         breaks=Counter(state["breaks"]),
+        altered=Counter(state["altered"]),
         new_counts=counts - Counter(state["held"]["counts"]),
         new_reasons=reasons - Counter(state["held"]["reasons"]),
         examples=state["examples"],
@@ -327,6 +342,7 @@ def _first_state(job: Job) -> dict[str, Any]:
         "counts": counts,
         "reasons": reasons,
         "breaks": before.get("line_breaks", {}),
+        "altered": before.get("altered", {}),
         "held": {"counts": counts, "reasons": reasons},
         "examples": before.get("truncated", {}).get("examples", []),
         "share": 0.0,
@@ -480,6 +496,7 @@ class _Builder:
         self._rejects: list[bytes] = []
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._altered: Counter[str] = Counter()
         self._bytes = 0
 
     @property
@@ -500,15 +517,21 @@ class _Builder:
             return
         *kept, text = row.values
         self._counts["healed"] += row.lines > 1
-        self._rows.append(kept)
+        self._rows.append(self._fitting(kept) if self._must_be_plain else kept)
         self._texts.append(text if _has_text(text) else None)
         self._origins.append((source.name, row.position.line))
+
+    def _fitting(self, kept: list[Value]) -> list[Value]:
+        """The kept values as text can hold them."""
+        fitting = [plain(value) for value in kept]
+        if fitting != kept:
+            pairs = zip(self._job.kept, kept, fitting, strict=True)
+            self._altered.update(name for name, value, written in pairs if value != written)
+        return fitting
 
     def _unfit(self, source: Source, row: Row) -> str:
         """Why a row that was read well cannot be in the output, if so."""
         text = row.values[-1]
-        if self._must_be_plain and not all(map(is_plain, row.values[:-1])):
-            return NOT_PLAIN
         if _has_text(text):
             return ""
         found = "null text" if text is None else "blank text" if text else "empty text"
@@ -542,6 +565,7 @@ class _Builder:
         unknown = [texts[i].decode() for i in new]
         breaks = line_breaks(self._job.kept, self._rows) if self._must_be_plain else Counter[str]()
         self._counts["line_breaks"] += breaks.total()
+        self._counts["altered"] += self._altered.total()
         window = Window(
             rows=self._rows,
             places=places,
@@ -555,6 +579,7 @@ class _Builder:
             counts=self._counts,
             reasons=self._reasons,
             breaks=breaks,
+            altered=self._altered,
             file=file,
             after=after,
             share=share,
@@ -708,6 +733,7 @@ class _Writer:
             "counts": dict(Counter(self.state["counts"]) + counts),
             "reasons": dict(Counter(self.state["reasons"]) + window.reasons),
             "breaks": dict(Counter(self.state["breaks"]) + window.breaks),
+            "altered": dict(Counter(self.state["altered"]) + window.altered),
             "examples": [*self.state["examples"], *examples][:EXAMPLES],
             "share": window.share,
         }

@@ -199,15 +199,17 @@ def _shards(job: Job) -> Iterator[Job]:
 
 
 def _added(outcomes: list[Outcome]) -> Outcome:
-    counts, reasons, breaks = Counter[str](), Counter[str](), Counter[str]()
+    counts, reasons, breaks, altered = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for outcome in outcomes:
         counts.update(outcome.counts)
         reasons.update(outcome.reasons)
         breaks.update(outcome.breaks)
+        altered.update(outcome.altered)
     return Outcome(
         counts=counts,
         reasons=reasons,
         breaks=breaks,
+        altered=altered,
         new_counts=counts,
         new_reasons=reasons,
         examples=[example for outcome in outcomes for example in outcome.examples][:EXAMPLES],

@@ -23,10 +23,10 @@ from ebr_lib.data.columnar import read_columns, read_schema
 from ebr_lib.data.containers import COLUMNAR, kind_of, opened
 from ebr_lib.data.doctor import language_of
 from ebr_lib.data.finder import FoundFiles, find_files
-from ebr_lib.data.hive import Layout, open_source, read_rows, readable
+from ebr_lib.data.hive import HEADER_AGAIN, Layout, open_source, read_rows, readable
 from ebr_lib.data.noise import split_words
 from ebr_lib.data.pairs import HALF_CHARACTER, half_character, is_blank, is_positive_pair, normalised, text_keys
-from ebr_lib.data.records import BadRowError, json_rows
+from ebr_lib.data.records import BadRowError, is_quoted, json_rows
 from ebr_lib.data.vectors import NPY, PARQUET, VECTOR, ending_of, iter_embeddings, read_manifest
 from ebr_lib.errors import DataError, MissingError, UserError
 from ebr_lib.logs import logger
@@ -391,8 +391,8 @@ def read_records(path: Path) -> list[Record]:
     """Read a table of texts: JSON (an array, or one object a line), Parquet, ORC, or delimited text with a header row;
     a file, all files of a folder, or all parts of `NAME-00000-of-00002.parquet`.
 
-    Delimited text is split by `\\001` where its header has one, by tabs in a `.tsv`, in both of which a quote is a
-    letter like any other; else it is CSV with quotes.
+    Delimited text is split by `\\001` where its header has one, and a quote is a letter there; by tabs in a `.tsv`,
+    where fields are quoted if all of the file can be read so; else it is CSV with quotes.
 
     :raises MissingError: there is no such file.
     :raises DataError: it cannot be read as such, or holds no row.
@@ -491,15 +491,12 @@ def _delimited_records(path: Path) -> Iterator[Record]:
 
 
 def _split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of delimited text, each with the line it begins at; between commas, fields may be quoted."""
+    """The rows of delimited text, each with the line it begins at; see `is_quoted`."""
+    unquoted: Any = {} if is_quoted(path, delimiter) else {"quoting": csv.QUOTE_NONE}
     csv.field_size_limit(MOST_LETTERS)  # 131,072 by default: a long page is not a broken quote
     line = 1
     with _letters(path, newline="") as file:
-        rows = (
-            csv.reader(file, strict=True)
-            if delimiter == ","
-            else csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        )
+        rows = csv.reader(file, delimiter=delimiter, strict=True, **unquoted)
         try:
             for row in rows:
                 yield line, row
@@ -513,7 +510,7 @@ def _split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 def _hive_records(path: Path) -> Iterator[Record]:
     source = open_source(path, Layout())
     for row in read_rows(source, source.columns, Layout()):
-        if not row.raw.strip():  # an empty last line
+        if not row.raw.strip() or row.reason == HEADER_AGAIN:  # an empty last line; files that were joined
             continue
         if row.reason:
             raise DataError(f"{path}: line {row.position.line}: {row.reason}")
