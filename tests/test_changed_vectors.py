@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ebr_lib.errors import ModelError
 from ebr_lib.evaluate import evaluate_retrieval
@@ -84,6 +85,15 @@ def test_probes_of_an_older_contract_had_the_default_prompt_of_the_model(models)
     assert load_model(str(folder), device="cpu").encode(["warm"]).shape == (1, 32)
     edit(folder / CONTRACT_FILE, number_type="float32")
     with pytest.raises(ModelError, match=NOT_THOSE):
+        load_model(str(folder), device="cpu")
+
+
+def test_a_module_that_an_earlier_version_trained_is_named(tiny_models, tmp_path):
+    folder = save_on(tiny_models("dense"), tmp_path / "adapter")
+    turned(folder, 0.1)
+    file = folder / "2_Dense" / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"likely cause: tensors not loaded \(2_Dense/model\.safetensors differs"):
         load_model(str(folder), device="cpu")
 
 

@@ -199,6 +199,7 @@ def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded)
     """What is known to differ from when the model was saved, the surest causes first."""
     if contract.trust_remote_code is True and not runs_own_code(model):
         yield "remote code (the model's own code ran then, and its files no longer ask for it)"
+    yield from _tensors_not_loaded(loaded)
     yield from _changed_files("base", loaded.base, contract.base_files)
     yield from _changed_files("model", loaded.folder, contract.own_files)
     then = asdict(contract)
@@ -214,6 +215,15 @@ def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded)
         yield f"precision ({contract.number_type} then, {now} now)"
     versions = {name: now for name, now in library_versions().items() if contract.libraries.get(name, now) != now}
     yield from (f"library {name} {contract.libraries[name]} then, {now} now" for name, now in versions.items())
+
+
+def _tensors_not_loaded(loaded: Loaded) -> Iterator[str]:
+    """Earlier versions trained the modules after the transformer too, which are loaded from the base."""
+    base = named_sha256(loaded.base) if loaded.base else {}
+    own = named_sha256(loaded.folder)
+    modules = [file for file in sorted(own) if "/" in file and file.endswith(".safetensors")]
+    if trained := [file for file in modules if base.get(file, own[file]) != own[file]]:
+        yield f"tensors not loaded ({', '.join(trained)} differs from the base's, which is loaded; fine-tune again)"
 
 
 def _changed_files(owner: str, folder: Path | None, then: dict[str, str]) -> Iterator[str]:
