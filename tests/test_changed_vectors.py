@@ -88,6 +88,14 @@ def test_probes_of_an_older_contract_had_the_default_prompt_of_the_model(models)
         load_model(str(folder), device="cpu")
 
 
+def test_of_a_merged_model_only_its_own_files_are_named(models):
+    edit(models / "merged" / "1_Pooling" / "config.json", pooling_mode="cls")
+    with pytest.raises(
+        ModelError, match=r"cause: another model than then \(files that changed: 1_Pooling/config\.json"
+    ):
+        load_model(str(models / "merged"), device="cpu")
+
+
 def test_a_module_that_an_earlier_version_trained_is_named(tiny_models, tmp_path):
     folder = save_on(tiny_models("dense"), tmp_path / "adapter")
     turned(folder, 0.1)

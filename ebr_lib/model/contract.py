@@ -199,8 +199,9 @@ def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded)
     """What is known to differ from when the model was saved, the surest causes first."""
     if contract.trust_remote_code is True and not runs_own_code(model):
         yield "remote code (the model's own code ran then, and its files no longer ask for it)"
-    yield from _tensors_not_loaded(loaded)
-    yield from _changed_files("base", loaded.base, contract.base_files)
+    if not contract.merged:  # which stands for itself
+        yield from _tensors_not_loaded(loaded)
+        yield from _changed_files("base", loaded.base, contract.base_files)
     yield from _changed_files("model", loaded.folder, contract.own_files)
     then = asdict(contract)
     yield from (f"{name} {then[name]} then, {now} now" for name, now in setup_of(model).items() if now != then[name])

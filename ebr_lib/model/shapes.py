@@ -190,7 +190,8 @@ def _route(router: Any, side: Side, name: str) -> str:
     if not found:
         raise ModelError(
             f"model {name} encodes texts by routes named {', '.join(router.sub_modules)}, and none of them is known to "
-            f"be for {side} texts; rename the routes in router_config.json to query and document"
+            f"be for {side} texts; rename the routes (the keys of structure, and default_route) in router_config.json "
+            "to query and document"
         )
     return str(found[0])
 
