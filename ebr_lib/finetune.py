@@ -30,6 +30,7 @@ from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
 from ebr_lib.tables import Shown, Table, html_picture
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
@@ -387,23 +388,42 @@ def _base(config: FinetuneConfig) -> ModelIdentity:
     return identify(config.model_name, check_remote_code(config.model_name, config.trust_remote_code))
 
 
-def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
-    import torch
-
-    from ebr_lib.model.adapters import add_lora, is_adapted, trainable_counts
+def _load_base(config: FinetuneConfig, dtype: torch.dtype) -> SentenceTransformer:
+    """The model that is trained, with the adapter that it was saved with, if any."""
     from ebr_lib.model.loading import load_model
-    from ebr_lib.model.shapes import fit_length
 
-    precision = _precision(config)
-    logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
-    model = load_model(
+    return load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
         on_changed_vectors=config.on_changed_vectors,
         device=training_device(),
-        dtype=torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32,
+        dtype=dtype,
         trainable=True,
     )
+
+
+def _add_lora(config: FinetuneConfig, model: SentenceTransformer) -> None:
+    from ebr_lib.model.adapters import add_lora
+
+    add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        dora=config.use_dora,
+        rslora=config.use_rslora,
+    )
+
+
+def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
+    import torch
+
+    from ebr_lib.model.adapters import is_adapted, trainable_counts
+    from ebr_lib.model.shapes import fit_length
+
+    precision = _precision(config)
+    logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
+    model = _load_base(config, torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32)
     if config.adapter_side == "query" and model.max_seq_length != config.max_seq_length:
         logger.warning(
             "训练时文档的截断长度不同 documents are cut at max_seq_length %d in training; encoding cuts them where the "
@@ -417,14 +437,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
         _refuse_other_adapter(config, model)
         logger.info("继续训练已有适配器 training goes on from the adapter in %s", config.model_name)
     else:
-        add_lora(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            dora=config.use_dora,
-            rslora=config.use_rslora,
-        )
+        _add_lora(config, model)
     trained, total = trainable_counts(model)
     share = 100 * trained / total
     logger.info("可训练参数: %s / %s (%.2f%%) trainable parameters", f"{trained:,}", f"{total:,}", share)
@@ -495,7 +508,26 @@ def _prompts(config: FinetuneConfig) -> dict[str, str]:
 
 
 def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
-    return task.measure_model(model, query_only=config.adapter_side == "query") if task else {}
+    if task is None:
+        return {}
+    return task.measure_model(_as_served(config, model), query_only=config.adapter_side == "query")
+
+
+def _as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTransformer:
+    """The model as whoever loads it has it: with a base in float32, which training in bfloat16 rounds."""
+    import torch
+
+    from ebr_lib.model.adapters import adapter_weights, is_adapted, set_adapter_weights
+
+    if model.transformers_model.dtype == torch.float32:
+        return model
+    with torch.random.fork_rng():  # a new adapter draws its weights; training goes on as if it had not been measured
+        served = _load_base(config, torch.float32)
+        if not is_adapted(served):
+            _add_lora(config, served)
+    served.max_seq_length, served.prompts = model.max_seq_length, dict(model.prompts)
+    set_adapter_weights(served, adapter_weights(model))
+    return served
 
 
 def _measure_in_training(config: FinetuneConfig, task: HeldoutTask, model: SentenceTransformer) -> GroupMeans:

@@ -838,14 +838,19 @@ def test_before_is_the_base_model_and_after_is_what_was_saved(settings, tiny_ber
     assert result.before != result.after
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path, bf16):  # noqa: F811
-    """Measured once, and computed as the saved model computes: fused layers of training round bfloat16 otherwise."""
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: bf16)
+@pytest.mark.parametrize(("has_bf16", "bf16"), [(True, True), (True, False), (False, False)])
+def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path, has_bf16, bf16):  # noqa: F811
+    """Measured once, and computed as the saved model computes: training in bfloat16 rounds the base and its layers."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
     calls = []
     measure = HeldoutTask.measure_model
-    monkeypatch.setattr(HeldoutTask, "measure_model", lambda *given, **more: calls.append(1) or measure(*given, **more))
-    result = train(settings, num_epochs=2, learning_rate=2e-2)
+
+    def measured(task, model, **more):
+        calls.append((task.documents, Encoder(model).encode(task.documents)))
+        return measure(task, model, **more)
+
+    monkeypatch.setattr(HeldoutTask, "measure_model", measured)
+    result = train(settings, num_epochs=2, learning_rate=2e-2, bf16=bf16)
     assert len(calls) == 3  # before, and after each epoch
     log = [json.loads(line) for line in (Path(result.model_path) / "training_log.jsonl").read_text().splitlines()]
     best = max((entry for entry in log if "eval_ndcg@10" in entry), key=lambda entry: entry["eval_ndcg@10"])
@@ -853,6 +858,9 @@ def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path,
         "models": [result.model_path, settings["model_name"]], "data_path": result.model_path, "bm25": False,
         "output_dir": str(tmp_path / "evaluation"), "resamples": 100, "max_seq_length": 32,
     }).metrics  # fmt: skip
+    for name, measurements in ((settings["model_name"], calls[:1]), (result.model_path, calls[1:])):
+        served = Encoder(load_model(name, device="cpu", merged=True, max_seq_length=32))
+        assert any(np.allclose(served.encode(documents), vectors, atol=1e-6) for documents, vectors in measurements)
     for name in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
         after, before = found.values()
         assert result.after["all"][name] == best[f"eval_{name}"] == after[name]
