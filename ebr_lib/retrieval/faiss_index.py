@@ -358,9 +358,11 @@ def _stored(flat: Any) -> Iterator[Vectors]:
 
 
 def recall_of(found: Ints, truth: Truth, index: Any, among: int = RECALL_AT) -> float:
-    """Mean share of the ten nearest that were found among so many; any that scores as the tenth does is as good.
+    """Mean share of the ten nearest rows that an index found; any row that scores as the tenth does is as good.
 
-    What is asked for is as many as there are, where the index holds fewer than ten others.
+    Where the index holds fewer than ten other rows, all of them are wanted.
+
+    :param among: how many of the rows found, best first, are looked at.
     """
     shares = []
     for i, own in enumerate(truth.own):
