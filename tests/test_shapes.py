@@ -415,3 +415,13 @@ def test_without_modules_the_assumed_pooling_is_said(tiny_bert, tmp_path, caplog
     np.testing.assert_allclose(vectors(load_model(str(folder), device="cpu")), wanted, atol=1e-6)
     load_model(str(folder), device="cpu")
     assert caplog.text.count("mean pooling is assumed") == 1
+
+
+def test_a_token_without_a_vector_is_a_sentence(tiny_models):
+    """A tokenizer that knows a token more than the model's table has rows."""
+    model = load(tiny_models, "no_pad")
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    encoder = Encoder(model, precision="float32")
+    with pytest.raises(ModelError, match=r"text 2 of 3 \('warm <extra> blanket'\) has the token '<extra>' of number"):
+        encoder.encode(["steel", "warm <extra> blanket", "wool"])
+    assert encoder.encode(["steel"]).shape == (1, 32)

@@ -22,6 +22,7 @@ from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.precision import Asked, choose_precision
+from ebr_lib.model.shapes import token_embeddings
 from ebr_lib.tables import shortened
 
 if TYPE_CHECKING:
@@ -213,10 +214,23 @@ class Encoder:
         A model that cannot be given tokens keeps its texts.
 
         :raises DataError: a text holds half a character, which no tokenizer takes.
+        :raises ModelError: a text has a token that the model has no vector for.
         """
         if (broken := half_character(texts)) is not None:
             raise DataError(f"text {broken + 1} of {len(texts)} holds {HALF_CHARACTER}: {texts[broken]!a}")
-        return list(texts) if self._tokenizer is None else self._tokenizer(texts)
+        if self._tokenizer is None:
+            return list(texts)
+        tokens = self._tokenizer(texts)
+        table = token_embeddings(self.model.transformers_model)
+        if table is not None and tokens.ids.size and (token := int(tokens.ids.max())) >= table.num_embeddings:
+            text = int(np.searchsorted(np.cumsum(tokens.lengths), int(tokens.ids.argmax()), side="right"))
+            raise ModelError(
+                f"text {text + 1} of {len(texts)} ({shortened(texts[text], 60)!r}) has the token "
+                f"{self.model.tokenizer.convert_ids_to_tokens(token)!r} of number {token}, and the model has vectors "
+                f"for {table.num_embeddings}: its tokenizer is of another model, or knows more; take that token out of "
+                "the texts"
+            )
+        return tokens
 
     def embed(
         self, tokens: Tokens | list[str], show_bar: bool = False, told: Callable[[int], None] | None = None

@@ -265,18 +265,19 @@ def give_pad_token(model: SentenceTransformer) -> None:
     tokenizer, transformer = model.tokenizer, model.transformers_model
     if transformer is None or not hasattr(tokenizer, "pad_token_id"):
         return
-    known = min(len(tokenizer), _embeddings(transformer).num_embeddings)
+    known = min(len(tokenizer), token_embeddings(transformer).num_embeddings)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         ids = (transformer.config.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
         usable = next(number for number in ids if isinstance(number, int) and 0 <= number < known)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable)
 
 
-def _embeddings(transformer: Any) -> Any:
-    """The table of the tokens' vectors, which an adapter may lie on."""
+def token_embeddings(transformer: Any) -> Any:
+    """The table of the tokens' vectors, which an adapter may lie on; None where a model has no such table."""
     from torch.nn import Embedding
 
-    return next(part for part in transformer.get_input_embeddings().modules() if isinstance(part, Embedding))
+    parts = transformer.get_input_embeddings().modules() if transformer is not None else ()
+    return next((part for part in parts if isinstance(part, Embedding)), None)
 
 
 def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> None:
