@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.knobs import Config, knob
-from ebr_lib.model.precision import Asked
+from ebr_lib.model.precision import Asked, Backend
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.schedulers import FOLLOW_THE_METRIC, Scheduler
 from ebr_lib.names import COLUMNS, BestMetric, Column, LeaveOutOwn, NoiseKind, OnBadRow, OnChangedVectors
@@ -54,6 +54,11 @@ OWN_LENGTH = "Tokens a text is cut to; null keeps the model's own.", "文本截�
 PRECISION = (
     "Arithmetic of the model; auto takes bfloat16 where the hardware has it.",
     "计算精度；auto 在硬件支持时使用 bfloat16。",
+)
+BACKEND = (
+    "What runs the transformer when texts are encoded; auto takes OpenVINO on a CPU, where it gives the model's vectors, "
+    "and torch on a GPU.",
+    "编码时由谁运行模型；auto 在 CPU 上使用 OpenVINO（向量与模型一致时），在 GPU 上使用 torch。",
 )
 DEVICE = "Torch device (cpu, cuda, cuda:1, mps); null takes the best there is.", "运行设备；null 自动选择。"
 QUERY_COLUMN = "Column of the query's text; null takes text, query, question or anchor.", "查询文本列；null 自动识别。"
@@ -426,6 +431,7 @@ class InferenceConfig(Config):
         "只保留前若干维（Matryoshka 模型），截断后再归一化。",
     )
     precision: Asked = knob("auto", *PRECISION)
+    backend: Backend = knob("auto", *BACKEND)
     batch_tokens: Annotated[int, Field(ge=16)] | None = knob(
         None,
         "Tokens a batch, padding included; null takes what measured fastest. Lower it when memory runs out.",
@@ -684,6 +690,7 @@ class EvalConfig(Config):
         None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
     )
     precision: Asked = knob("auto", *PRECISION)
+    backend: Backend = knob("auto", *BACKEND)
     device: str | None = knob(None, *DEVICE)
     # measures and report
     ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(

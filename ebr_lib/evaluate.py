@@ -184,6 +184,7 @@ def _recipe(config: EvalConfig, model_name: str) -> EncoderRecipe:
         max_seq_length=config.max_seq_length,
         truncate_dim=config.truncate_dim,
         precision=config.precision,
+        backend=config.backend,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         on_changed_vectors=config.on_changed_vectors,

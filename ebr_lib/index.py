@@ -349,6 +349,7 @@ def _recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **kno
         max_seq_length=maker.max_seq_length,
         truncate_dim=dim if maker.sha256 else None,
         precision=cast(Asked, maker.precision) if maker.precision in get_args(Asked) else "auto",
+        backend="torch",  # converting a model takes longer than encoding some queries: the first answer comes sooner
         **knobs,
     )
 

@@ -273,6 +273,7 @@ def _recipe(config: InferenceConfig) -> EncoderRecipe:
         normalize=config.normalize,
         truncate_dim=config.truncate_dim,
         precision=config.precision,
+        backend=config.backend,
         batch_tokens=config.batch_tokens,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
@@ -289,7 +290,13 @@ def _engine(config: InferenceConfig) -> Iterator[LocalEngine | RayEngine]:
     else:
         engine = LocalEngine(recipe, config.num_processes)
     facts = engine.facts
-    logger.info("模型: %s, %d 维, %s (model, dimensions, precision)", config.model_name, facts.dim, facts.precision)
+    logger.info(
+        "模型: %s, %d 维, %s, %s (model, dimensions, precision, backend)",
+        config.model_name,
+        facts.dim,
+        facts.precision,
+        facts.backend,
+    )
     if config.prompt is not None and config.prompt != facts.trained_prompt:
         logger.warning(
             "prompt %r is not what the model was trained with (%r): vectors may match queries less well; "
@@ -318,8 +325,10 @@ def _settings(
     """All that decides what is written; speed and place do not."""
     # only where it matters: an output of before may be appended to
     own_code = {"trust_remote_code": identity.trust_remote_code} if identity.trust_remote_code else {}
+    backend = {"backend": facts.backend} if facts.backend != "torch" else {}
     return (
         own_code
+        | backend
         | _other_than_usual(config)
         | {
             "model": identity.sha256 or identity.path,

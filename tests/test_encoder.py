@@ -14,10 +14,9 @@ from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbe
 from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.model import encoder, precision
 from ebr_lib.model.adapters import add_lora
-from ebr_lib.model.encoder import Encoder, batches, dealt
+from ebr_lib.model.encoder import Encoder, batches
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.losses import base_model_only
-from ebr_lib.model.packing import pack
 from tests.models import tiny_tokenizer
 
 TEXTS = [
@@ -32,7 +31,7 @@ TEXTS = [
 ]
 KINDS = ("bert", "xlm-r", "modernbert", "qwen2", "kalm")
 
-exact = functools.partial(Encoder, precision="float32")  # whatever this processor has
+exact = functools.partial(Encoder, precision="float32", backend="torch")  # whatever this processor has
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_the_limit_may_change_and_the_model_may_be_used_in_between(bert):
 
 
 def test_padding_share_by_hand(bert):
-    encoder = Encoder(bert, precision="float32")
+    encoder = exact(bert)
     a, b = "pan", "pan " * 6
     encoder.encode([a, b])
     short, long = (len(ids) for ids in bert.tokenizer([a, b])["input_ids"])
@@ -175,27 +174,6 @@ def test_a_batch_ends_where_texts_get_much_shorter():
     assert next(batches(lengths, 4096)) == slice(0, 3)
 
 
-def test_dealt_texts_are_each_in_one_batch_and_fill_their_rows():
-    """16 tokens a text: batches of one length each left a ninth of their rows empty."""
-    lengths = np.random.default_rng(0).poisson(14, 4000) + 2
-    texts = np.argsort(-lengths, kind="stable")
-    cuts = list(dealt(texts, lengths, 4096))
-    assert sorted(np.concatenate(cuts)) == list(range(4000))
-    assert max(lengths[cut].sum() for cut in cuts) < 4096 * 1.05
-    slots = sum(pack(lengths[cut], 64).slots for cut in cuts)
-    assert lengths.sum() / slots > 0.96
-    assert [len(cut) for cut in dealt(texts[:3], lengths, 1)] == [1, 1, 1]
-    assert list(dealt(texts[:0], lengths, 100)) == []
-
-
-def test_packed_and_padded_texts_of_one_call_come_back_in_order(bert, monkeypatch):
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    encoder = Encoder(bert, precision="bfloat16", batch_tokens=100)
-    assert encoder._packed is not None
-    cosines = (encoder.encode(TEXTS) * exact(bert).encode(TEXTS)).sum(axis=1)
-    assert cosines.min() > 0.999
-
-
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_out_of_memory_halves_batches_from_then_on(bert, monkeypatch, caplog, error):
     encoder, failed = exact(bert), list[int]()
@@ -223,19 +201,19 @@ def test_out_of_memory_halves_batches_from_then_on(bert, monkeypatch, caplog, er
 def test_precision_that_is_missing_is_float32_and_said(bert, monkeypatch, caplog):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
-        assert Encoder(bert, precision="auto").precision == "float32"
+        assert Encoder(bert, precision="auto", backend="torch").precision == "float32"
         assert not caplog.records
-        assert Encoder(bert, precision="bfloat16").precision == "float32"
+        assert Encoder(bert, precision="bfloat16", backend="torch").precision == "float32"
     assert "bfloat16" in caplog.text
 
 
 def test_bfloat16_copies_the_model(bert, monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    encoder = Encoder(bert, precision="auto", prompt="query: ")
+    encoder = Encoder(bert, precision="auto", prompt="query: ", backend="torch")
     assert encoder.precision == "bfloat16"
     assert {weight.dtype for weight in encoder.model[0].parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in bert.parameters()} == {torch.float32}
-    wanted = Encoder(bert, precision="float32", prompt="query: ").encode(TEXTS)
+    wanted = exact(bert, prompt="query: ").encode(TEXTS)
     found = encoder.encode(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)  # normalised in float32
@@ -243,23 +221,9 @@ def test_bfloat16_copies_the_model(bert, monkeypatch):
     assert not np.array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("include_prompt", [True, False])
-def test_short_texts_share_rows_in_bfloat16(bert, monkeypatch, include_prompt):
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    bert.set_pooling_include_prompt(include_prompt)
-    packing = Encoder(bert, prompt="query: ")
-    padding = Encoder(bert, prompt="query: ")
-    padding._packed = None
-    texts = [TEXTS[i % 7 * 3] for i in range(60)]  # of very different lengths
-    found, wanted = packing.encode(texts), padding.encode(texts)
-    assert (found * wanted).sum(axis=1).min() > 0.999
-    assert packing.stats.tokens == padding.stats.tokens
-    assert packing.stats.slots != padding.stats.slots  # rows really were shared
-
-
 def test_float32_of_a_half_precision_model(tiny_bert):
     model = load_model(str(tiny_bert), device="cpu", dtype=torch.bfloat16)
-    encoder = Encoder(model, precision="float32")
+    encoder = exact(model)
     assert {weight.dtype for weight in encoder.model.parameters()} == {torch.float32}
 
 

@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 
 from ebr_lib.model import packing
 from ebr_lib.model.adapters import add_lora
-from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.packing import PackedForward, pack, packed_forward
 
@@ -162,7 +161,7 @@ def test_other_vectors_are_found_out(tiny_models, caplog, monkeypatch):
 SPECIALS = ["<pad> first", "in <pad> the <pad><pad> middle", "<mask> and <unk> </s> <s>", "plain 南瓜", "<pad>"]
 
 
-@pytest.mark.parametrize("kind", ["bert", "xlm-r", "mpnet", "qwen2", "dense", "last_token"])
+@pytest.mark.parametrize("kind", ["bert", "xlm-r", "mpnet", "qwen2", "dense", "layernorm", "last_token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_special_tokens_in_a_text_are_placed_as_in_padded_batches(tiny_models, kind, dtype):
     model = load_model(str(tiny_models(kind)), device="cpu", dtype=dtype).eval()
@@ -174,15 +173,6 @@ def test_special_tokens_in_a_text_are_placed_as_in_padded_batches(tiny_models, k
         (found,) = packed([dict(column)])
         wanted = model(dict(column))["sentence_embedding"]
     torch.testing.assert_close(found.float(), wanted.float(), atol=2 * packing.TOLERANCE[dtype], rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["xlm-r", "mpnet", "dense", "layernorm"])
-def test_a_bfloat16_encoder_packs_and_gives_the_padded_vectors(tiny_models, kind):
-    model = load(tiny_models, kind)
-    encoder = Encoder(model, precision="bfloat16")
-    assert encoder._packed is not None
-    wanted = Encoder(model, precision="float32").encode(SPECIALS)
-    assert (encoder.encode(SPECIALS) * wanted).sum(axis=1).min() > 0.9998
 
 
 def test_checking_leaves_the_model_as_it_was(tiny_bert):

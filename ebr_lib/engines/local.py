@@ -44,6 +44,7 @@ class EncoderFacts:
     prompt: str
     trained_prompt: str
     max_seq_length: int
+    backend: str = "torch"
 
 
 class LocalEncoder:
@@ -55,6 +56,7 @@ class LocalEncoder:
         self.facts = EncoderFacts(
             dim=self._encoder.dim,
             precision=self._encoder.precision,
+            backend=self._encoder.backend,
             prompt=self._encoder.prompt,
             trained_prompt=prompt_of(model, "document"),
             max_seq_length=_limit(model.max_seq_length),

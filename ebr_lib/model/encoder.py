@@ -18,20 +18,19 @@ from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import is_adapted, merge_adapter
 from ebr_lib.model.cpu_speed import keep_freed_memory
-from ebr_lib.model.fused_layers import fuse
 from ebr_lib.model.losses import evaluating
 from ebr_lib.model.packing import PackedForward, packed_forward
-from ebr_lib.model.precision import Asked, choose_precision
+from ebr_lib.model.padding import padded_batch
+from ebr_lib.model.precision import Asked, Backend, Dtype, choose_precision
 from ebr_lib.model.shapes import token_embeddings
 from ebr_lib.tables import shortened
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from ebr_lib.model.openvino import CompiledTransformer
 
-BATCH_TOKENS = {"cpu float32": 2048, "cpu bfloat16": 4096}  # measured; in float32 1024 to 4096 are about equal
-GPU_BATCH_TOKENS = 32768
-PACKED_LENGTH = 64  # in bfloat16 on a CPU, packed rows were 1.2 times as fast up to here and slower beyond
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768
 SIMILAR = 0.75  # a text this much of the longest, or more, fits its batch
 FAIR_TOKENS = 512
 TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
@@ -140,8 +139,11 @@ class Encoder:
         truncate_dim: int | None = None,
         precision: Asked = "auto",
         batch_tokens: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         """Make an encoder. A model of another precision than the chosen one is copied, never changed.
+
+        The weights must not change after that: OpenVINO keeps its own.
 
         :param prompt: put before every text.
         :param normalize: make vectors of length one, after the cut to `truncate_dim`.
@@ -149,6 +151,8 @@ class Encoder:
         :param precision: what the transformer computes in; "auto" takes bfloat16 where the device has it. What comes
             after the transformer (pooling, dense, normalise) computes in float32.
         :param batch_tokens: token places of a batch, padding included; None takes what measured fastest.
+        :param backend: "auto" takes OpenVINO on a CPU where it gives the model's vectors, else torch.
+        :raises ModelError: `backend` is "openvino", and OpenVINO cannot run the model on its device.
         """
         if half_character([prompt]) is not None:
             raise ConfigError(
@@ -161,23 +165,56 @@ class Encoder:
         if model.device.type == "cpu":
             keep_freed_memory()
         self.precision: str = chosen.dtype
-        self.model = _in_precision(model, getattr(torch, chosen.dtype))
         self.prompt = prompt
         self.normalize = normalize
         self.truncate_dim = truncate_dim or model.truncate_dim
-        fastest = BATCH_TOKENS.get(f"{model.device.type} {chosen.dtype}", GPU_BATCH_TOKENS)
-        self.batch_tokens = batch_tokens or fastest
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
         self._most_tokens: int | None = None  # of a batch, once memory has run out
         self.stats = EncodeStats()
-        self._tokenizer = _tokenizer_of(self.model, prompt)
-        packs = self._tokenizer is not None and self.precision != "float32"
-        self._packed = self._packs() if packs else None
+        self._tokenizer = _tokenizer_of(model, prompt)
         self._prompt_length = self._tokenizer and self._tokenizer.prompt_length
+        self._compiled: CompiledTransformer | None = None
+        self._packed: PackedForward | None = None
+        if backend != "torch":
+            model = self._compile(model, chosen.dtype, must=backend == "openvino")
+        self.model = model if self._compiled else _in_precision(model, getattr(torch, chosen.dtype))
+        if self._tokenizer and self.precision != "float32" and model.device.type == "cuda":
+            packed = packed_forward(self.model)
+            self._packed = packed if packed and packed.one_row else None
 
-    def _packs(self) -> PackedForward | None:
-        """Packed rows where they are faster than padded batches: on a CPU, and in one row on a GPU."""
-        packed = packed_forward(self.model)
-        return packed if packed and (packed.one_row or self.model.device.type == "cpu") else None
+    def _compile(self, model: SentenceTransformer, dtype: Dtype, *, must: bool) -> SentenceTransformer:
+        """Compile the transformer where it can be; returns the model whose other modules follow it, in float32."""
+        if model.device.type == "cpu" and self._tokenizer is not None and hasattr(model[0], "model"):
+            from ebr_lib.model.openvino import ConversionError, compiled_transformer
+
+            exact = _in_precision(model, torch.float32)
+            try:
+                self._compiled = compiled_transformer(exact, dtype)
+                return exact
+            except ConversionError as error:
+                reason = str(error)
+        elif model.device.type != "cpu":
+            reason = f"it runs on the CPU, and the model is on {model.device}"
+        else:
+            reason = "the model is no transformer whose input is plainly tokens"
+        if must:
+            raise ModelError(f"backend openvino cannot encode with this model: {reason}; set backend: auto")
+        if model.device.type == "cpu":
+            logger.info("用 torch 编码 encoding runs on torch, not on OpenVINO: %s", reason)
+        return model
+
+    @property
+    def backend(self) -> str:
+        """What runs the transformer, "openvino" or "torch"."""
+        return "openvino" if self._compiled else "torch"
+
+    def with_prompt(self, prompt: str) -> Encoder:
+        """An encoder of the same model for texts with another prompt; it counts for itself."""
+        twin = copy.copy(self)
+        twin.prompt, twin.stats = prompt, EncodeStats()
+        twin._tokenizer = _tokenizer_of(self.model, prompt)
+        twin._prompt_length = twin._tokenizer and twin._tokenizer.prompt_length
+        return twin
 
     @property
     def dim(self) -> int:
@@ -247,9 +284,9 @@ class Encoder:
         places, waiting, done = list[NDArray[np.intp]](), list[Tensor](), 0
         bar = tqdm(total=len(tokens), desc="编码 encode", unit="text", disable=not show_bar)
         with bar, torch.inference_mode(), evaluating(self.model):
-            for batch in self._batches(tokens.lengths):
+            for batch, found in self._embedded_batches(tokens):
                 places.append(batch)
-                waiting.append(self._embedded(tokens, batch))
+                waiting.append(found)
                 bar.update(len(batch))
                 done += len(batch)
                 if told is not None:
@@ -265,14 +302,19 @@ class Encoder:
         self.stats.tokens_lost += int(tokens.lost.sum())
         return vectors
 
-    def _batches(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
-        """The texts of each batch, longest first: what does not fit fails at once."""
-        order = np.argsort(-lengths, kind="stable")
-        shares_rows = self._packed is not None and not self._packed.one_row
-        padded = int((lengths > PACKED_LENGTH).sum()) if shares_rows else len(order)
-        for batch in batches(lengths[order[:padded]], self.batch_tokens):
-            yield order[batch]
-        yield from dealt(order[padded:], lengths, self.batch_tokens)
+    def _embedded_batches(self, tokens: Tokens) -> Iterator[tuple[NDArray[np.intp], Tensor]]:
+        """Batches of texts and their vectors, longest texts first: what does not fit fails at once."""
+        order = np.argsort(-tokens.lengths, kind="stable")
+        cuts = [order[batch] for batch in batches(tokens.lengths[order], self.batch_tokens)]
+        if self._compiled is None:
+            yield from ((cut, self._embedded(tokens, cut)) for cut in cuts)
+            return
+        filler = self.model.tokenizer.pad_token_id or 0
+        padded = (padded_batch(tokens.of(cut), tokens.lengths[cut], filler) for cut in cuts)
+        for cut, (states, seen) in zip(cuts, self._compiled.states(padded), strict=True):
+            self.stats.slots += seen.size
+            features = {"token_embeddings": states, "attention_mask": torch.from_numpy(seen.astype(np.int64))}
+            yield cut, self._finished(self._after_transformer(features)).clone()  # the states' memory is used again
 
     def _embedded(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
         """Vectors of one batch, on the device; in halves where memory runs out, and from then on."""
@@ -302,21 +344,23 @@ class Encoder:
     def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
         """Vectors of one batch, on the device."""
         ids, lengths = tokens.of(texts), tokens.lengths[texts]
-        if self._packed is not None and (self._packed.one_row or lengths.max() <= PACKED_LENGTH):
-            vectors = self._pack(self._packed, ids, lengths)
-        else:
-            vectors = self._pad(ids, lengths)
-        vectors = vectors.float()[:, : self.truncate_dim]
-        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+        if self._packed is not None:
+            return self._finished(self._pack(self._packed, ids, lengths))
+        features = self.model[0](self._features(ids, lengths))
+        return self._finished(self._after_transformer(features))
 
-    def _pad(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
-        """Sentence embeddings of a padded batch."""
-        transformer, *rest = self.model
-        features = transformer(self._features(ids, lengths))
-        features["token_embeddings"] = features["token_embeddings"].float()
-        for module in rest:
+    def _after_transformer(self, features: dict[str, Any]) -> Tensor:
+        """Sentence embeddings, in float32, of token states."""
+        features |= {"token_embeddings": features["token_embeddings"].float(), "modality": "text"}
+        if self._prompt_length is not None:
+            features["prompt_length"] = self._prompt_length
+        for module in list(self.model)[1:]:
             features = module(features)
         return features["sentence_embedding"]
+
+    def _finished(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.float()[:, : self.truncate_dim]
+        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
 
     def _pack(self, packed: PackedForward, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
         """Sentence embeddings of a batch that shares rows."""
@@ -327,13 +371,8 @@ class Encoder:
 
     def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:
         """What the model's own tokenizer would make of a batch, padded on the tokenizer's side."""
-        tokenizer, width = self.model.tokenizer, max(int(lengths.max()), 1)
-        places = np.arange(width)
-        if tokenizer.padding_side == "left":
-            places = places[::-1]
-        seen = places[None] < lengths[:, None]
-        padded = np.full(seen.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
-        padded[seen] = ids
+        tokenizer = self.model.tokenizer
+        padded, seen = padded_batch(ids, lengths, tokenizer.pad_token_id or 0, tokenizer.padding_side)
         self.stats.slots += padded.size
         features: dict[str, Any] = {
             "input_ids": self._sent(padded),
@@ -392,21 +431,11 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
         start = stop
 
 
-def dealt(texts: NDArray[np.intp], lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.intp]]:
-    """Deal texts, sorted by length, into batches of about `budget` tokens that each hold long and short ones.
-
-    Together they fill the rows that they share: texts of 24 tokens alone would leave a quarter of a row of 64 empty.
-    """
-    count = min(-(-int(lengths[texts].sum()) // budget), len(texts))
-    for number in range(count):
-        yield texts[number::count]
-
-
 def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
     """The model with its transformer in `dtype` and the rest in float32: itself, or a copy.
 
-    A copy's adapter is merged, as it is where a saved model is served, so that both give the same vectors; its layers
-    are fused. A model that has the right types is the caller's, and stays what it was.
+    A copy's adapter is merged, as it is where a saved model is served, so that both give the same vectors. A model that
+    has the right types is the caller's, and stays what it was.
     """
     transformer, *rest = model
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
@@ -417,8 +446,6 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTra
     if is_adapted(twin):
         merge_adapter(twin)
     twin[0].to(dtype)
-    if hasattr(transformer, "model"):
-        fuse(twin)
     return twin
 
 

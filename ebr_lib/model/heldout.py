@@ -70,11 +70,11 @@ def encoders_of(model: SentenceTransformer, query_only: bool, show_bar: bool = F
     from ebr_lib.model.losses import base_model_only
 
     def encode_queries(texts: Sequence[str]) -> Vectors:
-        return Encoder(model, prompt=prompt_of(model, "query")).encode(texts, show_bar)
+        return Encoder(model, prompt=prompt_of(model, "query"), backend="torch").encode(texts, show_bar)
 
     def encode_documents(texts: Sequence[str]) -> Vectors:
         with base_model_only(model) if query_only else nullcontext():
-            return Encoder(model, prompt=prompt_of(model, "document")).encode(texts, show_bar)
+            return Encoder(model, prompt=prompt_of(model, "document"), backend="torch").encode(texts, show_bar)
 
     return encode_queries, encode_documents
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 Asked = Literal["auto", "float32", "bfloat16"]  # of encoding; float16 is for training on an older GPU
 Dtype = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["auto", "torch", "openvino"]  # what runs the transformer when texts are encoded
 
 
 @dataclass(frozen=True)

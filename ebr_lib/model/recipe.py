@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ebr_lib.model.loading import base_folders, load_model, look_for_bases_in, prompt_of, sides_apart
-from ebr_lib.model.precision import Asked
+from ebr_lib.model.precision import Asked, Backend
 from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.shapes import Side
 from ebr_lib.names import OnChangedVectors
@@ -31,6 +31,7 @@ class EncoderRecipe:
     normalize: bool = True
     truncate_dim: int | None = None
     precision: Asked = "auto"
+    backend: Backend = "auto"
     batch_tokens: int | None = None
     device: str | None = None
     trust_remote_code: Choice = False
@@ -52,18 +53,9 @@ class EncoderRecipe:
 
     def encoder(self, side: Side) -> Encoder:
         """Load the model and wrap it for queries or for documents."""
-        return self._wrapped(self.model(side), side)
-
-    def encoder_pair(self) -> tuple[Encoder, Encoder]:
-        """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
-        queries = self.encoder("query")
-        if sides_apart(self.model_name):
-            return queries, self.encoder("document")
-        return queries, self._wrapped(queries.model, "document")
-
-    def _wrapped(self, model: SentenceTransformer, side: Side) -> Encoder:
         from ebr_lib.model.encoder import Encoder
 
+        model = self.model(side)
         return Encoder(
             model,
             prompt=prompt_of(model, side, self.query_prompt if side == "query" else self.document_prompt),
@@ -71,4 +63,12 @@ class EncoderRecipe:
             truncate_dim=self.truncate_dim,
             precision=self.precision,
             batch_tokens=self.batch_tokens,
+            backend=self.backend,
         )
+
+    def encoder_pair(self) -> tuple[Encoder, Encoder]:
+        """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
+        queries = self.encoder("query")
+        if sides_apart(self.model_name):
+            return queries, self.encoder("document")
+        return queries, queries.with_prompt(prompt_of(queries.model, "document", self.document_prompt))

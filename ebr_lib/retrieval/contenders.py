@@ -70,6 +70,7 @@ def _how(queries: Encoder, document_prompt: str | None, documents: str) -> How:
         "query prompt": queries.prompt,
         "document prompt": "unknown" if document_prompt is None else document_prompt,
         "precision": queries.precision,
+        "backend": queries.backend,
         "max_seq_length": queries.model.max_seq_length,
         "dimensions": queries.dim,
         "documents": documents,

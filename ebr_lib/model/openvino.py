@@ -1,0 +1,182 @@
+"""Encoding on a CPU: a model's transformer as an OpenVINO graph, compiled for this processor.
+
+The graph ends with the token states. Pooling and the modules after it stay torch's, in float32: they take no time, and
+a Dense layer or a prompt that is left out of the mean needs no case of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ebr_lib.model.cpu_speed import attention
+from ebr_lib.model.losses import evaluating
+from ebr_lib.model.padding import Padded, padded_batch
+from ebr_lib.model.precision import Dtype
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+
+# openvino reports each import and conversion to a web analytics service through this package; without it, it does not
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+PROBE_LENGTHS = (2, 3, 5, 9, 17, 40, 150)
+# of a component of a unit vector: rounding was up to 3e-7 in float32 and 2e-3 in bfloat16 (6 to 24 layers)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+class ConversionError(Exception):
+    """The model cannot be run by OpenVINO, or its vectors are others; the message says why."""
+
+
+def compiled_transformer(model: SentenceTransformer, precision: Dtype) -> CompiledTransformer:
+    """The transformer of a model in float32, compiled and just compared with torch.
+
+    :raises ConversionError: OpenVINO cannot run it, or its vectors are others.
+    """
+    streams = _streams(model, precision)
+    # where a window of attention holds padding alone, this attention gives NaN in OpenVINO, the plain one does not
+    for plain in (False, True):
+        with attention(model, "eager") if plain else nullcontext():
+            compiled = CompiledTransformer(model, precision, streams)
+        gap = _largest_gap(model, compiled)
+        if gap <= TOLERANCE[precision]:
+            return compiled
+    raise ConversionError(f"its vectors differ from torch's by {gap:.1e}")
+
+
+def _streams(model: SentenceTransformer, precision: Dtype) -> int:
+    """Batches that are computed side by side: one per thread, which measured fastest.
+
+    In bfloat16 a gated layer (Qwen, Llama) needs two threads: OpenVINO 2026.4 divides by half of a stream's threads,
+    and on a processor with AMX the process ends there (SIGFPE).
+    """
+    threads = torch.get_num_threads()
+    gated = any(name.endswith("gate_proj") for name, _ in model[0].named_modules())
+    if precision == "float32" or not gated:
+        return threads
+    if threads < 2:
+        raise ConversionError("in bfloat16 this model needs two threads there, and has one")
+    return threads // 2
+
+
+class CompiledTransformer:
+    """Token states of batches, computed side by side, a batch per stream."""
+
+    def __init__(self, model: SentenceTransformer, precision: Dtype, streams: int) -> None:
+        """Convert and compile the first module of a model, adapter included; its weights are shared, not copied.
+
+        :raises ConversionError: see there.
+        """
+        import openvino
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": streams,
+        }
+        try:
+            graph = _convert(model)
+            self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
+        except Exception as error:  # tracing runs the model's own code: anything may come
+            raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        # one more than there are streams: the next batch waits there while the caller pools the last
+        self._requests = [self._compiled.create_infer_request() for _ in range(streams + 1)]
+
+    def states(self, batches: Iterable[Padded]) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
+        """Yield of each batch, in order, the token states (texts, length, width) and which places hold a token.
+
+        They are padded on the right, whatever the model's side: a causal model padded on the left has places that see
+        nothing, whose states are NaN in OpenVINO. A text's vector is the same.
+
+        The states are valid until the next are asked for.
+        """
+        free, running = list(self._requests), deque[Any]()
+        try:
+            for ids, seen in batches:
+                if not free:
+                    yield self._done(running)
+                    free.append(running.popleft()[0])
+                request = free.pop()
+                request.start_async({"input_ids": ids, "attention_mask": seen.astype(np.int64)})
+                running.append((request, seen))
+            while running:
+                yield self._done(running)
+                running.popleft()
+        finally:
+            for request, _ in running:
+                request.wait()
+
+    def _done(self, running: deque[Any]) -> tuple[Tensor, NDArray[np.bool_]]:
+        request, seen = running[0]
+        request.wait()
+        return torch.from_numpy(request.get_output_tensor(0).data), seen
+
+
+class _States(torch.nn.Module):
+    """The transformer with plain tensors in and out, as tracing wants it."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        features = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "text"}
+        return self.transformer(features)["token_embeddings"].float()
+
+
+def _convert(model: SentenceTransformer) -> Any:
+    import openvino
+
+    shape, kind = openvino.PartialShape([-1, -1]), openvino.Type.i64
+    ids, seen = padded_batch(*_random_tokens(model, (3, 7)), model.tokenizer.pad_token_id or 0)
+    example = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(seen.astype(np.int64))}
+    with torch.no_grad(), evaluating(model), _quiet():
+        return openvino.convert_model(
+            _States(model[0]), example_input=example, input=[(name, shape, kind) for name in example]
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what tracing says of branches that it cannot follow: the probe tells whether they mattered."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _random_tokens(model: SentenceTransformer, lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids of texts of these lengths, or of as many tokens as the model takes, one after another; and the lengths."""
+    sizes = np.minimum(lengths, model.max_seq_length or max(lengths))
+    vocabulary = model[0].model.get_input_embeddings().num_embeddings
+    return np.random.default_rng(0).integers(5, vocabulary, sizes.sum()), sizes
+
+
+def _largest_gap(model: SentenceTransformer, compiled: CompiledTransformer) -> float:
+    """How far a component of a unit vector is from torch's, over probe texts of many lengths."""
+    tokens, lengths = _random_tokens(model, PROBE_LENGTHS)
+    filler = model.tokenizer.pad_token_id or 0
+    ((states, seen),) = compiled.states([padded_batch(tokens, lengths, filler)])
+    found = _unit(model, states, torch.from_numpy(seen.astype(np.int64)))
+    ids, mask = map(torch.from_numpy, padded_batch(tokens, lengths, filler, model.tokenizer.padding_side))
+    with torch.inference_mode(), evaluating(model):
+        wanted = _unit(model, _States(model[0])(ids, mask.long()), mask.long())
+    return float((found - wanted).abs().max())
+
+
+def _unit(model: SentenceTransformer, states: Tensor, mask: Tensor) -> Tensor:
+    features = {"token_embeddings": states, "attention_mask": mask, "modality": "text"}
+    with torch.inference_mode(), evaluating(model):
+        for module in list(model)[1:]:
+            features = module(features)
+    return torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
