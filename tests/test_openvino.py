@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ebr_lib.errors import ModelError
+from ebr_lib.errors import DataError, ModelError
+from ebr_lib.inference import run_batch_inference
 from ebr_lib.model import openvino
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder
@@ -149,3 +151,22 @@ def test_nothing_is_reported_to_anybody(bert):
     from openvino.tools.ovc.telemetry_utils import tm
 
     assert tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
+def test_the_knob_decides_and_the_manifest_says_what_encoded(tmp_path, tiny_bert):
+    (tmp_path / "in.csv").write_text("id\x01description\n1\x01blanket\n", encoding="utf-8")
+    config = {"model_name": str(tiny_bert), "data_path": str(tmp_path / "in.csv"), "device": "cpu"}
+    made = {}
+    for backend in ("auto", "torch"):
+        output = tmp_path / backend / "e.txt"
+        result = run_batch_inference(config | {"output_path": str(output), "backend": backend, "precision": "float32"})
+        made[backend] = json.loads(result.manifest.read_text())["settings"].get("backend", "torch")
+    assert made == {"auto": "openvino", "torch": "torch"}
+    other = {
+        "output_path": str(tmp_path / "auto" / "e.txt"),
+        "backend": "torch",
+        "precision": "float32",
+        "append": True,
+    }
+    with pytest.raises(DataError, match="backend: 'openvino' then"):
+        run_batch_inference(config | other)
