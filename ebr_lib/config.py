@@ -299,6 +299,7 @@ class FinetuneConfig(Config):
     save_steps: Count = knob(
         0, "Steps between checkpoints; 0 saves at the end of each epoch.", "检查点间隔步数；0 表示每轮结束时保存。"
     )
+    backend: Backend = knob("auto", *BACKEND)
     memory_limit_gb: NotNegative = knob(
         0.0,
         "Treat more resident memory than this as out of memory, on machines without a GPU; 0 is no limit.",

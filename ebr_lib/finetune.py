@@ -341,7 +341,7 @@ def _mined_rows(config: FinetuneConfig, data: _Data, model: SentenceTransformer)
 
     mined = mine_hard_negatives(
         data.train,
-        *encoders_of(model, config.adapter_side == "query", show_bar=True),
+        *encoders_of(model, config.adapter_side == "query", backend=config.backend, show_bar=True),
         count=config.mine_hard_negatives,
         first_rank=config.mining_rank_min,
         last_rank=config.mining_rank_max,
@@ -510,7 +510,9 @@ def _prompts(config: FinetuneConfig) -> dict[str, str]:
 def _measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
     if task is None:
         return {}
-    return task.measure_model(_as_served(config, model), query_only=config.adapter_side == "query")
+    return task.measure_model(
+        _as_served(config, model), query_only=config.adapter_side == "query", backend=config.backend
+    )
 
 
 def _as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTransformer:

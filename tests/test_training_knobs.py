@@ -838,28 +838,33 @@ def test_before_is_the_base_model_and_after_is_what_was_saved(settings, tiny_ber
     assert result.before != result.after
 
 
-@pytest.mark.parametrize(("has_bf16", "bf16"), [(True, True), (True, False), (False, False)])
-def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path, has_bf16, bf16):  # noqa: F811
+@pytest.mark.parametrize(
+    "how",
+    [(True, True, "torch"), (True, False, "torch"), (False, False, "torch"), (False, False, "openvino")],
+)
+def test_one_number_in_log_table_and_evaluation(settings, monkeypatch, tmp_path, how):  # noqa: F811
     """Measured once, and computed as the saved model computes: training in bfloat16 rounds the base and its layers."""
+    has_bf16, bf16, backend = how
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
     calls = []
     measure = HeldoutTask.measure_model
 
     def measured(task, model, **more):
-        calls.append((task.documents, Encoder(model).encode(task.documents)))
+        calls.append((task.documents, Encoder(model, backend=backend).encode(task.documents)))
         return measure(task, model, **more)
 
     monkeypatch.setattr(HeldoutTask, "measure_model", measured)
-    result = train(settings, num_epochs=2, learning_rate=2e-2, bf16=bf16)
+    result = train(settings, num_epochs=2, learning_rate=2e-2, bf16=bf16, backend=backend)
     assert len(calls) == 3  # before, and after each epoch
     log = [json.loads(line) for line in (Path(result.model_path) / "training_log.jsonl").read_text().splitlines()]
     best = max((entry for entry in log if "eval_ndcg@10" in entry), key=lambda entry: entry["eval_ndcg@10"])
     found = evaluate_retrieval({
         "models": [result.model_path, settings["model_name"]], "data_path": result.model_path, "bm25": False,
         "output_dir": str(tmp_path / "evaluation"), "resamples": 100, "max_seq_length": 32,
+        "backend": backend,
     }).metrics  # fmt: skip
     for name, measurements in ((settings["model_name"], calls[:1]), (result.model_path, calls[1:])):
-        served = Encoder(load_model(name, device="cpu", merged=True, max_seq_length=32))
+        served = Encoder(load_model(name, device="cpu", merged=True, max_seq_length=32), backend=backend)
         assert any(np.allclose(served.encode(documents), vectors, atol=1e-6) for documents, vectors in measurements)
     for name in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
         after, before = found.values()

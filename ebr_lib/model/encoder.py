@@ -187,7 +187,7 @@ class Encoder:
         if model.device.type == "cpu" and self._tokenizer is not None and hasattr(model[0], "model"):
             from ebr_lib.model.openvino import ConversionError, compiled_transformer
 
-            exact = _in_precision(model, torch.float32)
+            exact = _in_precision(model, torch.float32, merged=True)
             try:
                 self._compiled = compiled_transformer(exact, dtype)
                 return exact
@@ -431,15 +431,18 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
         start = stop
 
 
-def _in_precision(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
+def _in_precision(model: SentenceTransformer, dtype: torch.dtype, *, merged: bool = False) -> SentenceTransformer:
     """The model with its transformer in `dtype` and the rest in float32: itself, or a copy.
 
     A copy's adapter is merged, as it is where a saved model is served, so that both give the same vectors. A model that
     has the right types is the caller's, and stays what it was.
+
+    :param merged: copy a model with an adapter even where it has the right types.
     """
     transformer, *rest = model
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
-    if right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters()):
+    right = right and all(weight.dtype == torch.float32 for module in rest for weight in module.parameters())
+    if right and not (merged and is_adapted(model)):
         return model
     twin = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})  # copying a vocabulary took half a second
     twin.float()

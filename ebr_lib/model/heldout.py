@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from ebr_lib.data.pairs import TrainingRow
+    from ebr_lib.model.encoder import Encoder
+    from ebr_lib.model.precision import Backend
 
 GroupMeans = Mapping[str, Mapping[str, float]]
 """Group of queries ("all", "seen", "unseen") to metric to mean."""
@@ -47,9 +49,11 @@ class HeldoutTask:
         values = evaluate_vectors(queries, documents, grades, ks=(1, 10), left_out=self.own)
         return {name: values[name] for name in METRICS}
 
-    def measure_model(self, model: SentenceTransformer, query_only: bool = False) -> GroupMeans:
+    def measure_model(
+        self, model: SentenceTransformer, query_only: bool = False, backend: Backend = "auto"
+    ) -> GroupMeans:
         """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
-        return self.means(self.measure(*encoders_of(model, query_only)))
+        return self.means(self.measure(*encoders_of(model, query_only, backend=backend)))
 
     def means(self, values: Mapping[str, Floats]) -> GroupMeans:
         """Means over all queries, and over those whose documents training has seen and has not."""
@@ -63,18 +67,30 @@ class HeldoutTask:
         }
 
 
-def encoders_of(model: SentenceTransformer, query_only: bool, show_bar: bool = False) -> tuple[Encode, Encode]:
-    """How a model encodes queries and documents, each with its prompt; `query_only` leaves documents to the base."""
+def encoders_of(
+    model: SentenceTransformer, query_only: bool, *, backend: Backend = "auto", show_bar: bool = False
+) -> tuple[Encode, Encode]:
+    """How a model encodes queries and documents, each with its prompt; `query_only` leaves documents to the base.
+
+    Both use the weights as they are at the first call.
+    """
     from ebr_lib.model.encoder import Encoder
     from ebr_lib.model.loading import prompt_of
     from ebr_lib.model.losses import base_model_only
 
+    @functools.cache
+    def of_queries() -> Encoder:
+        return Encoder(model, prompt=prompt_of(model, "query"), backend=backend)
+
     def encode_queries(texts: Sequence[str]) -> Vectors:
-        return Encoder(model, prompt=prompt_of(model, "query"), backend="torch").encode(texts, show_bar)
+        return of_queries().encode(texts, show_bar)
 
     def encode_documents(texts: Sequence[str]) -> Vectors:
-        with base_model_only(model) if query_only else nullcontext():
-            return Encoder(model, prompt=prompt_of(model, "document"), backend="torch").encode(texts, show_bar)
+        prompt = prompt_of(model, "document")
+        if not query_only:
+            return of_queries().with_prompt(prompt).encode(texts, show_bar)
+        with base_model_only(model):
+            return Encoder(model, prompt=prompt, backend=backend).encode(texts, show_bar)
 
     return encode_queries, encode_documents
 
