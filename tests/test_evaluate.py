@@ -749,8 +749,8 @@ def test_the_report_says_how_each_model_was_used(beir, tiny_bert, tmp_path):
     report = evaluate_retrieval(config)
     how = json.loads(report.report_json.read_text())["how"]
     assert how["tiny-bert"] == {
-        "query prompt": "find <it>: ", "document prompt": "", "precision": "float32", "max_seq_length": 32,
-        "dimensions": 32, "documents": "encoded",
+        "query prompt": "find <it>: ", "document prompt": "", "precision": "float32", "backend": "openvino",
+        "max_seq_length": 32, "dimensions": 32, "documents": "encoded",
     }  # fmt: skip
     assert how["BM25"] == {"k1": 1.5, "b": 0.75}
     page = report.report_html.read_text()
