@@ -5,12 +5,14 @@
     python benchmarks/inference.py --data DIR --sets shape             # on a GPU: a Qwen2 of 0.5B, 200,000 reviews
     python benchmarks/inference.py --data DIR --quick                  # few texts: to see that it runs
     python benchmarks/inference.py --data DIR --threads 1 --cpu-time   # processor seconds: fair on a busy machine
+    python benchmarks/inference.py --data DIR --backends PYTHON        # beside the library's other backends
 
 DIR holds banking77/, cranfield/ and online_shopping/. Every contender lives in a process of its own; they take turns
 within a round. A rate is the median over the rounds, a ratio the median of the rounds' ratios. "Files" reads a file and
 writes an embedding file; everything but loading and converting the model counts, over a larger set of rows, so that
 fixed costs do not decide. "Outside the model", on a GPU, is the share of the time in which no forward pass runs, by its
-own clock: it waits for text. `shape` compares with the library's best of several batch sizes.
+own clock: it waits for text. `shape` compares with the library's best of several batch sizes. PYTHON is an interpreter
+whose environment has the library's OpenVINO and ONNX backends: see stock_backends.py.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,6 +99,7 @@ class Task:
     threads: int | None
     cpu_time: bool
     rows: int = 0  # of the file that the stage reads, where more than the texts
+    backends: str = ""  # interpreter that has the library's other backends
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,16 @@ class Forward:
         return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000 for a, b in spans)
 
 
-def contenders() -> list[str]:
+OTHER_BACKENDS = ("openvino", "onnx", "onnx-int8")  # the library's
+
+
+def contenders(backends: str) -> list[str]:
     """Of the text sets; what is compared with stands first."""
-    ours = ["Encoder, float32", "Encoder on torch, float32", "Files, float32"]
+    others = [f"SentenceTransformer, {backend}" for backend in OTHER_BACKENDS] if backends else []
+    ours = ["Encoder on torch, float32", "Encoder, float32", "Files, float32"]
     if not has_bf16():
-        return [BASE, *ours]
-    return [BASE, BASE_BF16, *ours, "Encoder on torch, bfloat16", "Encoder, bfloat16", "Files, bfloat16"]
+        return [BASE, *others, *ours]
+    return [BASE, BASE_BF16, *others, *ours, "Encoder on torch, bfloat16", "Encoder, bfloat16", "Files, bfloat16"]
 
 
 def fastest_stock(task: Task) -> str:
@@ -171,6 +179,8 @@ def prepare(name: str, task: Task) -> Callable[[], Turn]:
     clock = time.process_time if task.cpu_time else time.perf_counter
     forward = Forward(clock)
     kind, precision, *batch = name.split(", ")
+    if precision in OTHER_BACKENDS:
+        return other_backend(task, precision)
     if kind == "Files":
         return partial(files_turn, task, precision, clock, forward)
     if kind.startswith("Encoder"):
@@ -181,6 +191,31 @@ def prepare(name: str, task: Task) -> Callable[[], Turn]:
         model = load_model(task.model, dtype=getattr(torch, precision))
         run = partial(stock, model, task.texts, int(batch[0].removeprefix("batch ")))
     return partial(memory_turn, run, clock, forward)
+
+
+def other_backend(task: Task, backend: str) -> Callable[[], Turn]:
+    """The library with another backend, in its own interpreter, which says how long each turn took."""
+    from ebr_lib.model.loading import PACKAGED_NAME, packaged_model
+
+    folder = Path(tempfile.mkdtemp())
+    texts, vectors = folder / "texts.json", folder / "vectors.npy"
+    texts.write_text(json.dumps(task.texts), encoding="utf-8")
+    model = str(packaged_model()) if task.model == PACKAGED_NAME else task.model
+    command = [task.backends, str(Path(__file__).with_name("stock_backends.py")), model, backend, texts, vectors]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    stdin, stdout = child.stdin, child.stdout
+    while stdout.readline() != "ready\n":  # the exporter prints as well
+        if child.poll() is not None:
+            raise RuntimeError(f"{backend}: its process has ended")
+
+    def turn() -> Turn:
+        stdin.write("\n")
+        stdin.flush()
+        seconds = float(stdout.readline())
+        return Turn(seconds, seconds, np.load(vectors))
+
+    return turn
 
 
 def memory_turn(run: Callable[[], Vectors], clock: Callable[[], float], forward: Forward) -> Turn:
@@ -259,17 +294,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few texts, and only the first and the last contender")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument(
+        "--backends", default="", metavar="PYTHON", help="interpreter with the library's other backends"
+    )
+    parser.add_argument("--contenders", nargs="+", default=[], help="the first of all, and those whose names hold this")
     args = parser.parse_args(words)
     start_server(MODELS)
     print(machine(), file=sys.stderr)
     for name in args.sets:
         count = COUNTS[name][2 if args.quick else 0 if has_bf16() else 1]
-        task = Task(args.model, (), args.threads, args.cpu_time)
+        task = Task(args.model, (), args.threads, args.cpu_time, backends=args.backends)
         if name == "shape":
             with tempfile.TemporaryDirectory() as folder:
                 measure_shape(args.data, Path(folder), task, args.rounds, count)
             continue
-        names = contenders()
+        names = contenders(args.backends)
+        names = [n for n in names if n == names[0] or not args.contenders or any(part in n for part in args.contenders)]
         task = replace(task, texts=tuple(texts_of(name, args.data)[:count]), rows=0 if args.quick else FILE_ROWS[name])
         measure(name, task, args.rounds, [names[0], names[-1]] if args.quick else names)
 

@@ -126,6 +126,7 @@ def test_the_label_column_decides_which_rows_are_trained_on(settings, tmp_path):
 
 def test_an_anchor_is_neither_its_answer_nor_a_competitor(settings, tmp_path, caplog):  # noqa: F811
     """Item to item: of the held-out anchors the first has one more answer, the second none, the third another one."""
+    caplog.set_level("INFO", "ebr_lib")
     rows = [("anchor", ["ANCHOR ", "answer"]), ("alone", ["alone"]), ("third", ["answer"])]
     rows = [{"anchor": anchor, "positive": positives} for anchor, positives in rows]
     (tmp_path / "heldout.json").write_text(json.dumps(rows))
