@@ -122,9 +122,12 @@ def test_a_model_that_cannot_be_traced_is_left_to_torch(bert, caplog):
         raise NotImplementedError("only when traced") if torch.jit.is_tracing() else AssertionError
 
     bert[0].model.forward = forward
+    root = logging.getLogger()
+    before = root.level, root.handlers[:], root.filters[:]
     with caplog.at_level(logging.INFO, "ebr_lib"):
         assert Encoder(bert, precision="float32").backend == "torch"
     assert "not on OpenVINO" in caplog.text
+    assert (root.level, root.handlers, root.filters) == before  # OpenVINO silences it, and forgets to undo that
 
 
 def test_a_static_model_is_left_to_the_library(tiny_models):

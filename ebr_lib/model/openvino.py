@@ -6,6 +6,7 @@ a Dense layer or a prompt that is left out of the mean needs no case of its own.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections import deque
@@ -149,10 +150,19 @@ def _convert(model: SentenceTransformer) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what tracing says of branches that it cannot follow: the probe tells whether they mattered."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Ignore warnings of branches that tracing cannot follow (the probe finds out whether they matter).
+
+    OpenVINO also sets the root logger to errors only, and leaves it so where a conversion fails.
+    """
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def _random_tokens(model: SentenceTransformer, lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
