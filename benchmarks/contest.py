@@ -89,8 +89,8 @@ def peak_mb() -> float:
 
 def has_bf16() -> bool:
     """Whether the GPU, or else the processor, has instructions for bfloat16."""
+    from ebr_lib.finetune.processes import training_device
     from ebr_lib.model.precision import choose_precision
-    from ebr_lib.model.processes import training_device
 
     return choose_precision("auto", training_device()).dtype == "bfloat16"
 

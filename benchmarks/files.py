@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
-from ebr_lib.data.vectors import read_embeddings, write_embeddings
+from ebr_lib.data.embeddings.files import read_embeddings, write_embeddings
 
 Vectors = NDArray[np.float32]
 PLAIN_ROWS = 4000

@@ -29,10 +29,12 @@ from contest import MODELS, alone, peak_mb, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout
 
-from ebr_lib.data.vectors import BATCH_ROWS, manifest_path, write_embeddings
-from ebr_lib.index import IndexResult, build_faiss_index, search
+from ebr_lib.data.embeddings.base import BATCH_ROWS, manifest_path
+from ebr_lib.data.embeddings.files import write_embeddings
+from ebr_lib.index.run import IndexResult, build_faiss_index
+from ebr_lib.index.search import search
+from ebr_lib.metrics import evaluate_vectors
 from ebr_lib.model.loading import PACKAGED_NAME, identify, load_model
-from ebr_lib.retrieval.metrics import evaluate_vectors
 
 DIM = 384
 QUERIES = [

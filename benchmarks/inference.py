@@ -80,7 +80,7 @@ def stock(model: SentenceTransformer, texts: Sequence[str], batch: int) -> Vecto
 
 def through_files(model_name: str, texts: Sequence[str], precision: str, folder: Path) -> Path:
     """The inference stage on a two-column file; returns the embedding file."""
-    from ebr_lib.inference import run_batch_inference
+    from ebr_lib.inference.run import run_batch_inference
 
     source, output = folder / "catalogue.csv", folder / f"{precision}.txt"
     rows = (f"{number}\x01{text}\n" for number, text in enumerate(texts))
@@ -232,7 +232,7 @@ def files_turn(task: Task, precision: str, clock: Callable[[], float], forward: 
     """
     from shapes import varied
 
-    from ebr_lib.data.vectors import read_embeddings
+    from ebr_lib.data.embeddings.files import read_embeddings
     from ebr_lib.model.recipe import EncoderRecipe
 
     texts = list(task.texts) + varied(task.texts, task.rows)[len(task.texts) :]

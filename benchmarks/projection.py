@@ -85,7 +85,7 @@ def vectors_file(rows: int, cache: Path) -> Path:
     there = {int(path.stem.rpartition("-")[2]): path for path in cache.glob("minilm-*.npy")}
     path = there.get(min((n for n in there if n >= rows), default=0), cache / f"minilm-{rows}.npy")
     if not path.is_file():
-        from ebr_lib.data.vectors import write_embeddings
+        from ebr_lib.data.embeddings.files import write_embeddings
         from ebr_lib.model.encoder import Encoder
         from ebr_lib.model.loading import load_model
 
@@ -134,7 +134,7 @@ def sklearn_tsne(x: Vectors) -> Run:
 
 
 def _ours(x: Vectors, *methods: str, seed: int | None = SEED) -> Run:
-    from ebr_lib.view import projection
+    from ebr_lib.visualize import projection
 
     start, found, parts = time.perf_counter(), {}, {}
 
@@ -198,7 +198,7 @@ def run_one(name: str, rows: int, vectors: Path) -> None:
     drawn = CONTENDERS[name](x)
     found: Run = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - before, "peak_mb": peak_mb()}
     found["parts"] = drawn.pop("parts", {})
-    from ebr_lib.view import projection
+    from ebr_lib.visualize import projection
 
     neighbours = projection.Neighbours(np.load(_judge_file(rows, vectors)), np.empty(0, np.float32))
     for kind, coords in drawn.items():
@@ -223,7 +223,7 @@ def _judge_file(rows: int, vectors: Path) -> Path:
     """The 15 nearest of the first rows, which every map of them is judged by."""
     path = vectors.parent / f"near-{vectors.stem}-{rows}.npy"
     if not path.is_file():
-        from ebr_lib.view import projection
+        from ebr_lib.visualize import projection
 
         np.save(path, projection.exact_neighbours(np.load(vectors)[:rows], 15).indices)
     return path
@@ -233,7 +233,7 @@ def many(rows: int, vectors: Path, spread: float = 0.5) -> Path:
     """A file of many rows: each real vector again and again, moved by noise of half its length; labels by k-means."""
     path = vectors.parent / f"many-{vectors.stem}-{rows}.npy"
     if not path.is_file():
-        from ebr_lib.view.clusters import find_clusters
+        from ebr_lib.visualize.clusters import find_clusters
 
         x, noise = np.load(vectors), np.random.default_rng(SEED)
         codes = find_clusters(x, 60, 0, SEED).codes
@@ -328,7 +328,7 @@ def _cells(found: Sequence[Run], base: dict[int, Run]) -> list[str]:
 
 
 def ours_silhouette(x: Vectors, codes: Codes) -> Callable[[], float]:
-    from ebr_lib.view.clusters import separation
+    from ebr_lib.visualize.clusters import separation
 
     return lambda: separation(x, codes).silhouette  # type: ignore[union-attr]
 
@@ -354,7 +354,7 @@ def timed(prepare: Callable[[Vectors, Codes], Callable[[], float]], x: Vectors, 
 
 def numbers_table(x: Vectors, rounds: int) -> None:
     """The exact cosine silhouette beside scikit-learn's, on 50 k-means clusters. The first round counts, too."""
-    from ebr_lib.view.clusters import find_clusters
+    from ebr_lib.visualize.clusters import find_clusters
 
     codes = find_clusters(x, 50, 0, SEED).codes
     contenders = {"ours": ours_silhouette, "scikit-learn": sklearn_silhouette}

@@ -218,7 +218,7 @@ def without_duplicates(run: Callable[[], str]) -> str:
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
-    from ebr_lib.model import training
+    from ebr_lib.finetune import trainer as training
 
     class Trainer(training.EbrTrainer):
         def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
 from quality import SETS, Set  # noqa: E402
 
 if TYPE_CHECKING:
-    from ebr_lib.evaluate import EvalResult
+    from ebr_lib.evaluate.run import EvalResult
 
 MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 

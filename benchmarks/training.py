@@ -193,7 +193,7 @@ def stock_trainer(
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import PrinterCallback, set_seed
 
-    from ebr_lib.model.processes import training_device
+    from ebr_lib.finetune.processes import training_device
 
     set_seed(job.seed)
     model = build(job)
@@ -230,7 +230,7 @@ def stock(job: Job, bf16: bool, build: Callable[[Job], Any]) -> Run:
 def ours(job: Job, **knobs: Any) -> Run:
     """The finetuning stage, as a user calls it, in the library's order of rows."""
     from ebr_lib import train_sentence_transformer
-    from ebr_lib.model import training
+    from ebr_lib.finetune import trainer as training
 
     before: list[float] = []
 
@@ -268,14 +268,14 @@ def ours(job: Job, **knobs: Any) -> Run:
 
 def held_mb() -> float:
     """The memory held now; its peak is counted from here on, for loading a model can take more than training does."""
-    from ebr_lib.model.memory import count_peak_anew, peak_memory_mb
+    from ebr_lib.finetune.memory import count_peak_anew, peak_memory_mb
 
     count_peak_anew()
     return peak_memory_mb()
 
 
 def run_of(log: Sequence[dict[str, Any]], before_mb: float) -> Run:
-    from ebr_lib.model.memory import peak_memory_mb
+    from ebr_lib.finetune.memory import peak_memory_mb
 
     grown_mb = peak_memory_mb() - before_mb
     seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry)

@@ -9,37 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebr_lib.config import (
-        EvalConfig,
-        FinetuneConfig,
-        IndexConfig,
-        InferenceConfig,
-        SearchConfig,
-        VisConfig,
-        check_configs,
-    )
-    from ebr_lib.evaluate import evaluate_retrieval
-    from ebr_lib.finetune import train_sentence_transformer
-    from ebr_lib.index import add_rows, build_faiss_index, delete_rows, search
-    from ebr_lib.inference import run_batch_inference
+    from ebr_lib.config import check_configs
+    from ebr_lib.evaluate.config import EvalConfig
+    from ebr_lib.evaluate.run import evaluate_retrieval
+    from ebr_lib.finetune.config import FinetuneConfig
+    from ebr_lib.finetune.run import train_sentence_transformer
+    from ebr_lib.index.change import add_rows, delete_rows
+    from ebr_lib.index.config import IndexConfig, SearchConfig
+    from ebr_lib.index.run import build_faiss_index
+    from ebr_lib.index.search import search
+    from ebr_lib.inference.config import InferenceConfig
+    from ebr_lib.inference.run import run_batch_inference
     from ebr_lib.logs import show_logs
-    from ebr_lib.visualize import visualize_embeddings
+    from ebr_lib.visualize.config import VisConfig
+    from ebr_lib.visualize.run import visualize_embeddings
 
 _HOMES = {
-    "train_sentence_transformer": "finetune",
-    "run_batch_inference": "inference",
-    "visualize_embeddings": "visualize",
-    "evaluate_retrieval": "evaluate",
-    "build_faiss_index": "index",
-    "search": "index",
-    "add_rows": "index",
-    "delete_rows": "index",
-    "FinetuneConfig": "config",
-    "InferenceConfig": "config",
-    "VisConfig": "config",
-    "EvalConfig": "config",
-    "IndexConfig": "config",
-    "SearchConfig": "config",
+    "train_sentence_transformer": "finetune.run",
+    "run_batch_inference": "inference.run",
+    "visualize_embeddings": "visualize.run",
+    "evaluate_retrieval": "evaluate.run",
+    "build_faiss_index": "index.run",
+    "search": "index.search",
+    "add_rows": "index.change",
+    "delete_rows": "index.change",
+    "FinetuneConfig": "finetune.config",
+    "InferenceConfig": "inference.config",
+    "VisConfig": "visualize.config",
+    "EvalConfig": "evaluate.config",
+    "IndexConfig": "index.config",
+    "SearchConfig": "index.config",
     "check_configs": "config",
     "show_logs": "logs",
 }

@@ -8,10 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebr_lib import config
 from ebr_lib.errors import ConfigError, UserError
-from ebr_lib.knobs import Config, add_flags, from_flags, knob_table, unknown_flag
+from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.index.config import IndexConfig, SearchConfig
+from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.knobs.checks import Config
+from ebr_lib.knobs.flags import add_flags, from_flags, unknown_flag
+from ebr_lib.knobs.tables import knob_table
 from ebr_lib.logs import print_anything, show_logs
+from ebr_lib.visualize.config import VisConfig
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,12 @@ class Stage:
 
 
 STAGES = {
-    "finetune": Stage(config.FinetuneConfig, "ebr_lib.finetune", "train_sentence_transformer"),
-    "infer": Stage(config.InferenceConfig, "ebr_lib.inference", "run_batch_inference"),
-    "visualize": Stage(config.VisConfig, "ebr_lib.visualize", "visualize_embeddings"),
-    "evaluate": Stage(config.EvalConfig, "ebr_lib.evaluate", "evaluate_retrieval"),
-    "index": Stage(config.IndexConfig, "ebr_lib.index", "build_faiss_index"),
-    "search": Stage(config.SearchConfig, "ebr_lib.index", "run_search", positional="query"),
+    "finetune": Stage(FinetuneConfig, "ebr_lib.finetune.run", "train_sentence_transformer"),
+    "infer": Stage(InferenceConfig, "ebr_lib.inference.run", "run_batch_inference"),
+    "visualize": Stage(VisConfig, "ebr_lib.visualize.run", "visualize_embeddings"),
+    "evaluate": Stage(EvalConfig, "ebr_lib.evaluate.run", "evaluate_retrieval"),
+    "index": Stage(IndexConfig, "ebr_lib.index.run", "build_faiss_index"),
+    "search": Stage(SearchConfig, "ebr_lib.index.search", "run_search", positional="query"),
 }
 
 
@@ -92,7 +98,7 @@ def _add_knobs(parser: argparse.ArgumentParser) -> None:
 def _run_knobs(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ebr_lib.knobs import with_tables
+    from ebr_lib.knobs.tables import with_tables
 
     classes = {name: stage.config for name, stage in STAGES.items()}
     for name in arguments.write:

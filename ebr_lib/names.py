@@ -27,3 +27,14 @@ LOW_MEMORY_PRESET = "configs/finetune/low_memory.yaml"
 SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
 STRONG_PRESET = "configs/finetune/strong_regularization.yaml"
 FULL_PRESET = "configs/finetune/full_regularization.yaml"
+
+
+HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE = "heldout.jsonl", "corpus.jsonl", "queries.jsonl"
+
+
+Asked = Literal["auto", "float32", "bfloat16"]  # of encoding; float16 is for training on an older GPU
+Backend = Literal["auto", "torch", "openvino"]  # what runs the transformer when texts are encoded
+
+
+Choice = bool | Literal["ignore"]
+"""True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""

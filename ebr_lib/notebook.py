@@ -29,7 +29,7 @@ from nbformat import NotebookNode
 from ebr_lib import errors
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_apart, check_output_file, has_home, written_whole
-from ebr_lib.knobs import read_yaml
+from ebr_lib.knobs.presets import read_yaml
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 LIBRARY = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ebr_lib.model.training"])  # which loads torch and all that trains
+SERVER.set_forkserver_preload(["ebr_lib.finetune.trainer"])  # which loads torch and all that trains
 
 
 def started(function: Callable[..., None], *given: Any) -> BaseProcess:
@@ -44,7 +44,7 @@ def a_free_port() -> int:
 
 def train_and_be_killed(config: dict, step: int) -> None:
     from ebr_lib import train_sentence_transformer
-    from ebr_lib.model import training
+    from ebr_lib.finetune import trainer as training
 
     class Kill(training.TrainingBar):
         def on_step_end(self, args, state, control, **kwargs):
@@ -58,8 +58,8 @@ def train_and_be_killed(config: dict, step: int) -> None:
 def train_in_a_terminal(config: dict, shown: Path) -> None:
     """Ctrl-C comes at the third step, to each process of this session; `shown` is what the terminal shows."""
     from ebr_lib import train_sentence_transformer
+    from ebr_lib.finetune.trainer import EbrTrainer
     from ebr_lib.logs import show_logs
-    from ebr_lib.model.training import EbrTrainer
 
     make = EbrTrainer.training_step
 
@@ -83,10 +83,10 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     import torch
 
     from ebr_lib import train_sentence_transformer
-    from ebr_lib.model import training
+    from ebr_lib.finetune import trainer as training
+    from ebr_lib.finetune.callbacks import KeepBest
+    from ebr_lib.finetune.losses import ContrastiveLoss
     from ebr_lib.model.adapters import adapter_weights
-    from ebr_lib.model.callbacks import KeepBest
-    from ebr_lib.model.losses import ContrastiveLoss
 
     forward, restore = ContrastiveLoss.forward, KeepBest.restore
     seen: list[list[int]] = []
@@ -114,24 +114,24 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
 
 def build_again_and_again(folder: Path, files: list[Path], stop: Path) -> None:
     """Replace an index by that of the next file until a file `stop` is there."""
-    from ebr_lib import index
+    from ebr_lib.index import run as index_run
 
-    index.draw_curve = lambda *_: None
+    index_run.draw_curve = lambda *_: None
     for file in itertools.cycle(files):
-        index.build_faiss_index({"embedding_path": str(file), "output_dir": str(folder), "measure_queries": 2})
+        index_run.build_faiss_index({"embedding_path": str(file), "output_dir": str(folder), "measure_queries": 2})
         if stop.exists():
             return
 
 
 def add_again_and_again(folder: Path, file: Path, times: int) -> None:
-    from ebr_lib.index import add_rows
+    from ebr_lib.index.change import add_rows
 
     for _ in range(times):
         add_rows(folder, file)
 
 
 def hold_an_index_and_be_killed(folder: Path) -> None:
-    from ebr_lib.retrieval.index_store import locked
+    from ebr_lib.index.store import locked
 
     with locked(folder):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -10,10 +10,15 @@ import pytest
 
 import ebr_lib
 from ebr_lib import cli
-from ebr_lib.config import EvalConfig, FinetuneConfig, IndexConfig, InferenceConfig, VisConfig
 from ebr_lib.data.pairs import read_pairs
-from ebr_lib.knobs import from_flags, with_tables
+from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.index.config import IndexConfig
+from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.knobs.flags import from_flags
+from ebr_lib.knobs.tables import with_tables
 from ebr_lib.notebook import inject, parse_parameters
+from ebr_lib.visualize.config import VisConfig
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ["README.md", "README.zh-CN.md"]
@@ -240,7 +245,8 @@ def test_the_lines_that_read_an_output_read_every_value(document, tmp_path, monk
     import pandas
     import polars
 
-    from ebr_lib.data.vectors import ids_path, write_embeddings
+    from ebr_lib.data.embeddings.base import ids_path
+    from ebr_lib.data.embeddings.files import write_embeddings
 
     (code,) = [code for code in blocks(document, "python") if "read_csv" in code]
     vectors = numpy.random.default_rng(0).normal(size=(len(ODD), 3)).astype(numpy.float32)

@@ -10,9 +10,9 @@ import pytest
 
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.files import check_output_file, written_whole
-from ebr_lib.finetune import train_sentence_transformer
-from ebr_lib.inference import run_batch_inference
-from ebr_lib.visualize import visualize_embeddings
+from ebr_lib.finetune.run import train_sentence_transformer
+from ebr_lib.inference.run import run_batch_inference
+from ebr_lib.visualize.run import visualize_embeddings
 
 
 @pytest.mark.parametrize(

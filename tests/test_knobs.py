@@ -11,9 +11,15 @@ import pytest
 from pydantic import Field
 
 from ebr_lib.cli import STAGES, main, main_finetune
-from ebr_lib.config import FinetuneConfig, InferenceConfig, SearchConfig, check_configs
+from ebr_lib.config import check_configs
 from ebr_lib.errors import ConfigError, MissingError
-from ebr_lib.knobs import Config, from_flags, knob, knob_table, read_yaml, with_tables
+from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.index.config import SearchConfig
+from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.knobs.checks import Config, knob
+from ebr_lib.knobs.flags import from_flags
+from ebr_lib.knobs.presets import read_yaml
+from ebr_lib.knobs.tables import knob_table, with_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,7 +250,7 @@ def test_an_interrupted_command_exits_as_shells_expect(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ebr_lib.index.run_search", interrupted)
+    monkeypatch.setattr("ebr_lib.index.search.run_search", interrupted)
     assert main(["search", "a"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebr_lib.errors import DataError
-from ebr_lib.retrieval.metrics import Ranking, evaluate_vectors, measure, rank_vectors, unit
+from ebr_lib.metrics import Ranking, evaluate_vectors, measure, rank_vectors, unit
 
 KS = (1, 2, 3, 5)
 
@@ -128,7 +128,7 @@ def test_chunks_and_blocks_change_nothing(monkeypatch):
     relevant = [{int(d): int(rng.integers(1, 4)) for d in rng.choice(900, 5)} for _ in queries]
     whole = rank_vectors(np.round(queries), corpus, relevant)
     parts = rank_vectors(np.round(queries), np.array_split(corpus, 13), relevant)
-    monkeypatch.setattr("ebr_lib.retrieval.metrics.BLOCK", 3)
+    monkeypatch.setattr("ebr_lib.metrics.BLOCK", 3)
     blocks = rank_vectors(np.round(queries), corpus, relevant)
     for other in (parts, blocks):
         np.testing.assert_array_equal(whole.scores, other.scores)

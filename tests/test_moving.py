@@ -13,20 +13,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ebr_lib import evaluate_retrieval, run_batch_inference
+from ebr_lib.data.embeddings.base import manifest_path
 from ebr_lib.data.hive import Layout
-from ebr_lib.data.vectors import manifest_path
-from ebr_lib.engines.job import Job
-from ebr_lib.engines.moved import with_known_names
-from ebr_lib.engines.ray_cluster import JOB_FILE
-from ebr_lib.engines.store import Store
 from ebr_lib.errors import ConfigError, MissingError, ModelError
 from ebr_lib.files import write_json
+from ebr_lib.finetune.trainer import EbrTrainer
+from ebr_lib.inference.job import Job
+from ebr_lib.inference.moved import with_known_names
+from ebr_lib.inference.ray_cluster import JOB_FILE
+from ebr_lib.inference.store import Store
 from ebr_lib.model import loading
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
 from ebr_lib.model.loading import identify, load_model, look_for_bases_in
-from ebr_lib.model.training import EbrTrainer
-from tests.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
+from tests.finetune.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def _nowhere(monkeypatch):
 @pytest.fixture(scope="module")
 def project(tiny_bert, tmp_path_factory) -> Path:
     """A folder with `bases/bert`, and an adapter on it in `saved/bert-peft-lora`; to be copied, not changed."""
-    from ebr_lib.model import saving
+    from ebr_lib.finetune import saving
     from ebr_lib.model.adapters import add_lora
 
     root = tmp_path_factory.mktemp("project")
@@ -142,7 +142,8 @@ def test_every_stage_takes_the_place_of_the_base(moved, tmp_path, pairs):  # noq
         "output_dir": str(tmp_path / "evaluation"),
     }
     evaluate_retrieval(evaluating | {"base_model_path": str(base), "resamples": 100})
-    from ebr_lib.index import build_faiss_index, search
+    from ebr_lib.index.run import build_faiss_index
+    from ebr_lib.index.search import search
 
     build_faiss_index({"embedding_path": str(tmp_path / "e.txt"), "output_dir": str(tmp_path / "index")})
     assert search(tmp_path / "index", "warm", 1, base_model_path=str(base)).rows[0]["id"] == "1"
@@ -150,7 +151,8 @@ def test_every_stage_takes_the_place_of_the_base(moved, tmp_path, pairs):  # noq
 
 def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp_path):
     """It counted the place of an adapter's base among the model's files."""
-    from ebr_lib.index import build_faiss_index, search
+    from ebr_lib.index.run import build_faiss_index
+    from ebr_lib.index.search import search
 
     model = str(project / "saved" / "bert-peft-lora")
     (tmp_path / "in").mkdir()

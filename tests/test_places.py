@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ebr_lib.config import VisConfig
-from ebr_lib.data.vectors import manifest_path, read_embeddings, write_embeddings
+from ebr_lib.data.embeddings.base import manifest_path
+from ebr_lib.data.embeddings.files import read_embeddings, write_embeddings
 from ebr_lib.errors import ConfigError
-from ebr_lib.evaluate import evaluate_retrieval
+from ebr_lib.evaluate.run import evaluate_retrieval
 from ebr_lib.files import check_apart, written_whole
-from ebr_lib.finetune import train_sentence_transformer
-from ebr_lib.index import build_faiss_index
-from ebr_lib.inference import run_batch_inference
+from ebr_lib.finetune.run import train_sentence_transformer
+from ebr_lib.index.run import build_faiss_index
+from ebr_lib.inference.run import run_batch_inference
 from ebr_lib.logs import logger, show_logs
-from ebr_lib.view import projection
-from ebr_lib.visualize import visualize_embeddings
+from ebr_lib.visualize import projection
+from ebr_lib.visualize.config import VisConfig
+from ebr_lib.visualize.run import visualize_embeddings
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from ebr_lib import (
     visualize_embeddings,
 )
 from ebr_lib.errors import ConfigError, ModelError
-from ebr_lib.knobs import read_preset
+from ebr_lib.finetune.trainer import EbrTrainer
+from ebr_lib.knobs.presets import read_preset
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.pickles import to_safetensors
-from ebr_lib.model.training import EbrTrainer
 
 MARKUP = "\"'><script>broken()</script><img src=x onerror=broken()>"
 KIND = f"kind {MARKUP}"  # the name of a column

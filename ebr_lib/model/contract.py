@@ -15,8 +15,8 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
-from ebr_lib.model.remote_code import Choice, as_mapping, module_folders, read_json, runs_own_code
-from ebr_lib.names import OnChangedVectors
+from ebr_lib.model.remote_code import as_mapping, module_folders, read_json, runs_own_code
+from ebr_lib.names import Choice, OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

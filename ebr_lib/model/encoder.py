@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebr_lib.arrays import Vectors, broken_alone, not_finite
-from ebr_lib.data.pairs import HALF_CHARACTER, half_character
+from ebr_lib.data.text import HALF_CHARACTER, half_character
 from ebr_lib.errors import ConfigError, DataError, ModelError, NotFiniteError
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import is_adapted, merge_adapter
-from ebr_lib.model.cpu_speed import keep_freed_memory
-from ebr_lib.model.losses import evaluating
+from ebr_lib.model.attention import evaluating
+from ebr_lib.model.memory import keep_freed_memory
 from ebr_lib.model.packing import PackedForward, packed_forward
 from ebr_lib.model.padding import padded_batch
-from ebr_lib.model.precision import Asked, Backend, Dtype, choose_precision
+from ebr_lib.model.precision import Dtype, choose_precision
 from ebr_lib.model.shapes import token_embeddings
+from ebr_lib.names import Asked, Backend
 from ebr_lib.tables import shortened
 
 if TYPE_CHECKING:

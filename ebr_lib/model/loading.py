@@ -26,16 +26,7 @@ from ebr_lib.model.contract import (
     weights_sha256,
 )
 from ebr_lib.model.pickles import pickle_error, refuse_pickles
-from ebr_lib.model.remote_code import (
-    Choice,
-    OwnCode,
-    as_mapping,
-    check_loaded,
-    decide,
-    module_folders,
-    own_code,
-    read_json,
-)
+from ebr_lib.model.remote_code import OwnCode, as_mapping, check_loaded, decide, module_folders, own_code, read_json
 from ebr_lib.model.shapes import (
     Side,
     fit_length,
@@ -51,7 +42,7 @@ from ebr_lib.model.shapes import (
     sides_differ,
     whole,
 )
-from ebr_lib.names import OnChangedVectors
+from ebr_lib.names import Choice, OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

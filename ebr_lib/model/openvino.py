@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebr_lib.model.cpu_speed import attention
-from ebr_lib.model.losses import evaluating
+from ebr_lib.model.attention import attention, evaluating
 from ebr_lib.model.padding import Padded, padded_batch
 from ebr_lib.model.precision import Dtype
 

@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ebr_lib.logs import logger
-from ebr_lib.model.cpu_speed import attention
-from ebr_lib.model.losses import Features, evaluating
+from ebr_lib.model.attention import Features, attention, evaluating
 from ebr_lib.model.positions import first_position, position_padding
 from ebr_lib.model.varlen import VARLEN, attention_dropout, has_varlen, register
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Asked = Literal["auto", "float32", "bfloat16"]  # of encoding; float16 is for training on an older GPU
+from ebr_lib.names import Asked
+
 Dtype = Literal["float32", "bfloat16", "float16"]
-Backend = Literal["auto", "torch", "openvino"]  # what runs the transformer when texts are encoded
 
 
 @dataclass(frozen=True)

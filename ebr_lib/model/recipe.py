@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ebr_lib.model.loading import base_folders, load_model, look_for_bases_in, prompt_of, sides_apart
-from ebr_lib.model.precision import Asked, Backend
-from ebr_lib.model.remote_code import Choice
 from ebr_lib.model.shapes import Side
-from ebr_lib.names import OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

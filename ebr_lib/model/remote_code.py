@@ -6,17 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ebr_lib.errors import ModelError
 from ebr_lib.files import write_json
 from ebr_lib.logs import logger
+from ebr_lib.names import Choice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Choice = bool | Literal["ignore"]
-"""True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""
 
 # files that may hold an auto_map, and its entries that loading a model for texts reads
 CONFIG_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")

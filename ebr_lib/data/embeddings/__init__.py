@@ -1,0 +1,1 @@
+"""Embedding files: delimited text, Parquet, or `.npy`."""

@@ -1,0 +1,191 @@
+"""Read and write embedding files, whatever their format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.arrays import Vectors
+from ebr_lib.data.embeddings.base import (
+    AGAIN,
+    ENDINGS,
+    NPY,
+    PARQUET,
+    PART_PREFIX,
+    VECTOR,
+    Embeddings,
+    Format,
+    Sink,
+    check_plain,
+    ending_of,
+    ids_path,
+    is_text,
+    manifest_path,
+    place_beside,
+    read_manifest,
+)
+from ebr_lib.data.embeddings.npy import NpyFormat
+from ebr_lib.data.embeddings.parquet import ParquetFormat
+from ebr_lib.data.embeddings.text import TextFormat
+from ebr_lib.errors import DataError, MissingError
+from ebr_lib.files import room_beside
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an embedding file, and of the columns beside it."""
+    files = [path, ids_path(path)] if ending_of(path) == NPY else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that are read for an embedding file, those beside it too, whether they are there or not."""
+    return [Path(path), place_beside(path, manifest_path), place_beside(path, ids_path)]
+
+
+def read_embeddings(path: str | Path, columns: Sequence[str] | None = None, *, keep_empty: bool = False) -> Embeddings:
+    """Read an embedding file into memory; the format goes by the ending, a folder is read as its part files.
+
+    :param columns: the columns wanted beside the vectors; None reads all of them, () none.
+    :param keep_empty: keep rows without a vector, as NaN.
+    :raises MissingError: there is no such file.
+    :raises DataError: no `vector` column, vectors of different lengths, a value that is no number, an empty file, or
+        fewer rows than the manifest says.
+    """
+    batches = list(iter_embeddings(path, columns, keep_empty=keep_empty))
+    total = sum(batch.total for batch in batches)
+    if not any(batch.valid.any() for batch in batches):
+        raise DataError(f"{path}: none of its {total} rows holds a vector; {AGAIN}")
+    names = list(batches[0].columns)
+    dim = max(batch.vectors.shape[1] for batch in batches)
+    return Embeddings(
+        vectors=np.concatenate([_of_width(batch.vectors, dim) for batch in batches if len(batch)]),
+        columns={name: [value for batch in batches for value in batch.columns[name]] for name in names},
+        rows=np.concatenate([batch.rows for batch in batches]),
+        total=total,
+    )
+
+
+def _of_width(vectors: Vectors, dim: int) -> Vectors:
+    """Rows that came before the file's first vector have no width yet; they are NaN."""
+    return vectors if vectors.shape[1] else np.full((len(vectors), dim), np.nan, dtype=np.float32)
+
+
+def iter_embeddings(
+    path: str | Path, columns: Sequence[str] | None = None, *, keep_empty: bool = False
+) -> Iterator[Embeddings]:
+    """Read an embedding file a batch at a time, in bounded memory; parameters and errors as `read_embeddings`."""
+    from tqdm.auto import tqdm
+
+    path = Path(path)
+    manifest = read_manifest(path)
+    names = _names_without_header(manifest)
+    parts = _parts(path)
+    done, dim = 0, None
+    with tqdm(total=sum(p.stat().st_size for p in parts), unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for part in parts:
+            for size, batch in _format_of(part).batches(part, columns, dim, names):
+                dim = dim or batch.vectors.shape[1]
+                yield _numbered(batch, done, dim, keep_empty)
+                done += batch.total
+                bar.update(size)
+    if manifest is not None and done != (wanted := manifest.get("rows", {}).get("written", done)):
+        raise DataError(
+            f"{path} holds {done} rows, its manifest says {wanted}: the file was cut short or replaced; {AGAIN}"
+        )
+
+
+def _names_without_header(manifest: dict[str, Any] | None) -> list[str] | None:
+    """The columns of text that has no header row, as its manifest says; None where it has one."""
+    settings = (manifest or {}).get("settings") or {}
+    return None if settings.get("output_header", True) else [*settings["output_columns"], VECTOR]
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    parts = sorted(
+        p for p in path.glob(f"{PART_PREFIX}*") if p.suffix.lower() in ENDINGS and not p.name.endswith(".ids.txt")
+    )
+    if not parts:
+        raise MissingError(f"embedding file {path}: there is no such file; run the inference stage first")
+    return parts
+
+
+def _numbered(batch: Embeddings, done: int, dim: int, keep_empty: bool) -> Embeddings:
+    """A batch of one part (vectors of valid rows only) as the caller wants it, its rows counted from `done` on."""
+    if not keep_empty:
+        columns = batch.columns
+        if len(batch.rows) < batch.total:
+            columns = {name: [values[row] for row in batch.rows] for name, values in columns.items()}
+        return Embeddings(batch.vectors, columns, batch.rows + done, batch.total)
+    vectors = np.full((batch.total, dim), np.nan, dtype=np.float32)
+    vectors[batch.rows] = batch.vectors
+    return Embeddings(vectors, batch.columns, np.arange(done, done + batch.total), batch.total)
+
+
+def _format_of(path: str | Path) -> Format:
+    formats: dict[str, Format] = {PARQUET: ParquetFormat(), NPY: NpyFormat()}
+    return formats.get(ending_of(path), TextFormat())
+
+
+def open_sink(
+    place: str | Path,
+    folder: Path,
+    columns: Sequence[str],
+    dim: int,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    header: bool = True,
+) -> Sink:
+    """Open the work files of an embedding file in `folder`; the ending of `place` says which format.
+
+    :param sizes: what `commit` returned when the run was interrupted; what was written since is cut off.
+    :param header: text begins with the names of its columns.
+    """
+    return _format_of(place).sink(folder, columns, dim, sizes, header)
+
+
+def finish_sink(place: str | Path, folder: Path) -> None:
+    """Move the whole file from its work files to its place. May be called again after it was interrupted."""
+    _format_of(place).finish(folder, Path(place))
+
+
+def reopen(place: str | Path, folder: Path) -> dict[str, int]:
+    """Copy a finished embedding file back into work files, to append to them; returns their sizes."""
+    return _format_of(place).copy_back(Path(place), folder)
+
+
+def write_embeddings(
+    path: str | Path,
+    columns: Mapping[str, Sequence[str | None]],
+    vectors: Vectors,
+    valid: NDArray[np.bool_] | None = None,
+) -> Path:
+    """Write a whole embedding file at once, in the format of its ending.
+
+    :param columns: the kept columns, each as long as the vectors.
+    :param vectors: float32, rows × dimensions.
+    :param valid: which rows have a vector; when None, those that are not NaN throughout.
+    :raises DataError: a value holds what separates fields or rows, or is `\\N`, in a format that is text.
+    """
+    path = Path(path)
+    if valid is None:
+        valid = np.asarray(~np.isnan(vectors).all(axis=1))
+    rows = [
+        [None if value is None else value.encode() for value in row]
+        for _, *row in zip(range(len(vectors)), *columns.values(), strict=True)
+    ]
+    if is_text(path):
+        check_plain(path, rows)
+    with room_beside(path) as folder:
+        folder.mkdir()
+        sink = open_sink(path, folder, list(columns), vectors.shape[1])
+        sink.append(rows, vectors, valid)
+        sink.commit()
+        sink.close()
+        finish_sink(path, folder)
+    return path

@@ -1,0 +1,159 @@
+"""Embedding files as Parquet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.arrays import Vectors
+from ebr_lib.data.embeddings.base import (
+    AGAIN,
+    BATCH_ROWS,
+    VECTOR,
+    Embeddings,
+    Fields,
+    Sink,
+    check_finite,
+    chosen,
+    need_vector,
+    no_rows,
+    open_work,
+    sync,
+)
+from ebr_lib.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class ParquetFormat:
+    """Vectors as lists of float32 in a Parquet file."""
+
+    def batches(
+        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
+    ) -> Iterator[tuple[int, Embeddings]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is not a complete Parquet file ({error}); {AGAIN}") from error
+        need_vector(path, file.schema_arrow.names)
+        names = chosen(path, file.schema_arrow.names, columns)
+        yield 0, Embeddings(np.empty((0, dim or 0), np.float32), {name: [] for name in names}, no_rows(), 0)
+        share = path.stat().st_size / max(1, file.metadata.num_rows)
+        done = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[*names, VECTOR]):
+            column = batch.column(VECTOR)
+            rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+            vectors = _arrow_vectors(path, column, rows + done, dim)
+            dim = dim or vectors.shape[1]
+            kept = {name: _arrow_texts(path, name, batch.column(name)) for name in names}
+            yield int(share * len(batch)), Embeddings(vectors, kept, rows, len(batch))
+            done += len(batch)
+
+    def sink(
+        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+    ) -> Sink:
+        return ParquetSink(folder, columns, dim, sizes)
+
+    def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        with open(folder / ParquetSink.NAME, "wb") as work:
+            work.write(file.schema_arrow.remove_metadata().serialize())
+            for batch in file.iter_batches(BATCH_ROWS):
+                work.write(batch.serialize())
+        return {ParquetSink.NAME: (folder / ParquetSink.NAME).stat().st_size}
+
+    def finish(self, folder: Path, place: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        new = folder / "rows.parquet"  # not beside `place`, where a kill would leave it
+        with pa.OSFile(str(folder / ParquetSink.NAME)) as file:
+            stream = pa.ipc.open_stream(file)
+            texts = [name for name in stream.schema.names if name != VECTOR]
+            # float32 of an embedding does not compress, and reads fastest as it is
+            codec = dict.fromkeys(texts, "zstd") | {f"{VECTOR}.list.element": "none"}
+            options = {"compression": codec, "use_dictionary": texts, "write_statistics": texts}
+            with pq.ParquetWriter(new, stream.schema, **options) as out:
+                for batch in stream:
+                    out.write_batch(batch)
+        os.replace(new, place)
+
+
+def _arrow_texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.string()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: column {name} is {column.type}; wanted text, or what can be written as one"
+        ) from error
+
+
+def _arrow_vectors(path: Path, column: pa.Array, rows: NDArray[np.int64], dim: int | None) -> Vectors:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not lists or not pa.types.is_floating(kind.value_type):
+        raise DataError(f"{path}: `{VECTOR}` is {kind}; wanted lists of float32")
+    if not len(rows):
+        return np.empty((0, dim or 0), np.float32)
+    lengths = pc.list_value_length(column).drop_null().to_numpy(zero_copy_only=False)
+    dim = dim or int(lengths[0])
+    if (wrong := np.flatnonzero(lengths != dim)).size:
+        shown = ", ".join(f"row {rows[i]} holds {lengths[i]}" for i in wrong[:5])
+        raise DataError(f"{path}: vectors of different lengths: {dim} numbers in its first row, but {shown}")
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(rows), dim)
+    check_finite(path, values, rows)
+    return values
+
+
+class ParquetSink:
+    """Parquet cannot be appended to: the rows wait in an Arrow stream, which can, and are converted in the end."""
+
+    NAME = "rows.arrows"
+
+    def __init__(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> None:
+        import pyarrow as pa
+
+        self._path = folder / self.NAME
+        self._file = open_work(self._path, sizes)
+        self._dim = dim
+        self._schema = pa.schema([*((name, pa.string()) for name in columns), (VECTOR, pa.list_(pa.float32(), dim))])
+        if sizes is None:
+            self._file.write(self._schema.serialize())
+
+    def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
+        """Append rows as record batches; see `Sink`."""
+        import pyarrow as pa
+
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = slice(start, start + BATCH_ROWS)
+            texts = [
+                pa.array([row[i] for row in rows[part]], pa.binary()).cast(pa.string())
+                for i in range(len(self._schema) - 1)
+            ]
+            values = pa.array(np.ascontiguousarray(vectors[part], dtype=np.float32).ravel())
+            lists = pa.FixedSizeListArray.from_arrays(values, self._dim, mask=pa.array(~valid[part]))
+            self._file.write(pa.RecordBatch.from_arrays([*texts, lists], schema=self._schema).serialize())
+
+    def commit(self) -> dict[str, int]:
+        """Bring the record batches to the disk; see `Sink`."""
+        return {self.NAME: sync(self._file)}
+
+    def close(self) -> None:
+        """Let go of the work file."""
+        self._file.close()

@@ -1,1 +1,0 @@
-"""Where a stage runs: in this process, or on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Extension: measure whether retrieval got better."""

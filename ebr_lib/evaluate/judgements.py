@@ -1,0 +1,257 @@
+"""Which documents answer which query, and how well."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+from ebr_lib.data.containers import COLUMNAR
+from ebr_lib.data.pairs import is_positive_pair
+from ebr_lib.data.queries import (
+    ANSWERS,
+    DAMAGED,
+    GRADE,
+    JSON,
+    JUDGED_DOCUMENT,
+    JUDGED_QUERY,
+    Record,
+    id_in,
+    kind_in,
+    letters_of,
+    parts_of,
+    plain_name,
+    plain_suffix,
+    records_of_file,
+    split_rows,
+)
+from ebr_lib.data.text import normalised, text_keys
+from ebr_lib.errors import DataError, UserError
+from ebr_lib.evaluate.corpus import Corpus
+from ebr_lib.logs import logger
+
+SHOWN_LEFT_OUT = 3
+
+
+def read_answers(path: Path, records: Sequence[Record], label_column: str | None) -> list[list[str]]:
+    """The texts that answer each query; none in rows whose label says that they do not."""
+    column = next((name for name in ANSWERS if name in records[0]), None)
+    if column is None:
+        raise DataError(
+            f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
+            f"file given as qrels_path; found {', '.join(records[0])}"
+        )
+    answers, refused = [], 0
+    for row, record in enumerate(records, 1):
+        texts = _texts_of(path, row, record.get(column))
+        try:
+            answer = not texts or is_positive_pair(record, len(texts), label_column)
+        except DataError as reason:
+            raise DataError(f"{path}: row {row}: {reason}") from None
+        refused += not answer
+        answers.append(texts if answer else [])
+    if refused:
+        logger.warning("标签为否的行不算答案 rows whose label says no are no answers: %d of %s", refused, path)
+    return answers
+
+
+def _texts_of(path: Path, row: int, value: Any) -> list[str]:
+    if value is None or value == "":
+        return []
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        raise DataError(f"{path}: row {row}: wanted an answer's text or a list of texts, found {value!r}")
+    return values
+
+
+@dataclass
+class Judged:
+    """Judgements of known documents, and counts of those left out.
+
+    :ivar grades: for each row of the queries, document number to grade.
+    :ivar asked: rows with a relevant document in the judgements, be it known or not.
+    """
+
+    grades: list[dict[int, int]]
+    asked: set[int] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, row: int, document: int, grade: int) -> None:
+        """Take a judgement; of several of one document the highest counts."""
+        self.grades[row][document] = max(grade, self.grades[row].get(document, grade))
+
+    def answers(self, row: int) -> set[int]:
+        """The known relevant documents of a query."""
+        return {document for document, grade in self.grades[row].items() if grade > 0}
+
+    def leave_out(self, kind: str, example: str) -> None:
+        """Count a judgement that cannot be used."""
+        self.left_out[kind] += 1
+        if len(self.examples) < SHOWN_LEFT_OUT:
+            self.examples.append(example)
+
+    def check(self, path: Path, advice: str) -> None:
+        """Warn of what was left out; where that is everything, the files do not belong together."""
+        if not self.left_out:
+            return
+        kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in self.left_out.items())
+        said = f"{kinds} ({'; '.join(self.examples)}); {advice}"
+        if not any(self.grades):
+            raise DataError(f"{path}: no judgement is of a known query and document: {said}")
+        logger.warning("%s: 部分标注已略过 left out: %s", path, said)
+
+
+def judged_by_text(
+    path: Path, texts: Sequence[str], first: Mapping[str, int], answers: Sequence[Sequence[str]], corpus: Corpus
+) -> Judged:
+    """Equal queries share their answers, and only the first of them stays."""
+    judged = Judged([{} for _ in texts])
+    for row, (text, group) in enumerate(zip(texts, answers, strict=True)):
+        leader = first[normalised(text)]
+        for answer, key in zip(group, text_keys(group).tolist(), strict=True):
+            judged.asked.add(leader)
+            if key in corpus.number_of_text:
+                judged.add(leader, corpus.number_of_text[key], 1)
+            else:
+                judged.leave_out("judgements_of_unknown_documents", f"row {row + 1}: {answer[:60]!r}")
+    judged.check(path, "an answer must be a document of the corpus")
+    return judged
+
+
+def read_qrels(path: Path, rows: int, queries: Mapping[str, int], corpus: Corpus) -> Judged:
+    """Read judgements: tables that name their columns, or BEIR's three (query, document, grade) or TREC's four.
+
+    Judgements of unknown queries and documents, and of documents without text or vector, are counted and left out.
+    """
+    judged = Judged([{} for _ in range(rows)])
+    for place, query, document, grade in _judgements(path, queries):
+        row = queries.get(query)
+        if row is None:
+            judged.leave_out("judgements_of_unknown_queries", f"{place}: query {query!r}")
+            continue
+        if grade > 0:
+            judged.asked.add(row)
+        if document in corpus.number:
+            judged.add(row, corpus.number[document], grade)
+        else:
+            kind = "blank" if document in corpus.blank else "unknown"
+            judged.leave_out(f"judgements_of_{kind}_documents", f"{place}: document {document!r}")
+    judged.check(path, "check that the three files belong together, and the id columns (id_column)")
+    return judged
+
+
+def _judgements(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
+    """Place, query, document and grade of each judgement."""
+    for part in parts_of(path):
+        is_table = plain_suffix(part) in JSON or kind_in(part) in COLUMNAR
+        yield from _judgement_records(part) if is_table else _judgement_rows(part, queries)
+
+
+def _judgement_records(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    records = records_of_file(path)
+    if records and all(isinstance(value, (dict, list)) for value in records[0].values()):
+        yield from _nested_judgements(path, records)
+        return
+    names = _judgement_columns(path, list(records[0])) if records else []
+    for number, record in enumerate(records, 1):
+        query, document, grade = (record.get(name) for name in names)
+        yield f"row {number}", id_in(query), id_in(document), _grade(path, f"row {number}", grade, record)
+
+
+def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[tuple[str, str, str, int]]:
+    """Judgements as pytrec_eval takes them, `{query: {document: grade}}`; in a list of documents each is relevant."""
+    for query, documents in chain.from_iterable(record.items() for record in records):
+        place = f"query {query!r}"
+        grades = dict.fromkeys(map(id_in, documents), 1) if isinstance(documents, list) else documents
+        if not isinstance(grades, dict) or any(isinstance(document, (dict, list)) for document in documents):
+            raise _wrong_judgement(path, place, documents)
+        for document, grade in grades.items():
+            yield place, query, document, _grade(path, place, grade, {document: grade})
+
+
+def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
+    chosen: Sequence[int] | None = None
+    for number, (line, fields) in enumerate(_judgement_lines(path)):
+        if number == 0 and _is_header(fields, queries):
+            chosen = _named_fields(path, fields)
+            continue
+        if len(fields) <= max(chosen) if chosen else len(fields) not in (3, 4):
+            raise _wrong_judgement(path, f"line {line}", " ".join(fields))
+        query, document, grade = (fields[i].strip() for i in chosen or (0, -2, -1))
+        yield f"line {line}", query, document, _grade(path, f"line {line}", grade, " ".join(fields))
+
+
+def _judgement_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line that is not blank, split at tabs, \\001, commas or blanks, as the first line is."""
+    try:
+        with letters_of(path) as file:
+            head = file.readline()
+        found = [mark for mark in "\t\x01" if mark in head]
+        if "," in head and (plain_suffix(path) == ".csv" or len(head.split()) not in (3, 4)):  # else it is within an id
+            found.append(",")
+        if found:
+            rows = split_rows(path, found[0])
+            yield from ((line, fields) for line, fields in rows if any(map(str.strip, fields)))
+            return
+        with letters_of(path) as file:
+            yield from ((line, text.split()) for line, text in enumerate(file, 1) if text.strip())
+    except DAMAGED as error:
+        if isinstance(error, UserError):
+            raise
+        said = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise DataError(f"{path} {said}: {error}") from error
+
+
+def _is_header(fields: Sequence[str], queries: Collection[str]) -> bool:
+    """Whether a first line holds names: it names no query, and has no number."""
+    return fields[0].strip() not in queries and all(number_in(field) is None for field in fields)
+
+
+def _named_fields(path: Path, names: Sequence[str]) -> list[int] | None:
+    """The places of query, document and grade, where a header has names that say so; None takes them by their order."""
+    plain = {plain_name(name) for name in names}
+    if plain.isdisjoint(JUDGED_QUERY) or plain.isdisjoint(JUDGED_DOCUMENT):
+        return None
+    return [names.index(name) for name in _judgement_columns(path, names)]
+
+
+def _judgement_columns(path: Path, found: Sequence[str]) -> list[str]:
+    """Which of the columns are query, document and grade."""
+    named = {plain_name(name): name for name in reversed(found)}
+    chosen = [
+        next((named[name] for name in usual if name in named), None) for usual in (JUDGED_QUERY, JUDGED_DOCUMENT, GRADE)
+    ]
+    missing = [name for name, column in zip(("query-id", "corpus-id", "score"), chosen, strict=True) if column is None]
+    if missing:
+        raise DataError(
+            f"{path}: wanted columns query-id, corpus-id and score, found {', '.join(found) or 'none'}; "
+            f"{' and '.join(missing)} must be added, or another column renamed"
+        )
+    return cast(list[str], chosen)
+
+
+def _grade(path: Path, place: str, value: Any, shown: Any) -> int:
+    """A grade as a whole number, also where it is written 1.0 or true."""
+    number = number_in(value)
+    if number is None or not number.is_integer():
+        raise _wrong_judgement(path, place, shown)
+    return int(number)
+
+
+def _wrong_judgement(path: Path, place: str, shown: Any) -> DataError:
+    return DataError(
+        f"{path}: {place}: wanted `query document grade` (or TREC's four columns), the grade a whole number; found "
+        f"{shown!r}"
+    )
+
+
+def number_in(value: Any) -> float | None:
+    """A value as a number; None if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,44 @@
+"""Groups of queries that are measured apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ebr_lib.data.text import language_of, split_words
+from ebr_lib.evaluate.corpus import Mask
+from ebr_lib.evaluate.task import RetrievalTask
+
+IN_TRAINING = "document in training"
+
+
+def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
+    """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns.
+
+    A grouping that puts all into one group says nothing and is left out, but for that by what training saw.
+    """
+    slices = {"length": _by_length(task.queries), "language": _by_value([language_of(text) for text in task.queries])}
+    if task.corpus.seen is not None:
+        seen = task.corpus.seen
+        known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
+        slices[IN_TRAINING] = _by_value(known)
+    slices |= {name: _by_value(values) for name, values in task.query_columns.items()}
+    return {name: groups for name, groups in slices.items() if len(groups) > 1 or name == IN_TRAINING}
+
+
+def _by_value(values: Sequence[str]) -> dict[str, Mask]:
+    array = np.array(values, dtype=object)
+    return {str(value): array == value for value in sorted(set(values))}
+
+
+def _by_length(texts: Sequence[str]) -> dict[str, Mask]:
+    """Three groups of about equal size, by words."""
+    words = np.array([len(split_words(text)) for text in texts])
+    low, high = np.quantile(words, (1 / 3, 2 / 3), method="lower")
+    groups = {
+        f"up to {low} words": words <= low,
+        f"{low + 1} to {high} words": (words > low) & (words <= high),
+        f"over {high} words": words > max(low, high),
+    }
+    return {name: mask for name, mask in groups.items() if mask.any()}

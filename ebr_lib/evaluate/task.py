@@ -1,0 +1,294 @@
+"""What an evaluation measures against: queries, documents and judgements, read from the shapes they come in.
+
+Equal texts are one document, whatever their ids: whichever copy a model returns, it has found the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ebr_lib.data.queries import (
+    COMPRESSED,
+    JUDGEMENTS,
+    PART,
+    QUERY_IDS,
+    TABLES,
+    need_column,
+    plain_suffix,
+    query_texts,
+    read_records,
+    text_in,
+    warn_of_blank_queries,
+)
+from ebr_lib.data.text import is_blank, normalised, text_keys
+from ebr_lib.errors import DataError, MissingError
+from ebr_lib.evaluate.columns import Columns, id_twice, read_ids
+from ebr_lib.evaluate.corpus import Corpus, read_corpus
+from ebr_lib.evaluate.judgements import Judged, judged_by_text, read_answers, read_qrels
+from ebr_lib.logs import logger
+from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, QUERIES_FILE, LeaveOutOwn
+
+QRELS_FOLDERS = ("qrels", "data")  # of BEIR, and of data sets whose judgements are the default table
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a task; `qrels` None means that the queries carry their answers as texts, `corpus` None that these
+    answers are the corpus."""
+
+    queries: Path
+    corpus: Path | None
+    qrels: Path | None
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries that have at least one relevant document, and for each its documents' grades.
+
+    :ivar own: for each query, the documents that are the query itself: neither relevant nor retrieved for it.
+    :ivar unjudged: queries without a relevant document in the judgements.
+    :ivar repeated: queries equal to one before, which has their answers.
+    :ivar left_out: what else was left out, by the name that the report shows; only counts above 0.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    query_columns: dict[str, list[str]]
+    corpus: Corpus
+    relevant: list[dict[int, int]]
+    unjudged: int
+    repeated: int = 0
+    own: Sequence[frozenset[int]] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, int]:
+        """Counts of the task, by the names that the report shows."""
+        merged = len(self.corpus.number) - len(self.corpus)
+        return {
+            "queries": len(self.queries),
+            "queries_without_judgement": self.unjudged,
+            "queries_repeated": self.repeated,
+            "documents": len(self.corpus),
+            "documents_of_equal_text": merged,
+            "judgements": sum(map(len, self.relevant)),
+            **self.left_out,
+        }
+
+
+def find_sources(data_path: str | None, queries: str | None, corpus: str | None, qrels: str | None) -> Sources:
+    """Find the files of a task; paths that are given win over what `data_path` holds.
+
+    :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus`, `queries`
+        and `qrels/test`, each `.jsonl`, another table, or a folder of such), or a file of queries with their answers.
+    :raises MissingError: a file is not there, or not given, or a folder is neither.
+    """
+    judged = Path(qrels) if qrels else None
+    given = Path(corpus) if corpus else None, _split_in(judged) if judged and judged.is_dir() else judged
+    sources = _found(Path(data_path), *given) if data_path and not queries else Sources(Path(queries or ""), *given)
+    for path in (sources.queries, sources.corpus, sources.qrels):
+        if path is not None and not path.exists():
+            raise MissingError(f"evaluation data {path}: there is no such file")
+    if sources.qrels and not sources.corpus:
+        raise MissingError(
+            f"{sources.qrels} names documents by their ids; give the file that holds them as corpus_path"
+        )
+    return sources
+
+
+def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
+    """The queries of a place, and its corpus and judgements where no others are given."""
+    if place.is_file():
+        return Sources(place, corpus, qrels)
+    corpus = corpus or _table_named("corpus", place, TABLES)
+    if (place / HELDOUT_FILE).is_file():
+        return Sources(place / HELDOUT_FILE, corpus, qrels)
+    if (queries := _table_named("queries", place, TABLES)) and corpus:
+        return Sources(queries, corpus, qrels or _beir_qrels(place))
+    raise MissingError(
+        f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
+        f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and qrels/*.tsv, or a file of queries; "
+        f"found {', '.join(sorted(p.name for p in place.glob('*'))[:8]) if place.is_dir() else 'nothing'}"
+    )
+
+
+def _table_named(stem: str, folder: Path, endings: Iterable[str]) -> Path | None:
+    """A table of a folder: a file of its name, the first of its parts, or a folder of its name."""
+    files = [folder / f"{stem}{ending}{packed}" for ending in endings for packed in COMPRESSED]
+    found = [path for path in files if path.is_file()] + sorted(folder.glob(f"{stem}-*0-of-*"))
+    return next(iter(found), folder / stem if (folder / stem).is_dir() else None)
+
+
+def _beir_qrels(place: Path) -> Path:
+    alone = _table_named("qrels", place, JUDGEMENTS)
+    if alone and alone.is_file():
+        return alone
+    return _split_in(next((folder for name in QRELS_FOLDERS if (folder := place / name).is_dir()), place / "qrels"))
+
+
+def _split_in(folder: Path) -> Path:
+    """The judgements of a folder: those of the test split, or else the only ones."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in there if not path.name.startswith(".") and plain_suffix(path) in JUDGEMENTS]
+    splits = [path for path in files if not (part := PART.fullmatch(path.name)) or int(part[2]) == 0]
+    found = _table_named("test", folder, JUDGEMENTS) or (splits[0] if len(splits) == 1 else None)
+    if found is None:
+        names = ", ".join(file.name for file in files or there) or "none"
+        raise MissingError(
+            f"{folder}: wanted a file of judgements test{'|'.join(JUDGEMENTS)}, or one alone, found {names}; name it "
+            "with qrels_path"
+        )
+    if len(splits) > 1:
+        others = ", ".join(path.name for path in splits if path != found)
+        logger.info("标注文件 judgements: %s (not %s)", found, others)
+    return found
+
+
+def read_task(
+    sources: Sources,
+    columns: Columns,
+    slice_columns: Sequence[str],
+    trained: set[str],
+    leave_out_own: LeaveOutOwn = "text_and_id",
+) -> RetrievalTask:
+    """Read queries, documents and judgements.
+
+    :param slice_columns: columns of the query file to keep.
+    :param trained: normalised texts of documents that training has seen; may be empty.
+    :param leave_out_own: which documents are the query itself: those of its text, and where judgements name documents
+        by ids that of its id too.
+    :raises DataError: a judged query without text, an empty corpus, an id of two texts or none, no judgements.
+    """
+    records = read_records(sources.queries)
+    texts = query_texts(sources.queries, records, columns.query)
+    for name in slice_columns:
+        need_column(sources.queries, records, name)
+    answers = None if sources.qrels else read_answers(sources.queries, records, columns.label)
+    corpus = read_corpus(sources.corpus, columns, texts, answers, trained)
+    if sources.qrels:
+        own_column = columns.id if columns.id in records[0] else None
+        ids = read_ids(sources.queries, records, own_column, QUERY_IDS, needed=True)
+        first = _first_rows(sources.queries, ids, texts)
+        judged = read_qrels(sources.qrels, len(ids), first, corpus)
+    else:
+        ids = [str(i) for i in range(len(records))]
+        first = _first_rows(sources.queries, [normalised(text) for text in texts], texts)
+        judged = judged_by_text(sources.queries, texts, first, answers or (), corpus)
+    blank = {i for i, text in enumerate(texts) if is_blank(text)}
+    _check_blank_queries(sources.queries, blank, judged)
+    own = _own_documents(corpus, texts, ids if sources.qrels else None, judged, leave_out_own)
+    relevant = [
+        {d: grade for d, grade in grades.items() if d not in out}
+        for grades, out in zip(judged.grades, own, strict=True)
+    ]
+    kept = [i for i, grades in enumerate(relevant) if any(grade > 0 for grade in grades.values())]
+    left_out = judged.left_out + Counter(
+        queries_blank=len(blank),
+        own_documents_left_out=sum(len(own[i]) for i in kept),
+        own_judgements_left_out=sum(len(a) - len(b) for a, b in zip(judged.grades, relevant, strict=True)),
+        queries_without_answer_left=len(judged.asked - set(kept)),
+    )
+    if not kept:
+        raise _nothing_to_measure(sources.qrels or sources.queries, left_out)
+    repeated = len(set(range(len(records))) - set(first.values()) - blank)
+    return RetrievalTask(
+        query_ids=[ids[i] for i in kept],
+        queries=[texts[i] for i in kept],
+        query_columns={name: [text_in(records[i].get(name)) for i in kept] for name in slice_columns},
+        corpus=corpus,
+        relevant=[relevant[i] for i in kept],
+        unjudged=len(records) - len(judged.asked | blank) - repeated,
+        repeated=repeated,
+        own=[own[i] for i in kept],
+        left_out=left_out,
+    )
+
+
+def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[str, int]:
+    """The first row of each key; rows of one key must have equal texts."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        other = first.setdefault(key, row)
+        if normalised(texts[row]) != normalised(texts[other]):
+            raise id_twice(path, key, other, row)
+    return first
+
+
+def _check_blank_queries(path: Path, blank: set[int], judged: Judged) -> None:
+    """A blank query without judgements is left out; one that is judged cannot be measured."""
+    if asked := sorted(blank & judged.asked):
+        rows = ", ".join(str(i + 1) for i in asked[:5])
+        raise DataError(f"{path}: {len(asked)} judged queries without text (rows {rows}); remove or fill them")
+    if blank:
+        warn_of_blank_queries(path, len(blank))
+
+
+def _own_documents(
+    corpus: Corpus, texts: Sequence[str], ids: Sequence[str] | None, judged: Judged, leave_out_own: LeaveOutOwn
+) -> list[frozenset[int]]:
+    """For each query, the documents that are the query itself: of its text, and of its id where there are ids."""
+    own: list[set[int]] = [set() for _ in texts]
+    if leave_out_own != "none" and corpus.texts is None:
+        logger.warning(
+            "%s 没有文本列，无法按文本略过查询自身 keeps no text: documents of a query's text are not left out; keep "
+            "the text column in the inference run",
+            corpus.vectors,
+        )
+    elif leave_out_own != "none":
+        for documents, key in zip(own, text_keys(texts).tolist(), strict=True):
+            documents.update({corpus.number_of_text[key]} if key in corpus.number_of_text else ())
+            documents.update(corpus.untitled.get(key, ()))
+    if leave_out_own == "text_and_id" and ids is not None:
+        of_id = {i: corpus.number[ids[i]] for i in judged.asked if ids[i] in corpus.number}
+        of_id = {i: document for i, document in of_id.items() if document not in own[i]}
+        if not _are_numbered_apart(of_id, judged):
+            for i, document in of_id.items():
+                own[i].add(document)
+    if count := sum(bool(own[i]) for i in judged.asked):
+        logger.info(
+            "查询自身不参与排序 own documents left out, as answers and as competitors: those of %d of %d queries",
+            count,
+            len(judged.asked),
+        )
+    if named := sum(len(judged.answers(i).intersection(own[i])) for i in judged.asked):
+        logger.warning(
+            "标注中的查询自身已略过 judgements that name the query itself are left out: %d; "
+            "leave_out_own: none keeps them",
+            named,
+        )
+    return [frozenset(documents) for documents in own]
+
+
+def _are_numbered_apart(of_id: Mapping[int, int], judged: Judged) -> bool:
+    """Whether equal ids do not mean the same thing: the documents of the queries' ids, of other texts, are the only
+    answers of most of these queries."""
+    answers = sum(judged.answers(i) == {document} for i, document in of_id.items())
+    if apart := 2 * answers > len(of_id):
+        judged.left_out["answers_of_the_query_id_kept"] = answers
+        logger.warning(
+            "查询与文档视为各自编号 queries and documents are taken as numbered apart: the document of a query's id is "
+            "its only answer, of another text, for %d of %d queries",
+            answers,
+            len(of_id),
+        )
+    elif of_id:
+        logger.warning(
+            "仅 ID 与查询相同的文档也已略过 documents left out for their id alone, of another text: %d; "
+            "where queries and documents are numbered apart, set leave_out_own: text",
+            len(of_id),
+        )
+    return apart
+
+
+def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
+    shown = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
+    advice = (
+        ". The answers are the queries themselves, by text or id: where these are meant, set leave_out_own: none"
+        if left_out.get("own_judgements_left_out")
+        else ""
+    )
+    return DataError(
+        f"{path}: no query has a relevant document; nothing to measure{f' ({shown})' if shown else ''}{advice}"
+    )

@@ -1,0 +1,431 @@
+"""The data doctor: what is wrong with the training rows, in numbers, before any compute is spent on them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.data.text import is_blank, language_of
+from ebr_lib.errors import DataError
+from ebr_lib.names import SMALL_DATA_PRESET, STRONG_PRESET
+from ebr_lib.tables import Table, shortened
+
+if TYPE_CHECKING:
+    from ebr_lib.finetune.batches import KnownPositives
+
+
+FEW_ROWS = 100
+SAMPLE = 50_000
+_TOP_DOCUMENTS = 5
+_LOOKED_AT_BATCHES = 100
+LANGUAGES = ("Chinese", "English", "mixed", "other")
+
+LengthsOf = Callable[[Sequence[str]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ColumnTokens:
+    """Tokens of one column, special tokens and prompt included, before they are cut to `max_seq_length`."""
+
+    column: str
+    texts: int
+    over: int
+    lost_share: float
+    mean: float
+    p95: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """What the rows hold. Texts are equal when `normalised` is; `exact_duplicates` alone compares letter by letter.
+
+    :ivar anchors: different anchors.
+    :ivar documents: different positives.
+    :ivar exact_duplicates: rows whose anchor and positive an earlier row has.
+    :ivar duplicates: the same by normalised text, the exact ones included.
+    :ivar positives_as_negatives: hard negatives that the data knows to answer their anchor.
+    :ivar tokens: one entry a column; like `languages`, of `sampled` rows.
+    :ivar languages: share of anchors and positives, by script: Chinese, English (Latin letters), mixed, other.
+    :ivar popular: the most frequent positives and their rows.
+    :ivar false_negatives: documents in a random batch, beside an anchor's own, that the data knows to answer it:
+        expected number, over all anchors of the batch.
+    :ivar false_negatives_balanced: the same in the batches of `BalancedBatchSampler`, measured.
+    :ivar negatives: documents beside an anchor's own, over all anchors of a batch.
+    :ivar without_negatives: share of the rows, 0 to 1, that have no negative left in a balanced batch once known
+        positives are masked: their loss is 0.
+    :ivar largest_anchor: the most frequent anchor and its rows.
+    :ivar masks: whether the loss masks known positives; where it does not, no row is without a negative.
+    :ivar advice: what to do about it, in Chinese followed by English.
+    """
+
+    rows: int
+    anchors: int
+    documents: int
+    exact_duplicates: int
+    duplicates: int
+    positives_as_negatives: int
+    anchor_is_positive: int
+    empty_texts: int
+    max_seq_length: int
+    sampled: int
+    tokens: tuple[ColumnTokens, ...]
+    languages: Mapping[str, float]
+    popular: tuple[tuple[str, int], ...]
+    batch_size: int
+    negatives: int
+    false_negatives: float
+    false_negatives_balanced: float
+    without_negatives: float
+    largest_anchor: tuple[str, int]
+    masks: bool
+    advice: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def duplicate_share(self) -> float:
+        """`duplicates` as a share of the rows, 0 to 1."""
+        return self.duplicates / self.rows
+
+    @property
+    def table(self) -> Table:
+        """The report for logs and notebooks."""
+        return Table("数据检查 data doctor", ("检查 check", "数量 count", "占比 share"), _table_rows(self))
+
+    def _repr_html_(self) -> str:
+        return self.table.html() + "".join(f"<p>{html.escape(line)}</p>" for line in self.advice)
+
+
+def examine(
+    rows: Sequence[TrainingRow],
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    batch_size: int,
+    prompts: Mapping[str, str] | None = None,
+    masks: bool = True,
+    seed: int = 0,
+) -> DoctorReport:
+    """Look the training rows over.
+
+    Everything is counted over all rows, but tokens and languages, which are those of a random sample above 50,000.
+
+    :param tokenizer: a transformers tokenizer, or a function from texts to their lengths in tokens.
+    :param batch_size: rows whose documents are each other's negatives.
+    :param prompts: what goes before the texts of a column (anchor, positive, negative).
+    :param masks: whether the loss masks known positives.
+    :raises DataError: there are no rows.
+    """
+    from ebr_lib.finetune.batches import KnownPositives
+
+    if not rows:
+        raise DataError("the data doctor was given no training rows")
+    known = KnownPositives(rows)
+    pairs = known.anchors * (known.documents.max() + 1) + known.documents
+    own = known.own_answers()
+    masked, without_negatives = _balanced_masking(known, min(batch_size, len(rows)), seed)
+    sample = _sample(rows, seed)
+    batch_size = min(batch_size, len(rows))
+    report = DoctorReport(
+        rows=len(rows),
+        anchors=len(np.unique(known.anchors)),
+        documents=len(np.unique(known.documents)),
+        exact_duplicates=len(rows) - len({(row.anchor, row.positive) for row in rows}),
+        duplicates=len(rows) - len(np.unique(pairs)),
+        positives_as_negatives=int(own[:, 1:].sum()),
+        anchor_is_positive=int((known.anchors == known.documents).sum()),
+        empty_texts=sum(is_blank(text) for row in rows for text in (row.anchor, row.positive, *row.negatives)),
+        max_seq_length=max_seq_length,
+        sampled=len(sample),
+        tokens=_tokens(sample, _lengths_function(tokenizer), max_seq_length, prompts or {}),
+        languages=_languages(sample),
+        popular=_most_frequent([row.positive for row in rows], known.documents, _TOP_DOCUMENTS),
+        batch_size=batch_size,
+        negatives=batch_size * (batch_size * known.columns.shape[1] - 1),
+        false_negatives=_expected_false_negatives(known, own, batch_size),
+        false_negatives_balanced=masked,
+        without_negatives=without_negatives if masks else 0.0,
+        masks=masks,
+        largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
+    )
+    return _with_advice(report)
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def _expected_false_negatives(known: KnownPositives, own: NDArray[np.bool_], batch_size: int) -> float:
+    """Known positives among the negatives of a batch drawn at random, on average; exact.
+
+    Two given rows meet with probability b(b − 1) / (N(N − 1)), and a row is in the batch with b / N.
+    """
+    rows = len(known.anchors)
+    within_row = int(own.sum())
+    across_rows = known.answers_among(known.anchors, known.columns.ravel()) - within_row
+    meet = batch_size * (batch_size - 1) / (rows * (rows - 1)) if rows > 1 else 0.0
+    return meet * across_rows + batch_size / rows * (within_row - rows)
+
+
+def _balanced_masking(known: KnownPositives, batch_size: int, seed: int) -> tuple[float, float]:
+    """The same in the first full batches of a balanced epoch, which are in random order; and the share of their rows
+    that have no negative left."""
+    import torch
+
+    from ebr_lib.finetune.batches import BalancedBatchSampler
+
+    sampler = BalancedBatchSampler(known.documents, known.anchors, batch_size=batch_size, drop_last=True, seed=seed)
+    masks = [known.mask(torch.tensor(batch)) for batch in islice(sampler, _LOOKED_AT_BATCHES)]
+    found = np.mean([int(mask.sum()) - batch_size for mask in masks])
+    return float(found), float(np.mean([mask.all(dim=1).float().mean() for mask in masks]))
+
+
+def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
+    if len(rows) <= SAMPLE:
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False)
+    return [rows[i] for i in np.sort(chosen)]
+
+
+def _lengths_function(tokenizer: Any) -> LengthsOf:
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        return tokenizer
+
+    def lengths(texts: Sequence[str]) -> list[int]:
+        ids = tokenizer(list(texts), padding=False, truncation=False, verbose=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        return [len(one) for one in ids]
+
+    return lengths
+
+
+def _tokens(
+    rows: Sequence[TrainingRow], lengths_of: LengthsOf, limit: int, prompts: Mapping[str, str]
+) -> tuple[ColumnTokens, ...]:
+    columns = {
+        "anchor": [row.anchor for row in rows],
+        "positive": [row.positive for row in rows],
+        "negative": [text for row in rows for text in row.negatives],
+    }
+    return tuple(
+        _column_tokens(column, _lengths(texts, prompts.get(column, ""), lengths_of), limit)
+        for column, texts in columns.items()
+        if texts
+    )
+
+
+def _lengths(texts: Sequence[str], prompt: str, lengths_of: LengthsOf) -> NDArray[np.int64]:
+    from tqdm.auto import tqdm
+
+    different, place = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    starts = tqdm(range(0, len(different), 1000), desc="data doctor: tokens", disable=len(different) < 10_000)
+    parts = [lengths_of([prompt + text for text in different[start : start + 1000]]) for start in starts]
+    return np.concatenate(parts)[place]
+
+
+def _column_tokens(column: str, lengths: NDArray[np.int64], limit: int) -> ColumnTokens:
+    lost = np.maximum(lengths - limit, 0)
+    return ColumnTokens(
+        column=column,
+        texts=len(lengths),
+        over=int((lost > 0).sum()),
+        lost_share=float(lost.sum() / max(1, lengths.sum())),
+        mean=float(lengths.mean()),
+        p95=int(np.percentile(lengths, 95, method="higher")),
+        longest=int(lengths.max()),
+    )
+
+
+def _languages(rows: Sequence[TrainingRow]) -> dict[str, float]:
+    found = [language_of(text) for row in rows for text in (row.anchor, row.positive)]
+    return {language: found.count(language) / len(found) for language in LANGUAGES}
+
+
+def _most_frequent(texts: Sequence[str], numbers: NDArray[np.int64], count: int) -> tuple[tuple[str, int], ...]:
+    """The texts of the most frequent numbers, each with how often it is there."""
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    top = np.argsort(-counts, kind="stable")[:count]
+    return tuple((texts[int(first[i])], int(counts[i])) for i in top)
+
+
+# --- showing ------------------------------------------------------------------------------------------------------
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else ""
+
+
+def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
+    counts = [
+        ("行数 rows", report.rows),
+        ("不同的 anchor unique anchors", report.anchors),
+        ("不同的 positive unique positives", report.documents),
+        ("完全重复 exact duplicates", report.exact_duplicates),
+        ("归一化后重复 normalised duplicates", report.duplicates),
+        ("正样本又作负样本 positives as negatives", report.positives_as_negatives),
+        ("anchor 与 positive 相同 anchor = positive", report.anchor_is_positive),
+        ("空文本 empty texts", report.empty_texts),
+    ]
+    table = [(name, f"{count:,}", _percent(count, report.rows)) for name, count in counts]
+    table += [_token_row(column, report.max_seq_length) for column in report.tokens]
+    table += [(f"语言 language: {name}", "", _percent(share, 1)) for name, share in report.languages.items() if share]
+    if report.sampled < report.rows:
+        table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
+    for text, count in report.popular:
+        table.append((f"热门文档 popular: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
+    for name, value in (
+        (f"每批假负例 false negatives, random batch of {report.batch_size}", report.false_negatives),
+        (f"每批假负例 false negatives, balanced batch of {report.batch_size}", report.false_negatives_balanced),
+    ):
+        table.append((name, f"{value:,.1f}", _percent(value, report.negatives)))
+    if report.without_negatives:
+        name = f"没有负例的行 rows without a negative, balanced batch of {report.batch_size}"
+        table.append((name, "", _percent(report.without_negatives, 1)))
+    return table
+
+
+def _token_row(column: ColumnTokens, limit: int) -> tuple[str, str, str]:
+    name = f"{column.column} 超过 over {limit} tokens (mean {column.mean:.0f}, longest {column.longest})"
+    lost = f", 丢失 lost {_percent(column.lost_share, 1)}" if column.over else ""
+    return name, f"{column.over:,}", _percent(column.over, column.texts) + lost
+
+
+# --- advice -------------------------------------------------------------------------------------------------------
+
+
+def _with_advice(report: DoctorReport) -> DoctorReport:
+    return replace(report, advice=tuple(line for check in _CHECKS if (line := check(report))))
+
+
+def _few_rows(report: DoctorReport) -> str | None:
+    if report.rows >= FEW_ROWS:
+        return None
+    return (
+        f"训练数据过少：只有 {report.rows} 条（少于 {FEW_ROWS} 条），模型容易过拟合。"
+        f"请补充数据，或使用更强的正则化：{STRONG_PRESET}，或专为小数据准备的 {SMALL_DATA_PRESET}。 "
+        f"Only {report.rows} training rows (under {FEW_ROWS}): the model will learn them by heart; add data, or use "
+        f"the stronger regularisation of {STRONG_PRESET}, or {SMALL_DATA_PRESET}, which is made for few rows."
+    )
+
+
+def _duplicates(report: DoctorReport) -> str | None:
+    if report.duplicate_share < 0.01:
+        return None
+    return (
+        f"{report.duplicates:,} 行重复（{report.duplicate_share:.1%}），请去重。 "
+        f"{report.duplicates:,} rows repeat the anchor and positive of another ({report.duplicate_share:.1%}): remove "
+        "them, or the model is trained on them more than on others."
+    )
+
+
+def _contradictions(report: DoctorReport) -> str | None:
+    if not report.positives_as_negatives:
+        return None
+    return (
+        f"{report.positives_as_negatives:,} 个负样本同时是该 anchor 的正样本；"
+        "mask_known_positives 会屏蔽它们，但最好修正数据。 "
+        f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives takes "
+        "them out of the loss, but correct the data."
+    )
+
+
+def _trivial(report: DoctorReport) -> str | None:
+    if not report.anchor_is_positive:
+        return None
+    return (
+        f"{report.anchor_is_positive:,} 行的 anchor 与 positive 相同，不提供信息，请删除。 "
+        f"{report.anchor_is_positive:,} rows have the same text as anchor and as positive: they teach nothing; remove "
+        "them."
+    )
+
+
+def _empty(report: DoctorReport) -> str | None:
+    if not report.empty_texts:
+        return None
+    return f"{report.empty_texts:,} 个文本为空，请删除。 {report.empty_texts:,} texts are empty: remove them."
+
+
+def _too_long(report: DoctorReport) -> str | None:
+    cut = [column for column in report.tokens if column.over > 0.05 * column.texts]
+    if not cut:
+        return None
+    names = ", ".join(f"{column.column} {_percent(column.over, column.texts)}" for column in cut)
+    enough = max(column.p95 for column in cut)
+    return (
+        f"文本被截断（{names}）：max_seq_length 为 {enough} 才能完整容纳 95% 的文本；模型不支持时，请把要点放在前面。 "
+        f"Texts are cut ({names}): max_seq_length {enough} would hold 95% of them, where the model takes that many; "
+        "else put first what matters."
+    )
+
+
+def _masked_away(report: DoctorReport) -> str | None:
+    """Where masking leaves little to learn from, which text is the cause."""
+    mostly = report.masks and report.false_negatives_balanced > 0.8 * report.negatives
+    if report.without_negatives < 0.1 and not mostly:
+        return None
+    (document, of_document), (anchor, of_anchor) = report.popular[0], report.largest_anchor
+    if 2 * max(of_anchor, of_document) < report.rows:
+        cause = f"{report.anchors} 个 anchor 与 {report.documents} 个文档几乎两两匹配"
+        english = f"the {report.anchors} anchors and {report.documents} documents nearly all answer each other"
+    elif of_anchor > of_document:
+        cause = f"anchor“{shortened(anchor)}”占 {_percent(of_anchor, report.rows)} 的行"
+        english = f"the anchor {shortened(anchor)!r} has {_percent(of_anchor, report.rows)} of the rows"
+    else:
+        cause = f"文档“{shortened(document)}”是 {_percent(of_document, report.rows)} 的行的正例"
+        english = (
+            f"the document {shortened(document)!r} is the positive of {_percent(of_document, report.rows)} of the rows"
+        )
+    masked = _percent(report.false_negatives_balanced, report.negatives)
+    nothing = _percent(report.without_negatives, 1)
+    return (
+        f"批内 {masked} 的负例是已知正例、会被屏蔽，{nothing} 的行没有负例、损失为 0，学不到东西：{cause}。"
+        "请补充其他 anchor 与文档的样本，减少它的行数，或给出 negative；与学习率无关。 "
+        f"{masked} of a batch's negatives are known positives and get masked, and {nothing} of the rows have no "
+        f"negative left, so that their loss is 0: {english}. Add rows of other anchors and documents, keep fewer of "
+        "its rows, or give negatives; the learning rate is not the cause."
+    )
+
+
+def _popular_documents(report: DoctorReport) -> str | None:
+    if report.false_negatives <= 0.005 * report.negatives or _masked_away(report):
+        return None
+    random = _percent(report.false_negatives, report.negatives)
+    balanced = _percent(report.false_negatives_balanced, report.negatives)
+    if report.false_negatives_balanced < report.false_negatives / 2:
+        knobs = "balanced_batches, mask_known_positives"
+    else:  # a few documents hold most rows: no dealing keeps them apart
+        knobs = "mask_known_positives"
+    return (
+        f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。请保持 {knobs} 开启（默认）。 "
+        f"Documents repeat: {random} of a random batch's negatives are known positives, {balanced} of a balanced "
+        f"one's. Keep on, as is the default: {knobs}."
+    )
+
+
+def _few_documents(report: DoctorReport) -> str | None:
+    if report.documents >= report.batch_size or _masked_away(report):
+        return None
+    return (
+        f"不同文档只有 {report.documents} 个，少于批大小 {report.batch_size}：更大的批不会带来更多负例。 "
+        f"There are {report.documents} different documents, fewer than the batch of {report.batch_size}: a batch over "
+        f"{report.documents} adds no new negatives; hard negatives or a smaller batch may."
+    )
+
+
+_CHECKS = (
+    _few_rows,
+    _duplicates,
+    _contradictions,
+    _trivial,
+    _empty,
+    _too_long,
+    _masked_away,
+    _popular_documents,
+    _few_documents,
+)

@@ -1,0 +1,139 @@
+"""The held-out anchors as a small retrieval task: which documents, which answers, and how a model does on it."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ebr_lib.arrays import Encode, Floats, Vectors
+from ebr_lib.names import METRICS
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from ebr_lib.data.pairs import TrainingRow
+    from ebr_lib.model.encoder import Encoder
+    from ebr_lib.names import Backend
+
+GroupMeans = Mapping[str, Mapping[str, float]]
+"""Group of queries ("all", "seen", "unseen") to metric to mean."""
+
+
+@dataclass(frozen=True)
+class HeldoutTask:
+    """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
+
+    `seen` says of each query whether a training row has the text of one of its documents, in whichever column. `own`
+    are documents that are the query itself, which are neither its answers nor competitors; `without_answer` counts
+    anchors that have no other answer and are not measured.
+    """
+
+    queries: tuple[str, ...]
+    documents: tuple[str, ...]
+    relevant: tuple[frozenset[int], ...]
+    seen: tuple[bool, ...]
+    own: tuple[frozenset[int], ...] = ()
+    without_answer: int = 0
+
+    def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
+        """Each metric of `METRICS`, a value a query."""
+        from ebr_lib.metrics import evaluate_vectors
+
+        grades = [dict.fromkeys(answers, 1) for answers in self.relevant]
+        queries, documents = encode_queries(self.queries), encode_documents(self.documents)
+        values = evaluate_vectors(queries, documents, grades, ks=(1, 10), left_out=self.own)
+        return {name: values[name] for name in METRICS}
+
+    def measure_model(
+        self, model: SentenceTransformer, query_only: bool = False, backend: Backend = "auto"
+    ) -> GroupMeans:
+        """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
+        return self.means(self.measure(*encoders_of(model, query_only, backend=backend)))
+
+    def means(self, values: Mapping[str, Floats]) -> GroupMeans:
+        """Means over all queries, and over those whose documents training has seen and has not."""
+        seen = np.asarray(self.seen, dtype=bool)
+        groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}
+        return {
+            group: {"queries": int(chosen.sum())}
+            | {name: float(value[chosen].mean()) for name, value in values.items()}
+            for group, chosen in groups.items()
+            if chosen.any()
+        }
+
+
+def encoders_of(
+    model: SentenceTransformer, query_only: bool, *, backend: Backend = "auto", show_bar: bool = False
+) -> tuple[Encode, Encode]:
+    """How a model encodes queries and documents, each with its prompt; `query_only` leaves documents to the base.
+
+    Both use the weights as they are at the first call.
+    """
+    from ebr_lib.finetune.losses import base_model_only
+    from ebr_lib.model.encoder import Encoder
+    from ebr_lib.model.loading import prompt_of
+
+    @functools.cache
+    def of_queries() -> Encoder:
+        return Encoder(model, prompt=prompt_of(model, "query"), backend=backend)
+
+    def encode_queries(texts: Sequence[str]) -> Vectors:
+        return of_queries().encode(texts, show_bar)
+
+    def encode_documents(texts: Sequence[str]) -> Vectors:
+        prompt = prompt_of(model, "document")
+        if not query_only:
+            return of_queries().with_prompt(prompt).encode(texts, show_bar)
+        with base_model_only(model):
+            return Encoder(model, prompt=prompt, backend=backend).encode(texts, show_bar)
+
+    return encode_queries, encode_documents
+
+
+def build_task(
+    heldout: Sequence[tuple[str, str]],
+    train: Sequence[TrainingRow],
+    same: Callable[[str], str],
+    corpus_size: int,
+    seed: int,
+    *,
+    leave_out_own: bool = True,
+) -> HeldoutTask:
+    """Make the task from held-out (anchor, positive) pairs.
+
+    :param train: training rows; a sample of their positives joins the corpus as distractors. A query is `seen` when one
+        of its documents is a text of any of them, in whichever column.
+    :param same: the normalisation under which texts are one.
+    :param corpus_size: documents in all; the held-out pairs' own are always in, even beyond it.
+    :param seed: of the sample.
+    :param leave_out_own: a document that is the anchor itself is neither its answer nor a competitor.
+    """
+    answers: dict[str, set[str]] = {}
+    anchors: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for anchor, positive in heldout:
+        anchors.setdefault(same(anchor), anchor)
+        answers.setdefault(same(anchor), set()).add(same(positive))
+        texts.setdefault(same(positive), positive)
+    trained = {same(row.positive): row.positive for row in train}
+    others = sorted(set(trained) - set(texts))
+    room = max(0, corpus_size - len(texts))
+    chosen = others if len(others) <= room else random.Random(seed).sample(others, room)
+    texts |= {key: trained[key] for key in chosen}
+    number = {key: i for i, key in enumerate(texts)}
+    own = {query: {query} & number.keys() if leave_out_own else set() for query in anchors}
+    measured = [query for query in anchors if answers[query] - own[query]]
+    seen = {same(text) for row in train for text in (row.anchor, row.positive, *row.negatives)}
+    return HeldoutTask(
+        queries=tuple(anchors[query] for query in measured),
+        documents=tuple(texts.values()),
+        relevant=tuple(frozenset(number[key] for key in answers[query] - own[query]) for query in measured),
+        seen=tuple(any(key in seen for key in answers[query] - own[query]) for query in measured),
+        own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
+        without_answer=len(anchors) - len(measured),
+    )

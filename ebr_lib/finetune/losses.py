@@ -1,0 +1,229 @@
+"""The contrastive loss: in-batch negatives, with everything that a click log needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ebr_lib.model.attention import Features, evaluating
+
+PositivesMask = Callable[[Tensor], Tensor]
+"""Row numbers of the batch, of all devices (n,), to a mask (n, n · columns): true where the training set knows that
+the column's document answers the row's anchor."""
+
+
+class HeldoutRows(NamedTuple):
+    """Which rows an evaluation loss is of: those whose number is at least `first`.
+
+    Rows with smaller numbers fill a batch up, so that it compares as many documents as a training batch; their own loss
+    is left out. `per_batch` is the mean number of held-out rows in a batch, by which each batch's sum is divided: the
+    mean over all batches is then the mean over all held-out rows.
+    """
+
+    first: int
+    per_batch: float
+
+
+@contextmanager
+def base_model_only(model: Any) -> Iterator[None]:
+    """Run without the adapter: the vectors are the base model's, exactly."""
+    inner = getattr(model, "module", model)
+    inner.disable_adapters()
+    try:
+        yield
+    finally:
+        inner.enable_adapters()
+
+
+class ContrastiveLoss(CachedLossMixin, nn.Module):
+    """InfoNCE over in-batch documents and hard negatives: mean over anchors of −log softmax(cos / temperature).
+
+    With q anchors, d columns of documents (the positive first) and n = q · devices rows in all, the logits are
+    (q, n · d). Added to the standard loss (van den Oord et al. 2018, arXiv 1807.03748):
+
+    - Documents known to answer an anchor, other than its own positive, leave the softmax (logit −∞).
+    - Label smoothing ε: the target is 1 − ε on the positive and ε spread evenly over all documents that remain,
+      the positive included (Szegedy et al. 2016, arXiv 1512.00567).
+    - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
+      (arXiv 2205.13147).
+    - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1 or smoothing, the loss in training
+      is a dict of components: `contrastive`, which an evaluation loss compares with, and what is added to it.
+    - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
+      the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` is a lower limit of evaluation.
+    - `heldout`: whose loss evaluation is the mean of; None is all rows.
+    - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
+
+    Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
+
+    :ivar autocast: mixed precision that all embedding runs in, whichever way it is done and when; the loss of the
+        vectors is computed in float32.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        temperature: float = 0.05,
+        label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        matryoshka_dims: Sequence[int] = (),
+        known_positives: PositivesMask | None = None,
+        mini_batch_size: int | None = None,
+        eval_mini_batch_size: int | None = None,
+        heldout: HeldoutRows | None = None,
+        query_only: bool = False,
+        packed: Callable[[Sequence[Features]], list[Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.l1 = l1
+        self.matryoshka_dims = tuple(matryoshka_dims)
+        self.known_positives = known_positives
+        self.mini_batch_size: int | None = mini_batch_size
+        self.eval_mini_batch_size = eval_mini_batch_size
+        self.heldout = heldout
+        self.query_only = query_only
+        self.packed = packed
+        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.masked, self.negatives = 0, 0  # counted in training, for the log
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._documents: list[Tensor] = []
+        self._plain = torch.zeros(())  # the batch's loss without smoothing
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
+        """Embed the columns (anchor, positive, negatives …); return the loss, or its components when there are two."""
+        columns = list(sentence_features)
+        self._documents = self._frozen(columns[1:]) if self.query_only else []
+        trained = columns[:1] if self.query_only else columns
+        step = self.rows_at_once(len(labels))
+        if step == len(labels):
+            loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
+        elif self._in_training:
+            loss = self.forward_cached(trained, labels)
+        else:
+            loss = self.calculate_loss(self._in_parts(trained, step), labels)
+        return self._components(loss) if self._in_training else loss
+
+    def rows_at_once(self, rows: int) -> int:
+        """How many of a batch's rows are embedded at a time."""
+        limits = [rows, self.mini_batch_size, None if self._in_training else self.eval_mini_batch_size]
+        return min(limit for limit in limits if limit)
+
+    def _components(self, loss: Tensor) -> Tensor | dict[str, Tensor]:
+        """The loss, or the parts that it is the sum of."""
+        parts = {"contrastive": loss}
+        if self.label_smoothing:
+            parts = {"contrastive": self._plain, "smoothing": loss - self._plain}
+        if self.l1:
+            parts["l1"] = self.l1 * sum_of_absolutes(self.weights)
+        return parts if len(parts) > 1 else loss
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of embedded columns, each a list of mini-batches (rows, dim)."""
+        assert labels is not None
+        queries, *documents = [torch.cat(column).float() for column in reps]
+        loss = self._loss(queries, documents or self._documents, labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    @property
+    def _in_training(self) -> bool:
+        """What the model itself says: evaluation leaves the wrapper of several processes in training mode."""
+        return bool(getattr(self.model, "module", self.model).training)
+
+    def _embed(self, columns: list[Features]) -> list[Tensor]:
+        with self.autocast():
+            if self.packed is not None:
+                return self.packed(columns)
+            return [self.model(column)["sentence_embedding"] for column in columns]
+
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, which embeds the first time and, in backward, again."""
+        with self.autocast():
+            return super().embed_minibatch(*args, **kwargs)
+
+    def _frozen(self, columns: list[Features]) -> list[Tensor]:
+        step = self.rows_at_once(len(columns[0]["input_ids"]))
+        with torch.no_grad(), base_model_only(self.model), evaluating(self.model):
+            return [torch.cat(parts).float() for parts in self._in_parts(columns, step)]
+
+    def _in_parts(self, columns: list[Features], step: int) -> list[list[Tensor]]:
+        """Vectors of columns, `step` rows at a time, without gradients."""
+        return [
+            [part for part, _ in self.embed_minibatch_iter(column, False, False, ranges=ranges_of(column, step))]
+            for column in columns
+        ]
+
+    def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
+        rows, own = labels, torch.arange(len(labels), device=labels.device)
+        if torch.distributed.is_initialized():
+            rows, documents = all_gather(labels), [all_gather_with_grad(column) for column in documents]
+            own = own + get_rank() * len(labels)
+        candidates = torch.cat(documents)
+        out = self._mask(rows, own, candidates.device)
+        dims = dict.fromkeys((queries.shape[1], *self.matryoshka_dims))
+        parts = [self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]
+        plain, smoothed = (torch.stack(losses).mean(dim=0) for losses in zip(*parts, strict=True))  # each (q,)
+        if self._in_training:
+            self._plain = plain.detach().mean()
+            return smoothed.mean()
+        if self.heldout is None:
+            return plain.mean()
+        return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
+
+    def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
+        """True (q, n · d) where a document is a known positive of the anchor, its own positive excepted."""
+        if self.known_positives is None:
+            return None
+        mask = self.known_positives(rows).to(device)
+        mask.fill_diagonal_(False)
+        if self._in_training:  # of all processes, so that each logs the batch's share
+            self.masked += int(mask.sum())
+            self.negatives += mask.numel() - len(rows)
+        return mask[own]
+
+    def _cross_entropy(
+        self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each anchor, without label smoothing and with it: (q,) and (q,)."""
+        logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
+        if out is not None:
+            logits = logits.masked_fill(out, -torch.inf)
+        log_p = logits.log_softmax(dim=1)
+        loss = -log_p[torch.arange(len(own)), own]
+        if not (self.label_smoothing and self._in_training):
+            return loss, loss
+        kept = torch.ones_like(log_p, dtype=torch.bool) if out is None else ~out
+        spread = -log_p.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
+        return loss, (1 - self.label_smoothing) * loss + self.label_smoothing * spread
+
+    def take_masked_share(self) -> float | None:
+        """Share of the negatives masked since the last call; None where there were none."""
+        share = self.masked / self.negatives if self.negatives else None
+        self.masked, self.negatives = 0, 0
+        return share
+
+
+def ranges_of(features: Features, step: int) -> list[tuple[int, int]]:
+    """(begin, end) of mini-batches of `step` rows."""
+    rows = len(features["input_ids"])
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def sum_of_absolutes(weights: Sequence[Tensor]) -> Tensor:
+    """Σ|w| over tensors."""
+    return torch.stack([weight.abs().sum() for weight in weights]).sum()

@@ -1,0 +1,40 @@
+"""Memory that a training step takes: its peak, and a way to give it back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory_mb() -> float:
+    """The most memory in MB since `count_peak_anew`: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak:
+        return int(peak[1]) / 2**10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process's life
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def count_peak_anew() -> None:
+    """Let `peak_memory_mb` forget what was, where the system can (Linux: proc_pid_clear_refs(5))."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_memory_back() -> None:
+    """To the GPU, or to the system, what a failed step has left; `cpu_speed` keeps freed memory for the next one."""
+    torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU C library has it
+        ctypes.CDLL(None).malloc_trim(0)

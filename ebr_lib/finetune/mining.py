@@ -1,0 +1,216 @@
+"""Hard negatives: documents that are near an anchor and not known to answer it, found by the library's miner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.logs import logger
+from ebr_lib.tables import Shown, Table, shortened
+
+_CELLS = 1 << 22  # of the miner's score table at one time: some hundred MB
+
+
+@dataclass(frozen=True, repr=False)
+class Mined(Shown):
+    """Training rows with what was mined behind their own negatives, in the order given.
+
+    :ivar counts: mined negatives of each row, shape (rows,).
+    """
+
+    rows: list[TrainingRow]
+    counts: Ints
+    table: Table
+
+
+def mine_hard_negatives(
+    rows: Sequence[TrainingRow],
+    encode_queries: Encode,
+    encode_documents: Encode,
+    *,
+    count: int,
+    first_rank: int,
+    last_rank: int,
+    margin: float | None,
+) -> Mined:
+    """Give each row up to `count` hard negatives; a row that too few are found for keeps those, and no row is lost.
+
+    The documents are those of the rows, negatives included; equal texts (`normalised`) are one. For each anchor they
+    are ranked by cosine, exactly and without those that `KnownPositives` knows to answer it: rank 1 is the nearest. Of
+    the ranks from `first_rank` to `last_rank` the nearest `count` are taken that the row does not have yet and whose
+    cosine is at most p − margin · |p|, where p is the lowest of the anchor's known positives (as NV-Retriever does by
+    "percentage of the positive", arXiv 2407.15831).
+
+    :param encode_queries: makes vectors of length one, as `encode_documents` does.
+    :param margin: None takes documents however near.
+    """
+    known = KnownPositives(rows)
+    anchors, first_row = np.unique(known.anchors, return_index=True)
+    documents, texts = _different_documents(rows, known)
+    logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(anchors), len(documents))
+    vectors = _Vectors(encode_queries([rows[i].anchor for i in first_row]), encode_documents(texts))
+    found = _far_enough(vectors, _pairs_among(known, anchors, documents), first_rank, last_rank, margin)
+    taken = _taken(found, known, anchors, documents, count)
+    mined = [
+        dataclasses.replace(
+            row, negatives=row.negatives + tuple(texts[document] for document in found.document[places])
+        )
+        for row, places in zip(rows, taken, strict=True)
+    ]
+    counts = np.array([len(places) for places in taken], dtype=np.int64)
+    return Mined(mined, counts, _table(mined, counts, count, found, taken))
+
+
+def _different_documents(rows: Sequence[TrainingRow], known: KnownPositives) -> tuple[Ints, list[str]]:
+    """The numbers of all different documents, ascending, and the text of each where it first stands."""
+    numbers, first = np.unique(known.columns, return_index=True)
+    numbers, first = numbers[numbers > 0], first[numbers > 0]
+    places = zip(*np.divmod(first, known.columns.shape[1]), strict=True)
+    return numbers, [(rows[row].positive, *rows[row].negatives)[column] for row, column in places]
+
+
+class _Pairs(NamedTuple):
+    """Anchors and documents by their place in the vectors, shapes (pairs,), sorted by anchor."""
+
+    anchor: Ints
+    document: Ints
+
+
+def _pairs_among(known: KnownPositives, anchors: Ints, documents: Ints) -> _Pairs:
+    """Every known positive pair of an anchor and a document; each anchor has one at least."""
+    one, other = known.pairs()
+    here = np.isin(one, anchors) & np.isin(other, documents)
+    return _Pairs(np.searchsorted(anchors, one[here]), np.searchsorted(documents, other[here]))
+
+
+# --- searching ----------------------------------------------------------------------------------------------------
+
+
+class _Vectors:
+    """Stands in for the miner's model. Its texts are numbers, places in these arrays: the miner copies texts freely."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, queries: Vectors, documents: Vectors) -> None:
+        self.queries, self.documents = queries, documents
+
+    def get_embedding_dimension(self) -> int:
+        return self.documents.shape[1]
+
+    def encode_query(self, places: Sequence[int], **kwargs: Any) -> Vectors:
+        return self.queries[places]
+
+    def encode_document(self, places: Sequence[int], **kwargs: Any) -> Vectors:
+        return self.documents[places]
+
+    def similarity_pairwise(self, queries: Vectors, documents: Vectors) -> torch.Tensor:
+        return torch.from_numpy(np.einsum("nd,nd->n", queries, documents))
+
+
+class _Found(NamedTuple):
+    """Candidates, shapes (found,): grouped by anchor, nearest first."""
+
+    anchor: Ints
+    document: Ints
+    cosine: NDArray[np.float64]
+
+    def at(self, places: NDArray[Any]) -> _Found:
+        return _Found(self.anchor[places], self.document[places], self.cosine[places])
+
+
+def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
+    """The documents of the ranks `first` to `last` of each anchor, known positives left out, that keep the margin."""
+    last = min(last, len(vectors.documents))
+    if first > last:
+        return _Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+    groups = _groups(np.bincount(pairs.anchor), last)
+    parts = [_searched(vectors, _of_anchors(pairs, group), first, last, margin) for group in groups]
+    anchor, document, cosine = map(np.concatenate, zip(*parts, strict=True))
+    return _Found(anchor, document, cosine).at(np.argsort(anchor, kind="stable"))
+
+
+def _groups(positives: Ints, window: int) -> Iterator[Ints]:
+    """Anchors in groups whose score tables fit: a row each, as wide as the window and the most positives of any."""
+    order = np.argsort(positives, kind="stable")
+    while len(order):
+        cells = np.arange(1, len(order) + 1) * (window + positives[order])
+        size = max(1, int(np.searchsorted(cells, _CELLS, side="right")))
+        yield order[:size]
+        order = order[size:]
+
+
+def _of_anchors(pairs: _Pairs, anchors: Ints) -> _Pairs:
+    here = np.isin(pairs.anchor, anchors)
+    return _Pairs(pairs.anchor[here], pairs.document[here])
+
+
+def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives as library_miner
+
+    # the margin is ours: the library's takes near documents out before it counts ranks, which moves the window. And of
+    # its formats, n-tuple drops every row that lacks a negative
+    ranked: Any = library_miner(
+        Dataset.from_dict({"anchor": pairs.anchor, "document": pairs.document}),
+        vectors,
+        corpus=list(range(len(vectors.documents))),
+        range_min=first - 1,
+        range_max=last,
+        num_negatives=last - first + 1,
+        output_format="labeled-pair",
+        output_scores=True,
+        use_faiss=True,
+        verbose=False,
+    ).with_format("numpy")
+    found = _Found(ranked["anchor"][:], ranked["document"][:], ranked["score"][:].astype(np.float64))
+    width = len(vectors.documents)
+    answers = np.isin(found.anchor * width + found.document, pairs.anchor * width + pairs.document)
+    return found.at(~answers & (found.cosine <= _highest_allowed(found, answers, margin)[found.anchor]))
+
+
+def _highest_allowed(found: _Found, answers: NDArray[np.bool_], margin: float | None) -> NDArray[np.float64]:
+    """The highest cosine that a negative of each anchor may have."""
+    lowest = np.full(found.anchor.max() + 1, 2.0)  # above all cosines
+    np.minimum.at(lowest, found.anchor[answers], found.cosine[answers])
+    return lowest - margin * np.abs(lowest) if margin is not None else np.full_like(lowest, 2.0)
+
+
+# --- giving out ---------------------------------------------------------------------------------------------------
+
+
+def _taken(found: _Found, known: KnownPositives, anchors: Ints, documents: Ints, count: int) -> list[Ints]:
+    """For each row, the places in `found` of the first `count` documents that are not its negatives already."""
+    ends = np.searchsorted(found.anchor, np.arange(len(anchors) + 1))
+    taken = []
+    for anchor, own in zip(np.searchsorted(anchors, known.anchors), known.columns[:, 1:], strict=True):
+        places = np.arange(ends[anchor], ends[anchor + 1])
+        taken.append(places[~np.isin(documents[found.document[places]], own)][:count])
+    return taken
+
+
+def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> Table:
+    cosines = found.cosine[np.concatenate(taken)]
+    lines = [
+        ("行数 rows", f"{len(rows):,}"),
+        ("挖到的负例 negatives found", f"{len(cosines):,}"),
+        (f"不足 {wanted} 个的行 rows with fewer than {wanted}", f"{int((counts < wanted).sum()):,}"),
+        ("一个也没有的行 rows with none", f"{int((counts == 0).sum()):,}"),
+    ]
+    if len(cosines):
+        row = rows[int(np.argmax(counts))]
+        lines += [
+            ("与 anchor 的余弦 cosines with the anchors", f"{cosines.min():.3f} … {cosines.max():.3f}"),
+            ("例 example: anchor", shortened(row.anchor, 60)),
+            ("positive", shortened(row.positive, 60)),
+            ("negative", shortened(row.negatives[-int(counts.max())], 60)),
+        ]
+    return Table("难负例 mined hard negatives", ("项目 what", "值 value"), lines)

@@ -1,0 +1,114 @@
+"""Noise for training texts: what it changes, and draws that depend on (seed, epoch, row, column) alone.
+
+Words are words in Chinese too: `split_words` cuts at whitespace, and within a chunk that has Chinese, where jieba does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from dataclasses import dataclass
+
+from ebr_lib.data.text import is_blank, words_and_gaps
+from ebr_lib.names import NoiseKind
+
+# a letter goes with its accents and variation selectors
+_CHARACTER = re.compile(r"\S[\u0300-\u036f\ufe00-\ufe0f]*")
+
+
+def add_noise(text: str, kind: NoiseKind, strength: float, rng: random.Random) -> str:
+    """The text with about `strength` of its words (characters, for `char_delete`) dropped or moved.
+
+    At least one changes where the text has room for it: two words to drop or swap (differing ones), two characters to
+    drop one. Something visible always stays. The expected number of changes is `strength` times the words, but where
+    that is under the least change (one word dropped, two swapped), which is then made.
+    """
+    if strength <= 0 or kind == "none":
+        return text
+    noisy = {"random_delete": _random_delete, "random_swap": _random_swap, "char_delete": _char_delete}[kind]
+    changed = noisy(text, strength, rng)
+    return text if is_blank(changed) else changed
+
+
+def _rounded(expected: float, most: int, rng: random.Random) -> int:
+    """A whole number whose mean is `expected`, but from 1 to `most`."""
+    whole = math.floor(expected)
+    return min(most, max(1, whole + (rng.random() < expected - whole)))
+
+
+def _random_delete(text: str, strength: float, rng: random.Random) -> str:
+    words, gaps = words_and_gaps(text)
+    if len(words) < 2:
+        return text
+    count = _rounded(strength * len(words), len(words) - 1, rng)
+    dropped = set(rng.sample(range(len(words)), count))
+    kept = [i for i in range(len(words)) if i not in dropped]
+    # a word goes with the space or comma after it; what ends the text stays its end
+    inner = "".join(words[i] + gaps[i + 1] for i in kept[:-1])
+    return gaps[0] + inner + words[kept[-1]] + gaps[-1]
+
+
+def _random_swap(text: str, strength: float, rng: random.Random) -> str:
+    """Swap disjoint pairs of neighbouring, differing words; spaces and punctuation keep their places.
+
+    Pairs are taken in random order as long as they are free, so no more than about 0.86 of a long text's words can move
+    (Flory 1939).
+    """
+    words, gaps = words_and_gaps(text)
+    places = [i for i in range(len(words) - 1) if words[i] != words[i + 1]]
+    if not places:
+        return text
+    count = _rounded(strength * len(words) / 2, len(places), rng)
+    rng.shuffle(places)
+    moved: set[int] = set()
+    for i in places:
+        if count and not moved & {i, i + 1}:
+            words[i], words[i + 1] = words[i + 1], words[i]
+            moved |= {i, i + 1}
+            count -= 1
+    return gaps[0] + "".join(word + gap for word, gap in zip(words, gaps[1:], strict=True))
+
+
+def _char_delete(text: str, strength: float, rng: random.Random) -> str:
+    characters = [found.span() for found in _CHARACTER.finditer(text)]
+    if len(characters) < 2:
+        return text
+    count = _rounded(strength * len(characters), len(characters) - 1, rng)
+    dropped = sorted(rng.sample(range(len(characters)), count))
+    pieces, end = [], 0
+    for i in dropped:
+        start, after = characters[i]
+        pieces.append(text[end:start])
+        end = after
+    return "".join([*pieces, text[end:]])
+
+
+@dataclass(frozen=True, slots=True)
+class TextNoise:
+    """Noise on a share of the samples, drawn anew each epoch.
+
+    Whether a sample is touched hangs on (seed, epoch, row) only, and holds for all its columns; how a text changes, on
+    its column too. The number of workers, the batch, and what was drawn before make no difference.
+
+    :param prob: share of the samples (rows) that are touched.
+    :param strength: share of a touched text's words or characters that change (see `add_noise`).
+    """
+
+    kind: NoiseKind
+    prob: float
+    strength: float
+    seed: int = 0
+
+    def __call__(self, text: str, epoch: int, row: int, column: str) -> str:
+        """The text as it enters this epoch; `row` is its index in the training set."""
+        if _draw(self.seed, epoch, row) >= self.prob * 2**64:
+            return text
+        return add_noise(text, self.kind, self.strength, random.Random(_draw(self.seed, epoch, row, column)))
+
+
+def _draw(*coordinates: int | str) -> int:
+    """A number from 0 up to 2**64, the same for the same coordinates."""
+    key = "\0".join(map(str, coordinates)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())

@@ -1,0 +1,161 @@
+"""Saving what was trained: a complete sentence-transformers folder, its contract and card, a merged model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ebr_lib.errors import ModelError
+from ebr_lib.logs import logger
+from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights, merge_adapter
+from ebr_lib.model.contract import (
+    PROBES,
+    Contract,
+    library_versions,
+    named_sha256,
+    number_type,
+    probe_vectors,
+    setup_of,
+)
+from ebr_lib.model.loading import ModelIdentity, find_model, load_model, local_folder, prompt_of
+from ebr_lib.model.remote_code import forget_own_code, own_code
+from ebr_lib.names import Choice
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MERGED_TOLERANCE = 1e-3  # float32 stays below 1e-6, bfloat16 weights round the product
+
+
+def is_finite(model: SentenceTransformer) -> bool:
+    """Whether an adapter's weights are numbers, and so are the vectors that the model makes with them."""
+    weights = adapter_weights(model).values()
+    return all(bool(weight.isfinite().all()) for weight in weights) and bool(
+        np.isfinite(probe_vectors(model, "")).all()
+    )
+
+
+def make_contract(
+    model: SentenceTransformer,
+    base: ModelIdentity,
+    *,
+    adapter_side: str,
+    matryoshka_dims: tuple[int, ...] = (),
+) -> Contract:
+    """The contract of a model as it is now, probe vectors of both sides included; documents that an adapter for queries
+    leaves alone are the base model's, which is loaded for them."""
+    of_documents = model
+    if adapter_side == "query":
+        of_documents = load_model(base.base_model, trust_remote_code=base.trust_remote_code, device="cpu")
+    prompts = {"query": prompt_of(model, "query"), "document": prompt_of(model, "document")}
+    probes = {
+        "query": probe_vectors(model, prompts["query"]),
+        "document": probe_vectors(of_documents, prompts["document"]),
+    }
+    return Contract(
+        base_model=base.base_model,
+        base_sha256=base.base_sha256,
+        trust_remote_code=base.trust_remote_code,
+        prompts=prompts,
+        max_seq_length=int(model.max_seq_length or 0),
+        adapter_side=adapter_side,
+        matryoshka_dims=matryoshka_dims,
+        probes=probes,
+        number_type=number_type(model),
+        libraries=library_versions(),
+        base_files=named_sha256(folder, weights=False) if (folder := local_folder(base.base_model)) else {},
+        **setup_of(model),
+    )
+
+
+def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, contract: Contract) -> None:
+    """Save adapter, tokenizer, pooling, prompts and contract as a folder that sentence-transformers loads too."""
+    inner = model.transformers_model
+    inner.peft_config[ADAPTER_NAME].base_model_name_or_path = find_model(base.base_model)
+    model.save_pretrained(str(folder), create_model_card=False)
+    contract.save(folder)
+
+
+def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: Choice, device: str) -> float:
+    """Merge a saved adapter into its base and save the whole; reload it and compare.
+
+    The base's own code is saved too where it runs. Where it is ignored, the merged model no longer asks for it: its
+    weights were trained in the library's class.
+
+    :returns: the largest difference of a vector component between adapter and merged model.
+    :raises ModelError: the reloaded model's vectors are not the adapter's, or it lacks the base's code.
+    """
+    import dataclasses
+
+    from ebr_lib.model.contract import read_contract
+
+    model = load_model(adapter_folder, trust_remote_code=trust_remote_code, device=device)
+    before = np.asarray(probe_vectors(model, ""))
+    contract = read_contract(adapter_folder)
+    assert contract is not None
+    merge_adapter(model)
+    model.save_pretrained(str(folder), create_model_card=False)
+    if trust_remote_code == "ignore":
+        forget_own_code(folder)
+    own = trust_remote_code is True
+    if own and not own_code(folder):
+        raise ModelError(
+            f"the merged model {folder.name} would lack the code of {contract.base_model}; it was not kept"
+        )
+    dataclasses.replace(contract, merged=True, trust_remote_code=own).save(folder)
+    reloaded = load_model(str(folder), trust_remote_code=own, device=device)
+    difference = float(np.abs(np.asarray(probe_vectors(reloaded, "")) - before).max())
+    logger.info("合并后与适配器的最大差异 largest difference merged to adapter: %.2g", difference)
+    if difference > MERGED_TOLERANCE:
+        raise ModelError(f"the merged model's vectors differ from the adapter's by {difference:.2g}; it was not kept")
+    return difference
+
+
+def model_card(
+    name: str, base: ModelIdentity, contract: Contract, facts: Mapping[str, object], tables: Mapping[str, str]
+) -> str:
+    """The README.md of a saved model: what it was trained on, how well it does, how to use it."""
+    trusting = f", trust_remote_code={contract.trust_remote_code!r}" if contract.trust_remote_code else ""
+    usage = f"""from ebr_lib.model.loading import load_model, prompt_of
+
+model = load_model("{name}"{trusting})
+queries = model.encode(["{PROBES[0]}"], prompt=prompt_of(model, "query"))"""
+    if contract.adapter_side == "query":
+        usage += f"""
+
+base = load_model("{name}", side="document"{trusting})  # without the adapter: documents keep the base model's vectors
+documents = base.encode(["{PROBES[-2]}"], prompt=prompt_of(base, "document"))"""
+    side = "queries and documents" if contract.adapter_side == "both" else "queries only; documents keep the base model"
+    dims = ", ".join(map(str, contract.matryoshka_dims))
+    cut = f" Trained to be cut to {dims} dimensions too." if dims else ""
+    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    blocks = "\n\n".join(f"## {title}\n\n```\n{text}\n```" for title, text in tables.items())
+    return f"""---
+library_name: sentence-transformers
+base_model: {base.base_model}
+tags: [sentence-transformers, feature-extraction, peft, lora]
+---
+
+# {Path(name).name}
+
+A LoRA adapter on `{base.base_model}` (weights sha256 `{base.base_sha256}`), {contract.dimension} dimensions,
+{contract.pooling} pooling, texts cut at {contract.max_seq_length} tokens. Applied to {side}.{cut}
+
+## Use
+
+```python
+{usage}
+```
+
+Prompts: query `{contract.prompts["query"]!r}`, document `{contract.prompts["document"]!r}`. Inference puts them on by
+itself. `ebr_contract.json` holds probe vectors; loading checks them.
+
+## Training
+
+{lines}
+
+{blocks}
+"""

@@ -1,0 +1,1 @@
+"""Extension: a Faiss index over an embedding file; searching and changing it."""

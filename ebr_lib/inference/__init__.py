@@ -1,0 +1,1 @@
+"""Stage 2: encode a catalogue of Hive text."""

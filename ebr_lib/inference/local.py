@@ -1,0 +1,237 @@
+"""Encoding on this machine: in this process, or one process a GPU."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ebr_lib.arrays import Vectors
+from ebr_lib.errors import ModelError
+from ebr_lib.inference.job import (
+    EXAMPLES,
+    Check,
+    EncodeReport,
+    Job,
+    Outcome,
+    Progress,
+    TextEncoder,
+    Told,
+    clean_up,
+    run_job,
+)
+from ebr_lib.model.loading import prompt_of
+from ebr_lib.model.main_guard import refuse_script_without_guard
+from ebr_lib.model.recipe import EncoderRecipe
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What a recipe turned out to make."""
+
+    dim: int
+    precision: str
+    prompt: str
+    trained_prompt: str
+    max_seq_length: int
+    backend: str = "torch"
+
+
+class LocalEncoder:
+    """The model in this process."""
+
+    def __init__(self, recipe: EncoderRecipe) -> None:
+        self._encoder = recipe.encoder("document")
+        model = self._encoder.model
+        self.facts = EncoderFacts(
+            dim=self._encoder.dim,
+            precision=self._encoder.precision,
+            backend=self._encoder.backend,
+            prompt=self._encoder.prompt,
+            trained_prompt=prompt_of(model, "document"),
+            max_seq_length=_limit(model.max_seq_length),
+        )
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
+        return self.facts.dim
+
+    def prepare(self, texts: list[str]) -> Any:
+        """Tokenise texts; see `TextEncoder`."""
+        return self._encoder.tokenize(texts)
+
+    def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) of what `prepare` returned, and what was counted; see `TextEncoder`."""
+        before = Counter(asdict(self._encoder.stats))
+        vectors = self._encoder.embed(prepared, told=told)
+        counts = Counter(asdict(self._encoder.stats))
+        counts.subtract(before)
+        del counts["truncated"]  # of texts; the job counts rows
+        if isinstance(prepared, list):
+            return vectors, EncodeReport(counts)
+        cut = np.flatnonzero(prepared.lost)[:EXAMPLES]
+        kept = prepared.lengths[cut]
+        tokens = kept + prepared.lost[cut]
+        shown = list(zip(cut.tolist(), tokens.tolist(), kept.tolist(), strict=True))
+        return vectors, EncodeReport(counts, shown, prepared.lost)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _limit(length: float | None) -> int:
+    """A model's limit of tokens; 0 where it has none, as those of static embeddings, which say infinity."""
+    return int(length) if length and math.isfinite(length) else 0
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def devices_for(device: str | None, processes: int) -> list[str | None]:
+    """The device of each process: as many as told, else one a GPU; several GPUs are dealt out in turn."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
+    if not gpus:
+        return [device] * max(1, processes)
+    return [f"cuda:{i % gpus}" for i in range(processes or gpus)]
+
+
+def open_encoder(recipe: EncoderRecipe, processes: int = 0) -> LocalEncoder | ProcessEncoder:
+    """An encoder in this process; or in several, where there are several GPUs or several are asked for."""
+    devices = devices_for(recipe.device, processes)
+    if len(devices) == 1:
+        return LocalEncoder(replace(recipe, device=devices[0]))
+    return ProcessEncoder(recipe, devices)
+
+
+class LocalEngine:
+    """Runs jobs on this machine."""
+
+    def __init__(self, recipe: EncoderRecipe, processes: int = 0) -> None:
+        self._encoder = open_encoder(recipe, processes)
+        self.facts = self._encoder.facts
+
+    def run(self, job: Job, progress: Progress, check: Check | None = None) -> Outcome:
+        """Encode all that is left of a job; see `run_job`."""
+        return run_job(job, self._encoder, progress, check)
+
+    def finish(self, job: Job) -> None:
+        """Take the work folder away."""
+        clean_up(job)
+
+    def close(self) -> None:
+        """Let go of the model, or of the processes that hold it."""
+        self._encoder.close()
+
+
+class ProcessEncoder:
+    """One process a device. A window's texts are dealt out by length, so that all end at about the same time.
+
+    :raises ConfigError: each process would run the caller's script from the top, and never get to encode.
+    """
+
+    def __init__(self, recipe: EncoderRecipe, devices: Sequence[str | None]) -> None:
+        refuse_script_without_guard(f"encoding in {len(devices)} processes", "num_processes: 1")
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        threads = max(1, (os.cpu_count() or 1) // len(devices))
+        recipes = [replace(recipe, device=device) for device in devices]
+        self._pools = [ProcessPoolExecutor(1, context) for _ in recipes]
+        try:
+            futures = [pool.submit(_start, own, threads) for pool, own in zip(self._pools, recipes, strict=True)]
+            self.facts, *_ = [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            self.close()
+            raise self._broken() from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
+        return self.facts.dim
+
+    def prepare(self, texts: list[str]) -> Any:
+        """The texts as they are: each process tokenises its own share."""
+        return texts
+
+    def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
+        """Vectors (texts, dim) in the order of the texts; see `TextEncoder`.
+
+        :raises ModelError: a process has died.
+        """
+        order = sorted(range(len(prepared)), key=lambda i: (len(prepared[i]), i))
+        shares = [order[i :: len(self._pools)] for i in range(len(self._pools))]
+        futures = [
+            pool.submit(_encode, [prepared[i] for i in share])
+            for pool, share in zip(self._pools, shares, strict=True)
+            if share
+        ]
+        vectors = np.empty((len(prepared), self.dim), dtype=np.float32)
+        lost = np.zeros(len(prepared))
+        counts: Counter[str] = Counter()
+        cut, done = [], 0
+        for future, share in zip(futures, shares, strict=False):
+            try:
+                vectors[share], report = future.result()
+            except BrokenProcessPool as error:
+                raise self._broken() from error
+            done += len(share)
+            told(done)
+            counts += report.counts
+            lost[share] = np.nan if report.lost is None else report.lost
+            cut += [(share[i], tokens, kept) for i, tokens, kept in report.cut]
+        return vectors, EncodeReport(counts, sorted(cut)[:EXAMPLES], lost)
+
+    def _broken(self) -> ModelError:
+        return ModelError(
+            "a process that encodes has died, probably out of memory; what was written stays. Lower batch_tokens or "
+            "num_processes and run the same call again: it continues. (In a script of your own, the call has to stand "
+            'below `if __name__ == "__main__":`)'
+        )
+
+    def close(self) -> None:
+        """End the processes, when what they do is done."""
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: TextEncoder | None = None  # of a process that encodes; nowhere else
+
+
+def _start(recipe: EncoderRecipe, threads: int) -> EncoderFacts:
+    """Load the model. (Not as the pool's initializer: what that raises does not come back.)"""
+    global _worker  # noqa: PLW0603 - what a process of a pool keeps between its tasks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: it ends, and the parent speaks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    encoder = LocalEncoder(recipe)
+    _worker = encoder
+    return encoder.facts
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, killed say: it would wait for texts for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> tuple[Vectors, EncodeReport]:
+    assert _worker is not None
+    return _worker.encode(_worker.prepare(texts), lambda texts: None)

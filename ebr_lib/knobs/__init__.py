@@ -1,0 +1,1 @@
+"""Knobs: each is one line of a config; checks, flags, help and tables follow from it."""

@@ -1,0 +1,174 @@
+"""The machinery of configuration: a knob is one line of a dataclass, everything else is read off that line.
+
+From a field's name, type, default and help come: the check of a dict, of a YAML preset and of command-line flags,
+the help text, the table in the README and the saved config of a run. Order: default < preset < what the user gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ebr_lib.errors import ConfigError
+from ebr_lib.files import written_whole
+from ebr_lib.knobs.presets import PRESET_KEY, read_preset
+
+
+def knob(default: Any, help: str, zh: str, *, split: bool = True) -> Any:
+    """Declare a field: its default and what it does, in English and in Chinese.
+
+    :param split: whether a flag's comma parts items of a list; a text that may hold one is an item as it stands.
+    """
+    meta = {"help": help, "zh": zh, "split": split}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+_PYDANTIC_LEAD = re.compile("^(Input should be|String should have) ")
+
+
+@functools.cache
+def _adapter(config_class: Any, name: str) -> TypeAdapter[Any]:
+    kind = get_type_hints(config_class, include_extras=True)[name]
+    # strict: True is no int, "12" is no number. NaN passes `low <= x`, so it is refused outright.
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples and dicts copies, so that a config stays what it was when it was checked."""
+    if isinstance(value, dict):
+        return {name: _frozen(inner) for name, inner in value.items()}
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def validated(config_class: type[Config], name: str, value: Any) -> tuple[Any, list[str]]:
+    """A knob's value as its type makes it, and what is wrong with it."""
+    try:
+        return _adapter(config_class, name).validate_python(value), []  # type: ignore[arg-type] # a class is hashable
+    except ValidationError as error:
+        # a union reports every branch it tried; one line per knob is enough for a person
+        reasons = dict.fromkeys(_PYDANTIC_LEAD.sub("", e["msg"]) for e in error.errors())
+        return value, [f"{name}: {value!r} is not allowed; wanted {' or '.join(reasons)}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of a stage's config: a frozen dataclass that checks itself and lists all that is wrong at once."""
+
+    def __post_init__(self) -> None:
+        errors = []
+        for field in dataclasses.fields(self):
+            given = _frozen(getattr(self, field.name))
+            value, wrong = validated(type(self), field.name, given)
+            object.__setattr__(self, field.name, given if given == value else value)  # 1 epoch stays 1, is not 1.0
+            errors += wrong
+        errors = errors or list(self.conflicts())
+        if errors:
+            raise ConfigError(_listed(type(self), errors))
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence for every pair of knobs that cannot go together; called when each alone is right."""
+        return iter(())
+
+    @property
+    def presets(self) -> list[str]:
+        """The preset files that it was resolved from, without those that `save` wrote, which hold every knob."""
+        return getattr(self, "_presets", [])
+
+    @classmethod
+    def resolve(cls, given: Self | Mapping[str, Any] | None = None, presets: Sequence[str | Path] = ()) -> Self:
+        """Build a config: default < presets, in order < what is given.
+
+        :param given: a config (returned as it is), or a dict of knobs; its key `preset` names a preset file or several.
+        :raises ConfigError: lists every unknown name and every bad value, of the presets too.
+        :raises MissingError: a preset is not there.
+        """
+        if isinstance(given, cls):
+            return given
+        values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+        named = values.pop(PRESET_KEY, ())
+        layers = [*presets, *([named] if isinstance(named, str | Path) else named)]
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= read_preset(layer)
+        merged |= values
+        config = cls._checked(merged)
+        object.__setattr__(
+            config, "_presets", [str(p) for p in layers if len(read_preset(p)) < len(dataclasses.fields(cls))]
+        )
+        return config
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> Self:
+        names = [field.name for field in dataclasses.fields(cls)]
+        errors = [unknown_name(name, names) for name in values if name not in names]
+        known = {name: value for name, value in values.items() if name in names}
+        if not errors:
+            return cls(**known)
+        for name, value in known.items():
+            errors += validated(cls, name, _frozen(value))[1]
+        raise ConfigError(_listed(cls, errors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every knob and its value, as plain values that YAML and JSON hold."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write every knob as YAML, whole or not at all; the file is itself a preset that repeats the run."""
+        text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
+        with written_whole(path) as new:
+            new.write_text(text, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        from ebr_lib.tables import Table
+
+        rows = list(self._rows())
+        changed = [row for row in rows if row[2]]
+        own = Table(type(self).__name__, ("knob", "value", "default"), changed).html()
+        every = Table("", ("knob", "value"), [row[:2] for row in rows]).html()
+        return f"{own}<details><summary>全部 {len(rows)} 项 all knobs</summary>{every}</details>"
+
+    def _rows(self) -> Iterator[tuple[str, str, str]]:
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), default_of(field)
+            yield field.name, shown_value(value), "" if value == default else shown_value(default)
+
+
+def unknown_name(name: str, names: Sequence[str]) -> str:
+    """The sentence for a name that no knob has, with the nearest one that is there."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{name}: unknown; did you mean {near[0]}?" if near else f"{name}: unknown"
+
+
+def _listed(config_class: type[Config], errors: Sequence[str]) -> str:
+    return f"{config_class.__name__}: {len(errors)} to mend\n" + "\n".join(f"  - {error}" for error in errors)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, as a knob holds it."""
+    if field.default is not dataclasses.MISSING:
+        return _frozen(field.default)
+    assert field.default_factory is not dataclasses.MISSING
+    return _frozen(field.default_factory())
+
+
+def shown_value(value: Any) -> str:
+    """A value as a preset would write it."""
+    text = yaml.safe_dump(_plain(value), allow_unicode=True, default_flow_style=True, width=10**6).strip()
+    return text.removesuffix("...").strip()

@@ -1,0 +1,132 @@
+"""Knobs as flags of the command line, and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ebr_lib.knobs.checks import Config, default_of, shown_value, unknown_name
+from ebr_lib.knobs.presets import PRESET_KEY, read_yaml
+
+
+def kind_text(kind: Any) -> str:
+    """What a type allows, for people: `int, 1 to 1024`, `random_delete | random_swap`."""
+    if get_origin(kind) is typing.Annotated:
+        base, *rest = get_args(kind)
+        return ", ".join(filter(None, [kind_text(base), _range_text(rest)]))
+    if get_origin(kind) is typing.Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"list of ({kind_text(get_args(kind)[0])})"
+    if get_origin(kind) is dict:
+        return "mapping"
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(kind_text(k) for k in get_args(kind))
+    return "null" if kind is type(None) else kind.__name__
+
+
+def _range_text(constraints: Sequence[Any]) -> str:
+    signs = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}
+    parts = []
+    for info in constraints:
+        for bound in getattr(info, "metadata", ()):
+            parts += [f"{sign}{getattr(bound, key)}" for key, sign in signs.items() if hasattr(bound, key)]
+    return ", ".join(parts)
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
+    """Give a parser `--config` and one flag a knob; a knob that is not given does not appear in the result."""
+    parser.add_argument(
+        "--config",
+        "--preset",
+        dest=PRESET_KEY,
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="preset files, later ones win",
+    )
+    hints = get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        text = f"{field.metadata['help']} ({kind_text(kind)}; default {shown_value(default_of(field))})".replace(
+            "%", "%%"
+        )
+        many = "*" if get_origin(kind) is tuple else "+" if _one_or_several(kind) else None
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if _is_switch(kind) else {"nargs": many} if many else {}
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=text, **extra)
+
+
+def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
+    """Build the config from what argparse found."""
+    hints = get_type_hints(config_class, include_extras=True)
+    presets = arguments.get(PRESET_KEY, [])
+    given = {
+        field.name: _parsed(arguments[field.name], hints[field.name], split=field.metadata["split"])
+        for field in dataclasses.fields(config_class)
+        if field.name in arguments
+    }
+    return config_class.resolve(given, presets)
+
+
+def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
+    """The sentence for a flag, or another word, that no knob has."""
+    names = [field.name for field in dataclasses.fields(config_class)] if config_class else []
+    return (
+        "--" + unknown_name(flag.removeprefix("--"), names)
+        if flag.startswith("--")
+        else f"{flag}: unexpected; a knob is given as --name value"
+    )
+
+
+def _parsed(value: str | list[str], kind: Any, *, split: bool = True) -> Any:
+    """A flag's text as the value that a preset would hold; text knobs keep their text, `007` included."""
+    if _one_or_several(kind) and isinstance(value, list):
+        one = next(inner for inner in get_args(kind) if get_origin(inner) is not tuple)
+        return _parsed(value[0], one) if len(value) == 1 else [_parsed(item, one) for item in value]
+    if isinstance(value, list):
+        (inner, *_) = get_args(kind)
+        items = [item for part in value for item in _list_items(part)] if split else value
+        return [_parsed(item, inner) for item in items]
+    is_text = (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) is str
+    if is_text or (_takes_text(kind) and not _is_switch(kind) and not value.startswith("{") and value != "null"):
+        return value
+    try:
+        return read_yaml(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _is_switch(kind: Any) -> bool:
+    """Whether a knob is a yes or no, perhaps with a third answer: its flag alone means true."""
+    return kind is bool or bool in get_args(kind)
+
+
+def _one_or_several(kind: Any) -> bool:
+    """Whether a knob takes one value as well as a list of such."""
+    is_union = get_origin(kind) in (typing.Union, types.UnionType)
+    return is_union and any(get_origin(inner) is tuple for inner in get_args(kind))
+
+
+def _list_items(part: str) -> list[str]:
+    inner = part.strip()
+    return [item.strip() for item in inner.strip("[]").split(",")] if inner.startswith("[") or "," in inner else [part]
+
+
+def _takes_text(kind: Any) -> bool:
+    if get_origin(kind) is typing.Annotated:
+        return _takes_text(get_args(kind)[0])
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_takes_text(k) for k in get_args(kind)) and not any(_is_number(k) for k in get_args(kind))
+    if get_origin(kind) is typing.Literal:
+        return all(isinstance(v, str) for v in get_args(kind))
+    return kind is str
+
+
+def _is_number(kind: Any) -> bool:
+    return (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) in (int, float)

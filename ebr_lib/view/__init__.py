@@ -1,1 +1,0 @@
-"""Seeing embeddings: projections, cluster metrics, the picture, the explorer."""

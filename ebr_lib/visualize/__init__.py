@@ -1,0 +1,1 @@
+"""Stage 3: draw an embedding file, and measure its clusters."""

@@ -1,0 +1,139 @@
+"""The training log, and the warning when the loss goes wrong: said once, with the causes that the numbers support."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan, draw_curve, read_log
+
+HARMLESS = RunFacts(
+    rows=5000, anchors=4000, documents=3000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000
+)
+STATE = SimpleNamespace(is_world_process_zero=True, global_step=7)
+OTHER_PROCESS = SimpleNamespace(is_world_process_zero=False, global_step=7)
+
+
+def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
+    watch = LossWatch(facts, causes_of_nan(1e-4, 0.05, fp16=True))
+    with caplog.at_level(logging.WARNING, "ebr_lib"):
+        for entry in entries:
+            watch.on_log(None, state, None, entry)
+    return caplog.messages
+
+
+def test_a_loss_of_nothing_is_said_once(caplog):
+    (said,) = heard(caplog, [{"loss": x} for x in (2.0, 9e-4, 8e-4, 7e-4)])
+    assert "损失接近零" in said and "the data may be too easy" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_said_with_its_own_causes(caplog, value):
+    few = dataclasses.replace(HARMLESS, rows=9)
+    nothing, said = heard(caplog, [{"loss": x} for x in (8e-4, 7e-4, value, value)], few)  # after another warning too
+    assert "损失接近零" in nothing and "9 training rows" in nothing
+    assert "损失不是有限数" in said and f"loss is {value}" in said and "rows" not in said
+    assert all(cause in said for cause in ("learning_rate 0.0001", "temperature 0.05", "fp16"))
+
+
+def test_half_precision_is_no_cause_where_there_is_none():
+    assert not [cause for cause in causes_of_nan(1e-4, 0.05, fp16=False) if "fp16" in cause]
+
+
+def test_what_l1_adds_hides_nothing(caplog):
+    (said,) = heard(caplog, [{"loss": 1.6 + x, "contrastive": x, "l1": 1.6} for x in (2.0, 9e-4, 8e-4)])
+    assert "损失接近零" in said and "0.0008" in said
+    caplog.clear()
+    assert heard(caplog, [{"loss": 0.9, "contrastive": 0.9}, {"loss": 9e-4 + 1, "contrastive": 1.0, "l1": 9e-4}]) == []
+
+
+@pytest.mark.parametrize(("shares", "loss"), [((1.0, 1.0, 1.0), 0.0), ((0.9, 0.95, 1.0), 2e-4), ((0.1, 0.4, 0.7), 0.3)])
+def test_masked_negatives_are_the_cause_that_is_named(caplog, shares, loss):
+    """And nothing else is blamed, whatever the learning rate."""
+    fast = dataclasses.replace(HARMLESS, learning_rate=1e-2, anchors=640, documents=3)
+    (said,) = heard(caplog, [{"loss": loss, "masked_share": share} for share in shares], fast)
+    assert "负例大多被屏蔽" in said and "negatives are masked" in said
+    assert "3 different documents and 640 different anchors" in said and "learning rate" not in said
+
+
+def test_a_loss_of_nothing_with_its_negatives_has_the_other_causes(caplog):
+    (said,) = heard(caplog, [{"loss": 1e-4, "masked_share": 0.3}] * 3)
+    assert "损失接近零" in said and "mask" not in said
+
+
+def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(caplog):
+    entries = [
+        e for train, held in ((1.0, 2.0), (0.8, 2.1), (0.6, 2.2)) for e in ({"loss": train}, {"eval_loss": held})
+    ]
+    (said,) = heard(caplog, entries)
+    assert "过拟合" in said
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"loss": 9e-4}],  # one step may be an easy batch
+        [{"loss": 9e-4}, {"loss": 0.5}, {"loss": 9e-4}],
+        [{"eval_loss": x} for x in (1.0, 2.0, 3.0)],  # training has not logged yet
+        [e for x in (1.0, 1.1, 1.2) for e in ({"loss": x}, {"eval_loss": x})],  # both rise
+        [e for x, y in ((1.0, 2.0), (0.9, 1.9), (0.8, 2.1)) for e in ({"loss": x}, {"eval_loss": y})],
+    ],
+)
+def test_what_is_no_trouble_is_not_said(caplog, entries):
+    assert heard(caplog, entries) == []
+
+
+def test_one_process_speaks(caplog):
+    assert heard(caplog, [{"loss": 1e-6}] * 3, state=OTHER_PROCESS) == []
+
+
+def test_the_causes_are_those_of_the_numbers():
+    assert HARMLESS.causes() == ["the data may be too easy: add hard negatives"]
+    few, duplicates, fast, large = RunFacts(99, 99, 99, 0.21, 3.1e-4, 99_001).causes()
+    assert "99 training rows" in few and "21%" in duplicates and "0.00031" in fast and "1,000 trainable" in large
+    assert RunFacts(100, 100, 100, 0.2, 3e-4, 100_000).causes() == HARMLESS.causes()  # on the line is not over it
+
+
+def test_the_log_is_one_entry_a_line_without_nan(tmp_path):
+    log = JsonLinesLog(tmp_path / "log" / "log.jsonl")
+    log.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+    log.on_log(None, STATE, None, {"loss": float("nan"), "grad_norm": -float("inf"), "epoch": 0.5})
+    log.on_log(None, OTHER_PROCESS, None, {"loss": 1.0})
+    assert log.path.read_text() == '{"step": 7, "loss": null, "grad_norm": null, "epoch": 0.5}\n'
+
+
+def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "lo')
+    JsonLinesLog(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=4), None)
+    assert [entry["step"] for entry in read_log(path)] == [2, 4]
+    JsonLinesLog(path).on_train_begin(None, OTHER_PROCESS, None)
+    assert len(read_log(path)) == 2  # another process leaves it alone
+
+
+def test_the_curve_of_training_is_on_the_scale_of_the_held_out_loss(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    log, drawn = tmp_path / "log.jsonl", []
+    log.write_text(
+        '{"step": 1, "loss": 3.0, "contrastive": 2.0, "l1": 0.6, "smoothing": 0.4}\n{"step": 1, "eval_loss": 2.1}\n'
+        '{"step": 2, "loss": 1.5}\n'
+    )
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *style, **more: drawn.append((more["label"], list(y))))
+    draw_curve(log, tmp_path / "curve.png", "loss")
+    assert drawn == [("training loss", [2.0, 1.5]), ("held-out loss", [2.1])]
+
+
+@pytest.mark.parametrize("metric", ["ndcg@10", "loss"])
+def test_the_curve_is_a_picture_of_what_was_logged(tmp_path, metric):
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.0, "eval_ndcg@10": 0.5}\n{"step": 3, "loss": null}\n'
+        '{"step": 4, "eval_loss": null, "eval_ndcg@10": null}\n'
+    )
+    draw_curve(log, tmp_path / "curve.png", metric)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
