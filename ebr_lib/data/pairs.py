@@ -1,4 +1,4 @@
-"""Training pairs: what a row says, knowing equal texts, and splitting so that no text is on both sides.
+"""Training pairs: what a row of a file says.
 
 A row has `anchor` (or `query`), `positive` (`positives`, `pos`), maybe `negative` (`negatives`, `neg`, `negative_1` …).
 Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. FlagEmbedding's and

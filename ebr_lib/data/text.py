@@ -1,4 +1,7 @@
-"""Texts: when two are equal, when one is blank, its words and its language."""
+"""Texts: when two are equal, when one is blank, its words and its language.
+
+Words are words in Chinese too: `split_words` cuts at whitespace, and within a chunk that has Chinese, where jieba does.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def count_peak_anew() -> None:
 
 
 def give_memory_back() -> None:
-    """To the GPU, or to the system, what a failed step has left; `cpu_speed` keeps freed memory for the next one."""
+    """To the GPU, or to the system, what a failed step has left; `keep_freed_memory` keeps it for the next one."""
     torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU C library has it
         ctypes.CDLL(None).malloc_trim(0)

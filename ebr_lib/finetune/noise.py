@@ -1,7 +1,4 @@
-"""Noise for training texts: what it changes, and draws that depend on (seed, epoch, row, column) alone.
-
-Words are words in Chinese too: `split_words` cuts at whitespace, and within a chunk that has Chinese, where jieba does.
-"""
+"""Noise for training texts: what it changes, and draws that depend on (seed, epoch, row, column) alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Build an index in one stream: which kind, training it, adding the vectors."""
+"""Build an index in one stream: which kind, training it, adding the vectors.
+
+Sizes follow the Faiss wiki's "Guidelines to choose an index": exact up to 50,000 vectors, a graph to a million, cells
+with compressed vectors above.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What several parts of the index need of Faiss."""
+"""What several parts of the index need of Faiss.
+
+A GPU build of Faiss, where installed, trains cells, assigns vectors to them and searches exactly for the measurement;
+the index itself stays on the CPU, so that every machine can load it.
+"""
 
 from __future__ import annotations
 

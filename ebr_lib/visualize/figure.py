@@ -1,4 +1,4 @@
-"""The picture: maps side by side, coloured by label, with fonts that hold the labels' own characters."""
+"""The picture: maps side by side, coloured by label."""
 
 from __future__ import annotations
 
