@@ -6,6 +6,7 @@ a Dense layer or a prompt that is left out of the mean needs no case of its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
@@ -70,6 +71,14 @@ def _streams(model: SentenceTransformer, precision: Dtype) -> int:
     return threads // 2
 
 
+@functools.cache
+def _core() -> Any:
+    """The one core of this process: a process that made many of them died of a segmentation fault some time later."""
+    import openvino
+
+    return openvino.Core()
+
+
 class CompiledTransformer:
     """Token states of batches, computed side by side, a batch per stream."""
 
@@ -78,8 +87,6 @@ class CompiledTransformer:
 
         :raises ConversionError: see there.
         """
-        import openvino
-
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -87,7 +94,7 @@ class CompiledTransformer:
         }
         try:
             graph = _convert(model)
-            self._compiled = openvino.Core().compile_model(graph, "CPU", settings)
+            self._compiled = _core().compile_model(graph, "CPU", settings)
         except Exception as error:  # tracing runs the model's own code: anything may come
             raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         # one more than there are streams: the next batch waits there while the caller pools the last
