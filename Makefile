@@ -49,8 +49,8 @@ mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or A
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
 	$(BIN)/mutmut results | sed '/not checked/d'
 
-docs: $(VENV)/installed ## write the generated tables into the READMEs
-	$(BIN)/python -m ebr_lib knobs --write README.md README.zh-CN.md
+docs: $(VENV)/installed ## write the generated tables into docs/
+	$(BIN)/python -m ebr_lib knobs --write docs/en/knobs.md docs/zh/knobs.md
 
 clean: ## remove the environment and what the stages wrote
 	rm -rf $(VENV) mutants saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb

@@ -31,7 +31,7 @@ from contest import MODELS, machine, start_server
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 QUICK_RESULTS = Path(tempfile.gettempdir()) / "ebr-benchmark-quick.md"
-HEAD = "# Measured speed\n\nWritten by `make bench`; every section says its command, date and machine.\n"
+HEAD = "# Measured speed\n\nWritten by `make bench`; every section gives its command, date and machine.\n"
 
 
 @dataclass(frozen=True)

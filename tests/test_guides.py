@@ -1,8 +1,9 @@
-"""Every command of the users' guides runs, as it stands there, in a copy of a small shop.
+"""Every command of README and docs runs, as it is written there, in a copy of a small shop.
 
-The shop has the guides' folders with a few rows each, and tiny models where all-MiniLM-L6-v2 and KaLM would be; it is
-what "the whole way from a shell" leaves. Not run are commands under a comment that says they need a download, a GPU or
-a cluster (`test_docs` parses those), and `make test`, which runs this. A notebook's cells run here, without a kernel.
+The shop has the folders that the docs name, with a few rows each, and tiny models for all-MiniLM-L6-v2 and KaLM. The
+commands of README, from training to a search, run first; each other command starts from what they leave. Not run: those
+under a comment that says they need a download, a GPU or a cluster (`test_docs` parses them), and `make test`, which
+runs this. A notebook's cells run in this process, without a kernel.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from pathlib import Path
 import pytest
 
 from ebr_lib import cli, notebook
-from tests.test_docs import GUIDES, ROOT, blocks
+from tests.test_docs import CHINESE, GUIDES, ROOT, blocks
 
 NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|下载|集群)")
-WHOLE_WAY = "ebr_finetune.py --eval_data_path"  # how the block begins that leads from training to a search
 TRAIN_ROWS, HELDOUT_ROWS, ITEMS = 20, 6, 20
 
 
 def marked_commands(block: str) -> Iterator[tuple[str, bool]]:
-    """The commands of a block, and whether the comment above says that they need what a test has not."""
+    """Commands of a block, and whether the comment above says that they need what a test does not have."""
     needs = False
     for line in block.splitlines():
         if line.startswith("#"):
@@ -38,8 +38,10 @@ def marked_commands(block: str) -> Iterator[tuple[str, bool]]:
 
 
 ALL = [found for guide in GUIDES for block in blocks(guide, "bash") for found in marked_commands(block)]
-HERE = sorted({command for command, needs in ALL if not needs and not command.startswith("make ")})
-EXAMPLES = sorted({code for guide in GUIDES for code in blocks(guide, "python") if "import" in code})
+HERE = {command for command, needs in ALL if not needs and not command.startswith("make ")}
+FIRST = [command for command, _ in marked_commands(blocks("README.md", "bash")[-1])]
+FIRST.append("python -m ebr_lib infer --output_path ./faiss/embeds_base.txt")
+EXAMPLES = [code for page in CHINESE for code in blocks(page, "python") if "import" in code]
 
 
 def run(command: str) -> int:
@@ -99,7 +101,7 @@ def write_judged_queries(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shop(tiny_bert, tmp_path_factory) -> Path:
-    """The shop after the whole way from a shell, whose commands are run here in the guide's order."""
+    """The shop after the commands of FIRST, in their order."""
     folder = tmp_path_factory.mktemp("guide") / "shop"
     for model in ("all-MiniLM-L6-v2", "model/KaLM-embedding-multilingual-mini-instruct-v2.5"):
         shutil.copytree(tiny_bert, folder / model)
@@ -111,14 +113,11 @@ def shop(tiny_bert, tmp_path_factory) -> Path:
         some_lines(f"infer_data/{name}", folder, ITEMS, header=1)
     write_exports(folder)
     write_judged_queries(folder)
-    (way,) = [block for block in blocks("README.md", "bash") if WHOLE_WAY in block.splitlines()[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        failed = [command for command, _ in marked_commands(way) if run(command)]
-        assert not failed
+        assert [command for command in FIRST if run(command)] == []
         assert not run("python -m ebr_lib infer --data_path infer_data/catalogue_001.csv --model_name "
                        "saved_model/all-MiniLM-L6-v2-peft-lora --output_path faiss/new_items.txt")  # fmt: skip
-        assert not run("python -m ebr_lib infer --output_path faiss/embeds_base.txt")
     return folder
 
 
@@ -138,10 +137,10 @@ def run_cells(client: notebook._Live) -> None:
             exec(cell.source, scope)
 
 
-# --- what the guides say ------------------------------------------------------------------------------------------
+# --- what the docs say --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", HERE)
+@pytest.mark.parametrize("command", sorted(HERE - set(FIRST)))
 def test_every_command_runs(command, in_shop, monkeypatch, capsys):
     monkeypatch.setattr(notebook._Live, "execute", run_cells)
     assert run(command) == 0, capsys.readouterr().err
@@ -164,7 +163,8 @@ def test_make_demo_is_a_command_that_runs_here():
     assert f"python{shown.stdout.strip().splitlines()[-1].partition('/python')[2]}" in HERE
 
 
-def test_marks_are_understood():
+def test_comments_that_say_what_a_command_needs_are_understood():
     block = "a\n# needs a download\nb\n# 有两块 GPU 才有收益\nc\n# then\nd  # why\n"
     assert list(marked_commands(block)) == [("a", False), ("b", True), ("c", True), ("d", False)]
-    assert {command for command, needs in ALL if needs} & set(HERE) == set()
+    assert {command for command, needs in ALL if needs} & HERE == set()
+    assert set(FIRST) <= HERE
