@@ -34,7 +34,9 @@ from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.index.run import IndexResult, build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.metrics import evaluate_vectors
-from ebr_lib.model.loading import PACKAGED_NAME, identify, load_model
+from ebr_lib.model.loading import load_model
+from ebr_lib.model.packaged import PACKAGED_NAME
+from ebr_lib.model.provenance import identify
 
 DIM = 384
 QUERIES = [

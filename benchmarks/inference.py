@@ -1,18 +1,18 @@
-"""How fast texts become vectors, beside SentenceTransformer.encode; prints a Markdown table.
+"""Speed of encoding beside SentenceTransformer.encode, as a Markdown table.
 
     python benchmarks/inference.py --data DIR                          # short and long English texts, packaged MiniLM
     python benchmarks/inference.py --data DIR --sets chinese --model M # Chinese texts, a multilingual model
     python benchmarks/inference.py --data DIR --sets shape             # on a GPU: a Qwen2 of 0.5B, 200,000 reviews
-    python benchmarks/inference.py --data DIR --quick                  # few texts: to see that it runs
+    python benchmarks/inference.py --data DIR --quick                  # few texts: a test that it runs
     python benchmarks/inference.py --data DIR --threads 1 --cpu-time   # processor seconds: fair on a busy machine
     python benchmarks/inference.py --data DIR --backends PYTHON        # beside the library's other backends
 
-DIR holds banking77/, cranfield/ and online_shopping/. Every contender lives in a process of its own; they take turns
-within a round. A rate is the median over the rounds, a ratio the median of the rounds' ratios. "Files" reads a file and
-writes an embedding file; everything but loading and converting the model counts, over a larger set of rows, so that
-fixed costs do not decide. "Outside the model", on a GPU, is the share of the time in which no forward pass runs, by its
-own clock: it waits for text. `shape` compares with the library's best of several batch sizes. PYTHON is an interpreter
-whose environment has the library's OpenVINO and ONNX backends: see stock_backends.py.
+DIR has banking77/, cranfield/ and online_shopping/. Each contender has its own process; they take turns in each round.
+A rate is the median over the rounds, a ratio the median of the rounds' ratios. "Files" reads a file and writes an
+embedding file; everything except loading and converting the model counts, over more rows, so that fixed costs hardly
+count. "Outside the model" is the share of time in which no forward pass runs, by the GPU's own clock. `shape` compares
+with the library's best of several batch sizes. PYTHON is an interpreter whose environment has the library's OpenVINO
+and ONNX backends: see stock_backends.py.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ Vectors = NDArray[np.float32]
 
 STOCK = "SentenceTransformer.encode, {}, batch {}"
 BASE, BASE_BF16 = STOCK.format("float32", 32), STOCK.format("bfloat16", 32)
-BATCH_SIZES = (32, 64, 128, 256, 512)  # of which the library's best is taken on a GPU
-SAMPLE = 4096  # texts by which a batch size is chosen, vectors that are compared
-# texts a set: (where there is bfloat16, where there is none, quick); one contender takes some 2 to 10 seconds
+BATCH_SIZES = (32, 64, 128, 256, 512)  # on a GPU the library's best of these is taken
+SAMPLE = 4096  # texts for choosing a batch size, and vectors that are compared
+# texts per set: (where there is bfloat16, where there is none, quick); one contender takes some 2 to 10 seconds
 COUNTS = {
     "short": (2048, 1024, 64),
     "long": (240, 120, 24),
     "chinese": (1024, 256, 48),
     "shape": (200_000, 200_000, 64),
 }
-# rows of the file that the stage reads: the fixed costs of a run are not the question
+# rows of the file that the stage reads: with few, the fixed costs of a run would dominate
 FILE_ROWS = {"short": 20_000, "long": 0, "chinese": 0}
 
 
 def texts_of(name: str, data: Path) -> list[str]:
-    """Real texts: bank customers' questions, aerodynamics abstracts, Chinese shop reviews; each text once."""
+    """Real texts without duplicates: bank customers' questions, aerodynamics abstracts, Chinese shop reviews."""
     if name == "short":
         with open(data / "banking77" / "train.csv", encoding="utf-8", newline="") as file:
             texts = [row["text"] for row in csv.DictReader(file)]
@@ -79,32 +79,32 @@ def stock(model: SentenceTransformer, texts: Sequence[str], batch: int) -> Vecto
 
 
 def through_files(model_name: str, texts: Sequence[str], precision: str, folder: Path) -> Path:
-    """The inference stage on a two-column file; returns the embedding file."""
+    """Run the inference stage on a two-column file; returns the embedding file."""
     from ebr_lib.inference.run import run_batch_inference
 
     source, output = folder / "catalogue.csv", folder / f"{precision}.txt"
     rows = (f"{number}\x01{text}\n" for number, text in enumerate(texts))
     source.write_text("id\x01description\n" + "".join(rows), encoding="utf-8")
     config = {"model_name": model_name, "data_path": str(source), "output_path": str(output), "precision": precision}
-    run_batch_inference(config | {"prompt": ""})  # the model's own prompt would be more tokens than the others have
+    run_batch_inference(config | {"prompt": ""})  # the model's own prompt would add tokens that the others do not have
     return output
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is told."""
+    """Input of every contender."""
 
     model: str
     texts: tuple[str, ...]
     threads: int | None
     cpu_time: bool
-    rows: int = 0  # of the file that the stage reads, where more than the texts
+    rows: int = 0  # of the file that the stage reads, if more than `texts`
     backends: str = ""  # interpreter that has the library's other backends
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn took, how much of it in the model's forward pass, and the first of its vectors."""
+    """Seconds of a turn, those in the model's forward pass, and the first vectors."""
 
     seconds: float
     forward: float
@@ -112,7 +112,7 @@ class Turn:
 
 
 class Forward:
-    """Seconds within forward passes, on the GPU by its own clock: for the rest of a turn it waits for text."""
+    """Measure seconds within forward passes, on a GPU by its own clock; the rest of a turn it waits for text."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         from sentence_transformers.sentence_transformer.modules import Transformer
@@ -125,7 +125,7 @@ class Forward:
         register_module_forward_hook(self._ends)
 
     def _begins(self, module: Any, *_: Any) -> None:
-        if isinstance(module, self.kind):  # the whole, none of its layers
+        if isinstance(module, self.kind):  # the whole model, not a layer
             self.start = self._mark()
 
     def _ends(self, module: Any, *_: Any) -> None:
@@ -142,7 +142,7 @@ class Forward:
         return event
 
     def seconds(self) -> float:
-        """Those since it was asked last."""
+        """Seconds since the last call."""
         spans, self.spans = self.spans, []
         return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000 for a, b in spans)
 
@@ -151,7 +151,7 @@ OTHER_BACKENDS = ("openvino", "onnx", "onnx-int8")  # the library's
 
 
 def contenders(backends: str) -> list[str]:
-    """Of the text sets; what is compared with stands first."""
+    """Names of the contenders of the text sets, the one to compare with first."""
     others = [f"SentenceTransformer, {backend}" for backend in OTHER_BACKENDS] if backends else []
     ours = ["Encoder on torch, float32", "Encoder, float32"]
     if not has_bf16():
@@ -160,7 +160,7 @@ def contenders(backends: str) -> list[str]:
 
 
 def fastest_stock(task: Task) -> str:
-    """The library's `encode` in bfloat16, with the batch size that is its best on a part of the texts."""
+    """The library's `encode` in bfloat16, with its fastest batch size on a sample of the texts."""
     names = [STOCK.format("bfloat16", size) for size in BATCH_SIZES]
     part = replace(task, texts=task.texts[:SAMPLE])
     turns = take_turns({name: partial(prepare, name, part) for name in names}, 1, MODELS)
@@ -168,7 +168,7 @@ def fastest_stock(task: Task) -> str:
 
 
 def prepare(name: str, task: Task) -> Callable[[], Turn]:
-    """In a contender's process: load its model; what is returned does a turn."""
+    """In a contender's process: load its model, and return the turn."""
     import torch
 
     from ebr_lib.model.encoder import Encoder
@@ -194,8 +194,8 @@ def prepare(name: str, task: Task) -> Callable[[], Turn]:
 
 
 def other_backend(task: Task, backend: str) -> Callable[[], Turn]:
-    """The library with another backend, in its own interpreter, which says how long each turn took."""
-    from ebr_lib.model.loading import PACKAGED_NAME, packaged_model
+    """The library with another backend, in its own interpreter, which measures each turn itself."""
+    from ebr_lib.model.packaged import PACKAGED_NAME, packaged_model
 
     folder = Path(tempfile.mkdtemp())
     texts, vectors = folder / "texts.json", folder / "vectors.npy"
@@ -205,7 +205,7 @@ def other_backend(task: Task, backend: str) -> Callable[[], Turn]:
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None
     stdin, stdout = child.stdin, child.stdout
-    while stdout.readline() != "ready\n":  # the exporter prints as well
+    while stdout.readline() != "ready\n":  # the exporter also prints lines
         if child.poll() is not None:
             raise RuntimeError(f"{backend}: its process has ended")
 
@@ -233,11 +233,11 @@ def files_turn(task: Task, precision: str, clock: Callable[[], float], forward: 
     from shapes import varied
 
     from ebr_lib.data.embeddings.files import read_embeddings
-    from ebr_lib.model.recipe import EncoderRecipe
+    from ebr_lib.model.spec import EncoderSpec
 
     texts = list(task.texts) + varied(task.texts, task.rows)[len(task.texts) :]
     start = clock()
-    EncoderRecipe(task.model, precision=precision).encoder("document")  # type: ignore[arg-type]
+    EncoderSpec(task.model, precision=precision).encoder("document")  # type: ignore[arg-type]
     making = clock() - start
     with tempfile.TemporaryDirectory() as folder:
         forward.seconds()
@@ -248,7 +248,7 @@ def files_turn(task: Task, precision: str, clock: Callable[[], float], forward: 
 
 
 def markdown(title: str, texts: Sequence[str], turns: dict[str, list[Turn]]) -> str:
-    """A row a contender, compared with the first."""
+    """A row per contender, compared with the first."""
     import torch
 
     base, on_gpu = next(iter(turns.values())), torch.cuda.is_available()
@@ -273,7 +273,7 @@ def measure(name: str, task: Task, rounds: int, names: Sequence[str]) -> None:
 
 
 def measure_shape(data: Path, folder: Path, task: Task, rounds: int, count: int) -> None:
-    """A Qwen2 of 0.5B with random weights, on reviews whose clauses stand in another order: meant for a GPU."""
+    """A Qwen2 of 0.5B with random weights, on reviews with reordered clauses: meant for a GPU."""
     import torch
     from shapes import build_qwen2, reviews, varied
 

@@ -1,27 +1,27 @@
-"""The mistakes a user can make, one class a kind: what was wanted, what was found, where, what to do.
+"""Errors that a user can fix, a class per kind; messages say what was wanted and found, where, and what to do.
 
-The command line shows these without a stack and exits with 2; anything else that is raised is a bug of ours.
+The command line prints them without a traceback and exits with 2; any other exception is a bug.
 """
 
 
 class UserError(Exception):
-    """Base of every error that the user, not the program, can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class ConfigError(UserError, ValueError):
-    """One or more knobs are unknown, out of range or contradict each other; all of them are listed."""
+    """Knobs that are unknown, out of range or contradict each other; lists all of them."""
 
 
 class DataError(UserError, ValueError):
-    """A data file does not hold what the stage needs; names the file and, where there is one, the line."""
+    """A data file lacks something that the stage needs; names the file and, if known, the line."""
 
 
 class ModelError(UserError, ValueError):
-    """A model cannot be loaded, or is not the model that it should be."""
+    """A model cannot be loaded, or is not the expected one."""
 
 
 class NotFiniteError(ModelError):
-    """A model gives vectors with NaN or infinite values for some texts, which it names."""
+    """A model gives NaN or infinite values for some texts; names them."""
 
 
 class MissingError(UserError, FileNotFoundError):

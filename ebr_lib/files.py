@@ -1,4 +1,4 @@
-"""Writing so that nothing is lost, and knowing files by their contents."""
+"""Write files and folders without losing what was there, and check output places before the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 from ebr_lib.errors import ConfigError, DataError, UserError
 
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?:(?P<machine>[^.]*)-)?(?P<process>\d+)\.(?P<kind>new|old)")
-"""What `written_whole` writes beside a place, and where it puts a folder that it replaces."""
+"""Names of unfinished files of `written_whole`, and of folders that it is replacing."""
 DAY = 86_400.0
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 FULL_ELSEWHERE = ("disk is full", "PytorchStreamWriter failed writing")  # SQLite; torch
@@ -28,20 +28,24 @@ FULL_ELSEWHERE = ("disk is full", "PytorchStreamWriter failed writing")  # SQLit
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or folder at; it is moved in when the block ends well.
+    """Yield a path beside `path` to write a file or folder at, which replaces `path` when the block ends.
 
-    What stood at `path` stays untouched until then, and for good when the block raises.
+    If the block raises, `path` is not changed.
     """
     path = followed(Path(path))
     with room_beside(path) as beside:
         yield beside
-        _move_in(beside, path)
+        old = _beside(path, "old")
+        if beside.is_dir() and path.is_dir():  # a folder cannot be replaced in one step
+            os.replace(path, old)
+        os.replace(beside, path)
+        _remove(old)
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """What an error, or one that it came from, says of a full disk, in a few words; None where it says nothing of it.
+    """The words for a full disk in an error, or in one that caused it; None for any other error.
 
-    By its text: Faiss, safetensors, SQLite and torch raise errors of their own classes, without a number.
+    Found by text: Faiss, safetensors, SQLite and torch raise errors of their own classes, without a number.
     """
     while error is not None:
         if said := next((text for text in (*FULL, *FULL_ELSEWHERE) if text in str(error)), None):
@@ -52,9 +56,9 @@ def full_disk(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def named_when_full(place: Path) -> Iterator[None]:
-    """Turn what a full disk raises into a sentence with the place that is written to.
+    """Turn any library's error about a full disk into one that names the place.
 
-    :raises DataError: there is no room left.
+    :raises DataError: the disk is full.
     """
     try:
         yield
@@ -70,8 +74,7 @@ def named_when_full(place: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def room_beside(path: Path) -> Iterator[Path]:
-    """Yield a free path beside `path` to work at. Nothing stays there afterwards; what killed processes left goes
-    first."""
+    """Yield a free path beside `path`, which is removed afterwards, as are leftovers of killed processes before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_left_over(path)
     beside = _beside(path, "new")
@@ -84,7 +87,7 @@ def room_beside(path: Path) -> Iterator[Path]:
 
 
 def followed(path: Path) -> Path:
-    """The place itself that a link leads to; a path with a name, where it is `.` or ends in `..`."""
+    """The target of a link; a path with a name instead of `.` or one that ends in `..`."""
     return Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
 
 
@@ -94,7 +97,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def _clear_left_over(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a folder that one was replacing goes back to its place."""
+    """Remove leftovers of killed processes beside `path`, or put back a folder that one of them was replacing."""
     for place in path.parent.iterdir():
         found = LEFT_OVER.fullmatch(place.name)
         if not found or found["name"] != path.name or not _is_abandoned(place, found):
@@ -106,21 +109,21 @@ def _clear_left_over(path: Path) -> None:
 
 
 def _is_abandoned(place: Path, named: re.Match[str]) -> bool:
-    """Whether the process that wrote here has ended; of another machine it is taken to have after a day of silence."""
+    """Whether the process that wrote here has ended; on another machine, whether nothing was written for a day."""
     import psutil
 
     if named["machine"] in (None, platform.node().partition(".")[0]):
         return not psutil.pid_exists(int(named["process"]))
-    with contextlib.suppress(FileNotFoundError):  # it has just moved it in
+    with contextlib.suppress(FileNotFoundError):  # the process has just moved it
         newest = max(file.stat().st_mtime for file in (place, *place.rglob("*")))
         return time.time() - newest > DAY
     return False
 
 
 def make_folder(folder: Path) -> Path:
-    """Make an output folder where it is missing, and write to it once: its rights alone do not say whether one can.
+    """Make an output folder if missing, and test that it can be written to, which its permissions alone do not say.
 
-    :raises ConfigError: it cannot be made (a file stands there, say) or cannot be written to.
+    :raises ConfigError: it cannot be made (a file has its name, say) or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,24 +140,24 @@ def make_folder(folder: Path) -> Path:
 
 
 def check_output_file(path: Path) -> None:
-    """Make sure, before the work, that a file can be written at `path`; its folder is made where missing.
+    """Check, before the work, that a file can be written at `path`; its folder is made if missing.
 
-    :raises ConfigError: a folder stands there, or its own folder cannot be made or written to.
+    :raises ConfigError: `path` is a folder or a device, or its folder cannot be made or written to.
     """
     make_folder(path.parent)
     if path.is_dir():
-        raise ConfigError(f"output file {path} is a folder; give the name of a file, in it say")
+        raise ConfigError(f"output file {path} is a folder; give the name of a file, such as one in it")
     if path.exists() and not path.is_file():
         raise ConfigError(f"output file {path} is a device or a pipe, which a file would replace; give another place")
     make_folder(followed(path).parent)
 
 
 def check_apart(written: Iterable[Path], read: Iterable[str | Path | Sequence[str] | None]) -> None:
-    """Make sure, before the work, that a stage writes over nothing that it reads, however either is spelled or linked.
+    """Check, before the work, that no output replaces an input, however paths are spelled or linked.
 
     :param written: files, and folders that are replaced as a whole.
-    :param read: files and folders, also several at a time; None is skipped.
-    :raises ConfigError: two of them are one, or a folder that is replaced holds what is read.
+    :param read: files, folders, or lists of them; None is skipped.
+    :raises ConfigError: an output is an input, or a folder that contains one.
     """
     given = itertools.chain.from_iterable(
         [places] if isinstance(places, str | Path) else places or () for places in read
@@ -168,42 +171,24 @@ def check_apart(written: Iterable[Path], read: Iterable[str | Path | Sequence[st
 
 
 def check_replaceable(folder: Path, is_own: Callable[[str], bool]) -> None:
-    """Make sure that a folder, if it is there, can be replaced without loss.
+    """Check that a folder, if it exists, can be replaced without loss.
 
-    :param is_own: whether a file of this name is one that the stage writes; nothing else may be there, but for what a
-        killed run left of such files and what a desktop puts everywhere.
-
-    :raises ConfigError: it is a file, or holds others.
+    :param is_own: whether the stage writes files of this name. Leftovers of killed runs and .DS_Store may be there too.
+    :raises ConfigError: it is a file, or holds other files.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output folder {folder} is a file; give another place")
     found = [place.name for place in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(name for name in found if not is_own(_of_unfinished(name)) and name != ".DS_Store")
-    if others:
+    finished = {name: left_over["name"] if (left_over := LEFT_OVER.fullmatch(name)) else name for name in found}
+    if others := sorted(name for name in found if not is_own(finished[name]) and name != ".DS_Store"):
         raise ConfigError(
             f"output folder {folder} is replaced as a whole and holds other files ({', '.join(others[:5])}); "
             "give a folder of its own"
         )
 
 
-def _of_unfinished(name: str) -> str:
-    """The name under which `written_whole` would have moved a file in; of another file its own."""
-    left_over = LEFT_OVER.fullmatch(name)
-    return left_over["name"] if left_over else name
-
-
-def _move_in(new: Path, place: Path) -> None:
-    if not (new.is_dir() and place.is_dir()):
-        os.replace(new, place)
-        return
-    old = _beside(place, "old")  # a folder cannot be replaced in one step
-    os.replace(place, old)
-    os.replace(new, place)
-    _remove(old)
-
-
 def replace_folder(folder: Path, place: Path) -> None:
-    """Move a folder to `place`, in the stead of what is there."""
+    """Move a folder to `place`, replacing what is there."""
     _remove(place)
     os.replace(folder, place)
 
@@ -216,7 +201,7 @@ def _remove(path: Path) -> None:
 
 
 def has_home() -> bool:
-    """Whether there is a HOME: in a container there may be none."""
+    """Whether there is a home folder, which a container may lack."""
     try:
         return bool(Path.home())
     except RuntimeError:
@@ -230,6 +215,6 @@ def sha256_of(path: str | Path) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented UTF-8 JSON, whole or not at all."""
+    """Write a value as indented UTF-8 JSON, in one step."""
     with written_whole(path) as new:
         new.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

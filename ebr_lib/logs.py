@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: the library's log, through tqdm's bars, without other libraries' noise."""
+"""The library's log, printed above tqdm's bars and without other libraries' warnings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import warnings
 
 logger = logging.getLogger("ebr_lib")
 RESULT = {"is_result": True}
-"""`extra` of a line that tells what the stage returns, which a notebook shows by itself."""
+"""`extra` of a line with a stage's result, which a notebook shows by itself."""
 
 
 class _BarSafe(logging.Handler):
-    """Writes a line above a running progress bar instead of through it."""
+    """Print lines above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
@@ -31,21 +31,21 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def print_anything() -> None:
-    """Let standard output and error write characters that their encoding lacks (GBK, cp1252, ASCII) as escapes."""
+    """Let standard output and error escape characters that their encoding lacks (GBK, cp1252, ASCII)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def show_logs(level: int = logging.INFO) -> None:
-    """Show the library's log lines on standard output; calling it twice changes nothing.
+    """Print the library's log to standard output; calling it again only sets the level.
 
-    In a notebook without the tables of results, for a result is shown there as it is returned.
+    A notebook skips the tables of results, since it displays the results themselves.
     """
     print_anything()
-    # text bars are the same in a notebook and headless; tqdm would ask for a widget library
+    # without a widget library tqdm warns, and draws text bars
     warnings.filterwarnings("ignore", message="IProgress not found")
-    # of a base whose config.json lies in a module's folder; no vocabulary is changed here
+    # peft warns about a base whose config.json is in a module's folder; no vocabulary is changed here
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()

@@ -1,4 +1,4 @@
-"""Names that both the configs and the parts know. Light: `--help` reads them and imports no numpy."""
+"""Names that configs and parts share. They import nothing heavy, since `--help` reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 Column = Literal["anchor", "positive", "negative"]
 COLUMNS = get_args(Column)
-"""What a training row has."""
+"""Columns of a training row."""
 
 OnBadRow = Literal["error", "skip"]
 OnChangedVectors = Literal["error", "warn"]
@@ -14,10 +14,10 @@ NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
 Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]
 METRICS = get_args(Metric)
-"""What is measured on the held-out anchors."""
+"""Measured on the held-out anchors."""
 
 LeaveOutOwn = Literal["text_and_id", "text", "none"]
-"""Which documents are the query itself, and so neither its answers nor competitors."""
+"""Which documents count as the query itself, and so neither as its answers nor as competitors."""
 
 BestMetric = Literal[Metric, "loss"]
 LOWER_IS_BETTER = "loss"
@@ -28,13 +28,10 @@ SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
 STRONG_PRESET = "configs/finetune/strong_regularization.yaml"
 FULL_PRESET = "configs/finetune/full_regularization.yaml"
 
-
 HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE = "heldout.jsonl", "corpus.jsonl", "queries.jsonl"
 
-
-Asked = Literal["auto", "float32", "bfloat16"]  # of encoding; float16 is for training on an older GPU
-Backend = Literal["auto", "torch", "openvino"]  # what runs the transformer when texts are encoded
-
+Asked = Literal["auto", "float32", "bfloat16"]  # precision of encoding; float16 is for training on an older GPU
+Backend = Literal["auto", "torch", "openvino"]  # library that runs the transformer when texts are encoded
 
 Choice = bool | Literal["ignore"]
 """True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""

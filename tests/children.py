@@ -1,7 +1,7 @@
-"""What tests run in a process of its own: forked from one that has loaded the libraries and has run nothing.
+"""Functions that tests run in child processes, forked from a server that has loaded the libraries.
 
-A new interpreter would load them for ten seconds first. The functions live here, not beside their tests, so that such
-a process loads no test.
+A new interpreter would take ten seconds to load them. The functions are not beside their tests, so that a child loads
+no test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ebr_lib.finetune.trainer"])  # which loads torch and all that trains
+SERVER.set_forkserver_preload(["ebr_lib.finetune.trainer"])  # loads torch and everything for training
 
 
 def started(function: Callable[..., None], *given: Any) -> BaseProcess:
@@ -29,7 +29,7 @@ def started(function: Callable[..., None], *given: Any) -> BaseProcess:
 
 
 def ended(*processes: BaseProcess) -> list[int | None]:
-    """Their exit statuses: 0, 1 after an exception, minus the signal that ended them."""
+    """Exit statuses: 0, 1 after an exception, or minus the signal."""
     for process in processes:
         process.join(400)
         process.kill()
@@ -56,7 +56,7 @@ def train_and_be_killed(config: dict, step: int) -> None:
 
 
 def train_in_a_terminal(config: dict, shown: Path) -> None:
-    """Ctrl-C comes at the third step, to each process of this session; `shown` is what the terminal shows."""
+    """Send Ctrl-C to each process of this session at the third step; the terminal's output goes to `shown`."""
     from ebr_lib import train_sentence_transformer
     from ebr_lib.finetune.trainer import EbrTrainer
     from ebr_lib.logs import show_logs
@@ -69,7 +69,7 @@ def train_in_a_terminal(config: dict, shown: Path) -> None:
         return make(self, *given)
 
     EbrTrainer.training_step = signalled
-    multiprocessing.set_start_method("fork", force=True)  # as in a terminal: here the default is a server of its own
+    multiprocessing.set_start_method("fork", force=True)  # as in a terminal; this process was forked by a server
     os.setsid()
     with shown.open("w", encoding="utf-8") as sys.stdout, contextlib.suppress(KeyboardInterrupt):
         show_logs()
@@ -77,7 +77,7 @@ def train_in_a_terminal(config: dict, shown: Path) -> None:
 
 
 def train_as_a_machine(rank: int, port: int, config: dict) -> None:
-    """One of two machines that share no folder; `told` + rank says what it was given and what it ended with."""
+    """Train as one of two machines that share no folder; `seen` + rank gets its labels and its last weights."""
     machine = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in machine.items()} | {"MASTER_ADDR": "localhost"}
     import torch
@@ -109,7 +109,7 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     training.preflight = lambda trainer: training.Preflight()
     folder = Path(config["output_dir"])
     train_sentence_transformer(config | {"output_dir": str(folder / str(rank))})
-    torch.save({"labels": seen, "weights": kept}, folder / f"told{rank}")
+    torch.save({"labels": seen, "weights": kept}, folder / f"seen{rank}")
 
 
 def build_again_and_again(folder: Path, files: list[Path], stop: Path) -> None:

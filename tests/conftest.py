@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, as tiny models, the packaged MiniLM, a browser; and what is run where."""
+"""Fixtures for all tests: tiny models, the packaged MiniLM, a browser; and how tests are spread over processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import coverage
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # pytest-cov watches twice in such a process: what it began before it knew where it is goes on where a test has
-    # `no_cover`. It is ended here; the second begins with the session, after what would take twice its time to load
+    # pytest-cov starts twice in a worker process, and `no_cover` does not end the first measurement. It is ended here;
+    # the second starts with the session, after the libraries, which would take twice as long to load
     if watching := coverage.Coverage.current():
         watching.stop()
     import sentence_transformers  # noqa: F401
@@ -32,7 +32,7 @@ FLAGS = [
     "--disable-sync",
 ]
 
-# The longest files, longest first: a file is one process's, and none of these may be what the others wait for.
+# The longest files, longest first: each runs in one process, and should not be what the other process waits for.
 LONGEST = [
     "test_visualize",
     "test_finetune",
@@ -42,14 +42,14 @@ LONGEST = [
     "test_mining",
     "test_notebook",
 ]
-# Files of one process with another, which has loaded or compiled what they need too: UMAP, a server of processes.
+# Files that share a process with another file, which has loaded or compiled what they need: UMAP, a process server.
 TOGETHER = {
     "test_projection": "test_visualize",
     "test_guides": "test_visualize",
     "test_distributed": "test_finetune",
     "test_inference": "test_finetune",
 }
-# Files and tests that train again and again, over lines that others run too: watched, a training takes twice its time.
+# Files and tests that train often, over lines that others run too: measuring coverage doubles the time of a training.
 UNWATCHED = {
     "test_continuing",
     "test_distributed",
@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_as_imported():
-    """Each test finds the log silent, whatever a test or a wider fixture before it showed: caplog hears it."""
+    """Reset the log before each test, so that caplog receives it."""
     from ebr_lib.logs import logger
 
     logger.handlers.clear()
@@ -99,7 +99,7 @@ def _log_as_imported():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory):
-    """A function: kind (bert, xlm-r, modernbert, qwen2, kalm …) or shape (dense, towers …) to a tiny model's folder."""
+    """A function from a kind (bert, xlm-r, qwen2, kalm …) or shape (dense, towers …) to the folder of a tiny model."""
     from tests.models import SHAPES, build_shape, build_tiny, build_tiny_kalm
 
     built: dict[str, Path] = {}
@@ -111,7 +111,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory):
                 built[kind] = build_shape(kind, folder)
             else:
                 built[kind] = build_tiny_kalm(folder) if kind == "kalm" else build_tiny(kind, folder)
-            gc.freeze()  # the libraries that are loaded by now stay: each training collects garbage, in what is left
+            gc.freeze()  # each training collects garbage; the loaded libraries need not be searched
         return built[kind]
 
     return folder_of
@@ -124,14 +124,14 @@ def tiny_bert(tiny_models) -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    from ebr_lib.model.loading import packaged_model
+    from ebr_lib.model.packaged import packaged_model
 
     return packaged_model()
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium; for one module at a time, since its event loop would hinder the notebook's."""
+    """Headless Chromium, per module, since its event loop disturbs the notebook's."""
     if not CHROMIUM or importlib.util.find_spec("playwright") is None:
         pytest.skip("needs chromium and the playwright package")
     from playwright.sync_api import sync_playwright

@@ -1,4 +1,4 @@
-"""Tiny random models of every shape the project supports, built in a second, so that tests need no download."""
+"""Tiny random models of every shape that the project supports, and adapters on them, made without a download."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 600 tokens: reads every script, Chinese in one to three tokens a character."""
+    """A byte-level BPE of 600 tokens for every script, Chinese in one to three tokens per character."""
     tokenizer = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,7 +123,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 
 
 class TaskTransformer(Transformer):
-    """Moves token states by what the text is for, as jina-embeddings-v3 does with an adapter for each task."""
+    """Moves token states by task, as jina-embeddings-v3 does with an adapter for each task."""
 
     def forward(self, features, task=None, **kwargs):
         moved = {None: 0.0, "retrieval.query": 1.0, "retrieval.passage": -1.0}
@@ -136,7 +136,7 @@ class TaskTransformer(Transformer):
 
 
 def build_shape(shape: str, folder: Path) -> Path:
-    """Save a tiny model of a shape that has more, or less, than a transformer with mean pooling."""
+    """Save a tiny model of a shape other than a transformer with mean pooling."""
     torch.manual_seed(0)
     bert = lambda seed=0: _transformer("bert", folder / "parts", seed=seed)  # noqa: E731
     pooling, unit = Pooling(32, "mean"), Normalize()
@@ -181,7 +181,7 @@ class TinyKalmConfig(Qwen2Config):
 
 
 class TinyKalmModel(Qwen2Model):
-    """Qwen2 whose attention sees both ways, as an embedding model wants it."""
+    """Qwen2 whose attention sees both ways."""
 
     config_class = TinyKalmConfig
 
@@ -205,23 +205,63 @@ class TinyKalmModel(Qwen2Model):
 
 
 def build_tiny_kalm(folder: Path, *, hidden: int = 32) -> Path:
-    """A Qwen2-shaped model with bidirectional attention in its own modelling code, as KaLM-embedding has."""
+    """Save a Qwen2-shaped model with bidirectional attention in code of its own, like KaLM-embedding."""
     build_tiny("qwen2", folder, hidden=hidden)
     (folder / "tiny_kalm.py").write_text(KALM_CODE, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "tiny_kalm",
-        "architectures": ["TinyKalmModel"],
-        "auto_map": {"AutoConfig": "tiny_kalm.TinyKalmConfig", "AutoModel": "tiny_kalm.TinyKalmModel"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(
+        folder / "config.json",
+        model_type="tiny_kalm",
+        architectures=["TinyKalmModel"],
+        auto_map={"AutoConfig": "tiny_kalm.TinyKalmConfig", "AutoModel": "tiny_kalm.TinyKalmModel"},
+    )
     return folder
 
 
 def bring_own_code(folder: Path) -> Path:
-    """Make a qwen2 model ask for modelling code of its own and keep its type, which the library loads, causal."""
+    """Make a qwen2 model ask for code of its own, and keep its type, which the library loads as a causal model."""
     (folder / "modeling.py").write_text(KALM_CODE, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModel": "modeling.TinyKalmModel"}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", auto_map={"AutoModel": "modeling.TinyKalmModel"})
     return folder
+
+
+def edit_json(file: Path, **values) -> None:
+    """Set values of a JSON file's mapping."""
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def move_adapter(model: SentenceTransformer, seed: int = 1) -> None:
+    """Change all trainable weights, as training would: new LoRA weights do nothing."""
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.2 * torch.randn_like(weight)
+
+
+def save_adapted(model: SentenceTransformer, base: Path, folder: Path, *, choice=False, side: str = "both") -> Path:
+    """Save a model with an adapter as fine-tuning does."""
+    from ebr_lib.finetune.saving import make_contract, save_adapter
+    from ebr_lib.model.loading import check_remote_code
+    from ebr_lib.model.provenance import identify
+
+    identity = identify(str(base), check_remote_code(str(base), choice))
+    folder.mkdir(parents=True)
+    save_adapter(model, folder, identity, make_contract(model, identity, adapter_side=side))
+    return folder
+
+
+def adapted(base: Path, folder: Path, choice=False) -> Path:
+    """Save an adapter on a base that changes its vectors."""
+    from ebr_lib.model.adapters import add_lora
+    from ebr_lib.model.loading import load_model
+
+    model = load_model(str(base), trust_remote_code=choice, device="cpu")
+    add_lora(model, r=2, alpha=4, dropout=0.0)
+    move_adapter(model)
+    return save_adapted(model, base, folder, choice=choice)
+
+
+def load_tiny(tiny_models, kind: str, **kwargs) -> SentenceTransformer:
+    """Load a tiny model of a kind or shape, its own code included."""
+    from ebr_lib.model.loading import load_model
+
+    return load_model(str(tiny_models(kind)), device="cpu", trust_remote_code=kind == "kalm", **kwargs)

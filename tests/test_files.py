@@ -1,4 +1,4 @@
-"""Where a stage is to write is looked at before its work: a place that cannot be is one line, and comes first."""
+"""Output places are checked before any work, and a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ebr_lib.visualize.run import visualize_embeddings
         (visualize_embeddings, {"output_path": "file/map.png"}),
     ],
 )
-def test_a_folder_that_a_file_stands_in_the_way_of_is_told_first(tmp_path: Path, monkeypatch, stage, knobs: dict):
+def test_an_output_folder_that_cannot_be_made_is_the_first_error(tmp_path: Path, monkeypatch, stage, knobs: dict):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"output folder file\S* cannot be made"):
-        stage(knobs)  # nor is there any input here, which comes after
+        stage(knobs)  # the input does not exist either, which would be the next error
 
 
-def test_an_output_file_needs_a_folder_and_no_folder_in_its_place(tmp_path: Path):
+def test_the_folder_of_an_output_file_is_made_and_a_folder_in_its_place_refused(tmp_path: Path):
     check_output_file(tmp_path / "new" / "folder" / "e.txt")
     assert (tmp_path / "new" / "folder").is_dir()
     with pytest.raises(ConfigError, match="is a folder"):
@@ -46,7 +46,7 @@ def test_an_output_file_needs_a_folder_and_no_folder_in_its_place(tmp_path: Path
         RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),
     ],
 )
-def test_a_full_disk_is_a_sentence_with_the_place_and_loses_nothing(tmp_path: Path, raised: Exception):
+def test_a_full_disk_is_an_error_with_the_place_and_loses_nothing(tmp_path: Path, raised: Exception):
     place = tmp_path / "out.txt"
     place.write_text("before")
     said = r"out\.txt: the disk is full .*; what was there before stays\. Make room"

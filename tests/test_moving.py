@@ -22,17 +22,19 @@ from ebr_lib.inference.job import Job
 from ebr_lib.inference.moved import with_known_names
 from ebr_lib.inference.ray_cluster import JOB_FILE
 from ebr_lib.inference.store import Store
-from ebr_lib.model import loading
 from ebr_lib.model.adapters import ADAPTER_FILE
+from ebr_lib.model.bases import given_bases, look_for_bases_in
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
-from ebr_lib.model.loading import identify, load_model, look_for_bases_in
+from ebr_lib.model.loading import load_model
+from ebr_lib.model.provenance import files_of, identify
 from tests.finetune.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True)
-def _nowhere(monkeypatch):
-    """No base has been looked for yet."""
-    monkeypatch.setattr(loading, "_base_folders", {})
+def _no_given_bases():
+    given_bases.clear()
+    yield
+    given_bases.clear()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_a_base_that_was_moved_can_be_given(moved, project, tmp_path):
         load_model(folder, device="cpu").encode(["warm"]), load_model(saved, device="cpu").encode(["warm"])
     )
     assert identify(folder).base_model == str(base)
-    with pytest.raises(MissingError, match=r"base_model_path \./nowhere: there is no such folder"):
+    with pytest.raises(MissingError, match=r"base_model_path \./nowhere: no such folder"):
         look_for_bases_in("./nowhere")
 
 
@@ -161,7 +163,7 @@ def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp
     encoding = {"model_name": model, "data_path": str(tmp_path / "in"), "output_path": str(out)}
     run_batch_inference(encoding)
     manifest = json.loads(manifest_path(out).read_text())
-    manifest["settings"]["model files"] = list(loading.files_of(identify(model), with_place=True))
+    manifest["settings"]["model files"] = list(files_of(identify(model), with_place=True))
     write_json(manifest_path(out), manifest)
     (tmp_path / "in" / "b.csv").write_text("id\x01description\n2\x01pan\n")
     assert run_batch_inference(encoding | {"append": True}).counts["written"] == 2
@@ -181,7 +183,7 @@ def test_an_output_is_appended_to_when_model_base_and_data_have_moved(moved, tmp
     data = tmp_path / "new" / "the data_path"
     (data / "a.csv").rename(data / "renamed.csv")
     (data / "b.csv").write_text("id\x01description\n2\x01pan\n")
-    loading._base_folders.clear()
+    given_bases.clear()
     result = run_batch_inference(
         {"append": True, "output_path": str(tmp_path / "new" / "out" / "e.txt")} | {n: str(p) for n, p in new.items()}
     )
@@ -273,7 +275,7 @@ def test_a_second_base_of_the_same_name_does_not_replace_the_first_one_s_model(s
 def test_an_adapter_whose_base_has_moved_is_trained_further(moved, settings):  # noqa: F811
     folder, base = moved
     result = train(settings, model_name=folder, base_model_path=str(base), num_epochs=0.2)
-    loading._base_folders.clear()
+    given_bases.clear()
     assert json.loads((Path(result.model_path) / CONTRACT_FILE).read_text())["base_model"] == str(base)
     load_model(result.model_path, device="cpu")
 

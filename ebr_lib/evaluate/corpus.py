@@ -30,7 +30,7 @@ from ebr_lib.errors import DataError
 from ebr_lib.evaluate.columns import Columns, check_ids, id_twice, no_ids, read_ids
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
-from ebr_lib.model.provenance import Maker
+from ebr_lib.model.provenance import Provenance
 
 SEEN = {"true": True, "1": True, "false": False, "0": False}
 
@@ -234,7 +234,7 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
 
 def _check_texts_have_vectors(path: Path, column: str, texts: Sequence[str | None], valid: Mask) -> None:
     """Of the column that was encoded, rows without a vector have no text; else a model gave NaN for them."""
-    encoded = Maker.of(read_manifest(path) or {}).description_column
+    encoded = Provenance.of(read_manifest(path) or {}).description_column
     lost = [i for i in np.flatnonzero(~valid).tolist() if not is_blank(texts[i] or "")]
     if lost and encoded in (None, column):
         shown = ", ".join(f"{(texts[i] or '')[:60]!r} (row {i})" for i in lost[:3])
@@ -243,7 +243,7 @@ def _check_texts_have_vectors(path: Path, column: str, texts: Sequence[str | Non
 
 def _encoded_column(path: Path, told: str | None, found: Sequence[str]) -> str | None:
     """The column of the documents' texts: what is told, else the one that was encoded, where it was kept."""
-    encoded = Maker.of(read_manifest(path) or {}).description_column
+    encoded = Provenance.of(read_manifest(path) or {}).description_column
     usual = (encoded,) if encoded else DOCUMENT_TEXTS
     return told or next((name for name in usual if name in found), None)
 

@@ -17,9 +17,10 @@ from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.evaluate.task import RetrievalTask
 from ebr_lib.logs import logger
 from ebr_lib.metrics import CHUNK, Ranking, rank_vectors
-from ebr_lib.model.loading import check_remote_code, find_model
-from ebr_lib.model.provenance import Maker, changed_files, weights_of
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.packaged import find_model
+from ebr_lib.model.provenance import Provenance, changed_files, weights_of
+from ebr_lib.model.spec import EncoderSpec
 
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
@@ -32,7 +33,7 @@ How = Mapping[str, object]
 """How a contender was used, for the report: prompts, precision and the like."""
 
 
-def check_model(recipe: EncoderRecipe, corpus: Corpus, *, load: bool) -> bool:
+def check_model(recipe: EncoderSpec, corpus: Corpus, *, load: bool) -> bool:
     """Whether the model's document vectors are stored, see `stored_vectors`; what cannot be measured is told here.
 
     :param load: load the model once to see that it can be.
@@ -46,7 +47,7 @@ def check_model(recipe: EncoderRecipe, corpus: Corpus, *, load: bool) -> bool:
     return stored_vectors(recipe, corpus)
 
 
-def rank_with_model(recipe: EncoderRecipe, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
+def rank_with_model(recipe: EncoderSpec, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
     """Rank a task's documents by the inner product of unit vectors.
 
     :param stored: read the documents' vectors from the embedding file that is the corpus, else encode their texts; of
@@ -54,7 +55,7 @@ def rank_with_model(recipe: EncoderRecipe, task: RetrievalTask, stored: bool) ->
     """
     corpus = task.corpus
     if stored:
-        maker = Maker.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
+        maker = Provenance.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
         cut = recipe.truncate_dim or (maker.dimension if maker else None)
         queries = replace(recipe, truncate_dim=cut).encoder("query")
         vectors = _encode_queries(queries, task, corpus)
@@ -88,7 +89,7 @@ def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> ND
     return encoder.encode(task.queries)
 
 
-def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
+def stored_vectors(recipe: EncoderSpec, corpus: Corpus) -> bool:
     """Whether the corpus is an embedding file of this model, made as is wanted now; without a manifest that has to be
     believed where there are no texts.
 
@@ -96,7 +97,7 @@ def stored_vectors(recipe: EncoderRecipe, corpus: Corpus) -> bool:
     """
     if corpus.vectors is None:
         return False
-    maker = Maker.of(read_manifest(corpus.vectors) or {})
+    maker = Provenance.of(read_manifest(corpus.vectors) or {})
     told = {
         "prompt": recipe.document_prompt,
         "max_seq_length": recipe.max_seq_length,

@@ -38,8 +38,9 @@ from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
-from ebr_lib.model.loading import check_remote_code, look_for_bases_in
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import Shown, Table, html_link
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
@@ -159,10 +160,10 @@ def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterator[tuple[str, 
         yield BM25_NAME, _measured(rank_with_bm25(task), {"k1": BM25_K1, "b": BM25_B}, config, start)
 
 
-def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderRecipe, bool]:
+def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool]:
     """Each model's recipe, and whether its document vectors are stored; what cannot be measured is told of all
     contenders at once, before any of them is ranked."""
-    stored: dict[EncoderRecipe, bool] = {}
+    stored: dict[EncoderSpec, bool] = {}
     errors: list[UserError] = []
     for name in config.models:
         recipe = _recipe(config, name)
@@ -180,8 +181,8 @@ def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderRecipe, bool]:
     return stored
 
 
-def _recipe(config: EvalConfig, model_name: str) -> EncoderRecipe:
-    return EncoderRecipe(
+def _recipe(config: EvalConfig, model_name: str) -> EncoderSpec:
+    return EncoderSpec(
         model_name=model_name,
         query_prompt=config.query_prompt,
         document_prompt=config.document_prompt,

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from ebr_lib.finetune.losses import ContrastiveLoss, HeldoutRows
     from ebr_lib.finetune.trainer import EbrTrainer
     from ebr_lib.model.contract import Contract
-    from ebr_lib.model.loading import ModelIdentity
     from ebr_lib.model.precision import Dtype, Precision
+    from ebr_lib.model.provenance import ModelIdentity
 
 ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
 CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
@@ -170,7 +170,7 @@ def _set_seed(seed: int) -> None:
 
 
 def _place(config: FinetuneConfig, suffix: str) -> Path:
-    from ebr_lib.model.loading import model_label
+    from ebr_lib.model.packaged import model_label
 
     label = model_label(config.model_name).removesuffix(ADAPTER_SUFFIX)
     return Path(config.output_dir) / f"{label}{suffix}"
@@ -200,8 +200,8 @@ def _refuse_other_base(config: FinetuneConfig) -> None:
 
     :raises ConfigError: it was trained from another.
     """
+    from ebr_lib.model.bases import look_for_bases_in
     from ebr_lib.model.contract import read_contract
-    from ebr_lib.model.loading import look_for_bases_in
 
     look_for_bases_in(config.base_model_path)
     base = _base(config)
@@ -386,7 +386,8 @@ def _base(config: FinetuneConfig) -> ModelIdentity:
 
     :raises ModelError: it brings code, and nothing was decided.
     """
-    from ebr_lib.model.loading import check_remote_code, identify
+    from ebr_lib.model.loading import check_remote_code
+    from ebr_lib.model.provenance import identify
 
     return identify(config.model_name, check_remote_code(config.model_name, config.trust_remote_code))
 
@@ -450,7 +451,7 @@ def _model_with_adapter(config: FinetuneConfig) -> SentenceTransformer:
 def _refuse_other_adapter(config: FinetuneConfig, model: SentenceTransformer) -> None:
     """Training goes on from an adapter that this stage saved, on the side that it was trained for."""
     from ebr_lib.model.contract import read_contract
-    from ebr_lib.model.loading import find_model
+    from ebr_lib.model.packaged import find_model
 
     contract = read_contract(find_model(config.model_name))
     if contract is None:
@@ -482,7 +483,7 @@ def _as_the_adapter_is(config: FinetuneConfig, model: SentenceTransformer) -> Fi
 def _say_what_changes(config: FinetuneConfig) -> None:
     """Other settings that a saved adapter was trained with may change from here on, but not unnoticed."""
     from ebr_lib.model.contract import read_contract
-    from ebr_lib.model.loading import find_model
+    from ebr_lib.model.packaged import find_model
 
     if (contract := read_contract(find_model(config.model_name))) is None:
         return
@@ -820,7 +821,7 @@ def _last_checkpoint(config: FinetuneConfig, data: _Data) -> str | None:
 
 def _what_decides(config: FinetuneConfig, data: _Data) -> dict[str, Any]:
     """All that decides a run's result: knobs, and the contents of data and models, wherever they lie."""
-    from ebr_lib.model.loading import files_of
+    from ebr_lib.model.provenance import files_of
 
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     base = _base(config)

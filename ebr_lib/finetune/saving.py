@@ -20,7 +20,9 @@ from ebr_lib.model.contract import (
     probe_vectors,
     setup_of,
 )
-from ebr_lib.model.loading import ModelIdentity, find_model, load_model, local_folder, prompt_of
+from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.packaged import find_model, local_folder
+from ebr_lib.model.provenance import ModelIdentity
 from ebr_lib.model.remote_code import forget_own_code, own_code
 from ebr_lib.names import Choice
 

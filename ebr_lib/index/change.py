@@ -29,7 +29,7 @@ from ebr_lib.index.store import (
 )
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
-from ebr_lib.model.provenance import Maker
+from ebr_lib.model.provenance import Provenance
 
 
 def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
@@ -95,7 +95,7 @@ def _add(held: SearchIndex, embedding_path: str | Path, folder: Path) -> _Added:
 
 def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
     """New rows must be made as the index's were; another precision is near enough."""
-    maker, new = Maker.of(held.manifest), Maker.of(read_manifest(embedding_path) or {})
+    maker, new = Provenance.of(held.manifest), Provenance.of(read_manifest(embedding_path) or {})
     if maker.sha256 != new.sha256 and not maker.weights & new.weights:
         raise ModelError(
             f"{embedding_path} holds vectors of {new.said}, the index {held.folder} of {maker.said}; "

@@ -22,8 +22,8 @@ from ebr_lib.index.measure import Point, draw_curve, remedies, sweep
 from ebr_lib.index.search import query_encoder, query_recipe
 from ebr_lib.index.store import BUILDING, LOCK, MANIFEST_FILE, READ_FILES, READY, ROW, changed_together, locked
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.loading import look_for_bases_in
-from ebr_lib.model.provenance import Maker
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.provenance import Provenance
 from ebr_lib.tables import Shown, Table
 
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
@@ -108,7 +108,7 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
         trust_remote_code=config.trust_remote_code,
         on_changed_vectors=config.on_changed_vectors,
     )
-    return query_encoder(recipe, Maker.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
+    return query_encoder(recipe, Provenance.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
 def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> IndexResult:
@@ -157,7 +157,7 @@ def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> Ind
 
 
 def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResult, built: Built) -> dict[str, Any]:
-    maker = Maker.of(made_by)
+    maker = Provenance.of(made_by)
     return {
         "index_bytes": built.bytes,
         "vectors": int(built.index.ntotal),

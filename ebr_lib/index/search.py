@@ -40,9 +40,9 @@ from ebr_lib.index.store import (
     read_vectors,
 )
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.loading import look_for_bases_in
-from ebr_lib.model.provenance import Maker, check_same_code, say_changed_files, weights_of
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
+from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.names import Asked, Choice, OnChangedVectors
 from ebr_lib.tables import Shown, Table
 
@@ -62,17 +62,17 @@ class SearchResult(Shown):
     table: Table = field(repr=False)
 
 
-def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderRecipe:
+def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderSpec:
     """How to encode queries for an index: with the model that made it, cut to its dimension.
 
     Where the maker is not known nothing is cut: another dimension then most likely means another model.
     """
-    maker = Maker.of(manifest)
+    maker = Provenance.of(manifest)
     moved = maker.path is None or not Path(maker.path).is_dir()
     name = model_name or (maker.name if moved else maker.path)
     if name is None:
         raise ModelError("which model made these vectors is not known (they had no manifest); give model_name")
-    return EncoderRecipe(
+    return EncoderSpec(
         model_name=name,
         max_seq_length=maker.max_seq_length,
         truncate_dim=dim if maker.sha256 else None,
@@ -83,7 +83,7 @@ def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, 
 
 
 @functools.lru_cache(maxsize=2)
-def query_encoder(recipe: EncoderRecipe, maker: Maker, dim: int, where: str) -> Encoder:
+def query_encoder(recipe: EncoderSpec, maker: Provenance, dim: int, where: str) -> Encoder:
     """The query encoder of an index; remembered, so that a search need not load the model again.
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
@@ -148,7 +148,7 @@ def search(
         "on_changed_vectors": on_changed_vectors,
     }
     recipe = query_recipe(held.manifest, held.index.d, model_name, **knobs)
-    encoder = query_encoder(recipe, Maker.of(held.manifest), held.index.d, str(held.folder))
+    encoder = query_encoder(recipe, Provenance.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
     found = held.find(vector, int(k), allowed)

@@ -32,7 +32,7 @@ from ebr_lib.inference.job import (
 )
 from ebr_lib.model.loading import prompt_of
 from ebr_lib.model.main_guard import refuse_script_without_guard
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.spec import EncoderSpec
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EncoderFacts:
 class LocalEncoder:
     """The model in this process."""
 
-    def __init__(self, recipe: EncoderRecipe) -> None:
+    def __init__(self, recipe: EncoderSpec) -> None:
         self._encoder = recipe.encoder("document")
         model = self._encoder.model
         self.facts = EncoderFacts(
@@ -74,7 +74,7 @@ class LocalEncoder:
     def encode(self, prepared: Any, told: Told) -> tuple[Vectors, EncodeReport]:
         """Vectors (texts, dim) of what `prepare` returned, and what was counted; see `TextEncoder`."""
         before = Counter(asdict(self._encoder.stats))
-        vectors = self._encoder.embed(prepared, told=told)
+        vectors = self._encoder.embed(prepared, on_progress=told)
         counts = Counter(asdict(self._encoder.stats))
         counts.subtract(before)
         del counts["truncated"]  # of texts; the job counts rows
@@ -108,7 +108,7 @@ def devices_for(device: str | None, processes: int) -> list[str | None]:
     return [f"cuda:{i % gpus}" for i in range(processes or gpus)]
 
 
-def open_encoder(recipe: EncoderRecipe, processes: int = 0) -> LocalEncoder | ProcessEncoder:
+def open_encoder(recipe: EncoderSpec, processes: int = 0) -> LocalEncoder | ProcessEncoder:
     """An encoder in this process; or in several, where there are several GPUs or several are asked for."""
     devices = devices_for(recipe.device, processes)
     if len(devices) == 1:
@@ -119,7 +119,7 @@ def open_encoder(recipe: EncoderRecipe, processes: int = 0) -> LocalEncoder | Pr
 class LocalEngine:
     """Runs jobs on this machine."""
 
-    def __init__(self, recipe: EncoderRecipe, processes: int = 0) -> None:
+    def __init__(self, recipe: EncoderSpec, processes: int = 0) -> None:
         self._encoder = open_encoder(recipe, processes)
         self.facts = self._encoder.facts
 
@@ -142,7 +142,7 @@ class ProcessEncoder:
     :raises ConfigError: each process would run the caller's script from the top, and never get to encode.
     """
 
-    def __init__(self, recipe: EncoderRecipe, devices: Sequence[str | None]) -> None:
+    def __init__(self, recipe: EncoderSpec, devices: Sequence[str | None]) -> None:
         refuse_script_without_guard(f"encoding in {len(devices)} processes", "num_processes: 1")
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         threads = max(1, (os.cpu_count() or 1) // len(devices))
@@ -211,7 +211,7 @@ class ProcessEncoder:
 _worker: TextEncoder | None = None  # of a process that encodes; nowhere else
 
 
-def _start(recipe: EncoderRecipe, threads: int) -> EncoderFacts:
+def _start(recipe: EncoderSpec, threads: int) -> EncoderFacts:
     """Load the model. (Not as the pool's initializer: what that raises does not come back.)"""
     global _worker  # noqa: PLW0603 - what a process of a pool keeps between its tasks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: it ends, and the parent speaks

@@ -31,7 +31,7 @@ from ebr_lib.inference.job import (
 )
 from ebr_lib.inference.local import EncoderFacts, LocalEncoder
 from ebr_lib.logs import logger
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.spec import EncoderSpec
 
 JOB_FILE = f"{PART_PREFIX}job.json"  # named as what is moved with the parts
 RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
@@ -40,7 +40,7 @@ RETRIES = 3  # times that a shard is given to a new worker when its worker was l
 class ShardWorker:
     """What runs in an actor: an encoder, and shards for it."""
 
-    def __init__(self, recipe: EncoderRecipe) -> None:
+    def __init__(self, recipe: EncoderSpec) -> None:
         self._recipe = recipe
         self._loaded: LocalEncoder | None = None
 
@@ -61,7 +61,7 @@ class ShardWorker:
 class RayEngine:
     """A pool of actors, on the cluster at `address`, or on one that is started on this machine."""
 
-    def __init__(self, recipe: EncoderRecipe, actors: int = 0, address: str | None = None) -> None:
+    def __init__(self, recipe: EncoderSpec, actors: int = 0, address: str | None = None) -> None:
         try:
             import ray
         except ImportError as error:

@@ -35,8 +35,11 @@ from ebr_lib.inference.local import EncoderFacts, LocalEngine
 from ebr_lib.inference.moved import with_known_names
 from ebr_lib.inference.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.loading import ModelIdentity, check_remote_code, files_of, find_model, identify, look_for_bases_in
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.packaged import find_model
+from ebr_lib.model.provenance import ModelIdentity, files_of, identify
+from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -258,8 +261,8 @@ def _sha256(source: Source) -> str:
 # --- model --------------------------------------------------------------------------------------------------------
 
 
-def _recipe(config: InferenceConfig) -> EncoderRecipe:
-    return EncoderRecipe(
+def _recipe(config: InferenceConfig) -> EncoderSpec:
+    return EncoderSpec(
         model_name=config.model_name,
         document_prompt=config.prompt,
         max_seq_length=config.max_seq_length,

@@ -1,4 +1,4 @@
-"""LoRA adapters: put one on a model, take its weights out and back exactly, merge it."""
+"""LoRA adapters: add one to a model, copy its weights out and back exactly, merge it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def add_lora(
     model: SentenceTransformer, *, r: int, alpha: int, dropout: float, dora: bool = False, rslora: bool = False
 ) -> None:
-    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) on all linear layers; only it is trained.
+    """Add a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) to all linear layers; only it is trained.
 
     Its weights are float32 whatever the base is: in bfloat16 an update of 1e-4 of a weight is rounded away.
 
-    :raises ModelError: the model has no transformer, or no linear layer that an adapter could go on.
+    :raises ModelError: the model has no transformer, or no linear layer for an adapter.
     """
     from peft import LoraConfig, TaskType
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -34,7 +34,7 @@ def add_lora(
             f"LoRA cannot be put on this model: its first module is {type(model[0]).__name__}, not a transformer. It "
             "encodes, and cannot be fine-tuned here; fine-tune a model with a transformer, such as all-MiniLM-L6-v2"
         )
-    # sentence embeddings pool token states: nothing flows through BERT's own pooler
+    # sentence embeddings pool token states, and do not use BERT's own pooler
     has_pooler = any(name.split(".")[0] == "pooler" for name, _ in model.transformers_model.named_modules())
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
@@ -55,10 +55,10 @@ def add_lora(
 
 
 def load_adapter(model: SentenceTransformer, folder: Path, *, trainable: bool = False) -> None:
-    """Put a saved adapter on its base model, float32 as it was saved.
+    """Add a saved adapter to its base model, in float32 as it was saved.
 
-    :param trainable: let its weights, and nothing else, be trained.
-    :raises ModelError: a tensor of the file is not in the model afterwards, or the other way round.
+    :param trainable: train its weights, and nothing else.
+    :raises ModelError: the tensors in the file and in the model are not the same.
     """
     from peft import PeftConfig
 
@@ -74,8 +74,7 @@ def load_adapter(model: SentenceTransformer, folder: Path, *, trainable: bool = 
 
 
 def restore_adapter(model: SentenceTransformer, folder: Path) -> None:
-    """Set the weights of an adapter from its file, in float32: the library's loading drops DoRA's magnitudes and rounds
-    to the base's type.
+    """Set an adapter's weights from its file, in float32: peft drops DoRA's magnitudes and rounds to the base's type.
 
     :raises ModelError: as `load_adapter`.
     """
@@ -86,18 +85,18 @@ def restore_adapter(model: SentenceTransformer, folder: Path) -> None:
 
 
 def freeze_base(model: SentenceTransformer) -> None:
-    """Leave the adapter alone trainable: what follows the transformer (Dense, LayerNorm) is loaded from the base."""
+    """Train only the adapter: the modules after the transformer (Dense, LayerNorm) are loaded from the base."""
     for name, weight in model.named_parameters():
         weight.requires_grad_(any(part.startswith("lora_") for part in name.split(".")))
 
 
 def is_adapted(model: SentenceTransformer) -> bool:
-    """Whether an adapter is on the model already."""
+    """Whether the model has an adapter."""
     return bool(getattr(model.transformers_model, "peft_config", None))
 
 
 def lora_knobs(model: SentenceTransformer) -> dict[str, Any]:
-    """How the adapter on a model is shaped, as the knobs that shape one are named."""
+    """Shape of a model's adapter, by the names of the knobs."""
     lora = model.transformers_model.peft_config[ADAPTER_NAME]
     return {
         "lora_r": lora.r,
@@ -123,9 +122,9 @@ def adapter_weights(model: SentenceTransformer) -> dict[str, Tensor]:
 
 
 def set_adapter_weights(model: SentenceTransformer, weights: Mapping[str, Tensor]) -> None:
-    """Put all of an adapter's weights back, bit for bit.
+    """Set all of an adapter's weights, bit for bit.
 
-    :raises ModelError: the weights are not the adapter's, tensor by tensor; names some.
+    :raises ModelError: the weights are not the adapter's, tensor by tensor; names some of them.
     """
     from peft import set_peft_model_state_dict
 
@@ -144,7 +143,7 @@ def set_adapter_weights(model: SentenceTransformer, weights: Mapping[str, Tensor
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both are there and equal, in the first one's type; NaN equals NaN."""
+    """Whether both exist and are equal, in the first one's type; NaN equals NaN."""
     if one is None or other is None or one.shape != other.shape:
         return False
     return bool(one.isclose(other.to(one), rtol=0, atol=0, equal_nan=True).all())
@@ -159,8 +158,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def merge_adapter(model: SentenceTransformer) -> None:
-    """Fold the adapter into the base weights, in place, or drop it where it is disabled; the model is then an ordinary
-    one."""
+    """Fold the adapter into the base weights, in place, or drop it if it is disabled."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -170,13 +168,13 @@ def merge_adapter(model: SentenceTransformer) -> None:
             if not module.disable_adapters:
                 module.merge(safe_merge=True)
             _replace(inner, name, module.get_base_layer())
-        elif isinstance(module, ModulesToSaveWrapper):  # a layer that the adapter trained as a whole
+        elif isinstance(module, ModulesToSaveWrapper):  # a layer that was trained without LoRA
             kept = module.original_module if module.disable_adapters else module.modules_to_save[ADAPTER_NAME]
             _replace(inner, name, kept)
     inner._hf_peft_config_loaded = False
     del inner.peft_config
     if hasattr(inner, "_weight_conversions"):
-        del inner._weight_conversions  # on a reloaded adapter they would rename the merged weights on save
+        del inner._weight_conversions  # of a reloaded adapter: they would rename the merged weights on save
 
 
 def _replace(inner: Module, name: str, module: Module) -> None:

@@ -1,4 +1,4 @@
-"""The contract of a saved model: what whoever loads it must do alike, and probe vectors that show whether they do."""
+"""The contract of a saved model: how to use it, and probe vectors that show whether it still gives the same ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from ebr_lib.errors import ModelError
 from ebr_lib.files import sha256_of, write_json
 from ebr_lib.logs import logger
+from ebr_lib.model.positions import position_limit
 from ebr_lib.model.remote_code import as_mapping, module_folders, read_json, runs_own_code
 from ebr_lib.names import Choice, OnChangedVectors
 
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 CONTRACT_FILE = "ebr_contract.json"
-# beside the weights; not what a run writes into the folder of the model that it trains
+# files beside the weights that vectors depend on; a training run writes other files into the folder as well
 SETUP_FILES = ("modules.json", "*config.json", "tokenizer.json", "vocab.txt", "*.model", "*.py")
-# Largest distance of a probe's vector to the saved one, as a share of its length, that is rounding. Measured in float32
-# on one CPU, models of 6 and 24 layers: 1, 2 and 4 threads 0; alone, without padding 1.6e-6; eager attention 1e-6;
-# without oneDNN 1e-6; AVX2 1.6e-6; without AVX 1.7e-6; against float64 1.5e-6; adapter merged 2.8e-6. With weights or
-# arithmetic in bfloat16 6e-3 to 2e-2: the scale where either side has it, and for older contracts, which do not say.
+# Largest relative distance of a probe's vector to the saved one that counts as rounding. Measured in float32 on a CPU,
+# models of 6 and 24 layers: 1, 2 and 4 threads 0; alone, without padding 1.6e-6; eager attention 1e-6; without oneDNN
+# 1e-6; AVX2 1.6e-6; without AVX 1.7e-6; against float64 1.5e-6; adapter merged 2.8e-6. With weights or arithmetic in
+# bfloat16 6e-3 to 2e-2: "other" is for those, and for older contracts, which do not say.
 ROUNDING = {"float32": 3e-4, "other": 4.5e-2}
 UNKNOWN_CAUSE = (
     "a tensor that was not loaded, or other arithmetic; no file, setting or library that is recorded differs"
@@ -45,12 +46,12 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Contract:
-    """What a saved model was trained with.
+    """How a saved model was trained.
 
-    `adapter_side` is "both", or "query" when documents keep the base model's vectors. `probes` maps a side to the
-    vectors (texts × dimensions) of `PROBES`, prompt of that side included. `number_type` is that of the weights that
-    made them, `libraries` the versions, `base_files` and `own_files` the sha256 of the files of base and model; all of
-    these are empty in older contracts.
+    `adapter_side` is "both", or "query" if documents keep the base model's vectors. `probes` maps a side to the vectors
+    (texts × dimensions) of `PROBES` with that side's prompt. `number_type` is the type of the weights that made them,
+    `libraries` the versions, `base_files` and `own_files` the sha256 of the files of base and model; these are empty in
+    older contracts.
     """
 
     base_model: str
@@ -71,14 +72,14 @@ class Contract:
     own_files: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the contract into a saved model's folder, with what its files are."""
+        """Write the contract into a saved model's folder, with the sha256 of the files there."""
         write_json(folder / CONTRACT_FILE, asdict(replace(self, own_files=named_sha256(folder))))
 
 
 def read_contract(folder: str | Path) -> Contract | None:
-    """The contract in a model's folder, or None where there is none.
+    """Read the contract in a model's folder; None where there is none.
 
-    :raises ModelError: there is one and it cannot be read.
+    :raises ModelError: it cannot be read.
     """
     path = Path(folder) / CONTRACT_FILE
     if not path.is_file():
@@ -87,11 +88,13 @@ def read_contract(folder: str | Path) -> Contract | None:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return Contract(**values)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{path} is no readable contract ({error}); take the model from its original place") from error
+        raise ModelError(
+            f"{path} is not a readable contract ({error}); take the model from its original place"
+        ) from error
 
 
 def setup_of(model: SentenceTransformer) -> dict[str, Any]:
-    """What a model makes of its token vectors, by the names that a `Contract` has for it."""
+    """A model's pooling, normalisation and dimension, as keys of a `Contract`."""
     pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
     return {
         "pooling": str(getattr(pooling, "pooling_mode", "none")),
@@ -101,13 +104,13 @@ def setup_of(model: SentenceTransformer) -> dict[str, Any]:
 
 
 def probe_vectors(model: SentenceTransformer, prompt: str) -> list[list[float]]:
-    """Vectors of the probe texts (texts × dimensions), as the model in its present state gives them."""
+    """Vectors of the probe texts (texts × dimensions), to seven digits."""
     vectors = model.encode(list(PROBES), prompt=prompt or None, show_progress_bar=False, convert_to_numpy=True)
     return [[float(f"{x:.7g}") for x in vector] for vector in vectors]
 
 
 def number_type(model: SentenceTransformer) -> str:
-    """The type of a model's weights: float32, or that of the narrowest among them."""
+    """The type of a model's weights, such as float32; with several, one that is not float32."""
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
     return min(kinds - {"float32"}, default="float32")
 
@@ -119,38 +122,34 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a model was loaded from, for naming the cause of other vectors.
-
-    :param name: as the user gave it.
-    :param folder: of the model itself.
-    :param base: folder of its base, which is its own for a merged model; None where it is not on this machine.
-    """
-
-    name: str
-    folder: Path
-    base: Path | None
-
-
 def check_probes(
-    model: SentenceTransformer, contract: Contract, side: str, loaded: Loaded, on_changed_vectors: OnChangedVectors
+    model: SentenceTransformer,
+    contract: Contract,
+    side: str,
+    on_changed_vectors: OnChangedVectors,
+    *,
+    name: str,
+    folder: Path,
+    base: Path | None,
 ) -> None:
-    """Compare a model's probe vectors and its length with those that were saved.
+    """Compare a model's probe vectors, and the length that it cuts texts to, with those that were saved.
 
-    :param side: "query" or "document"; for a model with equal sides the other's probes are compared too.
+    :param side: "query" or "document"; if both sides have the same weights, the other's probes are compared too.
+    :param name: the model's, as the user gave it.
+    :param folder: the model's own.
+    :param base: folder of its base, which is `folder` for a merged model; None if it is not on this machine.
     :raises ModelError: they differ by more than rounding, unless `on_changed_vectors` is "warn", which logs it.
     """
     sides = [side] if contract.adapter_side == "query" else [side, "document" if side == "query" else "query"]
-    distance = max(_distance(model, contract, each, loaded) for each in sides)
+    distance = max(_distance(model, contract, each, folder, name) for each in sides)
     same_type = number_type(model) == contract.number_type
     allowed = ROUNDING[contract.number_type if same_type and contract.number_type in ROUNDING else "other"]
     shorter = _other_length(model, contract, side)
     if distance <= allowed and not shorter:
         return
-    causes = [*shorter, *_differences(model, contract, loaded)]
+    causes = [*shorter, *_differences(model, contract, folder, base)]
     said = (
-        f"model {loaded.name}: these are not the vectors that were saved: {distance:.2g} of their length away, where "
+        f"model {name}: these are not the vectors that were saved: {distance:.2g} of their length away, where "
         f"{allowed:.2g} is rounding; likely cause: {'; '.join(causes) or UNKNOWN_CAUSE}. Vectors made earlier do not "
     )
     if on_changed_vectors == "error":
@@ -160,34 +159,24 @@ def check_probes(
     logger.warning("向量与保存时不同 %smatch these (on_changed_vectors: warn)", said)
 
 
-def _distance(model: SentenceTransformer, contract: Contract, side: str, loaded: Loaded) -> float:
-    """Largest distance of a probe's vector to the saved one, as a share of the saved one's length."""
+def _distance(model: SentenceTransformer, contract: Contract, side: str, folder: Path, name: str) -> float:
+    """Largest distance of a probe's vector to the saved one, relative to the saved one's length."""
     saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
     if not saved.size:
         return 0.0
-    prompt = contract.prompts.get(side) or _default_prompt_of_then(contract, loaded.folder)
+    prompt = contract.prompts.get(side) or ""
+    if not prompt and not contract.number_type:  # older contracts made these probes with the model's default prompt
+        config = as_mapping(read_json(folder / "config_sentence_transformers.json"))
+        prompt = as_mapping(config.get("prompts")).get(str(config.get("default_prompt_name"))) or ""
     now = np.asarray(probe_vectors(model, prompt), dtype=np.float64)
     if now.shape != saved.shape:
-        raise ModelError(
-            f"{loaded.name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}"
-        )
+        raise ModelError(f"{name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
     lengths = np.maximum(np.linalg.norm(saved, axis=1), 1e-12)
     return float(np.nan_to_num(np.linalg.norm(now - saved, axis=1) / lengths, nan=np.inf).max())
 
 
-def _default_prompt_of_then(contract: Contract, folder: Path) -> str:
-    """What an older contract's probes of a side without a prompt were made with: the model's default prompt, which its
-    texts never had."""
-    if contract.number_type:
-        return ""
-    config = as_mapping(read_json(folder / "config_sentence_transformers.json"))
-    return as_mapping(config.get("prompts")).get(str(config.get("default_prompt_name"))) or ""
-
-
 def _other_length(model: SentenceTransformer, contract: Contract, side: str) -> list[str]:
-    """Whether long texts are cut elsewhere, which short probes do not show."""
-    from ebr_lib.model.positions import position_limit
-
+    """Report that long texts are cut at another length, which the short probes do not show."""
     if not contract.max_seq_length or (contract.adapter_side == "query" and side == "document"):
         return []
     wanted = min(contract.max_seq_length, position_limit(model) or contract.max_seq_length)
@@ -195,18 +184,17 @@ def _other_length(model: SentenceTransformer, contract: Contract, side: str) -> 
     return [] if now == wanted else [f"length (texts are cut at {now} tokens, {wanted} then)"]
 
 
-def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded) -> Iterator[str]:
-    """What is known to differ from when the model was saved, the surest causes first."""
+def _differences(model: SentenceTransformer, contract: Contract, folder: Path, base: Path | None) -> Iterator[str]:
+    """Known differences to when the model was saved, the surest causes first."""
     if contract.trust_remote_code is True and not runs_own_code(model):
         yield "remote code (the model's own code ran then, and its files no longer ask for it)"
-    if not contract.merged:  # which stands for itself
-        yield from _tensors_not_loaded(loaded)
-        yield from _changed_files("base", loaded.base, contract.base_files)
-    yield from _changed_files("model", loaded.folder, contract.own_files)
+    if not contract.merged:  # a merged model does not need its base
+        yield from _tensors_not_loaded(folder, base)
+        yield from _changed_files("base", base, contract.base_files)
+    yield from _changed_files("model", folder, contract.own_files)
     then = asdict(contract)
     yield from (f"{name} {then[name]} then, {now} now" for name, now in setup_of(model).items() if now != then[name])
-    config = as_mapping(read_json(loaded.folder / "config_sentence_transformers.json"))
-    own = as_mapping(config.get("prompts"))
+    own = as_mapping(as_mapping(read_json(folder / "config_sentence_transformers.json")).get("prompts"))
     yield from (
         f"prompt ({side}: {own[side]!r} beside the weights, {text!r} in the contract)"
         for side, text in contract.prompts.items()
@@ -214,14 +202,15 @@ def _differences(model: SentenceTransformer, contract: Contract, loaded: Loaded)
     )
     if contract.number_type and contract.number_type != (now := number_type(model)):
         yield f"precision ({contract.number_type} then, {now} now)"
-    versions = {name: now for name, now in library_versions().items() if contract.libraries.get(name, now) != now}
-    yield from (f"library {name} {contract.libraries[name]} then, {now} now" for name, now in versions.items())
+    for name, now in library_versions().items():
+        if (version := contract.libraries.get(name, now)) != now:
+            yield f"library {name} {version} then, {now} now"
 
 
-def _tensors_not_loaded(loaded: Loaded) -> Iterator[str]:
-    """Earlier versions trained the modules after the transformer too, which are loaded from the base."""
-    base = named_sha256(loaded.base) if loaded.base else {}
-    own = named_sha256(loaded.folder)
+def _tensors_not_loaded(folder: Path, base_folder: Path | None) -> Iterator[str]:
+    """Name modules after the transformer that earlier versions trained, and that are now loaded from the base."""
+    base = named_sha256(base_folder) if base_folder else {}
+    own = named_sha256(folder)
     modules = [file for file in sorted(own) if "/" in file and file.endswith(".safetensors")]
     if trained := [file for file in modules if base.get(file, own[file]) != own[file]]:
         yield f"tensors not loaded ({', '.join(trained)} differs from the base's, which is loaded; fine-tune again)"
@@ -237,8 +226,8 @@ def _changed_files(owner: str, folder: Path | None, then: dict[str, str]) -> Ite
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """One sha256 for the safetensors files of a model's folder, of its modules where it holds none itself (two towers,
-    static embeddings); None where there are none."""
+    """One sha256 for the safetensors files of a model's folder, or of its modules' folders (two towers, static
+    embeddings); None where there are none."""
     parts = (part for part, _ in module_folders(Path(folder)))
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(f for p in parts for f in p.glob("*.safetensors"))
     stats = [(str(file), file.stat()) for file in files]
@@ -247,8 +236,7 @@ def weights_sha256(folder: str | Path) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None:
-    """As `weights_sha256`, of files (name, bytes, time of the last change, number): a run asks several times, and
-    gigabytes take seconds."""
+    """`weights_sha256` of files (name, bytes, last change, inode), cached: a run asks several times."""
     sums = [sha256_of(name) for name, *_ in files]
     if len(sums) <= 1:
         return sums[0] if sums else None
@@ -256,14 +244,13 @@ def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None
 
 
 def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool = False) -> dict[str, str]:
-    """The sha256 of every file that a model's vectors depend on, by its place in the folder.
+    """The sha256 of every file that a model's vectors depend on, by its path in the folder.
 
-    :param weights: with the weights at the root, too.
-    :param with_place: where the base of an adapter lies counts.
+    :param weights: include the weights at the root.
+    :param with_place: count the path of an adapter's base.
     """
     folder = Path(folder)
-    listed = folder / "modules.json"
-    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    modules = read_json(folder / "modules.json") or []
     patterns = ("*.safetensors", *SETUP_FILES)
     files = [file for pattern in patterns[0 if weights else 1 :] for file in folder.glob(pattern)]
     for part in {module["path"] for module in modules if module["path"]}:
@@ -273,10 +260,10 @@ def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool =
 
 
 def files_sha256(folder: str | Path, *, with_place: bool = False) -> str:
-    """One sha256 for what a model is made of besides the weights of `weights_sha256`.
+    """One sha256 for everything that a model's vectors depend on besides the weights of `weights_sha256`.
 
-    Two models of equal weights that pool otherwise, or have another dense layer or tokenizer, differ in this; where the
-    base of an adapter lies does not count, unless `with_place`, as in manifests of earlier versions.
+    It differs for models with equal weights and another pooling, dense layer or tokenizer. The path of an adapter's
+    base does not count, unless `with_place`, as in manifests of earlier versions.
     """
     named = sorted(named_sha256(folder, weights=False, with_place=with_place).items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()

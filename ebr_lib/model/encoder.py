@@ -1,10 +1,11 @@
-"""Texts to vectors, fast: each text tokenised once, batches of equal work, the vectors of `model.encode`."""
+"""Texts to vectors, fast: each text is tokenised once, batches have about equal token counts."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,7 @@ from ebr_lib.logs import logger
 from ebr_lib.model.adapters import is_adapted, merge_adapter
 from ebr_lib.model.attention import evaluating
 from ebr_lib.model.memory import keep_freed_memory
-from ebr_lib.model.packing import PackedForward, packed_forward
-from ebr_lib.model.padding import padded_batch
+from ebr_lib.model.packing import PackedForward, packed_forward, padded_batch
 from ebr_lib.model.precision import Dtype, choose_precision
 from ebr_lib.model.shapes import token_embeddings
 from ebr_lib.names import Asked, Backend
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from ebr_lib.model.openvino import CompiledTransformer
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768
-SIMILAR = 0.75  # a text this much of the longest, or more, fits its batch
+SIMILAR = 0.75  # share of the longest text that others in its batch have at least
 FAIR_TOKENS = 512
-TOKENIZER_CHUNK = 1024  # texts whose token lists are Python objects at one time
-TOKENIZER_CHARACTERS = 1 << 22  # of such texts in all: what is cut off of long ones are objects too
-FLUSH_ROWS = 16384  # vectors that wait on the device before they are copied to memory
+# texts and characters per call of the tokenizer, whose results are Python objects, tokens that are cut off included
+TOKENIZER_CHUNK, TOKENIZER_CHARACTERS = 1024, 1 << 22
+FLUSH_ROWS = 16384  # vectors on the device before they are copied to memory
 NO_LIMIT = 10**6  # a tokenizer that has no limit says 1e30
 TOKENIZER_PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s> <|endoftext|>\n\tÀé😀", "long " * 600)
 
 
 @dataclass
 class EncodeStats:
-    """What an encoder has done. `slots` are token places in its batches, `tokens` those that held a token."""
+    """Counts of an encoder's work. `slots` are token places in its batches, padding included."""
 
     texts: int = 0
     tokens: int = 0
@@ -58,21 +58,22 @@ class EncodeStats:
 
     @property
     def lost_share(self) -> float:
-        """Share of the texts' tokens that were cut off."""
+        """Share of tokens that were cut off."""
         return self.tokens_lost / max(self.tokens + self.tokens_lost, 1)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of texts, one after another: `lengths[i]` of text i, of which `lost[i]` more were cut off."""
+    """Token ids of texts, one after another: `lengths[i]` of text i, after `lost[i]` were cut off."""
 
     ids: NDArray[np.int32]
     lengths: NDArray[np.int64]
     lost: NDArray[np.int64]
-    starts: NDArray[np.int64] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", np.cumsum(self.lengths) - self.lengths)
+    @functools.cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Place in `ids` of each text's first token."""
+        return np.cumsum(self.lengths) - self.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -85,7 +86,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """Tokenises as the model does, without padding, and counts what is cut off at `model.max_seq_length`."""
+    """Tokenises as the model does, without padding, and counts tokens cut off at `model.max_seq_length`."""
 
     def __init__(self, model: SentenceTransformer, prompt: str) -> None:
         self.tokenizer = model.tokenizer
@@ -94,7 +95,12 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Token ids of the texts, each with the prompt before it."""
-        backend = self._backend()
+        backend, limit = self.tokenizer.backend_tokenizer, self.tokenizer.model_max_length
+        backend.no_padding()  # set each time, since `model.encode` sets it too
+        if limit < NO_LIMIT:
+            backend.enable_truncation(limit, direction=self.tokenizer.truncation_side)
+        else:
+            backend.no_truncation()
         special = backend.num_special_tokens_to_add(False)
         ids, lengths, lost = [np.empty(0, np.int32)], list[int](), list[int]()
         for chunk in _chunks(texts):
@@ -104,18 +110,8 @@ class Tokenizer:
             lost += [sum(len(rest) - special for rest in text.overflowing) for text in found]
         return Tokens(np.concatenate(ids), np.asarray(lengths, np.int64), np.asarray(lost, np.int64))
 
-    def _backend(self) -> Any:
-        """The Rust tokenizer, set anew each time: `model.encode` sets it otherwise."""
-        backend, limit = self.tokenizer.backend_tokenizer, self.tokenizer.model_max_length
-        backend.no_padding()
-        if limit < NO_LIMIT:
-            backend.enable_truncation(limit, direction=self.tokenizer.truncation_side)
-        else:
-            backend.no_truncation()
-        return backend
-
     def agrees_with(self, model: SentenceTransformer) -> bool:
-        """Whether the model, asked to prepare the probe texts itself, makes the same tokens and nothing else."""
+        """Whether the model's own preprocessing of the probe texts gives the same tokens and nothing else."""
         wanted = model.preprocess(list(TOKENIZER_PROBES), prompt=self.prompt or None)
         more = wanted.keys() - {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
         if more or bool(wanted.get("token_type_ids", torch.zeros(1)).any()):
@@ -125,10 +121,10 @@ class Tokenizer:
 
 
 class Encoder:
-    """Encodes texts with a SentenceTransformer: its own modules, on batches of about equal token counts.
+    """Encode texts with the modules of a SentenceTransformer, on batches of about equal token counts.
 
     In float32 the vectors are those of `model.encode` within 1e-5. The same texts give the same bits: batches depend
-    on the texts of one call, and on nothing else.
+    only on the texts of one call.
     """
 
     def __init__(
@@ -144,22 +140,22 @@ class Encoder:
     ) -> None:
         """Make an encoder. A model of another precision than the chosen one is copied, never changed.
 
-        The weights must not change after that: OpenVINO keeps its own.
+        The model's weights must not change afterwards: OpenVINO keeps its own.
 
-        :param prompt: put before every text.
-        :param normalize: make vectors of length one, after the cut to `truncate_dim`.
-        :param truncate_dim: keep the first dimensions only (Matryoshka); None keeps what the model says.
-        :param precision: what the transformer computes in; "auto" takes bfloat16 where the device has it. What comes
-            after the transformer (pooling, dense, normalise) computes in float32.
-        :param batch_tokens: token places of a batch, padding included; None takes what measured fastest.
-        :param backend: "auto" takes OpenVINO on a CPU where it gives the model's vectors, else torch.
+        :param prompt: text before every text.
+        :param normalize: scale vectors to length one, after the cut to `truncate_dim`.
+        :param truncate_dim: keep only the first dimensions (Matryoshka); None keeps the model's own setting.
+        :param precision: number type of the transformer; "auto" takes bfloat16 where the device has it. The modules
+            after the transformer (pooling, dense, normalise) compute in float32.
+        :param batch_tokens: token places per batch, padding included; None takes the fastest measured.
+        :param backend: "auto" takes OpenVINO on a CPU if it gives the model's vectors, else torch.
         :raises ModelError: `backend` is "openvino", and OpenVINO cannot run the model on its device.
         """
         if half_character([prompt]) is not None:
             raise ConfigError(
                 f"prompt {prompt!a} holds {HALF_CHARACTER}; was it typed in a terminal that is not UTF-8?"
             )
-        # static embeddings add up vectors: nothing to gain from another type, and much to lose
+        # static embeddings only add vectors up: another type would gain nothing and lose digits
         chosen = choose_precision(precision if hasattr(model[0], "model") else "float32", model.device.type)
         if chosen.why:
             logger.info("precision: %s", chosen.why)
@@ -170,7 +166,7 @@ class Encoder:
         self.normalize = normalize
         self.truncate_dim = truncate_dim or model.truncate_dim
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS)
-        self._most_tokens: int | None = None  # of a batch, once memory has run out
+        self._most_tokens: int | None = None  # per batch, after memory has run out
         self.stats = EncodeStats()
         self._tokenizer = _tokenizer_of(model, prompt)
         self._prompt_length = self._tokenizer and self._tokenizer.prompt_length
@@ -184,7 +180,7 @@ class Encoder:
             self._packed = packed if packed and packed.one_row else None
 
     def _compile(self, model: SentenceTransformer, dtype: Dtype, *, must: bool) -> SentenceTransformer:
-        """Compile the transformer where it can be; returns the model whose other modules follow it, in float32."""
+        """Compile the transformer if possible; returns the model, in float32, whose other modules follow it."""
         if model.device.type == "cpu" and self._tokenizer is not None and hasattr(model[0], "model"):
             from ebr_lib.model.openvino import ConversionError, compiled_transformer
 
@@ -195,9 +191,9 @@ class Encoder:
             except ConversionError as error:
                 reason = str(error)
         elif model.device.type != "cpu":
-            reason = f"it runs on the CPU, and the model is on {model.device}"
+            reason = f"OpenVINO runs on the CPU here, and the model is on {model.device}"
         else:
-            reason = "the model is no transformer whose input is plainly tokens"
+            reason = "the model is not a transformer that takes tokens"
         if must:
             raise ModelError(f"backend openvino cannot encode with this model: {reason}; set backend: auto")
         if model.device.type == "cpu":
@@ -206,11 +202,11 @@ class Encoder:
 
     @property
     def backend(self) -> str:
-        """What runs the transformer, "openvino" or "torch"."""
+        """Library that runs the transformer: "openvino" or "torch"."""
         return "openvino" if self._compiled else "torch"
 
     def with_prompt(self, prompt: str) -> Encoder:
-        """An encoder of the same model for texts with another prompt; it counts for itself."""
+        """An encoder of the same model for texts with another prompt, with its own counts."""
         twin = copy.copy(self)
         twin.prompt, twin.stats = prompt, EncodeStats()
         twin._tokenizer = _tokenizer_of(self.model, prompt)
@@ -226,16 +222,15 @@ class Encoder:
     def encode(self, texts: Sequence[str], show_bar: bool = False) -> Vectors:
         """Vectors (texts, dim) in the order of the texts.
 
-        :raises NotFiniteError: some vectors are not finite, which would be near nothing.
+        :raises NotFiniteError: some vectors are not finite, and would match nothing.
         """
         vectors = self.embed(self.tokenize(texts), show_bar)
         if len(wrong := not_finite(vectors)):
-            raise NotFiniteError(self._said_of([texts[i] for i in wrong], len(texts)))
+            raise NotFiniteError(self._not_finite_message([texts[i] for i in wrong], len(texts)))
         return vectors
 
-    def _said_of(self, wrong: Sequence[str], total: int) -> str:
-        """An error message that names texts whose vectors are not finite, also when they are encoded alone: texts that
-        share a row with them lose theirs too."""
+    def _not_finite_message(self, wrong: Sequence[str], total: int) -> str:
+        """Name texts whose vectors are not finite when encoded alone: in a batch, texts beside them may be hit too."""
         found, count = broken_alone(
             range(len(wrong)), lambda i: len(not_finite(self.embed(self.tokenize([wrong[i]])))) > 0
         )
@@ -247,9 +242,9 @@ class Encoder:
         )
 
     def tokenize(self, texts: Sequence[str]) -> Tokens | list[str]:
-        """The first half of `encode`, which a thread may do for the next texts while these are embedded.
+        """First half of `encode`, which a thread may do for the next texts while these are embedded.
 
-        A model that cannot be given tokens keeps its texts.
+        Returns the texts themselves for a model that does not take tokens.
 
         :raises DataError: a text holds half a character, which no tokenizer takes.
         :raises ModelError: a text has a token that the model has no vector for.
@@ -265,38 +260,36 @@ class Encoder:
             raise ModelError(
                 f"text {text + 1} of {len(texts)} ({shortened(texts[text], 60)!r}) has the token "
                 f"{self.model.tokenizer.convert_ids_to_tokens(token)!r} of number {token}, and the model has vectors "
-                f"for {table.num_embeddings}: its tokenizer is of another model, or knows more; take that token out of "
+                f"for {table.num_embeddings}: its tokenizer is of another model, or knows more; remove that token from "
                 "the texts"
             )
         return tokens
 
     def embed(
-        self, tokens: Tokens | list[str], show_bar: bool = False, told: Callable[[int], None] | None = None
+        self, tokens: Tokens | list[str], show_bar: bool = False, on_progress: Callable[[int], None] | None = None
     ) -> Vectors:
-        """The second half of `encode`: vectors (texts, dim).
+        """Second half of `encode`: vectors (texts, dim).
 
-        :param told: is told after each batch how many texts are done.
+        :param on_progress: called after each batch with the number of texts done.
         """
         if isinstance(tokens, list):
             return self._embed_texts(tokens, show_bar)
         from tqdm.auto import tqdm
 
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
-        places, waiting, done = list[NDArray[np.intp]](), list[Tensor](), 0
+        waiting, done, written = list[tuple[NDArray[np.intp], Tensor]](), 0, 0
         bar = tqdm(total=len(tokens), desc="编码 encode", unit="text", disable=not show_bar)
         with bar, torch.inference_mode(), evaluating(self.model):
             for batch, found in self._embedded_batches(tokens):
-                places.append(batch)
-                waiting.append(found)
-                bar.update(len(batch))
+                waiting.append((batch, found))
                 done += len(batch)
-                if told is not None:
-                    told(done)
-                if sum(map(len, places)) >= FLUSH_ROWS:
-                    vectors[np.concatenate(places)] = torch.cat(waiting).cpu().numpy()
-                    places, waiting = [], []
-            if places:
-                vectors[np.concatenate(places)] = torch.cat(waiting).cpu().numpy()
+                bar.update(len(batch))
+                if on_progress is not None:
+                    on_progress(done)
+                if done - written >= FLUSH_ROWS or done == len(tokens):
+                    places, parts = zip(*waiting, strict=True)
+                    vectors[np.concatenate(places)] = torch.cat(parts).cpu().numpy()
+                    waiting, written = [], done
         self.stats.texts += len(tokens)
         self.stats.tokens += len(tokens.ids)
         self.stats.truncated += int((tokens.lost > 0).sum())
@@ -304,7 +297,7 @@ class Encoder:
         return vectors
 
     def _embedded_batches(self, tokens: Tokens) -> Iterator[tuple[NDArray[np.intp], Tensor]]:
-        """Batches of texts and their vectors, longest texts first: what does not fit fails at once."""
+        """Batches of texts and their vectors, longest texts first: if memory runs out, it does so at once."""
         order = np.argsort(-tokens.lengths, kind="stable")
         cuts = [order[batch] for batch in batches(tokens.lengths[order], self.batch_tokens)]
         if self._compiled is None:
@@ -315,40 +308,47 @@ class Encoder:
         for cut, (states, seen) in zip(cuts, self._compiled.states(padded), strict=True):
             self.stats.slots += seen.size
             features = {"token_embeddings": states, "attention_mask": torch.from_numpy(seen.astype(np.int64))}
-            yield cut, self._finished(self._after_transformer(features)).clone()  # the states' memory is used again
+            yield cut, self._finished(self._after_transformer(features)).clone()  # OpenVINO reuses the states' memory
 
     def _embedded(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
-        """Vectors of one batch, on the device; in halves where memory runs out, and from then on."""
+        """Vectors of one batch, on the device; where memory runs out, this and later batches are halved."""
         count = int(tokens.lengths[texts].sum())
         if self._most_tokens is None or count <= self._most_tokens or len(texts) == 1:
             try:
-                return self._forward(tokens, texts)
+                return self._forward(tokens.of(texts), tokens.lengths[texts])
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self._halve(count, len(texts), error)
-            torch.cuda.empty_cache()  # not before: the error held on to what the batch had made
+                if len(texts) == 1:
+                    raise ModelError(
+                        f"out of memory with a single text of {count} tokens ({error}); lower max_seq_length"
+                    ) from error
+            self._most_tokens = count // 2
+            logger.warning(
+                "内存不足 out of memory: batches of %d tokens → %d, the vectors stay the same; "
+                "set batch_tokens to avoid this",
+                count,
+                self._most_tokens,
+            )
+            torch.cuda.empty_cache()  # not earlier: the error held the batch's tensors
         half = len(texts) // 2
         return torch.cat([self._embedded(tokens, texts[:half]), self._embedded(tokens, texts[half:])])
 
-    def _halve(self, tokens: int, texts: int, error: BaseException) -> None:
-        if texts == 1:
-            raise ModelError(
-                f"out of memory with a single text of {tokens} tokens ({error}); lower max_seq_length"
-            ) from error
-        self._most_tokens = tokens // 2
-        logger.warning(
-            "内存不足 out of memory: batches of %d tokens → %d, the vectors stay those of the texts; "
-            "to settle it for good: batch_tokens",
-            tokens,
-            self._most_tokens,
-        )
-
-    def _forward(self, tokens: Tokens, texts: NDArray[np.intp]) -> Tensor:
-        """Vectors of one batch, on the device."""
-        ids, lengths = tokens.of(texts), tokens.lengths[texts]
+    def _forward(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
+        """Vectors of texts whose tokens follow each other in `ids`, on the device."""
         if self._packed is not None:
-            return self._finished(self._pack(self._packed, ids, lengths))
-        features = self.model[0](self._features(ids, lengths))
-        return self._finished(self._after_transformer(features))
+            layout = self._packed.layout(lengths)
+            self.stats.slots += layout.slots
+            states = self._packed.states(self._sent(ids), layout)
+            return self._finished(self._packed.pool(states.float(), self._sent(lengths), self._prompt_length))
+        tokenizer = self.model.tokenizer
+        padded, seen = padded_batch(ids, lengths, tokenizer.pad_token_id or 0, tokenizer.padding_side)
+        self.stats.slots += padded.size
+        features: dict[str, Any] = {
+            "input_ids": self._sent(padded),
+            "attention_mask": self._sent(seen.astype(np.int64)),
+        }
+        if "token_type_ids" in tokenizer.model_input_names:
+            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+        return self._finished(self._after_transformer(self.model[0](features)))
 
     def _after_transformer(self, features: dict[str, Any]) -> Tensor:
         """Sentence embeddings, in float32, of token states."""
@@ -363,36 +363,13 @@ class Encoder:
         vectors = vectors.float()[:, : self.truncate_dim]
         return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
 
-    def _pack(self, packed: PackedForward, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> Tensor:
-        """Sentence embeddings of a batch that shares rows."""
-        layout = packed.layout(lengths)
-        self.stats.slots += layout.slots
-        states = packed.states(self._sent(ids), layout)
-        return packed.pool(states.float(), self._sent(lengths), self._prompt_length)
-
-    def _features(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> dict[str, Any]:
-        """What the model's own tokenizer would make of a batch, padded on the tokenizer's side."""
-        tokenizer = self.model.tokenizer
-        padded, seen = padded_batch(ids, lengths, tokenizer.pad_token_id or 0, tokenizer.padding_side)
-        self.stats.slots += padded.size
-        features: dict[str, Any] = {
-            "input_ids": self._sent(padded),
-            "attention_mask": self._sent(seen.astype(np.int64)),
-        }
-        if "token_type_ids" in tokenizer.model_input_names:
-            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        if self._prompt_length is not None:
-            features["prompt_length"] = self._prompt_length
-        return features
-
     def _sent(self, values: NDArray[np.integer]) -> Tensor:
-        tensor = torch.from_numpy(values)
+        tensor, device = torch.from_numpy(values), self.model.device
         # from pinned memory the copy runs beside the computation
-        device = self.model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _embed_texts(self, texts: list[str], show_bar: bool) -> Vectors:
-        """For models whose input is not plainly tokens: the library's own way."""
+        """Vectors of a model that does not take tokens, by the library's `encode`."""
         self.stats.texts += len(texts)
         if not texts:
             return np.empty((0, self.dim), dtype=np.float32)
@@ -407,7 +384,7 @@ class Encoder:
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut texts where so many, or so many characters, are together; a longer text is a chunk of its own."""
+    """Cut texts into chunks of at most TOKENIZER_CHUNK texts and TOKENIZER_CHARACTERS; a longer text is one chunk."""
     start = characters = 0
     for place, text in enumerate(texts):
         if place - start == TOKENIZER_CHUNK or (place > start and characters + len(text) > TOKENIZER_CHARACTERS):
@@ -420,7 +397,7 @@ def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
     """Cut texts, longest first, into batches of at most `budget` token places; a longer text is a batch of its own.
 
-    A batch of a fair size ends early where texts get much shorter, for they would be padding for the most part.
+    A batch of at least FAIR_TOKENS ends early where texts get much shorter, which would be mostly padding.
     """
     start = 0
     while start < len(lengths):
@@ -435,10 +412,10 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
 def _in_precision(model: SentenceTransformer, dtype: torch.dtype, *, merged: bool = False) -> SentenceTransformer:
     """The model with its transformer in `dtype` and the rest in float32: itself, or a copy.
 
-    A copy's adapter is merged, as it is where a saved model is served, so that both give the same vectors. A model that
-    has the right types is the caller's, and stays what it was.
+    A copy's adapter is merged, as in a saved model that is served, so that both give the same vectors. A model that has
+    the right types is the caller's, and is not changed.
 
-    :param merged: copy a model with an adapter even where it has the right types.
+    :param merged: copy a model with an adapter even if it has the right types.
     """
     transformer, *rest = model
     right = {weight.dtype for weight in transformer.parameters()} <= {dtype}
@@ -454,10 +431,10 @@ def _in_precision(model: SentenceTransformer, dtype: torch.dtype, *, merged: boo
 
 
 def _tokenizer_of(model: SentenceTransformer, prompt: str) -> Tokenizer | None:
-    """A tokenizer that was just compared with the model's own ways, or None where they differ."""
+    """A tokenizer that gives the model's own tokens on probe texts; None if there is none."""
     if hasattr(model.tokenizer, "backend_tokenizer"):
         tokenizer = Tokenizer(model, prompt)
         if tokenizer.agrees_with(model):
             return tokenizer
-    logger.info("this model prepares texts in its own way; it encodes through sentence-transformers")
+    logger.info("this model prepares texts in its own way; sentence-transformers encodes them")
     return None

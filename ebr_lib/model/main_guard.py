@@ -1,4 +1,4 @@
-"""Processes that start Python again run the caller's script once more: refuse scripts that have no main guard."""
+"""Refuse scripts without a main guard: a process that starts Python again runs the caller's script once more."""
 
 from __future__ import annotations
 
@@ -12,37 +12,33 @@ from ebr_lib.errors import ConfigError
 
 
 def refuse_script_without_guard(what: str, instead: str) -> None:
-    """Make sure that processes can be started from where we are called.
+    """Check that the calling script can start processes.
 
-    A process that is spawned runs the main script as a module of another name: what stands below
-    `if __name__ == "__main__":` is left out, all else is done again. A notebook, a shell and `python -m package` are
-    not run again.
+    A spawned process imports the main script under another name, and so runs all of it except what is below
+    `if __name__ == "__main__":`. A notebook, a shell and `python -m package` are not run again.
 
     :param what: what needs the processes, for the error.
-    :param instead: the knob that does without them.
-    :raises ConfigError: the main script calls us from its top level, without a guard.
+    :param instead: the setting that needs none, for the error.
+    :raises ConfigError: the main script calls this from its top level, without a guard.
     """
-    if script := _script_that_would_run_again():
-        raise ConfigError(
-            f"{script}: {what} starts Python again, and each process would run this script from the top. "
-            f'Put the call below `if __name__ == "__main__":`, or set {instead}'
-        )
-
-
-def _script_that_would_run_again() -> str | None:
-    """The script and line that would start processes from processes; None where there is a guard, or no script."""
     main = sys.modules["__main__"]
     path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # this is the second run already
-        return "the main script"
-    if path is None or not Path(path).is_file() or (spec is not None and spec.name.endswith(".__main__")):
-        return None
-    line = _line_at_top_level(path)
-    return None if line is None or _is_guarded(path, line) else f"{path}, line {line}"
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # this is already the second run
+        script = "the main script"
+    else:
+        if path is None or not Path(path).is_file() or (spec is not None and spec.name.endswith(".__main__")):
+            return
+        if (line := _line_at_top_level(path)) is None or _is_guarded(path, line):
+            return
+        script = f"{path}, line {line}"
+    raise ConfigError(
+        f"{script}: {what} starts Python again, and each process would run this script from the top. "
+        f'Put the call below `if __name__ == "__main__":`, or set {instead}'
+    )
 
 
 def _line_at_top_level(path: str) -> int | None:
-    """The line of the script that is running; None where we are called from elsewhere, from a thread say."""
+    """The line that the script is running; None if the caller is not on its stack, as in a thread."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
@@ -53,10 +49,10 @@ def _line_at_top_level(path: str) -> int | None:
 
 
 def _is_guarded(path: str, line: int) -> bool:
-    """Whether a script asks for its `__name__` at or before a line, as far as its text says."""
+    """Whether the text of a script compares `__name__` at or before a line."""
     try:
         tree = ast.parse(Path(path).read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return True  # not a script that we can judge
+        return True  # not a script that can be read
     asking = (node for node in ast.walk(tree) if isinstance(node, ast.Compare) and node.lineno <= line)
     return any(isinstance(name, ast.Name) and name.id == "__name__" for node in asking for name in ast.walk(node))

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ebr_lib.model.attention import attention, evaluating
-from ebr_lib.model.padding import Padded, padded_batch
+from ebr_lib.model.packing import Padded, padded_batch
 from ebr_lib.model.precision import Dtype
 
 if TYPE_CHECKING:

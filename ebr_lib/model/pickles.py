@@ -1,4 +1,4 @@
-"""Weights that are pickles, which can hold code: found, refused, and converted to safetensors."""
+"""Refuse weights that are pickles, which can hold code, and convert them to safetensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from ebr_lib.errors import ModelError
 from ebr_lib.model.remote_code import module_folders
 
-# weights as a pickle, to the safetensors that are loaded in their place
+# file names of pickled weights, and of the safetensors that are loaded instead
 PICKLED_WEIGHTS = {"pytorch_model*.bin": "model*.safetensors", "adapter_model.bin": "adapter_model.safetensors"}
 INDEX, SAFE_INDEX = "pytorch_model.bin.index.json", "model.safetensors.index.json"
 
 
 def refuse_pickles(name: str, folder: Path) -> None:
-    """Refuse a model one of whose parts has its weights as a pickle alone.
+    """Refuse a model with a part whose weights are only a pickle.
 
     :raises ModelError: names the file, and the command that converts the model.
     """
@@ -26,7 +26,7 @@ def refuse_pickles(name: str, folder: Path) -> None:
 
 
 def _needed(part: Path) -> Iterator[Path]:
-    """The pickles in a folder that no safetensors replace."""
+    """The pickles in a folder that have no safetensors."""
     for pickled, safe in PICKLED_WEIGHTS.items():
         if not any(part.glob(safe)):
             yield from sorted(part.glob(pickled))
@@ -43,10 +43,10 @@ def pickle_error(name: str, found: str) -> ModelError:
 
 
 def to_safetensors(name: str, target: str) -> Path:
-    """Copy a model, its pickled weights as safetensors; only tensors are read from them.
+    """Copy a model with its pickled weights as safetensors; only tensors are read from pickles.
 
     :param name: a folder, or a hub name, which is downloaded.
-    :raises ModelError: the target exists, or a pickle holds more than tensors.
+    :raises ModelError: the target exists, or a pickle holds anything but tensors.
     """
     folder, copy = Path(name).expanduser(), Path(target)
     if not folder.is_dir():
@@ -75,7 +75,7 @@ def _convert(part: Path, target: Path) -> None:
         try:
             weights = torch.load(pickled, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            raise ModelError(f"{pickled} holds more than tensors, and is not read: {error}") from error
+            raise ModelError(f"{pickled} holds more than tensors and is not read: {error}") from error
         # safetensors takes no tensor that shares memory with another
         tensors = {key: tensor.clone().contiguous() for key, tensor in weights.items() if torch.is_tensor(tensor)}
         save_file(tensors, target / _safe_name(pickled.name), metadata={"format": "pt"})

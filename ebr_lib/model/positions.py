@@ -1,4 +1,4 @@
-"""Where a model with a table of positions begins to count, and how many tokens it has places for."""
+"""A model's table of positions: where it starts to count, and how many tokens it has places for."""
 
 from __future__ import annotations
 
@@ -10,29 +10,22 @@ if TYPE_CHECKING:
 TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # BERT and RoBERTa, CLIP, BART, GPT-2
 
 
-def first_position(model: SentenceTransformer) -> int:
-    """The position of a text's first token: RoBERTa and its kin count from the padding id on."""
-    padding = position_padding(model)
-    return 0 if padding is None else padding + 1
-
-
 def position_padding(model: SentenceTransformer) -> int | None:
-    """The token id that gets no position of its own, wherever it stands, where positions are counted from the ids."""
+    """The padding id of a model that counts positions from it (RoBERTa): the token gets no position of its own."""
     padding = getattr(_table(model), "padding_idx", None)
     return padding if isinstance(padding, int) else None
 
 
 def position_limit(model: SentenceTransformer) -> int | None:
-    """Tokens that the model has positions for: the places of its table, or what its configuration declares where they
-    are computed (Qwen2, ModernBERT); None where neither is there, or a scaled rotation reaches beyond (YaRN)."""
+    """Tokens that the model has positions for: the places of its table, or its config's where they are computed (Qwen2,
+    ModernBERT); None where neither is known, or a scaled rotation reaches further (YaRN)."""
     if (table := _table(model)) is not None:
-        return (
-            int(table.num_embeddings) - first_position(model) - int(getattr(table, "offset", 0))
-        )  # BART adds 2 itself
-    config = model.transformers_model.config if model.transformers_model is not None else None
-    if config is None:
+        padding = position_padding(model)
+        first = 0 if padding is None else padding + 1
+        return int(table.num_embeddings) - first - int(getattr(table, "offset", 0))  # BART adds 2 itself
+    if model.transformers_model is None:
         return None
-    config = config.get_text_config()
+    config = model.transformers_model.config.get_text_config()
     rotation = getattr(config, "rope_parameters", None) or {}
     declared = getattr(config, "max_position_embeddings", None) or 0
     return declared if declared > 0 and rotation.get("rope_type") == "default" else None

@@ -1,4 +1,4 @@
-"""Which floating-point type a device really has, chosen once for training and encoding."""
+"""The floating-point type that a device really has, chosen once for training and encoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Precision:
-    """What was chosen, and a sentence that says why when it is not what was asked for."""
+    """The chosen type, and the reason if it is not the one asked for."""
 
     dtype: Dtype
     why: str = ""
@@ -29,15 +29,14 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_precision(asked: Asked | Dtype, device: str) -> Precision:
-    """The type that the device has and that is nearest to what was asked for.
+    """The type nearest to `asked` that the device has.
 
     :param asked: "auto" takes bfloat16 where the hardware has it, else float32.
-    :param device: a torch device, "cuda:0" or "cpu"; one of another type is given what was asked for.
+    :param device: a torch device, such as "cuda:0" or "cpu"; others than these two kinds get `asked`.
     """
     import torch
 
     device = device.partition(":")[0]
-
     if device not in ("cuda", "cpu") or asked == "float32":
         return Precision("float32" if asked == "auto" else asked)
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()

@@ -1,4 +1,4 @@
-"""A model's own code: which classes its folder asks for, and what the user decided about running them."""
+"""A model's own code: which classes its folder asks for, and whether the user chose to run them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-# files that may hold an auto_map, and its entries that loading a model for texts reads
+# files that may have an auto_map, and its entries that loading a model for texts reads
 CONFIG_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 ENTRIES = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer")
-LIBRARY = "sentence_transformers."  # module types of any other package are code that the model chooses
+LIBRARY = "sentence_transformers."  # modules of any other package are the model's own code
 PACKAGE_OF_OWN_CODE = "transformers_modules."  # where transformers imports a model's own code to
-FUNCTIONS = "torch."
 
 
 @dataclass(frozen=True)
 class OwnCode:
-    """One class of a model's own: the file that asks for it, as what, and by which reference.
+    """A class of a model's own: the file that asks for it, as what, and by which reference.
 
     :param entry: `AutoModel` and the like, or `module` or `activation function`, which the library cannot replace.
     :param reference: `file.Class`, or `owner/repo--file.Class` for code in another repository.
@@ -44,7 +43,7 @@ class OwnCode:
 
     @property
     def repository(self) -> str | None:
-        """The other repository that holds the code, if it is not the model's."""
+        """The repository that holds the code, if it is not the model's."""
         repository, dashes, _ = self.reference.partition("--")
         return repository if dashes else None
 
@@ -54,11 +53,11 @@ class OwnCode:
 
 def own_code(folder: Path) -> tuple[OwnCode, ...]:
     """The classes of its own that a model's folder asks for; reads JSON files only."""
-    return tuple(code for part, asked in module_folders(folder) for code in (*asked, *_of_part(part)))
+    return tuple(code for part, asked in module_folders(folder) for code in (*asked, *_code_of_part(part)))
 
 
 def module_folders(folder: Path) -> Iterator[tuple[Path, tuple[OwnCode, ...]]]:
-    """The folders that a sentence-transformers model loads from, those inside a Router too, and what names each."""
+    """Folders of a sentence-transformers model's modules, also inside a Router, and each class that is own code."""
     modules = read_json(folder / "modules.json")
     if not isinstance(modules, list):
         yield folder, ()
@@ -75,7 +74,7 @@ def _foreign(file: Path, entry: str, reference: str, known: str) -> tuple[OwnCod
     return () if not reference or reference.startswith(known) else (OwnCode(str(file), entry, reference),)
 
 
-def _of_part(part: Path) -> Iterator[OwnCode]:
+def _code_of_part(part: Path) -> Iterator[OwnCode]:
     for name in CONFIG_FILES:
         values = as_mapping(read_json(part / name))
         auto_map = values.get("auto_map")
@@ -85,14 +84,13 @@ def _of_part(part: Path) -> Iterator[OwnCode]:
             classes = reference if isinstance(reference, list) else [reference]  # a tokenizer's: slow and fast
             if entry in ENTRIES and (named := ", ".join(str(c) for c in classes if c)):
                 yield OwnCode(str(part / name), entry, named)
-        if name == "config.json":
-            function = values.get("activation_function")
-            if isinstance(function, str) and "." in function:  # a Dense module's; a transformer's has no package
-                yield from _foreign(part / name, "activation function", function, FUNCTIONS)
+    function = as_mapping(read_json(part / "config.json")).get("activation_function")
+    if isinstance(function, str) and "." in function:  # a Dense module's; a transformer's names no package
+        yield from _foreign(part / "config.json", "activation function", function, "torch.")
 
 
 def forget_own_code(folder: Path) -> None:
-    """Take the auto_map out of a saved model's configs."""
+    """Remove the auto_map from a saved model's configs."""
     for part, _ in module_folders(folder):
         for name in CONFIG_FILES:
             values = as_mapping(read_json(part / name))
@@ -101,7 +99,7 @@ def forget_own_code(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value; None where there is no file, or none that can be read: loading the model says which."""
+    """The value of a JSON file; None for a missing or broken file, which loading the model reports."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,15 +114,15 @@ def as_mapping(value: Any) -> dict[str, Any]:
 def decide(
     name: str, found: tuple[OwnCode, ...], choice: Choice, *, made_with: Choice | None = None, via: str = ""
 ) -> Choice:
-    """What a user's choice comes to for a model: False where the model has no code of its own.
+    """Check a user's choice against a model's own code; False where the model has none.
 
-    :param made_with: the choice under which an adapter was trained or vectors were made, where that is known.
-    :param via: how the code came to be needed, for a message: "is an adapter on …, which ".
-    :raises ModelError: nothing was chosen and it matters, or another thing than under `made_with`.
+    :param made_with: the choice under which an adapter was trained or vectors were made, if known.
+    :param via: how the model needs the code, for a message: "is an adapter on …, which ".
+    :raises ModelError: nothing was chosen and it matters, or the choice is not `made_with`.
     """
-    known = made_with is not None
     if not choice and (found or made_with):
-        raise ModelError(f"model {name} {via}{_asks(found)}; {_remedy(found, made_with)}")
+        asks = f"brings its own code ({found[0]}), and is another model without it" if found else "needs its own code"
+        raise ModelError(f"model {name} {via}{asks}; {_remedy(found, made_with)}")
     if not found:
         return False
     if choice == "ignore" and (stuck := [code for code in found if not code.replaceable]):
@@ -132,16 +130,13 @@ def decide(
             f"trust_remote_code: ignore: model {name} {via}asks for {stuck[0]}, which the library has no class for; "
             "read the .py files, then set trust_remote_code: true"
         )
-    if known and (choice is True) != (made_with is True):
+    if made_with is not None and (choice is True) != (made_with is True):
+        then, now = (str(value).lower() for value in (made_with or "ignore", choice))
         raise ModelError(
-            f"trust_remote_code: {_said(choice)} wanted, but what was made with model {name} was made under "
-            f"{_said(made_with or 'ignore')}, which gives other vectors; {_remedy(found, made_with)}"
+            f"trust_remote_code: {now} was given, but what was made with model {name} was made under {then}, "
+            f"which gives other vectors; {_remedy(found, made_with)}"
         )
     return choice
-
-
-def _asks(found: tuple[OwnCode, ...]) -> str:
-    return f"brings its own code ({found[0]}), and is another model without it" if found else "needs its own code"
 
 
 def _remedy(found: tuple[OwnCode, ...], made_with: Choice | None) -> str:
@@ -156,12 +151,8 @@ def _remedy(found: tuple[OwnCode, ...], made_with: Choice | None) -> str:
     return f"{run}; or, if its card says that the library's own class is meant, set trust_remote_code: ignore"
 
 
-def _said(choice: Choice) -> str:
-    return choice if isinstance(choice, str) else str(choice).lower()
-
-
 def runs_own_code(model: SentenceTransformer) -> bool:
-    """Whether any part of a loaded model is of a class of its own."""
+    """Whether any part of a loaded model has a class of the model's own."""
     parts = (part for module in model.modules() for part in (module, getattr(module, "tokenizer", None)))
     return any(type(part).__module__.startswith(PACKAGE_OF_OWN_CODE) for part in parts)
 
@@ -169,7 +160,7 @@ def runs_own_code(model: SentenceTransformer) -> bool:
 def check_loaded(name: str, model: SentenceTransformer, choice: Choice) -> None:
     """Compare the classes that were loaded with those that the model's configs, as loaded, ask for.
 
-    :raises ModelError: own code that was to run did not, or code that nobody decided about was left out.
+    :raises ModelError: own code was to run and did not, or was left out without a choice.
     """
     from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -184,17 +175,16 @@ def check_loaded(name: str, model: SentenceTransformer, choice: Choice) -> None:
                 ", ".join(heads), type(module.auto_model).__name__, name,
             )  # fmt: skip
         asked = as_mapping(getattr(module.tokenizer, "init_kwargs", None)).get("auto_map")
-        of_tokenizer = as_mapping(asked).get("AutoTokenizer") if isinstance(asked, dict) else asked
-        _check_class(name, module.auto_model, "AutoModel", auto_map.get("AutoModel"), choice)
-        _check_class(name, module.tokenizer, "AutoTokenizer", of_tokenizer, choice)
-
-
-def _check_class(name: str, loaded: object, entry: str, reference: Any, choice: Choice) -> None:
-    if not reference or choice == "ignore" or type(loaded).__module__.startswith(PACKAGE_OF_OWN_CODE):
-        return
-    code = OwnCode("its config", entry, str(reference))
-    decide(name, (code,), choice)  # refuses where nothing was chosen
-    raise ModelError(
-        f"model {name}: trust_remote_code is true, but {type(loaded).__name__} of the library was loaded, not {code}; "
-        "if the library's class is meant, set trust_remote_code: ignore"
-    )
+        of_tokenizer = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
+        for loaded, entry, reference in (
+            (module.auto_model, "AutoModel", auto_map.get("AutoModel")),
+            (module.tokenizer, "AutoTokenizer", of_tokenizer),
+        ):
+            if not reference or choice == "ignore" or type(loaded).__module__.startswith(PACKAGE_OF_OWN_CODE):
+                continue
+            code = OwnCode("its config", entry, str(reference))
+            decide(name, (code,), choice)  # raises where nothing was chosen
+            raise ModelError(
+                f"model {name}: trust_remote_code is true, but {type(loaded).__name__} of the library was loaded, not "
+                f"{code}; if the library's class is meant, set trust_remote_code: ignore"
+            )

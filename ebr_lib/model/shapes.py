@@ -1,9 +1,8 @@
-"""Models of every shape made alike when they are loaded: one tower a side, prompts by side, a pad token, positions."""
+"""Give loaded models of every shape the same one: one tower per side, prompts by side, a pad token, positions."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from collections import OrderedDict
@@ -15,37 +14,38 @@ from typing import TYPE_CHECKING, Any, Literal
 from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
 from ebr_lib.model.positions import position_limit
+from ebr_lib.model.remote_code import as_mapping, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Side = Literal["query", "document"]
 
-# how prompts and routes of a side are called, the usual name first
+# names of each side's prompts and routes, the usual one first
 SIDE_NAMES: dict[Side, tuple[str, ...]] = {
     "query": ("query", "search_query", "queries", "question", "retrieval.query", "web_search_query", "s2p_query"),
     "document": ("document", "passage", "corpus", "doc", "search_document", "documents", "retrieval.passage", "answer"),
 }
-# who says what of a model that is loaded; lines of its report on weights that the files do not hold, or the model; and
-# the parts that no embedding comes from
+# loggers that report on a model while it is loaded, and the lines of weights that only the model or only its files have
 REPORTING = ("transformers.modeling_utils", "transformers.integrations.peft", "sentence_transformers.base.model")
 MADE_UP = re.compile(r"^(\S.*?)\s*\|[^|\n]*MISSING", re.MULTILINE)
 UNREAD = re.compile(r"^(\S*\.(?:\d|\{).*?)\s*\|[^|\n]*UNEXPECTED", re.MULTILINE)  # of a numbered layer: not a head
 OTHER_SHAPE = re.compile(r"^(\S.*?)\s*\|[^|\n]*MISMATCH", re.MULTILINE)
-UNUSED = {"pooler", "classifier", "lm_head", "cls", "score"}
+UNUSED = {"pooler", "classifier", "lm_head", "cls", "score"}  # parts that no embedding comes from
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 def refuse_no_embedding_model(name: str, folder: Path) -> None:
-    """Refuse a folder whose model gives scores or labels, or a vector for each token, not one for each text.
+    """Refuse a folder whose model gives scores, labels, or a vector per token instead of one per text.
 
-    :raises ModelError: names the kind.
+    :raises ModelError: names the kind of model.
     """
-    modules = _json(folder / "modules.json")
-    kind = _json(folder / "config_sentence_transformers.json", {}).get("model_type", "SentenceTransformer")
+    config = as_mapping(read_json(folder / "config_sentence_transformers.json"))
+    kind = config.get("model_type", "SentenceTransformer")
+    modules = read_json(folder / "modules.json")
     if not modules or not any("Pooling" in module["type"] for module in modules):
-        kinds = _json(folder / "config.json", {}).get("architectures") or ()
-        kind = next((found for found in kinds if found.endswith(HEADS)), kind)
+        architectures = as_mapping(read_json(folder / "config.json")).get("architectures") or ()
+        kind = next((found for found in architectures if found.endswith(HEADS)), kind)
     if kind != "SentenceTransformer":
         raise ModelError(
             f"model {name} is a {kind}, not an embedding model: it does not give a text one vector to compare; give a "
@@ -58,34 +58,28 @@ def refuse_no_vectors(model: SentenceTransformer, name: str) -> None:
 
     :raises ModelError: says what is missing.
     """
-    last = [getattr(module, "module_output_name", "sentence_embedding") for module in model]
-    if last == ["token_embeddings"]:
+    if [getattr(module, "module_output_name", "") for module in model] == ["token_embeddings"]:
         raise ModelError(f"model {name} has no pooling in its modules.json; fetch the whole model again")
-    tokenizer = model.tokenizer
-    if hasattr(tokenizer, "all_special_ids") and set(tokenizer("a 1 的 я ا ก")["input_ids"]) <= set(
-        tokenizer.all_special_ids
-    ):
+    special = getattr(model.tokenizer, "all_special_ids", None)
+    if special is not None and set(model.tokenizer("a 1 的 я ا ก")["input_ids"]) <= set(special):
         raise ModelError(
             f"model {name}: its tokenizer knows no words; fetch the whole model again, tokenizer.json included"
         )
 
 
-def _json(path: Path, missing: Any = None) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
-
-
 @contextmanager
 def whole(name: str) -> Iterator[None]:
-    """Load a model inside, and be sure that every weight came from its files; the library only warns of those that it
-    made up, among warnings that mean nothing here.
+    """Load a model inside, and check that every weight came from its files.
 
-    :raises ModelError: names weights that were made up.
+    Transformers fills missing weights with random numbers and only logs it.
+
+    :raises ModelError: names weights that were not in the files.
     """
     reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if " LOAD REPORT" in message and record.name == "transformers.modeling_utils":  # an adapter's is checked apart
+        if " LOAD REPORT" in message and record.name == REPORTING[0]:  # an adapter's is checked elsewhere
             reports.append(message)
         return " LOAD REPORT" not in message and "Default prompt name is set to" not in message
 
@@ -93,13 +87,12 @@ def whole(name: str) -> Iterator[None]:
     levels = [source.level for source in sources]
     for source in sources:
         source.addFilter(keep)
-        if not source.isEnabledFor(logging.WARNING):  # somebody silenced the library
+        if not source.isEnabledFor(logging.WARNING):  # the user silenced the library
             source.setLevel(logging.WARNING)
     try:
         yield
     except RuntimeError as error:
-        shapes = [key for report in reports for key in OTHER_SHAPE.findall(report)]
-        if not shapes:
+        if not (shapes := [key for report in reports for key in OTHER_SHAPE.findall(report)]):
             raise
         raise ModelError(
             f"model {name}: weights in its files have another shape than config.json says: {', '.join(shapes[:3])}; "
@@ -109,7 +102,6 @@ def whole(name: str) -> Iterator[None]:
         for source, level in zip(sources, levels, strict=True):
             source.removeFilter(keep)
             source.setLevel(level)
-    made_up = [key for report in reports for key in MADE_UP.findall(report) if not UNUSED & set(key.split("."))]
     if unread := [key for report in reports for key in UNREAD.findall(report)]:
         logger.warning(
             "模型 %s 的文件中有未用到的权重 %d weights in its files are not used: %s; is config.json theirs?",
@@ -117,6 +109,7 @@ def whole(name: str) -> Iterator[None]:
             len(unread),
             ", ".join(unread[:3]),
         )
+    made_up = [key for report in reports for key in MADE_UP.findall(report) if not UNUSED & set(key.split("."))]
     if made_up:
         raise ModelError(
             f"model {name}: weights that its config.json asks for are not in its files, and would be random numbers: "
@@ -125,8 +118,8 @@ def whole(name: str) -> Iterator[None]:
 
 
 def sides_differ(folder: Path) -> bool:
-    """Whether a folder's model may encode each side in its own way: it has a Router, or a module that takes a task."""
-    modules = _json(folder / "modules.json", ())
+    """Whether a folder's model may encode each side in its own way: with a Router, or a module that takes a task."""
+    modules = read_json(folder / "modules.json") or ()
     return any(
         module["type"].endswith((".Router", ".Asym")) or "task" in module.get("kwargs", ()) for module in modules
     )
@@ -162,9 +155,9 @@ def _routers(model: SentenceTransformer) -> list[Any]:
 
 
 def keep_side(model: SentenceTransformer, side: Side, name: str) -> None:
-    """Leave a model with a Router the modules of one side alone; it is an ordinary model then.
+    """Replace a model's Routers by their modules of one side, which makes it an ordinary model.
 
-    :raises ModelError: none of the Router's routes is known to be that side's.
+    :raises ModelError: no route of the Router is known to be that side's.
     """
     if not (routers := _routers(model)):
         return
@@ -197,39 +190,42 @@ def _route(router: Any, side: Side, name: str) -> str:
 
 
 def keep_task(model: SentenceTransformer, side: Side, name: str) -> None:
-    """Let a model whose own modules take a task (jina-embeddings-v3) always do that of one side.
+    """Fix the task of a model whose modules take one (jina-embeddings-v3) to that of a side.
 
     :raises ModelError: it knows no task of that side.
     """
     if "task" not in model.get_model_kwargs():
         return
-    names = {name for name, kwargs in (model.module_kwargs or {}).items() if "task" in kwargs}
     for task in (*SIDE_NAMES[side], "retrieval"):
         try:
             model.encode(["a"], task=task, show_progress_bar=False)
         except (ValueError, KeyError, AssertionError):
             continue
-        for module in (model.get_submodule(name) for name in names):
-            module.forward = functools.partial(module.forward, task=task)
+        for part, kwargs in (model.module_kwargs or {}).items():
+            if "task" in kwargs:
+                module = model.get_submodule(part)
+                module.forward = functools.partial(module.forward, task=task)
         return
-    raise ModelError(f"model {name} wants a task for each text, and does not know one for {side} texts of a usual name")
+    raise ModelError(f"model {name} wants a task for each text, and knows none of the usual ones for {side} texts")
 
 
 def keep_rest_in_float32(model: SentenceTransformer, folder: Path) -> None:
-    """Load what follows the transformer (Dense, LayerNorm) in float32, as it is saved and will be served; the library
-    rounds it to the type that the transformer is loaded in."""
+    """Load the modules after the transformer (Dense, LayerNorm) in float32, as they are saved and will be served.
+
+    The library rounds them to the type that the transformer is loaded in.
+    """
     from safetensors.torch import load_model
 
     transformer, *rest = model
-    listed = _json(folder / "modules.json", [{"path": ""}])
+    listed = read_json(folder / "modules.json") or [{"path": ""}]
     for part, module in zip(listed[1:], rest, strict=False):
         weights = folder / part["path"] / "model.safetensors"
         if any(True for _ in module.parameters()) and weights.is_file():
             load_model(module.float(), weights)
-            transformer.register_forward_hook(_in_float32)
+            transformer.register_forward_hook(_states_in_float32)
 
 
-def _in_float32(module: Any, inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
+def _states_in_float32(module: Any, inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
     return features | {"token_embeddings": features["token_embeddings"].float()}
 
 
@@ -237,17 +233,17 @@ def _in_float32(module: Any, inputs: Any, features: dict[str, Any]) -> dict[str,
 
 
 def prompts_by_side(prompts: Mapping[str, str | None], default: str | None, name: str) -> dict[str, str]:
-    """The prompts of both sides, however a model calls them; a model's default prompt is that of a side without one,
-    unless it is the other side's.
+    """The prompts of both sides, whatever a model calls them.
 
-    :param default: name of the prompt that the library takes where none is asked for.
+    :param default: name of the model's default prompt, which a side without a prompt gets, unless it is the other
+        side's.
     """
     known = {key.lower(): text for key, text in prompts.items() if text}
     found = {side: next((known[key] for key in names if key in known), "") for side, names in SIDE_NAMES.items()}
     if default and not any(default.lower() in names for names in SIDE_NAMES.values()):
         found = {side: text or known.get(default.lower(), "") for side, text in found.items()}
     if known and not any(found.values()):
-        _say_once(
+        _warn_once(
             "模型 %s 的提示词名称无法对应到查询或文档，未使用 prompts of another name are not used: %s; "
             "if the model's card asks for one, set it by hand",
             name,
@@ -260,8 +256,10 @@ def prompts_by_side(prompts: Mapping[str, str | None], default: str | None, name
 
 
 def give_pad_token(model: SentenceTransformer) -> None:
-    """Let a tokenizer pad with another token where it has no pad token, or one that the model has no vector for; the
-    attention mask hides it."""
+    """Give a tokenizer a pad token where it has none, or one that the model has no vector for.
+
+    Any token does: the attention mask hides it.
+    """
     tokenizer, transformer = model.tokenizer, model.transformers_model
     if transformer is None or not hasattr(tokenizer, "pad_token_id"):
         return
@@ -273,7 +271,7 @@ def give_pad_token(model: SentenceTransformer) -> None:
 
 
 def token_embeddings(transformer: Any) -> Any:
-    """The table of the tokens' vectors, which an adapter may lie on; None where a model has no such table."""
+    """The table of token vectors, which may be inside an adapter's layer; None for a model without one."""
     from torch.nn import Embedding
 
     parts = transformer.get_input_embeddings().modules() if transformer is not None else ()
@@ -281,13 +279,14 @@ def token_embeddings(transformer: Any) -> Any:
 
 
 def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> None:
-    """Set the tokens that a model cuts texts to: those wanted or else its own, and no more than it has positions for;
-    where that is less, it is said once.
+    """Set the length in tokens that a model cuts texts to: `wanted`, or its own, and at most its positions.
+
+    Warns once if that is less than `wanted`.
     """
     limit = position_limit(model)
     asked = model.max_seq_length if wanted is None else wanted
     if limit is not None and (asked is None or asked > limit):
-        _say_once(
+        _warn_once(
             "模型 %s 只有 %d 个位置，文本截断到 %d texts are cut at the model's positions; wanted %s",
             name,
             limit,
@@ -300,9 +299,9 @@ def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> Non
 
 
 def say_assumed_pooling(model: SentenceTransformer, name: str) -> None:
-    """Say how a folder without modules.json is made an embedding model."""
+    """Warn once about the pooling that a folder without modules.json gets."""
     mode = getattr(model[-1], "pooling_mode", "none")
-    _say_once(
+    _warn_once(
         "模型 %s 没有 modules.json，假定池化方式为 %s no pooling is given: %s pooling is assumed; "
         "if the model's card says otherwise, save it with sentence-transformers and give that folder",
         name,
@@ -312,5 +311,5 @@ def say_assumed_pooling(model: SentenceTransformer, name: str) -> None:
 
 
 @functools.cache
-def _say_once(message: str, *values: object) -> None:
+def _warn_once(message: str, *values: object) -> None:
     logger.warning(message, *values)

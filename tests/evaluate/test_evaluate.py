@@ -28,8 +28,8 @@ from ebr_lib.evaluate.report import Duel, Example, Report, Slice
 from ebr_lib.evaluate.run import evaluate_retrieval
 from ebr_lib.evaluate.slices import query_slices
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
-from ebr_lib.model.loading import identify
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.provenance import identify
+from ebr_lib.model.spec import EncoderSpec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DOCS = [
@@ -818,7 +818,7 @@ def test_trec_export_gives_the_same_numbers(result):
 
 def test_embedding_file_as_corpus(beir, tiny_bert, tmp_path):
     """Vectors are used for the model that made them; for another, their texts are encoded."""
-    model = EncoderRecipe(str(tiny_bert))
+    model = EncoderSpec(str(tiny_bert))
     place = tmp_path / "embeds.txt"
     vectors = model.encoder("document").encode(DOCS)
     write_embeddings(place, {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}, vectors)
@@ -863,7 +863,7 @@ def test_vectors_made_otherwise_than_told_are_not_used(beir, tiny_bert, tmp_path
 def items_with_titles(place: Path, model: Path, **settings) -> tuple[Path, Path, Path]:
     """Queries, judgements and an embedding file of titles, whose descriptions are equal and tell nothing."""
     titles = ["red running shoes", "steel frying pan", "warm wool blanket", "green tea"]
-    vectors = EncoderRecipe(str(model)).encoder("document").encode(titles)
+    vectors = EncoderSpec(str(model)).encoder("document").encode(titles)
     columns = {"id": list("1234"), "title": titles, "description": ["ships in two days"] * 4}
     write_embeddings(place / "e.txt", columns, vectors)
     made_by = {"model": {"sha256": identify(str(model)).sha256}, "settings": {"description_column": "title"} | settings}
@@ -899,7 +899,7 @@ def test_vectors_of_other_dimensions_are_not_used_and_queries_are_cut_as_the_sto
     evaluate_retrieval(config | {"truncate_dim": 8})
     how = json.loads((tmp_path / "o" / "report.json").read_text())["how"]["tiny-bert"]
     assert (how["documents"], how["dimensions"]) == ("encoded", 8)
-    cut = EncoderRecipe(str(tiny_bert), truncate_dim=8).encoder("document").encode(["a", "b", "c", "d"])
+    cut = EncoderSpec(str(tiny_bert), truncate_dim=8).encoder("document").encode(["a", "b", "c", "d"])
     write_embeddings(corpus, {"id": list("1234"), "title": list("abcd")}, cut)
     made_by = json.loads(manifest_path(corpus).read_text())
     made_by["settings"]["dimension"] = 8

@@ -78,7 +78,7 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
     port = a_free_port()
     assert ended(*(started(train_as_a_machine, rank, port, config) for rank in (0, 1))) == [0, 0]
     two = tmp_path / "0" / one.name
-    told = [torch.load(tmp_path / f"told{rank}") for rank in (0, 1)]
+    told = [torch.load(tmp_path / f"seen{rank}") for rank in (0, 1)]
 
     rows, steps = 24, 3
     together, apart = log_of(one, "loss"), log_of(two, "loss")

@@ -129,7 +129,7 @@ def test_prompts_and_length_travel_with_the_model(trained):
     model = load_model(trained.model_path, device="cpu")
     assert prompt_of(model, "query") == "query: "
     assert prompt_of(model, "document") == "passage: "
-    assert prompt_of(model, "query", told="other: ") == "other: "
+    assert prompt_of(model, "query", "other: ") == "other: "
     assert model.max_seq_length == 32
 
 

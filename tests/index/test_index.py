@@ -18,15 +18,15 @@ from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import open_index, search
 from ebr_lib.index.store import BUILDING, index_stamp
-from ebr_lib.model.loading import identify
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.provenance import identify
+from ebr_lib.model.spec import EncoderSpec
 
 TEXTS = ["red running shoes", "透明手机壳", "steel frying pan", "warm wool blanket", "南瓜的家常做法", "洗发水"]
 KINDS = ["shoes", "phone", "kitchen", "home", "kitchen", "bath"]
 
 
 def embedding_file(path: Path, model: Path, texts=TEXTS, kinds=KINDS, first=0) -> Path:
-    recipe = EncoderRecipe(str(model))
+    recipe = EncoderSpec(str(model))
     vectors = recipe.encoder("document").encode(texts)
     columns = {"id": [f"p{i + first}" for i in range(len(texts))], "description": texts, "kind": kinds}
     write_embeddings(path, columns, vectors)
@@ -101,7 +101,7 @@ def test_a_filter_finds_nulls_and_takes_numpy_s_and_pandas_values(tmp_path, tiny
 
     place = tmp_path / "rated.npy"
     prices, cats = ["7", "7.0", "", None, "3.5", "1"], ["A", None, "B", "", "true", "True"]
-    vectors = EncoderRecipe(str(tiny_bert)).encoder("document").encode(TEXTS)
+    vectors = EncoderSpec(str(tiny_bert)).encoder("document").encode(TEXTS)
     write_embeddings(place, {"id": list("012345"), "price": prices, "cat": cats}, vectors)
     folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
 
@@ -125,7 +125,7 @@ def test_a_filter_finds_nulls_and_takes_numpy_s_and_pandas_values(tmp_path, tiny
 
 def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):
     place = tmp_path / "rated.npy"
-    vectors = EncoderRecipe(str(tiny_bert)).encoder("document").encode(TEXTS)
+    vectors = EncoderSpec(str(tiny_bert)).encoder("document").encode(TEXTS)
     kept = {name: [f"{name} {i}" for i in range(6)] for name in ("score", "rank", "score_kept")}
     write_embeddings(place, kept, vectors)
     folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
@@ -201,7 +201,7 @@ def test_vectors_of_an_unknown_maker_are_not_matched_by_cutting(tmp_path, tiny_b
 
 
 def test_a_model_that_is_not_there_is_told_as_such(folder):
-    with pytest.raises(ModelError, match="no-such-model is no folder here"):
+    with pytest.raises(ModelError, match="no-such-model is not a folder here"):
         search(folder, "pan", model_name="no-such-model")
 
 
@@ -299,10 +299,8 @@ def test_queries_are_encoded_in_the_precision_of_the_index(embeds, tmp_path, mon
     manifest_path(embeds).write_text(json.dumps(manifest | {"settings": {"precision": "float32"}}))
     folder = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
     asked = []
-    encoder = EncoderRecipe.encoder
-    monkeypatch.setattr(
-        EncoderRecipe, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side)
-    )
+    encoder = EncoderSpec.encoder
+    monkeypatch.setattr(EncoderSpec, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side))
     search(folder, "pan")
     assert asked == ["float32"]
 

@@ -29,8 +29,8 @@ from ebr_lib.inference.config import InferenceConfig
 from ebr_lib.inference.job import EncodeReport
 from ebr_lib.inference.local import EncoderFacts
 from ebr_lib.inference.run import run_batch_inference
-from ebr_lib.model.loading import ModelIdentity
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.provenance import ModelIdentity
+from ebr_lib.model.spec import EncoderSpec
 from tests.children import SERVER
 
 
@@ -522,7 +522,7 @@ def test_what_a_model_cuts_in_its_own_way_is_not_said_to_be_nothing(tmp_path: Pa
 
     catalogue(tmp_path, [f"{i}\x01{'blanket ' * 300}{i}\x01x" for i in range(5)])
     monkeypatch.setattr(encoders, "_tokenizer_of", lambda model, prompt: None)
-    one = local.LocalEncoder(EncoderRecipe(str(tiny_bert), device="cpu"))
+    one = local.LocalEncoder(EncoderSpec(str(tiny_bert), device="cpu"))
     monkeypatch.setattr(local, "open_encoder", lambda recipe, ignored: one)
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
     result = run(tmp_path, **knobs)
@@ -602,7 +602,7 @@ class Endless:
     def encode(self, prepared, told): threading.Event().wait()
 local.LocalEncoder = Endless
 if __name__ == "__main__":
-    recipe = local.EncoderRecipe("none", device="cpu")
+    recipe = local.EncoderSpec("none", device="cpu")
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(local.open_encoder(recipe, 2)) as encoder:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         encoder.encode(["one", "two"], print)
@@ -629,7 +629,7 @@ def test_processes_end_with_the_one_that_began_them_and_say_nothing(tmp_path: Pa
 
 
 def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path):
-    recipe = EncoderRecipe(str(tmp_path / "no-model"), device="cpu")
+    recipe = EncoderSpec(str(tmp_path / "no-model"), device="cpu")
     with pytest.raises(UserError) as alone:
         local.open_encoder(recipe)
     with pytest.raises(UserError) as of_two:

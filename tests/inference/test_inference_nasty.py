@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ebr_lib.data.embeddings.files import read_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.inference import local
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.spec import EncoderSpec
 from tests.inference.test_inference import FakeEncoder, fake_vector, run, use
 
 RUNS, FILES_A_RUN = 50, 20
@@ -190,7 +190,7 @@ def check_rejects(content: bytes, wanted: list[tuple[str, Wanted]]) -> None:
 
 @pytest.fixture(scope="module")
 def real(tiny_bert: Path) -> local.LocalEncoder:
-    return local.LocalEncoder(EncoderRecipe(str(tiny_bert), precision="float32", device="cpu"))
+    return local.LocalEncoder(EncoderSpec(str(tiny_bert), precision="float32", device="cpu"))
 
 
 def vectors_of(texts: list[str], real: local.LocalEncoder | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A saved model whose vectors are not those that were saved stops every stage, and the message names the cause."""
+"""A saved model that no longer gives the vectors that were saved stops every stage; the message names the cause."""
 
 import json
 import logging
@@ -17,38 +17,19 @@ from ebr_lib.finetune.run import train_sentence_transformer
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.inference.run import run_batch_inference
-from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.contract import CONTRACT_FILE, UNKNOWN_CAUSE, read_contract
-from ebr_lib.model.loading import check_remote_code, identify, load_model
-from tests.models import bring_own_code, build_tiny
+from ebr_lib.model.loading import load_model
+from tests.models import adapted, bring_own_code, build_tiny, edit_json
 
 NOT_THOSE = "these are not the vectors that were saved"
 
 
-def edit(file: Path, **values) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-def save_on(base: Path, folder: Path, choice=False) -> Path:
-    """An adapter that does something on a base, saved as fine-tuning saves it."""
-    model = load_model(str(base), trust_remote_code=choice, device="cpu")
-    add_lora(model, r=2, alpha=4, dropout=0.0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    identity = identify(str(base), check_remote_code(str(base), choice))
-    folder.mkdir()
-    saving.save_adapter(model, folder, identity, saving.make_contract(model, identity, adapter_side="both"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def originals(tiny_bert, tmp_path_factory) -> Path:
-    """A folder with a base, an adapter on it, and the two merged."""
+    """A folder with `base`, `adapter` on it, and `merged`."""
     root = tmp_path_factory.mktemp("originals")
     shutil.copytree(tiny_bert, root / "base")
-    save_on(root / "base", root / "adapter")
+    adapted(root / "base", root / "adapter")
     (root / "merged").mkdir()
     saving.save_merged(str(root / "adapter"), root / "merged", trust_remote_code=False, device="cpu")
     return root
@@ -56,14 +37,14 @@ def originals(tiny_bert, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def models(originals, tmp_path) -> Path:
-    """The same, to be changed: the adapter is on the base beside it."""
+    """A copy to change; its adapter is on the base beside it."""
     root = shutil.copytree(originals, tmp_path / "models")
-    edit(root / "adapter" / CONTRACT_FILE, base_model=str(root / "base"))
+    edit_json(root / "adapter" / CONTRACT_FILE, base_model=str(root / "base"))
     return root
 
 
 def turned(folder: Path, share: float) -> None:
-    """Turn the saved probe vectors by a share of their length, away from what the model gives."""
+    """Turn the saved probe vectors away from the model's, by a share of their length."""
     probes = json.loads((folder / CONTRACT_FILE).read_text())["probes"]
     for side, rows in probes.items():
         vectors = np.array(rows)
@@ -71,26 +52,26 @@ def turned(folder: Path, share: float) -> None:
         across -= (across * vectors).sum(axis=1, keepdims=True) * vectors / (vectors**2).sum(axis=1, keepdims=True)
         across /= np.linalg.norm(across, axis=1, keepdims=True)
         probes[side] = (vectors + share * across).tolist()
-    edit(folder / CONTRACT_FILE, probes=probes)
+    edit_json(folder / CONTRACT_FILE, probes=probes)
 
 
-def test_probes_of_an_older_contract_had_the_default_prompt_of_the_model(models):
+def test_probes_of_an_older_contract_are_compared_with_the_default_prompt(models):
     folder = models / "adapter"
     model = load_model(str(folder), device="cpu")
     probes = {side: saving.probe_vectors(model, "passage: ") for side in ("query", "document")}
-    edit(folder / CONTRACT_FILE, probes=probes, number_type="")
-    edit(folder / "config_sentence_transformers.json", prompts={"passage": "passage: "})
+    edit_json(folder / CONTRACT_FILE, probes=probes, number_type="")
+    edit_json(folder / "config_sentence_transformers.json", prompts={"passage": "passage: "})
     with pytest.raises(ModelError, match=NOT_THOSE):
         load_model(str(folder), device="cpu")
-    edit(folder / "config_sentence_transformers.json", default_prompt_name="passage")
+    edit_json(folder / "config_sentence_transformers.json", default_prompt_name="passage")
     assert load_model(str(folder), device="cpu").encode(["warm"]).shape == (1, 32)
-    edit(folder / CONTRACT_FILE, number_type="float32")
+    edit_json(folder / CONTRACT_FILE, number_type="float32")
     with pytest.raises(ModelError, match=NOT_THOSE):
         load_model(str(folder), device="cpu")
 
 
-def test_of_a_merged_model_only_its_own_files_are_named(models):
-    edit(models / "merged" / "1_Pooling" / "config.json", pooling_mode="cls")
+def test_the_cause_of_a_merged_model_is_among_its_own_files(models):
+    edit_json(models / "merged" / "1_Pooling" / "config.json", pooling_mode="cls")
     with pytest.raises(
         ModelError, match=r"cause: another model than then \(files that changed: 1_Pooling/config\.json"
     ):
@@ -98,7 +79,7 @@ def test_of_a_merged_model_only_its_own_files_are_named(models):
 
 
 def test_a_module_that_an_earlier_version_trained_is_named(tiny_models, tmp_path):
-    folder = save_on(tiny_models("dense"), tmp_path / "adapter")
+    folder = adapted(tiny_models("dense"), tmp_path / "adapter")
     turned(folder, 0.1)
     file = folder / "2_Dense" / "model.safetensors"
     save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
@@ -106,7 +87,7 @@ def test_a_module_that_an_earlier_version_trained_is_named(tiny_models, tmp_path
         load_model(str(folder), device="cpu")
 
 
-def test_rounding_in_float32_is_small_and_of_older_contracts_is_not_known(models):
+def test_rounding_is_small_in_float32_and_larger_for_other_types_and_older_contracts(models):
     folder = models / "adapter"
     assert read_contract(folder).number_type == "float32"
     turned(folder, 1e-4)
@@ -115,14 +96,14 @@ def test_rounding_in_float32_is_small_and_of_older_contracts_is_not_known(models
     with pytest.raises(ModelError, match=f"{NOT_THOSE}: 0.001.* of their length away, where 0.0003 is rounding"):
         load_model(str(folder), device="cpu")
     for number_type in ("bfloat16", ""):
-        edit(folder / CONTRACT_FILE, number_type=number_type)
+        edit_json(folder / CONTRACT_FILE, number_type=number_type)
         load_model(str(folder), device="cpu")
     turned(folder, 0.1)
     with pytest.raises(ModelError, match=NOT_THOSE):
         load_model(str(folder), device="cpu")
 
 
-def test_a_contract_of_before_still_loads(models):
+def test_an_older_contract_loads(models):
     contract = json.loads((models / "adapter" / CONTRACT_FILE).read_text())
     for new in ("number_type", "libraries", "base_files", "own_files"):
         del contract[new]
@@ -130,12 +111,12 @@ def test_a_contract_of_before_still_loads(models):
     assert load_model(str(models / "adapter"), device="cpu").encode(["a"]).shape == (1, 32)
 
 
-def test_bfloat16_weights_are_the_same_model(models):
+def test_bfloat16_weights_are_within_rounding(models):
     load_model(str(models / "adapter"), device="cpu", dtype=torch.bfloat16)
 
 
 def another_pooling(models: Path) -> None:
-    edit(models / "base" / "1_Pooling" / "config.json", pooling_mode="cls")
+    edit_json(models / "base" / "1_Pooling" / "config.json", pooling_mode="cls")
 
 
 def another_adapter(models: Path) -> None:
@@ -147,13 +128,13 @@ def another_adapter(models: Path) -> None:
 
 
 def another_prompt(models: Path) -> None:
-    edit(models / "adapter" / CONTRACT_FILE, prompts={"query": "find: ", "document": ""})
-    edit(models / "adapter" / "config_sentence_transformers.json", prompts={"query": "", "document": ""})
+    edit_json(models / "adapter" / CONTRACT_FILE, prompts={"query": "find: ", "document": ""})
+    edit_json(models / "adapter" / "config_sentence_transformers.json", prompts={"query": "", "document": ""})
 
 
 def another_library(models: Path) -> None:
     turned(models / "adapter", 1.0)
-    edit(models / "adapter" / CONTRACT_FILE, libraries={"torch": "1.0", "peft": "0.1"})
+    edit_json(models / "adapter" / CONTRACT_FILE, libraries={"torch": "1.0", "peft": "0.1"})
 
 
 def no_known_cause(models: Path) -> None:
@@ -184,9 +165,9 @@ def test_a_precision_that_differs_is_named(models):
         load_model(str(models / "adapter"), device="cpu", dtype=torch.bfloat16)
 
 
-def test_long_texts_that_are_cut_elsewhere_are_found_though_short_probes_agree(models):
+def test_another_length_is_found_although_short_probes_agree(models):
     load_model(str(models / "merged"), device="cpu")
-    edit(models / "merged" / CONTRACT_FILE, max_seq_length=16)
+    edit_json(models / "merged" / CONTRACT_FILE, max_seq_length=16)
     with pytest.raises(ModelError, match=r"likely cause: length \(texts are cut at 128 tokens, 16 then\)"):
         load_model(str(models / "merged"), device="cpu")
     assert load_model(str(models / "merged"), device="cpu", on_changed_vectors="warn").max_seq_length == 128
@@ -194,7 +175,7 @@ def test_long_texts_that_are_cut_elsewhere_are_found_though_short_probes_agree(m
 
 def test_own_code_that_changed_is_named(tmp_path):
     base = bring_own_code(build_tiny("qwen2", tmp_path / "base"))
-    folder = save_on(base, tmp_path / "adapter", True)
+    folder = adapted(base, tmp_path / "adapter", True)
     code = (base / "modeling.py").read_text()
     (base / "modeling.py").write_text(code.replace('{"full_attention": seen', '{"full_attention": None'))
     with pytest.raises(ModelError, match=r"likely cause: remote code \(files of the base that changed: modeling.py\)"):

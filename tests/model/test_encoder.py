@@ -1,4 +1,4 @@
-"""The encoder gives the vectors of `SentenceTransformer.encode`, in any shape of model, and counts what it did."""
+"""The encoder gives the vectors of `SentenceTransformer.encode`, and counts texts and tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ebr_lib.model import precision as model_precision
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder, batches
 from ebr_lib.model.loading import load_model
-from tests.models import tiny_tokenizer
+from tests.models import load_tiny, tiny_tokenizer
 
 TEXTS = [
     "how do i cancel my card payment",
@@ -32,7 +32,7 @@ TEXTS = [
 ]
 KINDS = ("bert", "xlm-r", "modernbert", "qwen2", "kalm")
 
-exact = functools.partial(Encoder, precision="float32", backend="torch")  # whatever this processor has
+exact = functools.partial(Encoder, precision="float32", backend="torch")
 
 
 @pytest.fixture
@@ -45,17 +45,16 @@ def stock(model, texts=TEXTS, **kwargs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prompt", ["", "query: "])
-@pytest.mark.parametrize("include_prompt", [True, False])
-def test_vectors_are_the_library_s(tiny_models, kind, prompt, include_prompt):
-    model = load_model(str(tiny_models(kind)), trust_remote_code=kind == "kalm", device="cpu")
-    model.set_pooling_include_prompt(include_prompt)
-    found = exact(model, prompt=prompt, normalize=False).encode(TEXTS)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, stock(model, prompt=prompt or None), atol=1e-5)
+def test_vectors_are_the_library_s(tiny_models, kind):
+    model = load_tiny(tiny_models, kind)
+    for prompt, include_prompt in (("", True), ("query: ", True), ("query: ", False)):
+        model.set_pooling_include_prompt(include_prompt)
+        found = exact(model, prompt=prompt, normalize=False).encode(TEXTS)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, stock(model, prompt=prompt or None), atol=1e-5)
 
 
-def test_half_a_character_is_a_sentence(bert):
+def test_half_a_character_is_an_error_that_names_the_text(bert):
     with pytest.raises(DataError, match=r"text 2 of 3 holds half a character .*: 'b \\ud83d'"):
         exact(bert).encode(["a", "b \ud83d", "c"])
     with pytest.raises(ConfigError, match=r"prompt .* holds half a character"):
@@ -94,7 +93,7 @@ def test_left_padding_is_kept(tiny_models):
     np.testing.assert_allclose(exact(model).encode(TEXTS), stock(model), atol=1e-5)
 
 
-def test_texts_are_cut_where_the_model_says_and_counted(bert):
+def test_texts_are_cut_at_the_model_s_length_and_counted(bert):
     bert.max_seq_length = 10_000
     whole = [len(ids) for ids in bert.tokenizer(TEXTS)["input_ids"]]
     bert.max_seq_length = 12
@@ -108,7 +107,7 @@ def test_texts_are_cut_where_the_model_says_and_counted(bert):
     assert stats.lost_share == pytest.approx(1 - stats.tokens / sum(whole))
 
 
-def test_the_limit_may_change_and_the_model_may_be_used_in_between(bert):
+def test_the_length_may_change_and_the_model_be_used_in_between(bert):
     encoder = exact(bert, normalize=False)
     encoder.encode(TEXTS)
     bert.max_seq_length = 8
@@ -176,30 +175,30 @@ def test_a_batch_ends_where_texts_get_much_shorter():
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_out_of_memory_halves_batches_from_then_on(bert, monkeypatch, caplog, error):
+def test_out_of_memory_halves_this_and_later_batches(bert, caplog, error):
     encoder, failed = exact(bert), list[int]()
     wanted = encoder.encode(TEXTS)
-    forward = Encoder._forward
 
-    def small(self, tokens, texts):
-        if (count := int(tokens.lengths[texts].sum())) > 100 and len(texts) > 1:
+    def small(module, features):
+        seen = features[0]["attention_mask"]
+        if (count := int(seen.sum())) > 100 and len(seen) > 1:
             failed.append(count)
             raise error("too much")
-        return forward(self, tokens, texts)
 
-    monkeypatch.setattr(Encoder, "_forward", small)
+    hook = bert[0].register_forward_pre_hook(small)
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         np.testing.assert_allclose(encoder.encode(TEXTS), wanted, atol=1e-5)
     assert len(failed) == 2 and failed[1] <= failed[0] // 2
     assert caplog.text.count("内存不足") == 2
-    encoder.encode(TEXTS)  # it has learnt how much fits
+    encoder.encode(TEXTS)  # the size of later batches is known to fit
     assert len(failed) == 2
-    monkeypatch.setattr(Encoder, "_forward", lambda self, tokens, texts: (_ for _ in ()).throw(error("too much")))
+    hook.remove()
+    bert[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error("too much")))
     with pytest.raises(ModelError, match=r"a single text of \d+ tokens .*lower max_seq_length"):
         encoder.encode(["a b c"])
 
 
-def test_precision_that_is_missing_is_float32_and_said(bert, monkeypatch, caplog):
+def test_a_missing_precision_becomes_float32_and_is_logged(bert, monkeypatch, caplog):
     monkeypatch.setattr(model_precision, "cpu_has_bf16", lambda: False)
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
         assert Encoder(bert, precision="auto", backend="torch").precision == "float32"
@@ -236,7 +235,7 @@ def test_any_modules(bert):
     np.testing.assert_allclose(encoder.encode(TEXTS), stock(model), atol=1e-5)
 
 
-def test_a_model_without_a_transformer_goes_the_library_s_way():
+def test_a_model_without_a_transformer_is_encoded_by_the_library():
     static = StaticEmbedding(tiny_tokenizer()._tokenizer, embedding_dim=16)
     model = SentenceTransformer(modules=[static], device="cpu")
     encoder = exact(model, normalize=False)
@@ -244,7 +243,7 @@ def test_a_model_without_a_transformer_goes_the_library_s_way():
     assert encoder.encode([]).shape == (0, 16)
 
 
-def test_adapters_count_as_they_are_switched(bert):
+def test_adapters_count_while_enabled(bert):
     torch.manual_seed(0)
     plain = exact(bert).encode(TEXTS)
     add_lora(bert, r=4, alpha=8, dropout=0.5)
@@ -262,7 +261,7 @@ def test_adapters_count_as_they_are_switched(bert):
         np.testing.assert_allclose(encoder.encode(TEXTS), plain, atol=1e-6)
 
 
-def test_halves_are_the_whole(bert):
+def test_tokenize_then_embed_is_encode(bert):
     encoder = exact(bert)
     tokens = encoder.tokenize(TEXTS)
     assert np.array_equal(encoder.embed(tokens), encoder.encode(TEXTS))

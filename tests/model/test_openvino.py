@@ -1,4 +1,4 @@
-"""On a CPU, OpenVINO gives the vectors of the library; where it does not, torch encodes, and the log says so."""
+"""On a CPU, OpenVINO gives the library's vectors; if it does not, torch encodes and the log says so."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.precision import cpu_has_bf16
+from tests.models import load_tiny
 
 TEXTS = [
     "how do i cancel my card payment",
@@ -37,13 +38,9 @@ def bert(tiny_bert):
     return load_model(str(tiny_bert), device="cpu")
 
 
-def load(tiny_models, kind):
-    return load_model(str(tiny_models(kind)), device="cpu", trust_remote_code=kind == "kalm")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_the_library_s(tiny_models, kind):
-    model = load(tiny_models, kind)
+    model = load_tiny(tiny_models, kind)
     prompt = prompt_of(model, "query")
     encoder = Encoder(model, prompt=prompt, normalize=False, precision="float32", backend="openvino", batch_tokens=300)
     assert encoder.backend == "openvino"
@@ -55,7 +52,7 @@ def test_vectors_are_the_library_s(tiny_models, kind):
 @bf16
 @pytest.mark.parametrize("kind", ["bert", "xlm-r", "modernbert", "kalm", "last_token"])
 def test_vectors_in_bfloat16_are_near(tiny_models, kind):
-    model = load(tiny_models, kind)
+    model = load_tiny(tiny_models, kind)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # with one, a gated layer is left to torch
     try:
@@ -68,9 +65,9 @@ def test_vectors_in_bfloat16_are_near(tiny_models, kind):
     assert (encoder.encode(TEXTS) * wanted).sum(axis=1).min() > 0.999
 
 
-def test_the_memory_of_a_batch_is_used_again_and_its_vectors_stay(tiny_models):
-    """CLS pooling without a layer after it hands on a view of the states."""
-    model = load(tiny_models, "bert")
+def test_vectors_stay_when_the_memory_of_a_batch_is_reused(tiny_models):
+    """CLS pooling alone returns a view of the states."""
+    model = load_tiny(tiny_models, "bert")
     model[1].pooling_mode = "cls"
     del model[2]
     encoder = Encoder(model, normalize=False, precision="float32", backend="openvino", batch_tokens=64)
@@ -86,7 +83,7 @@ def test_prompts_share_one_compiled_model(bert):
     assert queries.stats.texts == documents.stats.texts == len(TEXTS)
 
 
-def test_an_adapter_that_is_not_merged_counts(bert):
+def test_an_unmerged_adapter_counts(bert):
     add_lora(bert, r=4, alpha=8, dropout=0.5, dora=True)
     torch.manual_seed(0)
     for name, weight in bert.named_parameters():
@@ -97,8 +94,8 @@ def test_an_adapter_that_is_not_merged_counts(bert):
     np.testing.assert_allclose(found, bert.eval().encode(TEXTS), atol=1e-5)
 
 
-def test_a_model_that_runs_otherwise_when_traced_is_left_to_torch(bert, caplog):
-    """What tracing takes for a constant may not be one: vectors are compared, not believed."""
+def test_a_model_that_traces_differently_runs_on_torch(bert, caplog):
+    """Tracing may freeze a value that varies, so vectors are compared."""
     inner, forward = bert[0].model, bert[0].model.forward
 
     def traced_otherwise(*args, **kwargs):
@@ -117,7 +114,7 @@ def test_a_model_that_runs_otherwise_when_traced_is_left_to_torch(bert, caplog):
         Encoder(bert, precision="float32", backend="openvino")
 
 
-def test_a_model_that_cannot_be_traced_is_left_to_torch(bert, caplog):
+def test_a_model_that_cannot_be_traced_runs_on_torch(bert, caplog):
     def forward(*args, **kwargs):
         raise NotImplementedError("only when traced") if torch.jit.is_tracing() else AssertionError
 
@@ -127,20 +124,20 @@ def test_a_model_that_cannot_be_traced_is_left_to_torch(bert, caplog):
     with caplog.at_level(logging.INFO, "ebr_lib"):
         assert Encoder(bert, precision="float32").backend == "torch"
     assert "not on OpenVINO" in caplog.text
-    assert (root.level, root.handlers, root.filters) == before  # OpenVINO silences it, and forgets to undo that
+    assert (root.level, root.handlers, root.filters) == before  # OpenVINO silences it and does not undo that
 
 
-def test_a_static_model_is_left_to_the_library(tiny_models):
-    model = load(tiny_models, "static")
+def test_a_static_model_is_encoded_by_the_library(tiny_models):
+    model = load_tiny(tiny_models, "static")
     assert Encoder(model).backend == "torch"
-    with pytest.raises(ModelError, match="no transformer"):
+    with pytest.raises(ModelError, match="not a transformer"):
         Encoder(model, backend="openvino")
 
 
-def test_a_gated_layer_with_one_thread_is_left_to_torch_in_bfloat16(tiny_models, monkeypatch):
+def test_a_gated_layer_with_one_thread_runs_on_torch_in_bfloat16(tiny_models, monkeypatch):
     """OpenVINO would end the process."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    model = load(tiny_models, "qwen2")
+    model = load_tiny(tiny_models, "qwen2")
     with pytest.raises(openvino.ConversionError, match="two threads"):
         openvino.compiled_transformer(model, "bfloat16")
     assert openvino._streams(model, "float32") == 1
@@ -148,7 +145,7 @@ def test_a_gated_layer_with_one_thread_is_left_to_torch_in_bfloat16(tiny_models,
     assert openvino._streams(model, "bfloat16") == 2
 
 
-def test_nothing_is_reported_to_anybody(bert):
+def test_no_telemetry_is_sent(bert):
     Encoder(bert, precision="float32", backend="openvino")
     assert sys.modules["openvino_telemetry"] is None
     from openvino.tools.ovc.telemetry_utils import tm
@@ -156,7 +153,7 @@ def test_nothing_is_reported_to_anybody(bert):
     assert tm.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 
-def test_the_knob_decides_and_the_manifest_says_what_encoded(tmp_path, tiny_bert):
+def test_the_knob_chooses_the_backend_and_the_manifest_records_it(tmp_path, tiny_bert):
     (tmp_path / "in.csv").write_text("id\x01description\n1\x01blanket\n", encoding="utf-8")
     config = {"model_name": str(tiny_bert), "data_path": str(tmp_path / "in.csv"), "device": "cpu"}
     made = {}

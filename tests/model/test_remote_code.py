@@ -1,4 +1,4 @@
-"""A model's own code is run, left out on purpose, or refused; never left out silently."""
+"""A model's own code runs, is left out on purpose, or is refused; it is never left out silently."""
 
 import json
 import logging
@@ -21,11 +21,10 @@ from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.inference.ray_cluster import RayEngine
 from ebr_lib.inference.run import run_batch_inference
-from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.contract import CONTRACT_FILE, read_contract
-from ebr_lib.model.loading import check_remote_code, identify, load_model
+from ebr_lib.model.loading import check_remote_code, load_model
 from ebr_lib.model.remote_code import OwnCode, decide, own_code
-from tests.models import bring_own_code, build_tiny
+from tests.models import adapted, bring_own_code, build_tiny, edit_json
 
 TEXTS = ["a pan of steel", "南瓜的家常做法", "x", "热水器 书籍"]
 ASKS = r"brings its own code \(AutoModel modeling.TinyKalmModel in .*config.json\), and is another model without it"
@@ -89,13 +88,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_own_code_is_found_wherever_loading_would_read_it(case, tmp_path):
+def test_own_code_is_found_in_every_file_that_loading_reads(case, tmp_path):
     files, wanted = CASES[case]
     found = own_code(write(tmp_path, files))
     assert sorted(f"{code.entry} {code.reference}" for code in found) == wanted
 
 
-def test_a_choice_is_refused_where_it_cannot_be_or_is_not_what_was_then():
+def test_a_choice_is_refused_if_it_is_impossible_or_was_another_before():
     model = (OwnCode("config.json", "AutoModel", "m.A"),)
     module = (OwnCode("modules.json", "module", "m.Pool"),)
     assert decide("x", (), True) is decide("x", (), "ignore") is decide("x", (), False) is False
@@ -108,9 +107,9 @@ def test_a_choice_is_refused_where_it_cannot_be_or_is_not_what_was_then():
         (model, False, True, "read the .py files, then set trust_remote_code: true, as it was then$"),
         (model, False, "ignore", "; set trust_remote_code: ignore, as it was then$"),
         (model, False, False, "; set trust_remote_code: ignore, for then the library's class was loaded$"),
-        (model, "ignore", True, "ignore wanted, .* made under true, which gives other vectors; read"),
-        (model, True, "ignore", "true wanted, .* made under ignore"),
-        (model, True, False, "true wanted, .* made under ignore"),
+        (model, "ignore", True, "ignore was given, .* made under true, which gives other vectors; read"),
+        (model, True, "ignore", "true was given, .* made under ignore"),
+        (model, True, False, "true was given, .* made under ignore"),
         (module, "ignore", None, "asks for module m.Pool in modules.json, which the library has no class for"),
         ((), False, True, "model x needs its own code; read the .py files"),
         ((OwnCode("c", "AutoModel", "a/b--m.A"),), False, None, "read the .py files of a/b, then"),
@@ -146,7 +145,7 @@ def same(vectors: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(((vectors * wanted).sum(axis=1) > 0.999999).all())
 
 
-def test_a_type_of_the_library_with_own_code_is_not_loaded_as_the_library_s(model):
+def test_a_known_model_type_with_own_code_needs_a_choice(model):
     with pytest.raises(ModelError, match=ASKS):
         load_model(str(model), device="cpu")
     own, stock = pooled(model, True), pooled(model, False)
@@ -160,25 +159,23 @@ def test_code_that_the_library_has_no_class_for_cannot_be_ignored(tiny_models):
         load_model(str(tiny_models("kalm")), trust_remote_code="ignore", device="cpu")
 
 
-def test_own_code_that_does_not_load_says_what_it_lacks(model, tmp_path):
+def test_own_code_that_does_not_load_gives_the_reason(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "broken")
     (folder / "modeling.py").write_text("import a_package_that_nobody_has\n" + (folder / "modeling.py").read_text())
     with pytest.raises(ModelError, match=r"its own code .* fails to load it: .*a_package_that_nobody_has"):
         load_model(str(folder), trust_remote_code=True, device="cpu")
 
 
-def test_code_in_another_repository_that_is_not_here_is_named_as_that(model, tmp_path):
+def test_a_missing_repository_of_code_is_named(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "referring")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModel": "nobody/code--modeling.TinyKalmModel"}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", auto_map={"AutoModel": "nobody/code--modeling.TinyKalmModel"})
     with pytest.raises(ModelError, match=r"read the \.py files of nobody/code, then set"):
         load_model(str(folder), device="cpu")
     with pytest.raises(ModelError, match="names the code of another repository: fetch that one too"):
         load_model(str(folder), trust_remote_code=True, device="cpu")
 
 
-def test_a_model_in_a_folder_of_a_module_is_asked_for_its_code_too(model, tmp_path):
+def test_a_model_in_a_module_folder_needs_its_code_at_the_root(model, tmp_path):
     """As older versions of sentence-transformers saved them; the library looks for the code at the root."""
     folder = shutil.copytree(model, tmp_path / "older")
     part = folder / "0_Transformer"
@@ -197,17 +194,15 @@ def test_a_model_in_a_folder_of_a_module_is_asked_for_its_code_too(model, tmp_pa
     assert same(load_model(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS), pooled(model, True))
 
 
-def test_code_for_other_tasks_is_said_and_changes_nothing(model, tmp_path, caplog):
+def test_code_for_other_tasks_is_logged_and_changes_nothing(model, tmp_path, caplog):
     folder = shutil.copytree(model, tmp_path / "heads")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling.TinyKalmModel"}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.TinyKalmModel"})
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         assert same(load_model(str(folder), device="cpu").encode(TEXTS), pooled(model, False))
     assert "AutoModelForCausalLM" in caplog.text and "Qwen2Model" in caplog.text
 
 
-def test_own_code_that_the_library_passes_over_is_not_taken_to_have_run(tmp_path):
+def test_own_code_that_the_library_ignores_is_an_error(tmp_path):
     """sentence-transformers takes T5's encoder by its type, whatever the folder asks for and the user allows."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -237,7 +232,7 @@ def cached(hub: Path, name: str, folder: Path) -> None:
     (place / "refs" / "main").write_text("0" * 40)
 
 
-def test_a_hub_name_is_read_too_and_code_in_another_repository(model, tmp_path, monkeypatch):
+def test_own_code_of_a_hub_name_and_of_another_repository_runs(model, tmp_path, monkeypatch):
     import huggingface_hub.constants
     import transformers.utils.hub
 
@@ -245,9 +240,7 @@ def test_a_hub_name_is_read_too_and_code_in_another_repository(model, tmp_path, 
         monkeypatch.setattr(library, "HF_HUB_CACHE", str(tmp_path))
     cached(tmp_path, "shop/own", model)
     elsewhere = shutil.copytree(model, tmp_path / "copy")
-    config = json.loads((elsewhere / "config.json").read_text())
-    config["auto_map"] = {"AutoModel": "shop/own--modeling.TinyKalmModel"}
-    (elsewhere / "config.json").write_text(json.dumps(config))
+    edit_json(elsewhere / "config.json", auto_map={"AutoModel": "shop/own--modeling.TinyKalmModel"})
     with pytest.raises(ModelError, match=f"model shop/own {ASKS}"):
         load_model("shop/own", device="cpu")
     with pytest.raises(ModelError, match=r"read the \.py files of shop/own, then set"):
@@ -257,22 +250,6 @@ def test_a_hub_name_is_read_too_and_code_in_another_repository(model, tmp_path, 
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
-
-
-def adapted(base: Path, folder: Path, choice) -> Path:
-    """An adapter that does something, saved as fine-tuning saves it."""
-    import torch
-
-    model = load_model(str(base), trust_remote_code=choice, device="cpu")
-    add_lora(model, r=2, alpha=4, dropout=0.0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    identity = identify(str(base), check_remote_code(str(base), choice))
-    folder.mkdir(parents=True)
-    saving.save_adapter(model, folder, identity, saving.make_contract(model, identity, adapter_side="both"))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -292,27 +269,25 @@ def test_an_adapter_remembers_how_its_base_was_loaded(adapters, model):
         assert load_model(str(folder), trust_remote_code=choice, device="cpu").encode(TEXTS).shape == (4, 32)
 
 
-def test_an_adapter_of_before_was_trained_in_the_library_s_class(adapters, tmp_path):
-    """Contracts once said false of such a model, whose code had been left out silently."""
+def test_an_older_contract_means_the_library_s_class(adapters, tmp_path):
+    """Older contracts say false for a model whose code was left out silently."""
     folder = shutil.copytree(adapters["ignore"], tmp_path / "old")
-    contract = json.loads((folder / CONTRACT_FILE).read_text()) | {"trust_remote_code": False}
-    (folder / CONTRACT_FILE).write_text(json.dumps(contract))
+    edit_json(folder / CONTRACT_FILE, trust_remote_code=False)
     for choice in (False, True):
         with pytest.raises(ModelError, match="set trust_remote_code: ignore, for then the library's class was loaded"):
             load_model(str(folder), trust_remote_code=choice, device="cpu")
     assert load_model(str(folder), trust_remote_code="ignore", device="cpu").encode(TEXTS).shape == (4, 32)
 
 
-def test_an_adapter_on_a_base_that_is_not_here_says_at_once_that_it_needs_code(adapters, tmp_path):
+def test_an_adapter_whose_base_is_not_here_still_needs_a_choice(adapters, tmp_path):
     folder = shutil.copytree(adapters[True], tmp_path / "far")
     for file, entry in ((CONTRACT_FILE, "base_model"), ("adapter_config.json", "base_model_name_or_path")):
-        values = json.loads((folder / file).read_text()) | {entry: "nobody/far-away"}
-        (folder / file).write_text(json.dumps(values))
+        edit_json(folder / file, **{entry: "nobody/far-away"})
     with pytest.raises(ModelError, match=r"an adapter on nobody/far-away, which needs its own code; read"):
         check_remote_code(str(folder), False)
 
 
-def test_an_adapter_that_this_library_did_not_save_is_read_through_to_its_base(adapters, model, tmp_path):
+def test_own_code_of_the_base_of_another_library_s_adapter_is_found(adapters, model, tmp_path):
     folder = shutil.copytree(adapters[True], tmp_path / "plain")
     (folder / CONTRACT_FILE).unlink()
     with pytest.raises(ModelError, match=ASKS):
@@ -391,7 +366,7 @@ def test_encoding_loads_what_was_chosen_and_an_output_holds_one_kind(encoded, mo
         encode(model, catalogue, own, "ignore", append=True)
 
 
-def test_an_index_is_asked_with_the_model_as_it_was_loaded(encoded, catalogue, tmp_path):
+def test_an_index_is_searched_only_with_the_model_as_it_was_loaded(encoded, catalogue, tmp_path):
     queries = tmp_path / "queries.jsonl"
     queries.write_text('{"text": "steel"}\n', encoding="utf-8")
     config = {"embedding_path": str(encoded[True]), "output_dir": str(tmp_path / "index"), "queries_path": str(queries)}
@@ -422,7 +397,7 @@ def test_stored_vectors_of_the_other_kind_are_encoded_again(encoded, model, tmp_
         assert report["how"]["shop"]["documents"].startswith(documents)
 
 
-def test_a_training_says_so_first_and_its_resume_is_of_the_same_kind(model, tmp_path):
+def test_training_refuses_before_reading_data_and_continues_under_the_same_choice(model, tmp_path):
     rows = [{"anchor": f"red kite {i}", "positive": f"a kite in red, number {i}"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = {
@@ -441,7 +416,7 @@ def test_a_training_says_so_first_and_its_resume_is_of_the_same_kind(model, tmp_
         train_sentence_transformer(config | {"model_name": result.model_path, "data_path": "nowhere"})
 
 
-def test_a_cluster_s_workers_are_not_started_for_a_model_that_is_refused(model, catalogue, tmp_path, monkeypatch):
+def test_no_ray_worker_starts_for_a_model_that_is_refused(model, catalogue, tmp_path, monkeypatch):
     monkeypatch.setattr(RayEngine, "__init__", lambda *_: pytest.fail("started"))
     with pytest.raises(ModelError, match=ASKS):
         encode(model, catalogue, tmp_path / "out.parquet", False, engine="ray")

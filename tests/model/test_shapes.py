@@ -1,5 +1,6 @@
-"""Models of every shape: what is saved is what is loaded, and each side is encoded as it is meant to be."""
+"""Models of every shape: they are loaded as they were saved, and each side is encoded in its own way."""
 
+import functools
 import json
 import logging
 import shutil
@@ -14,64 +15,55 @@ from transformers.utils.logging import warning_once
 
 from ebr_lib.errors import ModelError
 from ebr_lib.finetune.losses import base_model_only
-from ebr_lib.finetune.saving import make_contract, save_adapter, save_merged
+from ebr_lib.finetune.saving import save_merged
 from ebr_lib.model import adapters, shapes
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, add_lora, read_adapter
 from ebr_lib.model.encoder import Encoder
-from ebr_lib.model.loading import identify, load_model, prompt_of
+from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.positions import position_limit
-from ebr_lib.model.recipe import EncoderRecipe
+from ebr_lib.model.provenance import identify
 from ebr_lib.model.shapes import give_pad_token, prompts_by_side
+from ebr_lib.model.spec import EncoderSpec
+from tests.models import edit_json, load_tiny, move_adapter, save_adapted
 
 TEXTS = ["warm blankets 南瓜", "a", "", "how do i cancel <pad> my <mask> card </s> payment"]
 ADAPTED = ("bert", "xlm-r", "mpnet", "qwen2", "dense", "layernorm", "last_token", "no_pad", "passage", "kalm")
 KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}}
 
+exact = functools.partial(Encoder, precision="float32", backend="torch")
+
 
 @pytest.fixture(autouse=True)
-def _says_again():
-    shapes._say_once.cache_clear()
-
-
-def load(tiny_models, shape: str, **kwargs) -> SentenceTransformer:
-    return load_model(str(tiny_models(shape)), device="cpu", trust_remote_code=shape == "kalm", **kwargs)
+def _warn_again():
+    shapes._warn_once.cache_clear()
 
 
 def trained(tiny_models, shape: str, kind: str = "lora", **kwargs) -> SentenceTransformer:
-    """A model whose trainable weights are no longer what they were."""
-    model = load(tiny_models, shape, trainable=True, **kwargs)
+    """A model with an adapter that changes its vectors."""
+    model = load_tiny(tiny_models, shape, trainable=True, **kwargs)
     add_lora(model, r=4, alpha=16, dropout=0.0, **KINDS[kind])
-    move(model)
+    move_adapter(model)
     return model
 
 
-def move(model: SentenceTransformer) -> None:
-    torch.manual_seed(1)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data += 0.2 * torch.randn_like(weight)
-
-
 def vectors(model: SentenceTransformer, side: str = "query") -> np.ndarray:
-    return Encoder(model, prompt=prompt_of(model, side), precision="float32").encode(TEXTS)
+    return exact(model, prompt=prompt_of(model, side)).encode(TEXTS)
 
 
 def save(model: SentenceTransformer, base: Path, folder: Path, side: str = "both") -> str:
-    folder.mkdir(parents=True)
-    identity = identify(str(base), model.trust_remote_code)
-    save_adapter(model, folder, identity, make_contract(model, identity, adapter_side=side))
-    return str(folder)
+    return str(save_adapted(model, base, folder, choice=model.trust_remote_code, side=side))
 
 
-# --- to the last tensor -------------------------------------------------------------------------------------------
+# --- saving and loading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ADAPTED)
-def test_what_was_measured_is_what_is_saved_loaded_merged_and_resumed(tiny_models, tmp_path, shape, kind):
+@pytest.mark.parametrize(
+    ("shape", "kind"), [*((shape, "dora") for shape in ADAPTED), ("bert", "lora"), ("bert", "rslora")]
+)
+def test_vectors_stay_when_saved_loaded_merged_and_resumed(tiny_models, tmp_path, shape, kind):
     model = trained(tiny_models, shape, kind)
     wanted = {side: vectors(model, side) for side in ("query", "document")}
-    assert np.abs(wanted["query"] - vectors(load(tiny_models, shape))).max() > 1e-3  # training moved them
+    assert np.abs(wanted["query"] - vectors(load_tiny(tiny_models, shape))).max() > 1e-3  # training moved them
     trust = shape == "kalm"
     folder = save(model, tiny_models(shape), tmp_path / "adapter")
     loaded = {side: load_model(folder, trust_remote_code=trust, device="cpu", side=side) for side in wanted}
@@ -80,7 +72,7 @@ def test_what_was_measured_is_what_is_saved_loaded_merged_and_resumed(tiny_model
     save_merged(folder, tmp_path / "merged", trust_remote_code=trust, device="cpu")
     merged = load_model(str(tmp_path / "merged"), trust_remote_code=trust, device="cpu")
     np.testing.assert_allclose(vectors(merged, "document"), wanted["document"], atol=5e-5)
-    resumed = load(tiny_models, shape)
+    resumed = load_tiny(tiny_models, shape)
     add_lora(resumed, r=4, alpha=16, dropout=0.0, **KINDS[kind])
     adapters.set_adapter_weights(resumed, read_adapter(tmp_path / "adapter"))
     np.testing.assert_array_equal(vectors(resumed), wanted["query"])
@@ -90,23 +82,23 @@ def test_what_was_measured_is_what_is_saved_loaded_merged_and_resumed(tiny_model
 def test_an_adapter_for_queries_leaves_documents_to_the_base(tiny_models, tmp_path, shape):
     model = trained(tiny_models, shape, "dora")
     folder = save(model, tiny_models(shape), tmp_path / "adapter", side="query")
-    queries, documents = EncoderRecipe(folder, device="cpu", precision="float32").encoder_pair()
+    queries, documents = EncoderSpec(folder, device="cpu", precision="float32", backend="torch").encoder_pair()
     np.testing.assert_allclose(queries.encode(TEXTS), vectors(model), atol=5e-5)
-    np.testing.assert_array_equal(documents.encode(TEXTS), vectors(load(tiny_models, shape), "document"))
+    np.testing.assert_array_equal(documents.encode(TEXTS), vectors(load_tiny(tiny_models, shape), "document"))
 
 
 @pytest.mark.parametrize("shape", ["dense", "layernorm", "last_token"])
-def test_the_adapter_alone_is_trained_when_it_is_new_and_when_it_goes_on(tiny_models, tmp_path, shape):
+def test_only_the_adapter_is_trained_when_new_and_when_continued(tiny_models, tmp_path, shape):
     model = trained(tiny_models, shape, "dora")
     folder = save(model, tiny_models(shape), tmp_path / "adapter")
     for one in (model, load_model(folder, device="cpu", trainable=True)):
         trainable = {name for name, weight in one.named_parameters() if weight.requires_grad}
         assert len(trainable) == len(adapter_weights(one)) > 0
         assert all("lora_" in name for name in trainable)
-        move(one)
+        move_adapter(one)
         assert all(
             torch.equal(weight, other)
-            for part, base in zip(list(one)[1:], list(load(tiny_models, shape))[1:], strict=True)
+            for part, base in zip(list(one)[1:], list(load_tiny(tiny_models, shape))[1:], strict=True)
             for weight, other in zip(part.parameters(), base.parameters(), strict=True)
         )
 
@@ -114,7 +106,7 @@ def test_the_adapter_alone_is_trained_when_it_is_new_and_when_it_goes_on(tiny_mo
 def test_a_saved_adapter_is_not_rounded_to_the_type_of_its_base(tiny_models, tmp_path):
     model = trained(tiny_models, "dense", dtype=torch.bfloat16)
     assert model[2].linear.weight.dtype == torch.float32  # as it is in the file and will be served
-    torch.testing.assert_close(model[2].linear.weight, load(tiny_models, "dense")[2].linear.weight, atol=0, rtol=0)
+    torch.testing.assert_close(model[2].linear.weight, load_tiny(tiny_models, "dense")[2].linear.weight, atol=0, rtol=0)
     assert model.encode(TEXTS).dtype == np.float32
     folder = save(model, tiny_models("dense"), tmp_path / "adapter")
     wanted = adapter_weights(model)
@@ -123,7 +115,7 @@ def test_a_saved_adapter_is_not_rounded_to_the_type_of_its_base(tiny_models, tmp
 
 
 @pytest.mark.parametrize("change", ["one less", "one more", "another shape"])
-def test_a_tensor_that_does_not_arrive_is_an_error(tiny_models, tmp_path, change):
+def test_a_tensor_that_is_not_loaded_is_an_error(tiny_models, tmp_path, change):
     folder = Path(save(trained(tiny_models, "bert", "dora"), tiny_models("bert"), tmp_path / "adapter"))
     weights = load_file(folder / ADAPTER_FILE)
     name = next(name for name in weights if "magnitude" in name)
@@ -147,17 +139,17 @@ def test_a_tensor_that_does_not_arrive_is_an_error(tiny_models, tmp_path, change
         {"target_modules": ["query", "word_embeddings"], "exclude_modules": None},
     ],
 )
-def test_adapters_of_others_are_loaded_and_merged_to_the_last_tensor(tiny_models, tmp_path, more):
-    """A folder without a contract, whose adapter sentence-transformers puts on by itself."""
+def test_adapters_of_other_libraries_are_loaded_and_merged_exactly(tiny_models, tmp_path, more):
+    """A folder without a contract, whose adapter sentence-transformers loads."""
     from peft import LoraConfig
 
-    model = load(tiny_models, "dense")
+    model = load_tiny(tiny_models, "dense")
     all_linear = {"target_modules": "all-linear", "exclude_modules": r"pooler.*", "r": 4}
     model.add_adapter(LoraConfig(**all_linear | more), "default")
     model.requires_grad_(False)
     for name, weight in model[0].named_parameters():
         weight.requires_grad_("lora_" in name or "modules_to_save" in name or ("bias" in more and "bias" in name))
-    move(model)
+    move_adapter(model)
     wanted = vectors(model)
     model[0].model.peft_config["default"].base_model_name_or_path = str(tiny_models("dense"))
     model.save_pretrained(str(tmp_path / "theirs"), create_model_card=False)
@@ -167,7 +159,7 @@ def test_adapters_of_others_are_loaded_and_merged_to_the_last_tensor(tiny_models
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
 
 
-def test_an_adapter_saved_by_itself_keeps_the_pooling_of_its_base(tiny_models, tmp_path):
+def test_an_adapter_without_its_base_s_files_keeps_the_base_s_pooling(tiny_models, tmp_path):
     model = trained(tiny_models, "dense", "dora")
     model[0].model.peft_config["default"].base_model_name_or_path = str(tiny_models("dense"))
     model[0].model.save_pretrained(tmp_path / "alone")
@@ -184,7 +176,7 @@ def test_an_adapter_saved_by_itself_keeps_the_pooling_of_its_base(tiny_models, t
         ("2_Dense/config.json", "does not load"),
     ],
 )
-def test_half_a_model_is_refused(tiny_models, tmp_path, change, message):
+def test_an_incomplete_model_is_refused(tiny_models, tmp_path, change, message):
     folder = shutil.copytree(tiny_models("dense"), tmp_path / "model")
     if change == "pooling":
         modules = json.loads((folder / "modules.json").read_text())
@@ -198,19 +190,18 @@ def test_half_a_model_is_refused(tiny_models, tmp_path, change, message):
         load_model(str(folder), device="cpu")
 
 
-def test_layers_that_are_in_the_files_alone_are_said(tiny_bert, tmp_path, caplog):
+def test_layers_that_only_the_files_have_are_logged(tiny_bert, tmp_path, caplog):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    edit_json(folder / "config.json", num_hidden_layers=1)
     load_model(str(folder), device="cpu")
     assert "are not used: encoder.layer.1" in caplog.text
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 16}))
+    edit_json(folder / "config.json", num_hidden_layers=2, intermediate_size=16)
     with pytest.raises(ModelError, match=r"another shape than config\.json says: encoder"):
         load_model(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("lost", ["layer.1.attention.self.query.weight", "embeddings", "pooler"])
-def test_weights_that_the_files_do_not_hold_are_an_error(tiny_bert, tmp_path, caplog, request, lost):
+def test_weights_that_the_files_lack_are_an_error(tiny_bert, tmp_path, caplog, request, lost):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     weights = {name: weight for name, weight in load_file(folder / "model.safetensors").items() if lost not in name}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -228,41 +219,42 @@ def test_weights_that_the_files_do_not_hold_are_an_error(tiny_bert, tmp_path, ca
 
 @pytest.mark.parametrize("shape", ["dense", "last_token"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_in_bfloat16_too_what_is_measured_is_what_is_served(tiny_models, tmp_path, shape, kind):
+def test_in_bfloat16_a_trained_model_and_its_saved_one_give_the_same_vectors(tiny_models, tmp_path, shape, kind):
     model = trained(tiny_models, shape, kind)
     wanted = Encoder(model, precision="bfloat16").encode(TEXTS)
     with base_model_only(model):
         of_base = Encoder(model, precision="bfloat16").encode(TEXTS)
     assert adapters.is_adapted(model)
     folder = save(model, tiny_models(shape), tmp_path / "adapter")
-    served = EncoderRecipe(folder, device="cpu", precision="bfloat16", query_prompt="").encoder("query")
+    served = EncoderSpec(folder, device="cpu", precision="bfloat16", query_prompt="").encoder("query")
     np.testing.assert_array_equal(served.encode(TEXTS), wanted)
-    np.testing.assert_array_equal(of_base, Encoder(load(tiny_models, shape), precision="bfloat16").encode(TEXTS))
+    np.testing.assert_array_equal(of_base, Encoder(load_tiny(tiny_models, shape), precision="bfloat16").encode(TEXTS))
 
 
 # --- sides --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["towers", "late_towers"])
-def test_each_side_goes_through_its_own_tower(tiny_models, shape):
+def test_each_side_uses_its_own_tower(tiny_models, shape):
     library = SentenceTransformer(str(tiny_models(shape)), device="cpu")
     task = {"query": "query", "document": "passage" if shape == "late_towers" else "document"}
     wanted = {side: library.encode(TEXTS, task=name, normalize_embeddings=True) for side, name in task.items()}
     assert np.abs(wanted["query"] - wanted["document"]).max() > 0.1
     for precision, allowed in (("float32", 1e-6), ("bfloat16", 2e-2)):
-        pair = EncoderRecipe(str(tiny_models(shape)), device="cpu", precision=precision).encoder_pair()
+        spec = EncoderSpec(str(tiny_models(shape)), device="cpu", precision=precision, backend="torch")
+        pair = spec.encoder_pair()
         for side, encoder in zip(wanted, pair, strict=True):
             np.testing.assert_allclose(encoder.encode(TEXTS), wanted[side], atol=allowed)
 
 
-def test_each_side_is_its_task_where_a_model_takes_one(tiny_models):
+def test_each_side_uses_its_task(tiny_models):
     where = str(tiny_models("tasks"))
     library = SentenceTransformer(where, trust_remote_code=True, device="cpu")
     for side, task in (("query", "retrieval.query"), ("document", "retrieval.passage")):
         wanted = library.encode(TEXTS, task=task, normalize_embeddings=True)
         assert np.abs(wanted - library.encode(TEXTS, normalize_embeddings=True)).max() > 0.1
-        recipe = EncoderRecipe(where, device="cpu", precision="float32", trust_remote_code=True)
-        found = recipe.encoder_pair()[side == "document"]
+        spec = EncoderSpec(where, device="cpu", precision="float32", backend="torch", trust_remote_code=True)
+        found = spec.encoder_pair()[side == "document"]
         np.testing.assert_allclose(found.encode(TEXTS), wanted, atol=1e-6)
         assert (Encoder(found.model, precision="bfloat16").encode(TEXTS) * wanted).sum(axis=1).min() > 0.999
     with pytest.raises(ModelError, match=r"different tasks.*cannot be fine-tuned"):
@@ -277,7 +269,7 @@ def test_a_model_of_two_towers_has_an_identity(tiny_models):
 def test_two_towers_are_not_trained(tiny_models):
     for shape in ("towers", "late_towers"):
         with pytest.raises(ModelError, match=r"two towers.*cannot be fine-tuned here"):
-            load(tiny_models, shape, trainable=True)
+            load_tiny(tiny_models, shape, trainable=True)
 
 
 def test_routes_of_unknown_names_are_refused(tiny_models, tmp_path):
@@ -307,21 +299,21 @@ def test_prompts_are_found_by_side(prompts, default, wanted):
     assert tuple(prompts_by_side(prompts, default, "m").values()) == wanted
 
 
-def test_prompts_of_no_known_name_are_named(caplog):
+def test_unknown_prompt_names_are_logged(caplog):
     assert prompts_by_side({"query": "", "classify": "c: "}, None, "m") == {"query": "", "document": ""}
     assert "classify" in caplog.text
 
 
-def test_the_empty_prompt_is_empty_where_there_is_a_default(tiny_models, caplog):
+def test_an_empty_prompt_stays_empty_despite_a_default_prompt(tiny_models, caplog):
     tiny_models("passage")
     caplog.clear()
     warning_once.cache_clear()
-    model = load(tiny_models, "passage")
+    model = load_tiny(tiny_models, "passage")
     assert "prompt" not in caplog.text
     bare = SentenceTransformer(str(tiny_models("passage")), device="cpu").encode(TEXTS, prompt="")
-    np.testing.assert_allclose(Encoder(model, prompt="", precision="float32").encode(TEXTS), bare, atol=1e-6)
+    np.testing.assert_allclose(exact(model, prompt="").encode(TEXTS), bare, atol=1e-6)
     np.testing.assert_allclose(model.encode(TEXTS), bare, atol=1e-6)
-    encoder = Encoder(model, prompt="", precision="float32")
+    encoder = exact(model, prompt="")
     encoder._tokenizer = None  # a model that prepares texts in its own way
     model.default_prompt_name = "document"
     np.testing.assert_allclose(encoder.encode(TEXTS), bare, atol=1e-6)
@@ -348,7 +340,7 @@ def test_texts_are_cut_at_the_positions_that_there_are(tiny_models, tmp_path, ca
     assert position_limit(model) == model.max_seq_length == usable
     assert "位置" in caplog.text
     caplog.clear()
-    encoded = Encoder(model, precision="float32").encode(["long " * 2000, "a"])
+    encoded = exact(model).encode(["long " * 2000, "a"])
     assert np.isfinite(encoded).all()
     assert load_model(str(folder), device="cpu", max_seq_length=9000).max_seq_length == usable
     assert load_model(str(folder), device="cpu").max_seq_length == usable
@@ -358,32 +350,31 @@ def test_texts_are_cut_at_the_positions_that_there_are(tiny_models, tmp_path, ca
 def test_a_tokenizer_without_a_limit_is_cut_at_the_positions(tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models("xlm-r"), tmp_path / "model")
     (folder / "sentence_bert_config.json").unlink()
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": int(1e30)}))
+    edit_json(folder / "tokenizer_config.json", model_max_length=int(1e30))
     model = load_model(str(folder), device="cpu")
     assert model.max_seq_length == 513
     assert np.isfinite(model.encode(["long " * 2000])).all()
 
 
 @pytest.mark.parametrize("pad", [None, 599_999])
-def test_what_pads_is_hidden(tiny_models, pad):
-    model = load(tiny_models, "no_pad")
+def test_padding_is_hidden_whatever_token_pads(tiny_models, pad):
+    model = load_tiny(tiny_models, "no_pad")
     model.tokenizer.pad_token = None
     if pad is not None:
         model.tokenizer.add_special_tokens({"pad_token": "<beyond the table>"})
     give_pad_token(model)
     assert 0 <= model.tokenizer.pad_token_id < model[0].model.config.vocab_size
     together = vectors(model)
-    alone = np.concatenate([Encoder(model, precision="float32").encode([text]) for text in TEXTS])
+    alone = np.concatenate([exact(model).encode([text]) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-# --- what is no embedding model, or says less than it should ------------------------------------------------------
+# --- other kinds of models ----------------------------------------------------------------------------------------
 
 
 def test_static_embeddings_encode_in_float32_and_are_not_trained(tiny_models):
     wanted = SentenceTransformer(str(tiny_models("static")), device="cpu").encode(TEXTS[:2], normalize_embeddings=True)
-    model = load(tiny_models, "static")
+    model = load_tiny(tiny_models, "static")
     np.testing.assert_allclose(Encoder(model, precision="bfloat16").encode(TEXTS[:2]), wanted, atol=1e-6)
     with pytest.raises(ModelError, match=r"StaticEmbedding, not a transformer.*cannot be fine-tuned"):
         add_lora(model, r=4, alpha=8, dropout=0.0)
@@ -392,8 +383,7 @@ def test_static_embeddings_encode_in_float32_and_are_not_trained(tiny_models):
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "XLMRobertaForTokenClassification"])
 def test_a_model_that_classifies_is_refused_by_name(tiny_bert, tmp_path, kind):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+    edit_json(folder / "config.json", architectures=[kind])
     load_model(str(folder), device="cpu")  # with modules.json and a pooling it is meant to embed
     (folder / "modules.json").unlink()
     with pytest.raises(ModelError, match=f"is a {kind}, not an embedding model"):
@@ -408,7 +398,7 @@ def test_a_model_of_another_kind_of_the_library_is_refused_by_name(tiny_bert, tm
         load_model(str(folder), device="cpu")
 
 
-def test_without_modules_the_assumed_pooling_is_said(tiny_bert, tmp_path, caplog):
+def test_without_modules_json_the_assumed_pooling_is_logged(tiny_bert, tmp_path, caplog):
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     wanted = vectors(load_model(str(folder), device="cpu"))
     (folder / "modules.json").unlink()
@@ -417,11 +407,11 @@ def test_without_modules_the_assumed_pooling_is_said(tiny_bert, tmp_path, caplog
     assert caplog.text.count("mean pooling is assumed") == 1
 
 
-def test_a_token_without_a_vector_is_a_sentence(tiny_models):
-    """A tokenizer that knows a token more than the model's table has rows."""
-    model = load(tiny_models, "no_pad")
+def test_a_token_without_a_vector_is_an_error_that_names_the_text(tiny_models):
+    """The tokenizer has one token more than the model's table has rows."""
+    model = load_tiny(tiny_models, "no_pad")
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
-    encoder = Encoder(model, precision="float32")
+    encoder = exact(model)
     with pytest.raises(ModelError, match=r"text 2 of 3 \('warm <extra> blanket'\) has the token '<extra>' of number"):
         encoder.encode(["steel", "warm <extra> blanket", "wool"])
     assert encoder.encode(["steel"]).shape == (1, 32)

@@ -1,12 +1,14 @@
-"""How to make an encoder: what inference, evaluation and search are told of a model."""
+"""Everything that it takes to make an encoder, as plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebr_lib.model.loading import base_folders, load_model, look_for_bases_in, prompt_of, sides_apart
-from ebr_lib.model.shapes import Side
+from ebr_lib.model.bases import given_bases, look_for_bases_in, one_sided
+from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.packaged import local_folder
+from ebr_lib.model.shapes import Side, sides_differ
 from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
 
 if TYPE_CHECKING:
@@ -16,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EncoderRecipe:
-    """How to make an encoder, in plain values that another process or machine can be told.
+class EncoderSpec:
+    """How to make an encoder, in plain values that can be sent to another process or machine.
 
-    A prompt that is None is the one the model was trained with; see `load_model` and `Encoder` for the others.
+    A prompt of None is the one that the model was trained with; for the others see `load_model` and `Encoder`.
     """
 
     model_name: str
@@ -34,7 +36,7 @@ class EncoderRecipe:
     device: str | None = None
     trust_remote_code: Choice = False
     on_changed_vectors: OnChangedVectors = "error"
-    base_folders: tuple[str, ...] = field(default_factory=base_folders)  # which another process does not know
+    base_folders: tuple[str, ...] = field(default_factory=lambda: tuple(given_bases))  # for another process
 
     def model(self, side: Side) -> SentenceTransformer:
         """Load the model, its adapter merged."""
@@ -67,6 +69,7 @@ class EncoderRecipe:
     def encoder_pair(self) -> tuple[Encoder, Encoder]:
         """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
         queries = self.encoder("query")
-        if sides_apart(self.model_name):
+        folder = local_folder(self.model_name)
+        if one_sided(self.model_name) or (folder is not None and sides_differ(folder)):
             return queries, self.encoder("document")
         return queries, queries.with_prompt(prompt_of(queries.model, "document", self.document_prompt))
