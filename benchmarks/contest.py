@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, and the line that says on what machine."""
+"""Shared by the benchmarks: contenders that take turns, and a line that describes the machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# the libraries of contenders that have a model; Unsloth wants to be there before those that it changes
+# libraries of contenders with a model; Unsloth must be imported before those that it patches
 MODELS: tuple[str, ...] = () if find_spec("unsloth") else ("sentence_transformers", "peft")
 
-_turn: Callable[[], Any]  # of a contender's process
+_turn: Callable[[], Any]  # in a contender's process
 
 
 def start_server(loaded: Sequence[str]) -> ForkServerContext:
-    """The process that contenders are forked from: the first call starts it, with the libraries that it loads.
+    """The server that contenders are forked from; the first call starts it, and it loads the libraries.
 
-    It takes ten seconds to load them, in which the caller goes on; without it every contender would take as long.
+    That takes ten seconds, once instead of for every contender, and the caller does not wait for it.
     """
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the libraries' ways take one GPU, ours would take all
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the other libraries use one GPU, ours would use all
     server = get_context("forkserver")
     server.set_forkserver_preload(list(loaded))
     forkserver.ensure_running()
@@ -38,14 +38,14 @@ def start_server(loaded: Sequence[str]) -> ForkServerContext:
 def take_turns(
     contenders: Mapping[str, Callable[[], Callable[[], T]]], rounds: int, loaded: Sequence[str] = ()
 ) -> dict[str, list[T]]:
-    """What the turns of each contender returned: first that of a round that warms up, then those of the rounds.
+    """Results of each contender's turns: one warm-up round, then `rounds` more.
 
-    A contender lives in a process of its own, for memory that one gave back is not the next one's. Within a round
-    they follow each other, so that what disturbs the machine disturbs all of them. One that fails, for want of memory
-    say, is told as such above the table, and the others go on.
+    Each contender has its own process, so that none benefits from memory that another freed. In each round they run one
+    after another, so that a disturbance of the machine hits all of them. One that fails, for lack of memory say, is
+    reported above the table, and the others continue.
 
-    :param contenders: name to what is called once in the process; it prepares, and returns what does a turn.
-    :param loaded: libraries that the processes are forked with, where no others were started before.
+    :param contenders: name to a function that is called once in the process, prepares, and returns the turn.
+    :param loaded: libraries to load in the server, if it is not running yet.
     """
     server = start_server(loaded)
     pools = {name: ProcessPoolExecutor(1, server, _prepare, (prepare,)) for name, prepare in contenders.items()}
@@ -54,7 +54,7 @@ def take_turns(
         for name, pool in list(pools.items()):
             try:
                 turns[name].append(pool.submit(_take_turn).result())
-            except Exception as error:  # whatever it is that another library raises
+            except Exception as error:  # other libraries may raise anything
                 print(f"\n{name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 traceback.print_exc()
                 pools.pop(name).shutdown()
@@ -65,13 +65,13 @@ def take_turns(
 
 
 def alone(work: Callable[[], T], loaded: Sequence[str] = ()) -> T:
-    """What `work` returns, in a process of its own."""
+    """Run `work` in a process of its own."""
     with ProcessPoolExecutor(1, start_server(loaded)) as pool:
         return pool.submit(work).result()
 
 
 def _prepare(prepare: Callable[[], Callable[[], Any]]) -> None:
-    global _turn  # noqa: PLW0603 - a pool's initializer has no other way to hand over
+    global _turn  # noqa: PLW0603 - a pool's initializer cannot return anything
     _turn = prepare()
 
 
@@ -80,7 +80,7 @@ def _take_turn() -> Any:
 
 
 def peak_mb() -> float:
-    """The most memory that this process alone has held: getrusage would count what its parent held when it forked."""
+    """Peak memory of this process alone: getrusage would count its parent's when it was forked."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

@@ -1,15 +1,15 @@
-"""Writing and reading embedding files beside the plain ways, and the memory of a whole run; prints Markdown tables.
+"""Speed of writing and reading embedding files beside plain Python, and memory of a whole run, as Markdown tables.
 
     python benchmarks/files.py             # 200,000 vectors of 384 numbers
     python benchmarks/files.py --quick     # 5,000
     python benchmarks/files.py --memory    # peak memory of encoding 100,000 and 1,000,000 rows with a tiny model
 
-Every contender lives in a process of its own; they take turns within a round. A rate is the median over the rounds, a
-ratio the median of the rounds' ratios. The plain ways work on a part of the rows: their rate does not depend on how
-many there are. Every reading is compared bit for bit with what was written.
+Each contender has its own process; they take turns in each round. A rate is the median over the rounds, a ratio the
+median of the rounds' ratios. Plain Python gets only some of the rows, since its rate does not depend on their number.
+Everything that is read is compared bit for bit with the original.
 
-The memory is that of `run_batch_inference`, and of the script that people write: read the texts, encode the list, write
-the lines. Each run has a process of its own.
+Memory is measured for `run_batch_inference` and for a typical script: read the texts, encode the list, write the lines.
+Each run has its own process.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ CONTENDERS: dict[str, Callable[[Path, Vectors], int]] = {
     "write text, ours": partial(write_ours, ".txt"),
     "write Parquet, ours": partial(write_ours, ".parquet"),
     "write npy, ours": partial(write_ours, ".npy"),
-    "read text, float() a row": read_plain,
+    "read text, float() per row": read_plain,
     "read text, ours": partial(read_ours, ".txt"),
     "read Parquet, ours": partial(read_ours, ".parquet"),
     "read npy, ours": partial(read_ours, ".npy"),
 }
 COMPARED = {
     "write text, ours": 'write text, " ".join(map(str, row))',
-    "read text, ours": "read text, float() a row",
+    "read text, ours": "read text, float() per row",
     "read Parquet, ours": "read text, ours",
 }
 
 
 def prepare(name: str, folder: Path) -> Callable[[], float]:
-    """In the contender's process: what returns the rate of a turn, in million numbers a second."""
+    """In the contender's process: a turn, which returns million numbers per second."""
     vectors = np.load(folder / "vectors.npy")
 
     def turn() -> float:
@@ -131,7 +131,7 @@ def encode_ours(model: str, source: Path, output: Path) -> None:
 
 
 def encode_plain(model: str, source: Path, output: Path) -> None:
-    """The script that people write."""
+    """A typical script."""
     import pandas as pd
     from sentence_transformers import SentenceTransformer
 
@@ -145,7 +145,7 @@ SCRIPTS = {"ours": encode_ours, "encode the whole list, write": encode_plain}
 
 
 def run_once(name: str, model: str, source: Path) -> tuple[float, float]:
-    """Seconds of one run, and the peak of its process in MB."""
+    """Seconds of one run, and peak memory of its process in MB."""
     start = time.perf_counter()
     SCRIPTS[name](model, source, source.parent / "out.txt")
     return time.perf_counter() - start, peak_mb()

@@ -1,19 +1,18 @@
-"""How fast maps are drawn and numbers computed, beside umap-learn, openTSNE and scikit-learn; prints Markdown tables.
+"""Speed of maps and their numbers beside umap-learn, openTSNE and scikit-learn, as Markdown tables.
 
     python benchmarks/projection.py                            # 5,000, 20,000 and 100,000 vectors: about 40 minutes
     python benchmarks/projection.py --main                     # fewer contenders: ours, umap-learn, openTSNE
     python benchmarks/projection.py --quick                    # 1,000, one round of umap-learn and ours
-    python benchmarks/projection.py --sizes 20000 --only umap  # contenders whose name holds the word
+    python benchmarks/projection.py --sizes 20000 --only umap  # contenders with the word in their name
     python benchmarks/projection.py --stage 1000000            # the whole stage on a million vectors: time and memory
 
-The vectors are those that MiniLM gives to real sentences: the documentation of the Python packages that are installed
-here, each sentence once. Every contender runs in a process of its own, imports and compilation included, as somebody
-waits for it once. Trustworthiness and the share of the 15 nearest neighbours kept are judged by the same functions
-after the clock has stopped, both against neighbours among the 384-dimensional vectors. Contenders take turns within a
-round; times are medians, ratios medians of the rounds' ratios.
+The vectors are MiniLM's of real sentences: the documentation of the installed Python packages, without duplicates. Each
+contender has its own process, and its time includes imports and compilation, as for a user. Afterwards the same
+functions compute trustworthiness and the share of the 15 nearest neighbours kept, both against neighbours among the
+384-dimensional vectors. Contenders take turns in each round; times are medians, ratios medians of the rounds' ratios.
 
-Each run is a line of `runs.jsonl` in the cache folder, and a run that is there is not made again: an interrupted
-benchmark goes on where it was. `--again` makes the chosen ones anew.
+Each run is a line of `runs.jsonl` in the cache folder, and is not repeated: an interrupted benchmark continues.
+`--again` repeats the chosen runs.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ Score = tuple[float, float]  # seconds, value
 CACHE = Path(tempfile.gettempdir()) / "ebr-benchmark-projection"
 SEED = 42
 ROUNDS = {5000: 3}  # else: one
-PATIENCE = 1200  # seconds after which a contender is given up
+PATIENCE = 1200  # seconds after which a contender is stopped
 
 
 # --- real vectors -------------------------------------------------------------------------------------------------
 
 
 def sentences(most: int) -> list[str]:
-    """Sentences of the docstrings of installed packages, each once, shuffled."""
+    """Sentences of the docstrings of installed packages, shuffled, without duplicates."""
     places = [Path(sysconfig.get_paths()[name]) for name in ("purelib", "stdlib")]
     files = sorted({file for place in places for file in place.rglob("*.py")})
     random.Random(0).shuffle(files)
@@ -81,7 +80,7 @@ def _of_file(file: Path) -> Iterator[str]:
 
 
 def vectors_file(rows: int, cache: Path) -> Path:
-    """Unit vectors of so many sentences or more, encoded once, with the sentences beside them."""
+    """A file with unit vectors of at least `rows` sentences, encoded once, and the sentences beside it."""
     there = {int(path.stem.rpartition("-")[2]): path for path in cache.glob("minilm-*.npy")}
     path = there.get(min((n for n in there if n >= rows), default=0), cache / f"minilm-{rows}.npy")
     if not path.is_file():
@@ -98,7 +97,7 @@ def vectors_file(rows: int, cache: Path) -> Path:
     return path
 
 
-# --- contenders: each takes the vectors and returns the maps that it drew -----------------------------------------
+# --- contenders: functions from vectors to maps ------------------------------------------------------------------
 
 
 def _pca50(x: Vectors) -> Vectors:
@@ -185,7 +184,7 @@ CONTENDERS: dict[str, Callable[[Vectors], Run]] = {
 }
 MAIN = (BASE, "ours: UMAP", "ours: UMAP, fast", "ours: t-SNE", "openTSNE")
 QUICK = (BASE, "ours: both")
-SLOW = {"scikit-learn t-SNE, PCA 50": 20_000}  # rows beyond which it is not waited for
+SLOW = {"scikit-learn t-SNE, PCA 50": 20_000}  # most rows that it is run on
 
 
 # --- the processes ------------------------------------------------------------------------------------------------
@@ -208,7 +207,7 @@ def run_one(name: str, rows: int, vectors: Path) -> None:
 
 
 def run_stage(rows: int, vectors: Path) -> None:
-    """The whole stage's process: read, measure, project, place, draw, write; print one line of JSON."""
+    """In a process of its own: run the whole stage, and print one line of JSON."""
     from ebr_lib import visualize_embeddings
 
     place = vectors.parent / f"stage-{rows}"
@@ -220,7 +219,7 @@ def run_stage(rows: int, vectors: Path) -> None:
 
 
 def _judge_file(rows: int, vectors: Path) -> Path:
-    """The 15 nearest of the first rows, which every map of them is judged by."""
+    """A file with the 15 nearest neighbours of the first rows, which their maps are compared with."""
     path = vectors.parent / f"near-{vectors.stem}-{rows}.npy"
     if not path.is_file():
         from ebr_lib.visualize import projection
@@ -230,7 +229,7 @@ def _judge_file(rows: int, vectors: Path) -> Path:
 
 
 def many(rows: int, vectors: Path, spread: float = 0.5) -> Path:
-    """A file of many rows: each real vector again and again, moved by noise of half its length; labels by k-means."""
+    """A file of many rows: real vectors repeated with noise of half their length, labels by k-means."""
     path = vectors.parent / f"many-{vectors.stem}-{rows}.npy"
     if not path.is_file():
         from ebr_lib.visualize.clusters import find_clusters
@@ -250,7 +249,7 @@ def many(rows: int, vectors: Path, spread: float = 0.5) -> Path:
 
 
 class Runs:
-    """The runs in a file of JSON lines: those that are there are not made again."""
+    """Runs in a file of JSON lines, which are not repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -260,7 +259,7 @@ class Runs:
             self.found[run["rows"], run["name"], run["round"]] = run
 
     def of(self, rows: int, name: str, rounds: int) -> list[Run]:
-        """The first rounds of a contender, in their order, without those that did not come to an end."""
+        """The first rounds of a contender, in order, without failed ones."""
         found = (self.found.get((rows, name, turn), {}) for turn in range(rounds))
         return [run for run in found if "s" in run]
 
@@ -341,7 +340,7 @@ def sklearn_silhouette(x: Vectors, codes: Codes) -> Callable[[], float]:
 
 
 def timed(prepare: Callable[[Vectors, Codes], Callable[[], float]], x: Vectors, codes: Codes) -> Callable[[], Score]:
-    """In a contender's process: seconds and value of a turn."""
+    """In a contender's process: a turn, which returns seconds and value."""
     score = prepare(x, codes)
 
     def turn() -> Score:
@@ -353,7 +352,7 @@ def timed(prepare: Callable[[Vectors, Codes], Callable[[], float]], x: Vectors, 
 
 
 def numbers_table(x: Vectors, rounds: int) -> None:
-    """The exact cosine silhouette beside scikit-learn's, on 50 k-means clusters. The first round counts, too."""
+    """The exact cosine silhouette beside scikit-learn's, on 50 k-means clusters. The first round counts too."""
     from ebr_lib.visualize.clusters import find_clusters
 
     codes = find_clusters(x, 50, 0, SEED).codes
@@ -396,12 +395,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 20_000, 100_000])
     parser.add_argument("--rounds", type=int, help="default: 3 at 5,000, else 1")
-    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name holds one of these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="contenders with one of these words in their name")
     parser.add_argument("--main", action="store_true", help=", ".join(MAIN))
     parser.add_argument("--quick", action="store_true", help="1,000 vectors, one round, few contenders")
-    parser.add_argument("--stage", type=int, metavar="ROWS", help="only the whole stage, on so many rows")
+    parser.add_argument("--stage", type=int, metavar="ROWS", help="only the whole stage, on this many rows")
     parser.add_argument("--numbers", action="store_true", help="only the silhouette")
-    parser.add_argument("--again", action="store_true", help="make runs anew that are in the cache")
+    parser.add_argument("--again", action="store_true", help="repeat runs that are in the cache")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the vectors and runs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--vectors", type=Path, help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
 """All benchmarks in one go, written to benchmarks/RESULTS.md with machine, versions and date.
 
     python benchmarks/run.py --data DIR            # 20 minutes on two cores with AMX, 30 without
-    python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: to see that all of it runs
+    python benchmarks/run.py --data DIR --quick    # 3 minutes, few texts: a test that everything runs
     python benchmarks/run.py --data DIR --only training files
     python benchmarks/run.py --data DIR --only projection100k stage quality    # longer ones, run only when named
     python benchmarks/run.py --data DIR --multilingual MODEL                   # Chinese texts as well
 
-DIR holds banking77/, cranfield/, cmrc2018/ and online_shopping/. A part that was run replaces its section and leaves
-the others. On a machine with a GPU the same parts run on it, and `gpu` joins them. What --quick measures says nothing
-about speed: it is written to a file of its own in the folder for temporary files.
+DIR has banking77/, cranfield/, cmrc2018/ and online_shopping/. Each part that is run replaces its section and keeps the
+others. With a GPU the same parts run on it, and `gpu` is added. The numbers of --quick say nothing about speed: they go
+to a separate file in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ HEAD = "# Measured speed\n\nWritten by `make bench`; every section gives its com
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the results. In a command, DIR is the folder of the data sets, MODEL the multilingual model."""
+    """A section of the results. In a command, DIR is the folder of the data sets and MODEL the multilingual model."""
 
     title: str
     command: str
-    quick: str  # put after the command by --quick
-    always: bool = True  # or only when named
+    quick: str  # added to the command by --quick
+    always: bool = True  # else only when named
     on_gpu: bool = False
 
     def missing(self, multilingual: Path | None) -> str:
-        """What this part needs and does not have."""
+        """What this part needs and is missing."""
         import torch
 
         if self.on_gpu and not torch.cuda.is_available():
@@ -131,20 +131,20 @@ def main() -> None:
 
 
 def run(command: str, places: dict[str, Path | None]) -> str | None:
-    """What a benchmark prints; None when it fails. Its log goes to the terminal."""
+    """Output of a benchmark; None if it fails. Its log goes to the terminal."""
     script, *words = (str(places.get(word, word)) for word in command.split())
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             import_module(Path(script).stem).main(words)
-    except (Exception, SystemExit):  # a part that fails is told, and the others go on
+    except (Exception, SystemExit):  # the other parts continue
         traceback.print_exc()
         return None
     return printed.getvalue().strip()
 
 
 def keep(results: Path, title: str, section: str) -> None:
-    """Put a section in its place in the results, or at their end."""
+    """Replace a section of the results, or append it."""
     text = results.read_text(encoding="utf-8") if results.exists() else HEAD
     place = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     head, tail = (text[: place.start()], text[place.end() :]) if place else (text, "")

@@ -1,4 +1,4 @@
-"""A model of a size that users have, with random weights: speed depends on the shape, not on what was learned."""
+"""A model of a realistic size with random weights: speed depends on the shape, not on the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-VOCABULARY = 151_936  # of Qwen2-0.5B; the tokenizer made here uses fewer
+VOCABULARY = 151_936  # as Qwen2-0.5B; the tokenizer made here uses fewer
 TOKENS = 30_000
 
 
@@ -19,7 +19,7 @@ def reviews(data: Path) -> list[str]:
 
 
 def varied(texts: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """`count` different texts with the lengths of real ones: their clauses in another order."""
+    """`count` different texts with the lengths of real ones, made by reordering their clauses."""
     draw = random.Random(seed)
     found = dict.fromkeys(texts)
     for number in range(10 * count):

@@ -1,11 +1,11 @@
-"""The library's own `backend="openvino"` and `backend="onnx"`, in an environment of their own; called by inference.py.
+"""OpenVINO and ONNX backends of sentence-transformers, in an environment of their own; inference.py starts it.
 
     python stock_backends.py MODEL BACKEND TEXTS.json VECTORS.npy
 
-optimum, which they need, asks for an older transformers than ours, so they run under another interpreter: one with
-sentence-transformers 5, `optimum-intel` and `optimum-onnx[onnxruntime]`. BACKEND is openvino, onnx or onnx-int8 (8-bit
-weights and activations, by the library's own recipe for this processor). For each line on stdin the texts are
-encoded once, and the seconds are printed; the vectors of the first turn are saved.
+They need optimum, which requires an older transformers than ours, so the interpreter must have sentence-transformers 5,
+`optimum-intel` and `optimum-onnx[onnxruntime]`. BACKEND is openvino, onnx or onnx-int8 (8-bit weights and activations,
+by the library's own settings for this processor). Each line on stdin encodes the texts once and prints the seconds; the
+vectors of the first turn are saved.
 """
 
 from __future__ import annotations
