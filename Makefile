@@ -4,12 +4,15 @@ DATA ?= ./data
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# percent of the library's lines that the tests run
+# percent of the library's lines that the tests must run
 FLOOR := 95
-# test processes, of a thread each; numba, told nothing, sets all of OpenMP to a thread a processor. A file is one
-# process's: what its tests share, a cluster say, is made once
+# which tests: all, or `make test PART="not apart"` and `make test PART=apart` (guides, notebook, Ray, processes, kills)
+PART ?=
+# test processes, of one thread each: with more, they wait for each other
 JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+# from Python 3.12 on, coverage costs little with sys.monitoring
+CORE = $(shell $(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')")
 
 .PHONY: demo test lint audit bench mutate docs clean help
 
@@ -31,19 +34,21 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-ray.t
 demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
 
-test: lint ## lint, types and all tests; fails when they run less of the library than the floor
-	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
+test: lint ## lint, types and all tests; fails when the tests run less of the library than the floor
+	$(ONE_THREAD) $(OFFLINE) COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m "$(PART)" -n $(JOBS) --max-worker-restart 0 \
+		--no-loadscope-reorder --cov=ebr_lib --cov-report=term-missing:skip-covered --cov-fail-under=$(FLOOR)
 
-lint: $(VENV)/installed-dev ## formatting, lint, types
+lint: $(VENV)/installed-dev ## formatting, lint, types, plain words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/plain_words.py
 
 bench: $(VENV)/installed ## benchmarks/RESULTS.md: about 20 minutes; DATA=folder of the data sets, ARGS=--quick to try
 	$(OFFLINE) $(BIN)/python benchmarks/run.py --data $(DATA) $(ARGS)
 
-audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI, and fails where it gets no answer
-	$(BIN)/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-ray.txt -r requirements-dev.txt
+audit: $(VENV)/installed-dev ## known weaknesses of the pinned requirements; asks PyPI, and says what it could not look up
+	$(BIN)/python .ci/audit.py
 
 mutate: $(VENV)/installed-dev ## changed lines that no test notices; hours, or ARGS="ebr_lib.data.pairs*" for one file
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/mutmut run --max-children 1 $(ARGS)
@@ -53,4 +58,4 @@ docs: $(VENV)/installed ## write the generated tables into docs/
 	$(BIN)/python -m ebr_lib knobs --write docs/en/knobs.md docs/zh/knobs.md
 
 clean: ## remove the environment and what the stages wrote
-	rm -rf $(VENV) mutants saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb
+	rm -rf $(VENV) mutants dist saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ebr_lib.visualize.config import VisConfig
     from ebr_lib.visualize.run import visualize_embeddings
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "train_sentence_transformer": "finetune.run",
     "run_batch_inference": "inference.run",

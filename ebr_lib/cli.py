@@ -7,9 +7,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ebr_lib import __version__
 from ebr_lib.errors import ConfigError, UserError
 from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.extras import require
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.index.config import IndexConfig, SearchConfig
 from ebr_lib.inference.config import InferenceConfig
@@ -22,12 +25,12 @@ from ebr_lib.visualize.config import VisConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """A command: its config, and where its function lives (imported only when it runs: torch is slow to load)."""
+    """A command: its config and its function, imported only when it runs, because torch is slow to load."""
 
     config: type[Config]
     module: str
     function: str
-    positional: str | None = None  # a knob that may stand without its flag
+    positional: str | None = None  # a knob that may be given without its flag
 
 
 STAGES = {
@@ -44,14 +47,21 @@ def _add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     parser.description = STAGES[name].config.__doc__
     add_flags(parser, STAGES[name].config)
     if (positional := STAGES[name].positional) is not None:
-        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help="what to look for")
+        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help="text to search for")
     parser.set_defaults(stage=name, stage_config=STAGES[name].config, run=_run_stage)
+
+
+def _program() -> str:
+    """Return the command that started this, as usage lines show it."""
+    name = Path(sys.argv[0]).stem
+    return name if name == "ebr" else "python -m ebr_lib"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ebr_lib", allow_abbrev=False, description="Fine-tune, encode, see, evaluate, index, search."
+        prog=_program(), allow_abbrev=False, description="Fine-tune, encode, see, evaluate, index, search."
     )
+    parser.add_argument("--version", action="version", version=f"ebr-workflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="|".join([*STAGES, "notebook", "knobs"]))
     for name, stage in STAGES.items():
         _add_stage(commands.add_parser(name, help=stage.config.__doc__, allow_abbrev=False), name)
@@ -62,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_notebook(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Execute a copy of the notebook, in the notebook's folder, and say where its results are. Paths among its "
-        "parameters start from that folder."
+        "Execute a copy of the notebook in the notebook's folder and print where its results are. Paths among its "
+        "parameters are relative to that folder."
     )
     parser.add_argument("--notebook", default="EBR_workflow.ipynb", metavar="IPYNB", help="default %(default)s")
     parser.add_argument("--output", default="EBR_workflow.executed.ipynb", metavar="IPYNB", help="default %(default)s")
@@ -72,12 +82,13 @@ def _add_notebook(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="parameters other than the notebook's: RUN_FINETUNE=false FINETUNE_CONFIG.num_epochs=1",
+        help="parameters to change, e.g. RUN_FINETUNE=false FINETUNE_CONFIG.num_epochs=1",
     )
     parser.set_defaults(run=_run_notebook)
 
 
 def _run_notebook(arguments: argparse.Namespace) -> int:
+    require("notebook")
     from ebr_lib.notebook import NotebookError, headline, parse_parameters, run_notebook
 
     try:
@@ -90,14 +101,12 @@ def _run_notebook(arguments: argparse.Namespace) -> int:
 
 
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Print the table of every stage's knobs, or write it between the marks of documents."
-    parser.add_argument("--write", nargs="+", default=[], metavar="MD", help="documents to write into")
+    parser.description = "Print the knob table of every stage, or write the tables between the marks of documents."
+    parser.add_argument("--write", nargs="+", default=[], metavar="MD", help="documents to update")
     parser.set_defaults(run=_run_knobs)
 
 
 def _run_knobs(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from ebr_lib.knobs.tables import with_tables
 
     classes = {name: stage.config for name, stage in STAGES.items()}
@@ -129,7 +138,7 @@ def _run(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m ebr_lib <stage> …`; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Run `python -m ebr_lib <stage> …`, and return the exit status: 0, or 2 after a user's mistake."""
     print_anything()
     return _run(*_parser().parse_known_args(argv))
 

@@ -16,7 +16,7 @@ from ebr_lib.visualize.config import VisConfig
 
 @dataclass(frozen=True)
 class Configs:
-    """The checked configs of a workflow, shown as tables in a notebook."""
+    """Checked configs of a workflow; a notebook shows them as tables."""
 
     finetune: FinetuneConfig
     inference: InferenceConfig
@@ -30,9 +30,9 @@ class Configs:
 
 
 def check_configs(**given: Mapping[str, Any]) -> Configs:
-    """Resolve the configs of all stages, and list the mistakes of all of them at once.
+    """Resolve the configs of all stages, and list all their errors at once.
 
-    :param given: stage (finetune, inference, visualize, evaluate, index) to its dict; a stage left out has defaults.
+    :param given: a dict of knobs per stage: finetune, inference, visualize, evaluate, index. Others get their defaults.
     :raises ConfigError: any knob of any stage is unknown or out of range.
     """
     kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name != "given"}

@@ -24,6 +24,10 @@ class NotFiniteError(ModelError):
     """A model gives NaN or infinite values for some texts; names them."""
 
 
+class NotInstalledError(UserError, ImportError):
+    """An optional package is missing; names the extra that installs it."""
+
+
 class MissingError(UserError, FileNotFoundError):
     """A file or folder is not where the config says."""
 

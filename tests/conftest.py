@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import TextIO
 
 import coverage
 import pytest
@@ -49,6 +52,8 @@ TOGETHER = {
     "test_distributed": "test_finetune",
     "test_inference": "test_finetune",
 }
+# Files that start processes, kernels or clusters: a CI job of their own.
+APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_ray"}
 # Files and tests that train often, over lines that others run too: measuring coverage doubles the time of a training.
 UNWATCHED = {
     "test_continuing",
@@ -85,6 +90,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.stem, getattr(item, "originalname", "")} & UNWATCHED:
             item.add_marker("no_cover")
+        if item.path.stem in APART:
+            item.add_marker("apart")
+
+
+# --- a worker that dies shows where it was ------------------------------------------------------------------------
+
+
+_STACKS = "EBR_TEST_STACKS"  # environment variable: folder of a file per worker
+_stack: TextIO | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _stack  # noqa: PLW0603
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and _STACKS in os.environ:
+        _stack = (Path(os.environ[_STACKS]) / worker).open("w", encoding="utf-8")
+    elif config.getoption("numprocesses", None):
+        folder = tempfile.TemporaryDirectory(prefix="ebr-stacks-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[_STACKS] = folder.name
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Write the stack of a crash or of a test past its time to the worker's file, whatever a library has set since."""
+    if _stack is not None:
+        faulthandler.enable(_stack)
+        limit = float(item.config.getini("faulthandler_timeout"))
+        faulthandler.dump_traceback_later(limit, exit=True, file=_stack)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport, sched: object) -> None:
+    """Show the dead worker's stack in its report."""
+    stack = Path(os.environ[_STACKS]) / report.node.gateway.id  # type: ignore[attr-defined]
+    report.longrepr = f"{report.longrepr}\n\n{stack.read_text(encoding='utf-8')}"
 
 
 @pytest.fixture(autouse=True)

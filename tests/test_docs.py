@@ -39,7 +39,9 @@ SOURCES = "\n".join(
     path.read_text(encoding="utf-8")
     for path in [*sorted((ROOT / "ebr_lib").rglob("*.py")), ROOT / "EBR_workflow.ipynb"]
 )
-FILES = " ".join(p.name for place in (".", "tests", "tests/*", "configs", "configs/*") for p in ROOT.glob(f"{place}/*"))
+FILES = " ".join(
+    p.name for place in (".", ".ci", "tests", "tests/*", "configs", "configs/*") for p in ROOT.glob(f"{place}/*")
+)
 PRESETS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
 

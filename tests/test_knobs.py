@@ -1,4 +1,4 @@
-"""A knob is defined once; from its line come the checks, the flags, the saved config and the tables."""
+"""A knob is defined once; checks, flags, saved config and tables follow from its definition."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def problems(given) -> str:
     return str(caught.value)
 
 
-def test_all_mistakes_are_listed_at_once():
+def test_all_errors_are_listed_at_once():
     text = problems({"siez": 3, "rate": -1, "kind": "c", "on": 1})
     assert "siez: unknown; did you mean size?" in text
     assert "rate: -1 is not allowed; wanted greater than 0" in text
@@ -51,17 +51,17 @@ def test_all_mistakes_are_listed_at_once():
     "given",
     [{"rate": float("nan")}, {"rate": float("inf")}, {"size": True}, {"size": "4"}, {"size": 4.0}, {"rate": "1e-3"}],
 )
-def test_nan_truth_and_text_are_no_numbers(given):
+def test_nan_bools_and_texts_are_rejected_as_numbers(given):
     assert next(iter(given)) in problems(given)
 
 
-def test_a_seed_is_one_that_every_library_takes():
+def test_seeds_have_32_bits():
     with pytest.raises(ConfigError, match="seed"):
         FinetuneConfig.resolve({"seed": 2**32})
     assert FinetuneConfig.resolve({"seed": 2**32 - 1}).seed == 2**32 - 1
 
 
-def test_an_int_is_a_float():
+def test_an_int_for_a_float_stays_an_int():
     assert Small.resolve({"rate": 1}).to_dict()["rate"].__repr__() == "1"
 
 
@@ -89,7 +89,7 @@ def test_a_saved_config_is_a_preset(tmp_path):
     assert Small.resolve(None, [tmp_path / "saved.yaml"]) == config
 
 
-def test_a_config_cannot_change_after_its_check():
+def test_a_config_is_immutable():
     names = ["x"]
     config = Small.resolve({"names": names})
     names.append("y")
@@ -125,13 +125,13 @@ def test_flags_become_the_same_values_as_a_preset():
     assert from_flags(Small, {"names": ["a,b"]}).names == ("a", "b")
 
 
-def test_texts_are_taken_as_they_stand():
+def test_text_flags_are_not_parsed_as_yaml():
     config = from_flags(SearchConfig, {"query": "null", "where": ["kind=k1, big", "size=[a, b]"]})
     assert config.query == "null" and config.where == ("kind=k1, big", "size=[a, b]")
     assert from_flags(SearchConfig, {"query": "{a}"}).query == "{a}"
 
 
-def test_a_place_is_one_or_several():
+def test_a_path_knob_takes_one_path_or_several():
     assert from_flags(FinetuneConfig, {"data_path": ["a,b.json"]}).data_path == "a,b.json"
     assert from_flags(FinetuneConfig, {"data_path": ["a", "b"]}).data_path == ("a", "b")
     assert FinetuneConfig.resolve({"data_path": ["a", "b"]}).to_dict()["data_path"] == ["a", "b"]
@@ -140,7 +140,7 @@ def test_a_place_is_one_or_several():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_home_folder_may_be_a_tilde_in_every_place(stage, monkeypatch):
+def test_a_tilde_is_the_home_folder_in_every_path_knob(stage, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     kind = STAGES[stage].config
@@ -153,14 +153,14 @@ def test_the_home_folder_may_be_a_tilde_in_every_place(stage, monkeypatch):
     assert InferenceConfig.resolve({"delimiter": "~"}).delimiter == "~"
 
 
-def test_conflicts_are_found_when_each_value_alone_is_right():
+def test_contradicting_knobs_are_errors():
     with pytest.raises(ConfigError, match="fp16 and bf16: choose one"):
         FinetuneConfig.resolve({"fp16": True, "bf16": True})
     with pytest.raises(ConfigError, match="early_stopping_patience needs held-out data"):
         FinetuneConfig.resolve({"early_stopping_patience": 1, "eval_ratio": 0.0})
 
 
-def test_mistakes_of_all_stages_show_together():
+def test_errors_of_all_stages_are_listed_together():
     with pytest.raises(ConfigError) as caught:
         check_configs(finetune={"lora_r": 0}, inference={"descripton_column": "x"})
     assert "lora_r: 0" in str(caught.value)
@@ -209,8 +209,8 @@ def test_a_value_out_of_range_exits_with_2_and_no_stack(capsys):
 HEAVY = {"torch", "transformers", "sklearn", "matplotlib", "faiss"}
 
 
-def said_without(libraries: set[str], code: str) -> str:
-    """What a process prints that ends without having loaded any of the libraries."""
+def output_without(libraries: set[str], code: str) -> str:
+    """Output of a process, which must not have imported any of the libraries."""
     code += f"loaded = {libraries} & set(sys.modules)\nsys.exit(f'imported {{loaded}}' if loaded else 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
@@ -221,10 +221,10 @@ def test_help_is_instant_and_imports_no_torch():
     code = (
         "import sys; from ebr_lib.cli import main_finetune\ntry: main_finetune(['--help'])\nexcept SystemExit: pass\n"
     )
-    assert "--early_stopping_patience" in said_without({*HEAVY, "numpy"}, code)
+    assert "--early_stopping_patience" in output_without({*HEAVY, "numpy"}, code)
 
 
-def test_a_mistyped_knob_is_told_before_anything_heavy_is_loaded():
+def test_a_mistyped_knob_is_an_error_before_heavy_imports():
     code = (
         "import sys, ebr_lib as e\n"
         "from ebr_lib.errors import ConfigError\n"
@@ -233,7 +233,7 @@ def test_a_mistyped_knob_is_told_before_anything_heavy_is_loaded():
         "    try: stage({'noise_porb': 1})\n"
         "    except ConfigError as error: print(error)\n"
     )
-    assert said_without(HEAVY, code).count("noise_porb: unknown") == 5
+    assert output_without(HEAVY, code).count("noise_porb: unknown") == 5
 
 
 def test_the_tables_are_printed_or_written_into_documents(tmp_path, capsys):
@@ -255,13 +255,13 @@ def test_an_interrupted_command_exits_as_shells_expect(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_config_shows_what_differs_from_its_defaults():
+def test_a_config_shows_the_knobs_that_differ_from_their_defaults():
     shown = re.sub(' style="[^"]*"', "", Small.resolve({"size": 7})._repr_html_())
     changed, every = shown.split("<details>")
     assert "<td>size</td><td>7</td><td>4</td>" in changed and "kind" not in changed
     assert "<td>size</td><td>7</td>" in every and "<td>kind</td><td>a</td>" in every and "全部 5 项" in every
 
 
-def test_a_flag_that_is_no_yaml_is_said_to_be_out_of_range(capsys):
+def test_a_flag_that_is_not_yaml_is_an_error(capsys):
     assert main_finetune(["--lora_r", "[1"]) == 2
     assert "lora_r: '[1' is not allowed" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_a_preset_cannot_make_objects(tmp_path):
 
 
 class Bomb:
-    """A pickle that leaves a file behind when it is read."""
+    """A pickle that writes a file when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""Who may import whom: entry points stages, stages `model` and `data`, these the files on the ground; never upwards."""
+"""Who may import whom: entry points → stages → `model`, `data` → ground files; nothing imports upwards."""
 
 import ast
 import json
@@ -17,9 +17,9 @@ LIBRARY = ROOT / "ebr_lib"
 STAGES = {stage.module.split(".")[1] for stage in cli.STAGES.values()}
 ENTRIES = {"", "__main__", "cli", "notebook", "config"}
 PARTS = {"model", "data"}
-GROUND = {"metrics", "files", "errors", "logs", "tables", "names", "arrays", "knobs"}
+GROUND = {"metrics", "files", "errors", "extras", "logs", "tables", "names", "arrays", "knobs"}
 FLOORS = [GROUND, PARTS, STAGES, ENTRIES]
-"""From below: who stands higher may import who stands lower."""
+"""Lowest first: a higher floor may import a lower one."""
 
 
 def path_of(module: str) -> Path:
@@ -33,7 +33,7 @@ def modules() -> list[str]:
 
 
 def room_of(module: str) -> str:
-    """The folder or the file of ebr_lib that a module is in; "" is the front door."""
+    """Folder or file of ebr_lib that a module is in; "" is ebr_lib/__init__.py."""
     return module.partition(".")[2].partition(".")[0]
 
 
@@ -42,7 +42,7 @@ def floor_of(room: str) -> int:
 
 
 def imported(module: str) -> set[str]:
-    """What of ebr_lib a module imports, at the top or inside functions, types included."""
+    """Modules of ebr_lib that a module imports, at the top or inside functions, also for types."""
     known, names = set(modules()), set()
     for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def imported(module: str) -> set[str]:
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
-    """Names that lead from one of them back to it; none where there is no cycle."""
+    """Names of a cycle, first and last equal; empty if there is none."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -77,7 +77,7 @@ def test_every_module_has_a_floor():
 
 
 @pytest.mark.parametrize("module", modules())
-def test_nobody_imports_upwards_and_stages_do_not_import_each_other(module):
+def test_no_module_imports_upwards_and_stages_do_not_import_each_other(module):
     room = room_of(module)
     others = {room_of(name) for name in imported(module)} - {room}
     assert not [other for other in sorted(others) if floor_of(other) > floor_of(room)]
@@ -125,11 +125,11 @@ def test_the_notebook_holds_no_logic_and_no_outputs():
         assert not any(isinstance(node, logic) for node in ast.walk(tree))
     for statement in ast.parse("".join(tagged[0]["source"])).body:
         assert isinstance(statement, ast.Assign)
-        ast.literal_eval(statement.value)  # literals only, so that a program can read and change them
+        ast.literal_eval(statement.value)  # literals only, so that `ebr notebook --set` can change them
 
 
-def test_the_front_door_offers_what_it_says():
-    """Its names stand three times: for the type checker, for loading on first use, and as what is public."""
+def test_public_names_are_typed_loaded_and_listed():
+    """Each name occurs three times: for the type checker, for loading on first use, in `__all__`."""
     tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
     typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     typed -= {"annotations", "TYPE_CHECKING", "Any"}
@@ -137,10 +137,10 @@ def test_the_front_door_offers_what_it_says():
     assert all(getattr(ebr_lib, name) is not None for name in ebr_lib.__all__)
 
 
-def test_what_the_suite_is_told_of_its_files_and_tests_names_some():
-    from tests.conftest import LONGEST, TOGETHER, UNWATCHED
+def test_files_and_tests_named_in_conftest_exist():
+    from tests.conftest import APART, LONGEST, TOGETHER, UNWATCHED
 
     sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     tests = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
-    assert {*LONGEST, *TOGETHER, *TOGETHER.values()} <= sources.keys()
+    assert {*APART, *LONGEST, *TOGETHER, *TOGETHER.values()} <= sources.keys()
     assert sources.keys() | tests >= UNWATCHED

@@ -33,18 +33,18 @@ from ebr_lib.names import Asked, Backend, Choice, LeaveOutOwn, OnChangedVectors
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
-    """Extension, `evaluate_retrieval`: did retrieval get better?"""
+    """Extension, `evaluate_retrieval`: measure whether retrieval got better."""
 
     # what is measured
     models: tuple[Place, ...] = knob(
         ["all-MiniLM-L6-v2"],
-        "Models to measure side by side: fine-tuned folders, local folders, hub names; the first is what the others are compared with.",
-        "并排评估的模型（微调目录、本地目录或 Hub 名称）；第一个为对照基线。",
+        "Models to compare: fine-tuned folders, local folders or hub names; the first is the baseline.",
+        "要比较的模型：微调目录、本地目录或 Hub 名称；第一个为基线。",
     )
     bm25: bool = knob(
         True,
-        "Measure BM25 too: the floor that an embedding model has to beat.",
-        "同时评估 BM25（向量模型至少应超过它）；中文用 jieba 分词。",
+        "Also measure BM25, which an embedding model should beat.",
+        "同时评估 BM25，向量模型应优于它；中文用 jieba 分词。",
     )
     # data
     data_path: Place | None = knob(
@@ -59,82 +59,84 @@ class EvalConfig(Config):
     )
     corpus_path: Place | None = knob(
         None,
-        "File of documents, or an embedding file of the inference stage, whose vectors are used for the model that made them.",
-        "文档文件，或推理阶段的向量文件（向量只用于生成它的模型）。",
+        "File of documents, or an embedding file from inference; its vectors are used for the model that made them.",
+        "文档文件，或推理阶段输出的向量文件（其中的向量只用于生成它的模型）。",
     )
     qrels_path: Place | None = knob(
         None,
-        "Judgements: `query document grade` per line, as BEIR or TREC write them, or JSON, CSV or Parquet with the "
+        "Judgements: lines of `query document grade` in BEIR or TREC format, or JSON, CSV or Parquet with the "
         "columns query-id, corpus-id and score.",
         "相关性标注：每行 `query document grade`（BEIR 或 TREC 格式），或含 query-id、corpus-id、score 列的 JSON、CSV、Parquet。",
     )
     train_data_path: Places | None = knob(
         None,
-        "Training data, to measure queries with seen and unseen documents apart, and to report queries that training had.",
-        "训练数据：用于区分见过与未见过的文档，并报告训练集中已有的查询。",
+        "Training data: used to measure seen and unseen documents separately and to report queries that were trained on.",
+        "训练数据：用于分别评估训练中见过与未见过的文档，并报告训练集中已有的查询。",
     )
     label_column: Name | None = knob(None, *LABEL_COLUMN)
     query_column: Name | None = knob(None, *QUERY_COLUMN)
     corpus_column: Name | None = knob(
         None,
-        "Column of the document's text; null takes text, description, document, passage, positive or content.",
-        "文档文本列；null 自动识别。",
+        "Column with the document text; null looks for text, description, document, passage, positive or content.",
+        "文档文本列；null 依次查找 text、description、document、passage、positive、content。",
     )
     id_column: Name | None = knob(
         None,
-        "Column of the documents' ids, and of the queries' where their file has it; null takes _id, id, doc_id or docid, "
-        "and of queries query_id or qid.",
-        "文档的 ID 列（查询文件中也有该列时同样使用）；null 取 _id、id、doc_id 或 docid（查询为 query_id 或 qid）。",
+        "Column with document ids, also used for queries if their file has it; null looks for _id, id, doc_id or "
+        "docid, and for queries query_id or qid.",
+        "文档 ID 列（查询文件也有该列时同样使用）；null 依次查找 _id、id、doc_id、docid（查询为 query_id、qid）。",
     )
     leave_out_own: LeaveOutOwn = knob(
         "text_and_id",
-        "Documents that are the query itself, left out of its answers and its ranking: those of its text, and where "
-        "judgements name ids those of its id; text where queries and documents are numbered apart, none keeps all.",
-        "查询自身对应的文档不算答案、也不参与排序：文本相同的，以及按 ID 标注时 ID 相同的；查询与文档各自编号时用 text，none 全部保留。",
+        "Leave the query itself out of its answers and its ranking: documents with the same text, and with the same id "
+        "if judgements use ids. Use text if queries and documents are numbered independently; none keeps all.",
+        "把与查询自身相同的文档从答案和排序中去掉：文本相同的，以及按 ID 标注时 ID 相同的。查询与文档分别编号时用 text；none 全部保留。",
     )
     slice_columns: tuple[Name, ...] = knob(
-        [], "Columns of the query file whose values are measured apart.", "按这些查询列的取值分组评估。"
+        [], "Columns of the query file; each of their values is measured separately.", "按这些查询列的取值分组评估。"
     )
     # encoding
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     document_prompt: str | None = knob(
         None,
-        "Put before every document; null takes what each model was trained with.",
-        "加在文档前的提示词；null 使用模型训练时的提示词。",
+        "Prompt prepended to every document; null uses each model's own.",
+        "加在每个文档前的提示词；null 使用各模型训练时的提示词。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     max_seq_length: Length | None = knob(None, *OWN_LENGTH)
     truncate_dim: Positive | None = knob(
-        None, "Keep the first dimensions of a Matryoshka model.", "只保留前若干维（Matryoshka 模型）。"
+        None, "Keep only the first dimensions (Matryoshka models).", "只保留前若干维（Matryoshka 模型）。"
     )
     precision: Asked = knob("auto", *PRECISION)
     backend: Backend = knob("auto", *BACKEND)
     device: str | None = knob(None, *DEVICE)
     # measures and report
     ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(
-        [1, 5, 10, 50, 100], "Ranks at which recall and hit rate are taken.", "计算召回率与命中率的截断位置。"
+        [1, 5, 10, 50, 100], "Cutoffs k for recall@k and hit rate@k.", "召回率与命中率的截断位置 k。"
     )
     resamples: Annotated[int, Field(ge=100)] = knob(
         10000,
-        "Samples of the bootstrap interval, and sign flips of the permutation test.",
+        "Samples for bootstrap intervals and for the permutation test.",
         "自助法区间与置换检验的重采样次数。",
     )
-    examples: Count = knob(10, "Queries to show that were won most, and lost most.", "展示提升最多与下降最多的查询数。")
-    seed: Seed = knob(42, "Seed of interval and test.", "区间与检验的随机种子。")
+    examples: Count = knob(
+        10, "Number of queries to show that improved most, and that got worse most.", "展示提升最多与下降最多的查询数。"
+    )
+    seed: Seed = knob(42, "Random seed of intervals and tests.", "置信区间与检验的随机种子。")
     output_dir: Place = knob(
         "./evaluation",
-        "Folder for report.html, report.json, and the runs and judgements in TREC format.",
+        "Output folder: report.html, report.json, and the rankings and judgements in TREC format.",
         "输出目录：report.html、report.json 以及 TREC 格式的排序结果与标注。",
     )
 
     def conflicts(self) -> Iterator[str]:
         if not self.models and not self.bm25:
-            yield "models is empty and bm25 is off: nothing to measure"
+            yield "models is empty and bm25 is off: there is nothing to measure"
         if not (self.data_path or self.queries_path):
-            yield "data_path or queries_path: give one"
+            yield "set data_path or queries_path"
         if not self.ks:
-            yield "ks is empty: give at least one rank"
+            yield "ks is empty: give at least one cutoff"
         if len(set(self.models)) != len(self.models):
-            yield "models: a name is there twice"
+            yield "models: a name occurs twice"

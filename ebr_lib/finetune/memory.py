@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -20,7 +19,13 @@ def peak_memory_mb() -> float:
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     if peak:
         return int(peak[1]) / 2**10
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process's life
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process started
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 

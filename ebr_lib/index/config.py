@@ -1,4 +1,4 @@
-"""The knobs of the index, and of a search in it."""
+"""Knobs of the index and of search."""
 
 from __future__ import annotations
 
@@ -26,74 +26,76 @@ from ebr_lib.names import Choice, OnChangedVectors
 
 @dataclass(frozen=True)
 class IndexConfig(Config):
-    """Extension, `build_faiss_index`: an index over an embedding file, measured."""
+    """Extension, `build_faiss_index`: build and measure a Faiss index of an embedding file."""
 
     embedding_path: Place = knob("./faiss/embeds_2.txt", "The embedding file to index.", "要建索引的向量文件。")
     output_dir: Place = knob(
         "./faiss/index",
-        "Folder of the index, its columns, its manifest and the curve.",
-        "索引目录：索引、保留列、清单与召回曲线图。",
+        "Output folder: the index, the kept columns, the manifest and the recall curve.",
+        "输出目录：索引、保留列、清单与召回曲线图。",
     )
     id_column: Name | None = knob(
         None,
-        "Kept column that holds the ids by which rows are deleted; null takes row numbers.",
-        "用于删除的 ID 列；null 使用行号。",
+        "Kept column with the ids for deleting rows; null uses row numbers.",
+        "删除行时使用的 ID 列；null 使用行号。",
     )
     kind: Name = knob(
         "auto",
-        "A Faiss factory string (Flat, `HNSW32`, `IVF4096,SQ8`), or auto: Flat up to 50,000 rows, HNSW to a million, cells above.",
-        "Faiss factory 字符串（如 Flat、`HNSW32`、`IVF4096,SQ8`），auto 按规模选择：5 万以内 Flat，百万以内 HNSW，更大用 IVF。",
+        "Faiss factory string (`Flat`, `HNSW32`, `IVF4096,SQ8`), or auto: Flat up to 50,000 rows, HNSW up to a million, IVF above.",
+        "Faiss factory 字符串（如 `Flat`、`HNSW32`、`IVF4096,SQ8`）；auto 按行数选择：5 万以内用 Flat，百万以内用 HNSW，更大用 IVF。",
     )
     compression: Literal["sq8", "pq"] = knob(
         "sq8",
-        "Above a million rows: 8 bits a dimension, or product quantisation re-ranked by 8 bits (larger, faster).",
+        "Above a million rows: sq8 stores 8 bits per dimension; pq is product quantisation re-ranked with 8-bit vectors (larger, faster).",
         "超过百万行时：sq8 每维 8 位；pq 为乘积量化并以 8 位向量重排（更大、更快）。",
     )
     ef_construction: Annotated[int, Field(ge=8, le=2000)] = knob(
         80,
-        "Effort of building an HNSW graph: higher builds longer and finds more.",
-        "HNSW 建图的搜索宽度，越大越慢、越准。",
+        "Search width while building an HNSW graph: higher is slower and more accurate.",
+        "HNSW 建图时的搜索宽度：越大越慢、越准。",
     )
     # measuring
     queries_path: Place | None = knob(
         None,
-        "File of real queries to measure with; null takes vectors of the index and leaves themselves out.",
-        "用于测量的真实查询文件；null 使用索引内的向量（排除其自身）。",
+        "File of real queries to measure with; null uses vectors of the index and leaves each out of its own results.",
+        "用于测量的真实查询文件；null 使用索引中的向量（结果中排除其自身）。",
     )
     query_column: Name | None = knob(None, *QUERY_COLUMN)
     model_name: Place | None = knob(
         None,
-        "Model that encodes the queries; null takes the one that the embedding file's manifest names.",
-        "编码查询的模型；null 使用向量文件清单中的模型。",
+        "Model for the queries; null uses the one in the manifest of the embedding file.",
+        "编码查询的模型；null 使用向量文件清单中记录的模型。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
-    measure_queries: Positive = knob(1000, "At most so many queries measure.", "测量使用的查询数上限。")
+    measure_queries: Positive = knob(1000, "Maximum number of queries used for measuring.", "测量所用查询数的上限。")
     target_recall: Annotated[float, Field(gt=0, le=1)] = knob(
         0.98,
-        "Recall@10 against exact search that the saved setting has to reach.",
-        "所选参数须达到的 recall@10（相对精确检索）。",
+        "Recall@10 against exact search that the saved search setting must reach.",
+        "所保存的检索参数须达到的 recall@10（相对精确检索）。",
     )
-    seed: Seed = knob(42, "Seed of the samples and of training.", "抽样与训练的随机种子。")
+    seed: Seed = knob(42, "Random seed of sampling and index training.", "抽样与索引训练的随机种子。")
 
 
 @dataclass(frozen=True)
 class SearchConfig(Config):
     """`search`: find the rows of an index that are nearest to a query."""
 
-    query: Name = knob("warm blanket", "What to look for.", "查询文本。")
-    index_dir: Place = knob("./faiss/index", "Folder of the index.", "索引目录。")
-    k: Positive = knob(10, "How many rows to show.", "返回条数。")
+    query: Name = knob("warm blanket", "Text to search for.", "查询文本。")
+    index_dir: Place = knob("./faiss/index", "Index folder.", "索引目录。")
+    k: Positive = knob(10, "Number of rows to return.", "返回条数。")
     where: tuple[Name, ...] = knob(
         [],
-        "Filters `column=value` on kept columns, `column=\\N` for null; several values of a column are alternatives.",
-        "按保留列过滤，写作 `列=值`，空值（null）写作 `列=\\N`；同一列的多个值为“或”。",
+        "Filters on kept columns: `column=value`, or `column=\\N` for null; several values of one column mean any of them.",
+        "按保留列过滤，写作 `列=值`，空值（null）写作 `列=\\N`；同一列可给多个值，满足其一即可。",
         split=False,
     )
     model_name: Place | None = knob(
-        None, "The model, where it is not at the place that the index remembers.", "模型位置；null 使用索引记录的模型。"
+        None,
+        "Where the model is now, if it was moved; null uses the path saved with the index.",
+        "模型被移动后的位置；null 使用索引中记录的路径。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
     base_model_path: Places | None = knob(None, *BASE_PATH)
@@ -103,4 +105,4 @@ class SearchConfig(Config):
     def conflicts(self) -> Iterator[str]:
         for condition in self.where:
             if condition.find("=") < 1:
-                yield f"where: {condition!r} is no filter; wanted column=value"
+                yield f"where: {condition!r} is not a filter; use column=value"

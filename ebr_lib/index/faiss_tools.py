@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.extras import require
 
 REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
 
 
 def load_faiss() -> Any:
-    """Faiss, loaded on first use; its own type stubs lack much of it."""
+    """Import Faiss on first use; untyped, as its own type stubs lack much of it."""
+    require("index")
     import faiss
 
     return faiss

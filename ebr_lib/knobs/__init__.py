@@ -1,5 +1,5 @@
-"""Configuration: a knob is one line of a dataclass, everything else is read off that line.
+"""Configuration: a knob is one field of a dataclass, and all else follows from that field.
 
-From a field's name, type, default and help come: the check of a dict, of a YAML preset and of command-line flags,
-the help text, the table in the README and the saved config of a run. Order: default < preset < what the user gave.
+Its name, type, default and help give the checks of dicts, YAML presets and flags, the text of `--help`, the tables in
+the documents and the saved config of a run. Precedence: default < preset < user.
 """

@@ -1,4 +1,4 @@
-"""A knob, and a config whose values are checked against its knobs."""
+"""A knob, and a config that checks its values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ebr_lib.knobs.presets import PRESET_KEY, read_preset
 
 
 def knob(default: Any, help: str, zh: str, *, split: bool = True) -> Any:
-    """Declare a field: its default and what it does, in English and in Chinese.
+    """Declare a knob: its default and its help in English and Chinese.
 
-    :param split: whether a flag's comma parts items of a list; a text that may hold one is an item as it stands.
+    :param split: whether a comma in the flag separates list items; False for texts that may contain commas.
     """
     meta = {"help": help, "zh": zh, "split": split}
     if isinstance(default, dict | list):
@@ -38,58 +38,58 @@ _PYDANTIC_LEAD = re.compile("^(Input should be|String should have) ")
 @functools.cache
 def _adapter(config_class: Any, name: str) -> TypeAdapter[Any]:
     kind = get_type_hints(config_class, include_extras=True)[name]
-    # strict: True is no int, "12" is no number. NaN passes `low <= x`, so it is refused outright.
+    # strict: True is not an int, "12" not a number; NaN would pass `low <= x`
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _frozen(value: Any) -> Any:
-    """Lists become tuples and dicts copies, so that a config stays what it was when it was checked."""
+    """Copy lists as tuples, and dicts, so that nobody changes a config after its check."""
     if isinstance(value, dict):
         return {name: _frozen(inner) for name, inner in value.items()}
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def validated(config_class: type[Config], name: str, value: Any) -> tuple[Any, list[str]]:
-    """A knob's value as its type makes it, and what is wrong with it."""
+    """Return a knob's value in its type, and its errors."""
     try:
         return _adapter(config_class, name).validate_python(value), []  # type: ignore[arg-type] # a class is hashable
     except ValidationError as error:
-        # a union reports every branch it tried; one line per knob is enough for a person
+        # a union has an error per branch; one line per knob is enough
         reasons = dict.fromkeys(_PYDANTIC_LEAD.sub("", e["msg"]) for e in error.errors())
         return value, [f"{name}: {value!r} is not allowed; wanted {' or '.join(reasons)}"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of a stage's config: a frozen dataclass that checks itself and lists all that is wrong at once."""
+    """Base of a stage's config: a frozen dataclass that checks itself and lists all errors at once."""
 
     def __post_init__(self) -> None:
         errors = []
         for field in dataclasses.fields(self):
             given = _frozen(getattr(self, field.name))
             value, wrong = validated(type(self), field.name, given)
-            object.__setattr__(self, field.name, given if given == value else value)  # 1 epoch stays 1, is not 1.0
+            object.__setattr__(self, field.name, given if given == value else value)  # 1 epoch stays 1, not 1.0
             errors += wrong
         errors = errors or list(self.conflicts())
         if errors:
             raise ConfigError(_listed(type(self), errors))
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a sentence for every pair of knobs that cannot go together; called when each alone is right."""
+        """Yield an error for knobs that contradict each other; called when each is valid by itself."""
         return iter(())
 
     @property
     def presets(self) -> list[str]:
-        """The preset files that it was resolved from, without those that `save` wrote, which hold every knob."""
+        """Preset files that it was resolved from, except files that `save` wrote, which have every knob."""
         return getattr(self, "_presets", [])
 
     @classmethod
     def resolve(cls, given: Self | Mapping[str, Any] | None = None, presets: Sequence[str | Path] = ()) -> Self:
         """Build a config: default < presets, in order < what is given.
 
-        :param given: a config (returned as it is), or a dict of knobs; its key `preset` names a preset file or several.
-        :raises ConfigError: lists every unknown name and every bad value, of the presets too.
-        :raises MissingError: a preset is not there.
+        :param given: a config (returned unchanged), or a dict of knobs whose key `preset` may name preset files.
+        :raises ConfigError: lists every unknown name and every bad value, including those of presets.
+        :raises MissingError: a preset does not exist.
         """
         if isinstance(given, cls):
             return given
@@ -118,11 +118,11 @@ class Config:
         raise ConfigError(_listed(cls, errors))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every knob and its value, as plain values that YAML and JSON hold."""
+        """Return every knob with its value, in types that YAML and JSON have."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write every knob as YAML, whole or not at all; the file is itself a preset that repeats the run."""
+        """Write all knobs as YAML, atomically; the file is a preset that repeats the run."""
         text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
         with written_whole(path) as new:
             new.write_text(text, encoding="utf-8")
@@ -143,13 +143,15 @@ class Config:
 
 
 def unknown_name(name: str, names: Sequence[str]) -> str:
-    """The sentence for a name that no knob has, with the nearest one that is there."""
+    """Error for an unknown knob name, with the nearest known one."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"{name}: unknown; did you mean {near[0]}?" if near else f"{name}: unknown"
 
 
 def _listed(config_class: type[Config], errors: Sequence[str]) -> str:
-    return f"{config_class.__name__}: {len(errors)} to mend\n" + "\n".join(f"  - {error}" for error in errors)
+    return f"{config_class.__name__}: {len(errors)} {'error' if len(errors) == 1 else 'errors'}\n" + "\n".join(
+        f"  - {error}" for error in errors
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -157,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default of a field, as a knob holds it."""
+    """Default of a field, in the type of its knob."""
     if field.default is not dataclasses.MISSING:
         return _frozen(field.default)
     assert field.default_factory is not dataclasses.MISSING
@@ -165,6 +167,6 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def shown_value(value: Any) -> str:
-    """A value as a preset would write it."""
+    """Write a value as in a preset."""
     text = yaml.safe_dump(_plain(value), allow_unicode=True, default_flow_style=True, width=10**6).strip()
     return text.removesuffix("...").strip()

@@ -1,4 +1,4 @@
-"""Knobs as flags of the command line, and what `--help` says of them."""
+"""Knobs as flags of the command line, and their `--help`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebr_lib.knobs.presets import PRESET_KEY, read_yaml
 
 
 def kind_text(kind: Any) -> str:
-    """What a type allows, for people: `int, 1 to 1024`, `random_delete | random_swap`."""
+    """Describe a type for people: `int, ≥ 1`, `random_delete | random_swap`."""
     if get_origin(kind) is typing.Annotated:
         base, *rest = get_args(kind)
         return ", ".join(filter(None, [kind_text(base), _range_text(rest)]))
@@ -41,7 +41,7 @@ def _range_text(constraints: Sequence[Any]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    """Give a parser `--config` and one flag a knob; a knob that is not given does not appear in the result."""
+    """Add `--config` and one flag per knob to a parser; flags that are not given are absent from the result."""
     parser.add_argument(
         "--config",
         "--preset",
@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
         nargs="+",
         default=[],
         metavar="YAML",
-        help="preset files, later ones win",
+        help="preset files; later ones override earlier ones",
     )
     hints = get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
 
 
 def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
-    """Build the config from what argparse found."""
+    """Build the config from parsed arguments."""
     hints = get_type_hints(config_class, include_extras=True)
     presets = arguments.get(PRESET_KEY, [])
     given = {
@@ -75,17 +75,17 @@ def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:
 
 
 def unknown_flag(flag: str, config_class: type[Config] | None) -> str:
-    """The sentence for a flag, or another word, that no knob has."""
+    """Error for an unknown flag or a stray word."""
     names = [field.name for field in dataclasses.fields(config_class)] if config_class else []
     return (
         "--" + unknown_name(flag.removeprefix("--"), names)
         if flag.startswith("--")
-        else f"{flag}: unexpected; a knob is given as --name value"
+        else f"{flag}: unexpected; write knobs as --name value"
     )
 
 
 def _parsed(value: str | list[str], kind: Any, *, split: bool = True) -> Any:
-    """A flag's text as the value that a preset would hold; text knobs keep their text, `007` included."""
+    """Parse a flag's text like a preset's value; text knobs keep their text, e.g. `007`."""
     if _one_or_several(kind) and isinstance(value, list):
         one = next(inner for inner in get_args(kind) if get_origin(inner) is not tuple)
         return _parsed(value[0], one) if len(value) == 1 else [_parsed(item, one) for item in value]
@@ -103,12 +103,12 @@ def _parsed(value: str | list[str], kind: Any, *, split: bool = True) -> Any:
 
 
 def _is_switch(kind: Any) -> bool:
-    """Whether a knob is a yes or no, perhaps with a third answer: its flag alone means true."""
+    """Whether a knob is a bool, possibly with a third choice: the flag alone means true."""
     return kind is bool or bool in get_args(kind)
 
 
 def _one_or_several(kind: Any) -> bool:
-    """Whether a knob takes one value as well as a list of such."""
+    """Whether a knob takes one value or a list."""
     is_union = get_origin(kind) in (typing.Union, types.UnionType)
     return is_union and any(get_origin(inner) is tuple for inner in get_args(kind))
 

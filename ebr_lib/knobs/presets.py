@@ -11,10 +11,12 @@ import yaml
 from ebr_lib.errors import ConfigError, MissingError
 
 PRESET_KEY = "preset"
+_LIBRARY = Path(__file__).parents[1]
+_SHIPPED = [_LIBRARY, _LIBRARY.parent]  # folders with our `configs/`: in the installed package, in a clone
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-5` as a float; YAML 1.1 wants `3.0e-5` and would hand over the text."""
+    """SafeLoader that reads `3e-5` as a float; by YAML 1.1 only `3.0e-5` is one, and `3e-5` a text."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,26 +27,30 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """A YAML text's value: plain values only, and `3e-5` is a number."""
+    """Parse a YAML text: plain values only, and `3e-5` is a number."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
     """Read one preset file: a YAML mapping of knobs.
 
+    A path such as `configs/index/hnsw.yaml` that is not in the current folder names the preset that we ship.
+
     :raises MissingError: there is no such file.
     :raises ConfigError: the file is not YAML, or not a mapping.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) or sorted(
-            str(p) for p in Path("configs").rglob("*.yaml")
-        )
+    place = next((place for place in (Path(path), *(root / path for root in _SHIPPED)) if place.is_file()), None)
+    if place is None:
+        near = sorted(map(str, Path(path).parent.glob("*.yaml"))) or _shipped_presets()
         raise MissingError(f"preset {path}: there is no such file; presets here: {', '.join(near) or 'none'}")
     try:
-        values = read_yaml(path.read_text(encoding="utf-8-sig"))
+        values = read_yaml(place.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"preset {path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"preset {path}: wanted a mapping of knobs (`name: value`), found {type(values).__name__}")
     return {str(name): value for name, value in values.items()}
+
+
+def _shipped_presets() -> list[str]:
+    return sorted({p.relative_to(root).as_posix() for root in _SHIPPED for p in root.glob("configs/*/*.yaml")})

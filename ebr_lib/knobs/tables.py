@@ -1,4 +1,4 @@
-"""Tables of knobs, and writing them into the documents."""
+"""Knob tables of the documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ebr_lib.knobs.flags import kind_text
 
 
 def knob_table(config_class: type[Config], language: str = "help") -> str:
-    """The Markdown table of a stage's knobs; `language` is the metadata key, "help" or "zh"."""
+    """Markdown table of a stage's knobs; `language` is "help" (English) or "zh"."""
     head = {
         "help": "| knob | type and range | default | what it does |",
         "zh": "| 参数 | 类型与范围 | 默认值 | 作用 |",
@@ -34,7 +34,7 @@ _TABLE = re.compile(r"(<!-- knobs:(\w+)(:zh)? -->\n).*?(<!-- /knobs -->)", re.DO
 
 
 def with_tables(document: str, classes: Mapping[str, type[Config]]) -> str:
-    """A Markdown document with the knob tables between its `<!-- knobs:stage -->` marks (`:zh` for Chinese) anew."""
+    """Replace the knob tables between a document's `<!-- knobs:stage -->` marks (`:zh` for Chinese)."""
 
     def table(found: re.Match[str]) -> str:
         language = "zh" if found[3] else "help"

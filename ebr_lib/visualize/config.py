@@ -1,4 +1,4 @@
-"""The knobs of the picture."""
+"""Knobs of the visualization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VisConfig(Config):
     )
     text_column: str | None = knob(
         None,
-        "Column whose text the explorer and the tables show; null takes `description`, else the first other column.",
+        "Column whose text the explorer and the tables show; null uses `description`, or else the first other column.",
         "交互页面和表格中展示的文本列；null 取 `description`，没有则取第一个其他列。",
     )
     chinese_fonts: tuple[Place, ...] = knob(
@@ -38,66 +38,66 @@ class VisConfig(Config):
             "WenQuanYi Micro Hei",
             "SimHei",
         ],
-        "Fonts for Chinese, tried in this order: family names, or font files; then the system's and the packaged one.",
+        "Fonts for Chinese text, tried in order: family names or font files. System fonts and the packaged font come after these.",
         "中文字体，按顺序尝试：字体名或字体文件；之后使用系统字体和随包安装的字体。",
     )
     max_points: Annotated[int, Field(ge=3)] = knob(
         50_000,
-        "Points that t-SNE and UMAP work on, sampled by label; the rest are placed by their nearest neighbours.",
-        "t-SNE 与 UMAP 计算的点数（按标签抽样）；其余点按最近邻放置。",
+        "Points that t-SNE and UMAP are computed on, sampled by label; the others are placed by their nearest neighbours.",
+        "参与 t-SNE 与 UMAP 计算的点数（按标签抽样）；其余的点按最近邻放置。",
     )
-    explorer: bool = knob(True, "Write the interactive page beside the picture.", "在图片旁生成交互式网页。")
+    explorer: bool = knob(True, "Write an interactive HTML page next to the picture.", "在图片旁生成交互式网页。")
     # the maps
-    method: Literal["both", "tsne", "umap"] = knob("both", "Which maps to draw.", "绘制哪种降维图。")
+    method: Literal["both", "tsne", "umap"] = knob("both", "Maps to draw.", "绘制哪种降维图。")
     tsne_perplexity: Annotated[float, Field(ge=1)] = knob(
         30.0,
-        "Perplexity of t-SNE; lowered where the points are too few.",
+        "Perplexity of t-SNE; lowered if there are too few points.",
         "t-SNE 的困惑度；点数太少时自动降低。",
     )
     tsne_learning_rate: Literal["auto"] | MoreThanZero = knob(
         "auto",
-        "Learning rate of t-SNE, as openTSNE defines it; auto chooses it by the number of points.",
+        "Learning rate of t-SNE, as in openTSNE; auto sets it from the number of points.",
         "t-SNE 的学习率（openTSNE 的定义）；auto 按点数自动选择。",
     )
     umap_neighbors: Annotated[int, Field(ge=2)] = knob(
         15,
-        "Neighbours of UMAP; lowered where the points are too few.",
+        "Number of neighbours in UMAP; lowered if there are too few points.",
         "UMAP 的邻居数；点数太少时自动降低。",
     )
-    umap_min_dist: Share = knob(0.1, "How tightly UMAP packs points.", "UMAP 中点的最小间距。")
-    seed: Seed = knob(42, "Same seed, same picture.", "随机种子；种子相同则图片相同。")
+    umap_min_dist: Share = knob(0.1, "Minimum distance between points in the UMAP map.", "UMAP 图中点之间的最小距离。")
+    seed: Seed = knob(42, "Random seed; the same seed gives the same picture.", "随机种子；种子相同则图片相同。")
     fast: bool = knob(
         False,
-        "UMAP on all cores: faster, and another map each time.",
+        "Run UMAP on all cores: faster, but the map differs between runs.",
         "UMAP 使用全部 CPU 核：更快，但每次结果不同。",
     )
     cache: bool = knob(
         True,
-        "Keep the maps beside the picture, so that another colour does not compute them again.",
-        "在图片旁缓存降维结果，只改颜色时不再重新计算。",
+        "Cache the maps next to the picture; recolouring reuses them.",
+        "在图片旁缓存降维结果；只换着色时直接复用。",
     )
     # the numbers
     clusters: Positive | None = knob(
         None,
-        "Clusters of k-means; null takes as many as labels, or without labels the number with the best silhouette.",
-        "k-means 的聚类数；null 取标签个数，没有标签时取轮廓系数最好的数目。",
+        "Number of k-means clusters; null uses the number of labels or, without labels, the number with the best silhouette.",
+        "k-means 的聚类数；null 取标签的个数，没有标签时取轮廓系数最高的聚类数。",
     )
     # before and after
     compare_path: Place | None = knob(
         None,
-        "Embedding file of the same items from before, such as the base model's: draws and measures before and after.",
-        "同一批数据之前的向量文件（如基座模型）：绘制并比较前后变化。",
+        "Earlier embedding file of the same items, e.g. from the base model: draws and measures before and after.",
+        "同一批数据此前的向量文件（如基座模型的）：绘图并比较前后变化。",
     )
     id_column: str | None = knob(
         None,
-        "Column by which rows of the two files are matched; null matches them by their order, and checks their texts.",
+        "Column that matches the rows of the two files; null matches them by order and checks that the texts agree.",
         "匹配两个文件各行的列；null 按行的顺序匹配，并核对文本是否一致。",
     )
 
     def conflicts(self) -> Iterator[str]:
         if not self.output_path.lower().endswith((".png", ".svg", ".pdf")):
-            yield f"output_path: {self.output_path!r} is no picture; give a name that ends in .png, .svg or .pdf"
+            yield f"output_path: {self.output_path!r} is not a picture; use a name that ends in .png, .svg or .pdf"
         if self.id_column is not None and self.compare_path is None:
-            yield "id_column: matches the rows of compare_path, which is null; set compare_path, or leave it out"
+            yield "id_column: it matches rows with compare_path, which is null; set compare_path or leave id_column out"
         if self.compare_path == self.embedding_path:
-            yield "compare_path: the same file as embedding_path; name the file from before"
+            yield "compare_path: same file as embedding_path; give the earlier file"

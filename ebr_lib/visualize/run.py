@@ -14,6 +14,7 @@ import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.embeddings.files import files_of
+from ebr_lib.extras import require
 from ebr_lib.files import check_apart, check_output_file, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.tables import Shown, Table, html_link, html_picture
@@ -92,6 +93,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     :raises ConfigError: one of these would replace a file that is read.
     """
     config = VisConfig.resolve(config)
+    require("view")
     _check_places(config)
     items, old = _read(config)
     _say_absent_fonts(config)

@@ -235,7 +235,7 @@ def test_nothing_found_is_said(apart, caplog):
 
 
 def test_a_window_too_small_is_refused():
-    with pytest.raises(ConfigError, match="mine_hard_negatives: 4 do not fit the ranks from mining_rank_min 8 to"):
+    with pytest.raises(ConfigError, match="mine_hard_negatives: 4 is more than the ranks from mining_rank_min 8 to"):
         FinetuneConfig(mine_hard_negatives=4, mining_rank_min=8, mining_rank_max=10)
     FinetuneConfig(mine_hard_negatives=3, mining_rank_min=8, mining_rank_max=10)
     FinetuneConfig(mining_rank_min=80)

@@ -298,7 +298,7 @@ def test_a_loss_stalls_when_it_no_longer_falls(name):
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_a_scheduler_that_follows_the_metric_needs_one(plain, tmp_path, name):
-    with pytest.raises(ConfigError, match=f"lr_scheduler_type: {name} follows best_metric"):
+    with pytest.raises(ConfigError, match=f"lr_scheduler_type: {name} needs held-out data"):
         FinetuneConfig.resolve({"lr_scheduler_type": name, "eval_ratio": 0.0})
     path = tmp_path / "one_anchor.jsonl"
     path.write_text("".join(json.dumps({"anchor": "a", "positive": f"pan {i}"}) + "\n" for i in range(9)))

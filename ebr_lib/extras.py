@@ -1,0 +1,25 @@
+"""Optional packages: which extra of the installation brings what a stage needs."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+from ebr_lib.errors import NotInstalledError
+
+EXTRAS = {
+    "index": ("faiss",),
+    "view": ("faiss", "sklearn", "umap", "openTSNE", "threadpoolctl"),
+    "notebook": ("nbclient", "nbformat", "ipykernel"),
+}
+"""Extra in pyproject.toml to the modules that it installs."""
+
+
+@functools.cache
+def require(extra: str) -> None:
+    """Check that the packages of an extra are installed, without importing them.
+
+    :raises NotInstalledError: names the missing ones and the command that installs them.
+    """
+    if missing := [name for name in EXTRAS[extra] if find_spec(name) is None]:
+        raise NotInstalledError(f"not installed: {', '.join(missing)}; run: pip install 'ebr-workflow[{extra}]'")
