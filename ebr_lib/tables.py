@@ -1,38 +1,106 @@
-"""One small table that a log line, a terminal and a notebook can all show."""
+"""Tables of results: pandas DataFrames with a title, as text for logs and as HTML for notebooks."""
 
 from __future__ import annotations
 
 import base64
 import html
+import math
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-LEFT = ' style="text-align:left"'  # for texts: a notebook puts all cells to the right
-WHOLE = ' style="text-align:left;white-space:nowrap"'  # for short ones, which it would break between two signs
-SHORT = 24  # half-width columns
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # pictures that a notebook shows by itself
-_NUMBER = re.compile(r"([+-]?\d[\d.,]*(?=[ %]|$)|$)")
+SHORT = 24  # half-width columns: a notebook would break longer texts into lines, and these need not be
 LONGEST = 200  # characters of either end of a text that `squeezed` looks at
+_NUMBER = re.compile(r"([+-]?\d[\d.,]*(?=[ %]|$)|$)")
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None
+) -> DataFrame:
+    """A DataFrame that knows its title.
+
+    :param width: half-width columns to which texts are cut where the table is shown; the frame has them whole.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame(list(rows), columns=list(columns))
+    frame.attrs |= {"title": title, "width": width}
+    return frame
+
+
+def as_text(table: DataFrame) -> str:
+    """Title and table for logs and terminals: numbers right, texts left."""
+    import pandas as pd
+
+    title, shown = table.attrs.get("title", ""), _as_shown(table)
+    cells = pd.DataFrame([shown.columns, *shown.to_numpy()])  # the head is padded like the cells below it
+    for place, name in enumerate(shown):
+        if not _holds_numbers(shown[name]):
+            width = cells[place].map(columns_of).max()
+            cells[place] = [text + " " * (width - columns_of(text)) for text in cells[place]]
+    with pd.option_context("display.unicode.east_asian_width", True):
+        lines = cells.map("{} ".format).to_string(index=False, header=False) if len(shown.columns) else ""
+    return "\n".join([title, *map(str.rstrip, lines.split("\n"))]).rstrip()
+
+
+def as_html(table: DataFrame) -> str:
+    """A Styler's HTML for notebooks: numbers right, texts left, no index. Escaped, for cells hold users' texts."""
+    shown = _as_shown(table)
+    texts = {name: shown[name] for name in shown if not _holds_numbers(shown[name])}
+    styles = {
+        name: [
+            {"selector": "", "props": "text-align: left" + ("; white-space: nowrap" if _is_short(texts[name]) else "")}
+        ]
+        for name in texts
+    }
+    style = shown.style.format(escape="html").format_index(escape="html", axis="columns").hide(axis="index")
+    style.set_caption(html.escape(table.attrs.get("title", "")))
+    style.set_table_styles([{"selector": "caption", "props": "text-align: left; font-weight: bold"}])
+    return str(style.set_table_styles(styles, overwrite=False).to_html())
+
+
+def _as_shown(table: DataFrame) -> DataFrame:
+    """The cells as texts: nulls are empty, and long texts cut where the table says so."""
+    shown = table.map(_cell)
+    if "change" in shown and table["change"].dtype.kind == "f":
+        shown["change"] = table["change"].map("{:+.4f}".format)
+    width = table.attrs.get("width")
+    return shown.map(lambda text: squeezed(text, width)) if width else shown
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _alignment(column: Sequence[str]) -> str:
-    if all(map(_NUMBER.match, column)):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return WHOLE if max(map(columns_of, column)) <= SHORT else LEFT
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
 
 
-def _html_row(tag: str, cells: Iterable[str], aligned: Sequence[str]) -> str:
-    shown = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(cells, aligned, strict=True))
-    return f"<tr>{''.join(shown)}</tr>"
+def _holds_numbers(column: Iterable[str]) -> bool:
+    return all(map(_NUMBER.match, column))
+
+
+def _is_short(column: Iterable[str]) -> bool:
+    return max(map(columns_of, column), default=0) <= SHORT
+
+
+class TableRepr:
+    """A result that shows itself as the first of its tables, in a terminal and in a notebook."""
+
+    tables: Mapping[str, DataFrame]
+
+    def __repr__(self) -> str:
+        return as_text(next(iter(self.tables.values())))
+
+    def _repr_html_(self) -> str:
+        return as_html(next(iter(self.tables.values())))
 
 
 def html_link(path: Path) -> str:
@@ -42,7 +110,7 @@ def html_link(path: Path) -> str:
 
 
 def html_picture(path: Path, alt: str) -> str:
-    """The picture itself, where it is there and a notebook shows its kind; else a link to it."""
+    """The picture itself, if it is there and a notebook shows its kind; otherwise a link to it."""
     kind = MIME.get(path.suffix.lower())
     if kind is None or not path.is_file():
         return html_link(path)
@@ -56,7 +124,7 @@ def columns_of(text: str) -> int:
 
 
 def shortened(text: str, columns: int = 40) -> str:
-    """A text on one line, cut to so many half-width columns."""
+    """A text on one line, cut at its end to a number of half-width columns."""
     text = " ".join(text.split())
     if columns_of(text[: columns + 1]) <= columns:
         return text
@@ -67,7 +135,7 @@ def shortened(text: str, columns: int = 40) -> str:
 
 
 def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
-    """A label on one line, cut in its middle: labels that begin alike often end apart.
+    """A text on one line, cut in its middle: labels that begin alike often end apart.
 
     :param most: width it may take, as `width_of` measures it.
     """
@@ -81,61 +149,3 @@ def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_
     while head and width_of(f"{head.rstrip()}…{tail}") > most:
         head = head[:-1]
     return f"{head.rstrip()}…{tail}"
-
-
-class Shown:
-    """What a stage returns: as text and in a notebook it is its table, or its own, and not every field of it."""
-
-    def __str__(self) -> str:
-        return str(self.table)  # type: ignore[attr-defined] # a field of every result
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return self.table.html()  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, repr=False)
-class Table(Shown):
-    """A titled table; cells are shown with `str`, floats with four decimals.
-
-    :param widths: to how many half-width columns a column's texts are cut where they are shown; `rows` has them whole.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    widths: Mapping[str, int] = field(default_factory=dict)
-
-    def _shown(self) -> list[list[str]]:
-        """The cells as text."""
-        return [[self._fitted(c, v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
-
-    def _fitted(self, column: str, value: Any) -> str:
-        text = _cell(value)
-        return squeezed(text, self.widths[column]) if column in self.widths else text
-
-    def text(self) -> str:
-        """Columns aligned by spaces, for logs and terminals."""
-        lines = [list(self.columns), *self._shown()]
-        widths = [max(columns_of(line[i]) for line in lines) for i in range(len(self.columns))]
-        shown = (
-            "  ".join(c + " " * (w - columns_of(c)) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-        return "\n".join([self.title, *shown]).rstrip()
-
-    def html(self) -> str:
-        """An HTML table; every cell is escaped, for cells hold users' texts."""
-        rows = self._shown()
-        aligned = [_alignment(column) for column in zip(*rows, strict=True)]
-        head = _html_row("th", map(str, self.columns), aligned or [LEFT] * len(self.columns))
-        body = "".join(_html_row("td", row, aligned) for row in rows)
-        return f"<b>{html.escape(self.title)}</b><table><thead>{head}</thead><tbody>{body}</tbody></table>"
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def _repr_html_(self) -> str:
-        return self.html()

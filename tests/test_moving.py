@@ -148,7 +148,7 @@ def test_every_stage_takes_the_place_of_the_base(moved, tmp_path, pairs):  # noq
     from ebr_lib.index.search import search
 
     build_faiss_index({"embedding_path": str(tmp_path / "e.txt"), "output_dir": str(tmp_path / "index")})
-    assert search(tmp_path / "index", "warm", 1, base_model_path=str(base)).rows[0]["id"] == "1"
+    assert search(tmp_path / "index", "warm", 1, base_model_path=str(base))["id"].iloc[0] == "1"
 
 
 def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp_path):
@@ -168,7 +168,7 @@ def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp
     (tmp_path / "in" / "b.csv").write_text("id\x01description\n2\x01pan\n")
     assert run_batch_inference(encoding | {"append": True}).counts["written"] == 2
     build_faiss_index({"embedding_path": str(out), "output_dir": str(tmp_path / "index")})
-    assert search(tmp_path / "index", "pan", 1).rows[0]["id"] == "2"
+    assert search(tmp_path / "index", "pan", 1)["id"].iloc[0] == "2"
 
 
 def test_an_output_is_appended_to_when_model_base_and_data_have_moved(moved, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from pandas import DataFrame
 
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.data.pairs import expand, read_pairs, texts_of
@@ -41,7 +42,7 @@ from ebr_lib.metrics import Ranking, Values, measure
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.tables import Shown, Table, html_link
+from ebr_lib.tables import TableRepr, as_text, html_link, make_table
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
 SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
@@ -50,7 +51,7 @@ RUN_ENDING = ".run.trec"
 
 
 @dataclass(frozen=True, repr=False)
-class EvalResult(Shown):
+class EvalResult(TableRepr):
     """What an evaluation wrote and found.
 
     `metrics` maps contender to measure to mean; `differences` holds every pair of contenders on every measure.
@@ -63,7 +64,7 @@ class EvalResult(Shown):
     metrics: dict[str, dict[str, float]]
     differences: tuple[Difference, ...]
     facts: dict[str, Any]
-    table: Table = field(repr=False)
+    tables: dict[str, DataFrame] = field(compare=False)
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + html_link(self.report_html)
@@ -100,8 +101,8 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     _tell_of_other_runs(folder, contenders)
     report = _report(config, task, contenders, task.facts() | leaked)
     runs = _write(config, folder, task, contenders, report)
-    table = _summary(report)
-    logger.info("%s", table.text(), extra=RESULT)
+    tables = _tables(report)
+    logger.info("%s", as_text(tables["measures"]), extra=RESULT)
     logger.info("报告已保存: %s", folder / HTML_FILE)
     return EvalResult(
         report_html=folder / HTML_FILE,
@@ -111,7 +112,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         metrics={name: dict(means) for name, means in report.means.items()},
         differences=tuple(d for duel in report.duels for d in duel.differences),
         facts=dict(report.facts),
-        table=table,
+        tables=tables,
     )
 
 
@@ -264,17 +265,23 @@ def _example(task: RetrievalTask, query: int, before: _Contender, after: _Conten
     )
 
 
-def _summary(report: Report) -> Table:
-    """Means of all contenders; behind each but the first, its difference's interval."""
+def _tables(report: Report) -> dict[str, DataFrame]:
+    """`measures`: means of all contenders, and differences from the first; `differences`: of every pair."""
+    differences = DataFrame([asdict(d) for duel in report.duels for d in duel.differences])
+    return {"measures": _measures(report), "differences": differences}
+
+
+def _measures(report: Report) -> DataFrame:
+    """Means of all contenders; after each but the first, the interval of its difference."""
     names = list(report.means)
     first = {(d.contender, d.metric): d for duel in report.duels if duel.baseline == names[0] for d in duel.differences}
-    columns = ["", names[0], *(cell for name in names[1:] for cell in (name, "difference [95 %]"))]
+    columns = ["指标 metric", names[0], *(cell for name in names[1:] for cell in (name, f"{name}: difference [95 %]"))]
     rows = [
         [metric, report.means[names[0]][metric]]
         + [cell for name in names[1:] for cell in (report.means[name][metric], _interval(first[name, metric]))]
         for metric in report.means[names[0]]
     ]
-    return Table(f"{report.title}: {_said(report.facts)}", columns, rows)
+    return make_table(f"{report.title}: {_said(report.facts)}", columns, rows)
 
 
 def _interval(d: Difference) -> str:

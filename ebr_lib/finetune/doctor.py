@@ -15,9 +15,11 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import is_blank, language_of
 from ebr_lib.errors import DataError
 from ebr_lib.names import SMALL_DATA_PRESET, STRONG_PRESET
-from ebr_lib.tables import Table, shortened
+from ebr_lib.tables import as_html, make_table, shortened
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from ebr_lib.finetune.batches import KnownPositives
 
 
@@ -94,12 +96,12 @@ class DoctorReport:
         return self.duplicates / self.rows
 
     @property
-    def table(self) -> Table:
+    def table(self) -> DataFrame:
         """The report for logs and notebooks."""
-        return Table("数据检查 data doctor", ("检查 check", "数量 count", "占比 share"), _table_rows(self))
+        return make_table("数据检查 data doctor", ("检查 check", "数量 count", "占比 share"), _table_rows(self))
 
     def _repr_html_(self) -> str:
-        return self.table.html() + "".join(f"<p>{html.escape(line)}</p>" for line in self.advice)
+        return as_html(self.table) + "".join(f"<p>{html.escape(line)}</p>" for line in self.advice)
 
 
 def examine(

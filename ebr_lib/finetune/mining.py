@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from ebr_lib.arrays import Encode, Ints, Vectors
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.finetune.batches import KnownPositives
 from ebr_lib.logs import logger
-from ebr_lib.tables import Shown, Table, shortened
+from ebr_lib.tables import make_table, shortened
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _CELLS = 1 << 22  # of the miner's score table at one time: some hundred MB
 
 
 @dataclass(frozen=True, repr=False)
-class Mined(Shown):
+class Mined:
     """Training rows with what was mined behind their own negatives, in the order given.
 
     :ivar counts: mined negatives of each row, shape (rows,).
@@ -29,7 +32,7 @@ class Mined(Shown):
 
     rows: list[TrainingRow]
     counts: Ints
-    table: Table
+    table: DataFrame
 
 
 def mine_hard_negatives(
@@ -197,7 +200,7 @@ def _taken(found: _Found, known: KnownPositives, anchors: Ints, documents: Ints,
     return taken
 
 
-def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> Table:
+def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> DataFrame:
     cosines = found.cosine[np.concatenate(taken)]
     lines = [
         ("行数 rows", f"{len(rows):,}"),
@@ -213,4 +216,4 @@ def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found
             ("positive", shortened(row.positive, 60)),
             ("negative", shortened(row.negatives[-int(counts.max())], 60)),
         ]
-    return Table("难负例 mined hard negatives", ("项目 what", "值 value"), lines)
+    return make_table("难负例 mined hard negatives", ("项目 what", "值 value"), lines)

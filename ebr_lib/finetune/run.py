@@ -27,10 +27,11 @@ from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.names import LOWER_IS_BETTER, METRICS, SMALL_DATA_PRESET
-from ebr_lib.tables import Shown, Table, html_picture
+from ebr_lib.tables import TableRepr, as_text, html_picture, make_table
 
 if TYPE_CHECKING:
     import torch
+    from pandas import DataFrame
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
@@ -68,7 +69,7 @@ FREE_ON_RESUME = (
 
 
 @dataclass(frozen=True, repr=False)
-class FinetuneResult(Shown):
+class FinetuneResult(TableRepr):
     """What a run wrote and measured.
 
     `before` and `after` map "all", "seen" and "unseen" (documents that training saw or not) to metric means over the
@@ -85,11 +86,11 @@ class FinetuneResult(Shown):
     before: GroupMeans
     after: GroupMeans
     doctor: DoctorReport = field(repr=False)
-    table: Table = field(repr=False)
+    tables: dict[str, DataFrame] = field(compare=False)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         curve = Path(self.model_path) / CURVE_FILE
-        return f"{self.table.text()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
+        return f"{super().__repr__()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
 
     def _repr_html_(self) -> str:
         model = f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
@@ -153,11 +154,11 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         before=before,
         after=after,
         doctor=report,
-        table=_before_after(before, after),
+        tables={"before_after": _before_after(before, after), "data": report.table},
     )
     if trainer.is_world_process_zero():
         _save(config, data, model, result)
-        logger.info("%s", result.table.text(), extra=RESULT)
+        logger.info("%s", as_text(result.tables["before_after"]), extra=RESULT)
         _say_if_worse(config, before, after)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result
@@ -350,7 +351,7 @@ def _mined_rows(config: FinetuneConfig, data: _Data, model: SentenceTransformer)
         last_rank=config.mining_rank_max,
         margin=config.mining_margin,
     )
-    logger.info("%s", mined.table.text())
+    logger.info("%s", as_text(mined.table))
     if not mined.counts.any():
         logger.warning(
             "没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_rank_min or mining_margin"
@@ -372,7 +373,7 @@ def _examine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: Sentenc
         prompts=prompts,
         masks=config.mask_known_positives,
     )
-    logger.info("%s", report.table.text())
+    logger.info("%s", as_text(report.table))
     for advice in report.advice:
         logger.warning("%s", advice)
     return report
@@ -888,17 +889,19 @@ def _refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], note: P
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def _before_after(before: GroupMeans, after: GroupMeans) -> Table:
+def _before_after(before: GroupMeans, after: GroupMeans) -> DataFrame:
     rows = [
-        (group, int(before[group]["queries"]), name, before[group][name], after[group][name], change)
+        (group, int(before[group]["queries"]), name, was, now, now - was)
         for group in before
         for name in METRICS
-        for change in [f"{after[group][name] - before[group][name]:+.4f}"]
+        for was, now in [(before[group][name], after[group][name])]
     ]
     if not rows:
-        return Table("微调前后 before and after: 没有验证集 no rows were held out, so nothing was measured", (), ())
+        return make_table(
+            "微调前后 before and after: 没有验证集 no rows were held out, so nothing was measured", (), ()
+        )
     columns = ("documents", "queries", "metric", "before", "after", "change")
-    return Table("微调前后 before and after, on the held-out anchors", columns, rows)
+    return make_table("微调前后 before and after, on the held-out anchors", columns, rows)
 
 
 def _say_if_worse(config: FinetuneConfig, before: GroupMeans, after: GroupMeans) -> None:
@@ -931,7 +934,7 @@ def _save(config: FinetuneConfig, data: _Data, model: SentenceTransformer, resul
         _save_heldout(data, folder)
         if config.mine_hard_negatives:
             _write_lines(folder / MINED_FILE, map(_as_line, data.train))
-        tables = {"Before and after": result.table.text(), "Data": result.doctor.table.text()}
+        tables = {"Before and after": as_text(result.tables["before_after"]), "Data": as_text(result.tables["data"])}
         card = saving.model_card(result.model_path, base, contract, _facts(config, result), tables)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if result.merged_path is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,14 +24,17 @@ from ebr_lib.index.store import BUILDING, LOCK, MANIFEST_FILE, READ_FILES, READY
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import TableRepr, make_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 OWN_FILES = (*READ_FILES, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
 
 
 @dataclass(frozen=True, repr=False)
-class IndexResult(Shown):
+class IndexResult(TableRepr):
     """What was built and measured. `points` are the settings tried, `chosen` the one that is saved."""
 
     folder: Path
@@ -45,7 +48,7 @@ class IndexResult(Shown):
     chosen: Point
     knob: str | None
     measured_on: str
-    table: Table = field(repr=False)
+    tables: dict[str, DataFrame] = field(compare=False)
 
 
 def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> IndexResult:
@@ -79,7 +82,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
             result = _measure(config, plan, built, new)
             write_json(new / MANIFEST_FILE, _manifest(config, made_by, result, built))
             config.save(new / CONFIG_FILE)
-    logger.info("%s", result.table.text(), extra=RESULT)
+    logger.info("%s", result, extra=RESULT)
     logger.info("索引已保存: %s", result.folder)
     return result
 
@@ -135,11 +138,11 @@ def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> Ind
             p.p50,
             p.p95,
             p.p99,
-            f"{p.qps:,.0f}",
+            p.qps,
         )
         for p in points
     ]
-    columns = ("", plan.knob or "compared", "recall@10", "p50 ms", "p95 ms", "p99 ms", "queries/s (batch)")
+    columns = ("chosen", plan.knob or "compared", "recall@10", "p50 ms", "p95 ms", "p99 ms", "queries/s (batch)")
     return IndexResult(
         folder=Path(config.output_dir),
         kind=plan.factory,
@@ -152,7 +155,7 @@ def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> Ind
         chosen=chosen,
         measured_on=kind,
         knob=plan.knob,
-        table=Table(title, columns, rows),
+        tables={"settings": make_table(title, columns, rows)},
     )
 
 

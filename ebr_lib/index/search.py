@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
@@ -44,7 +45,7 @@ from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.names import Asked, Choice, OnChangedVectors
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import as_html, as_text, make_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,14 +53,18 @@ if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
 
-@dataclass(frozen=True, repr=False)
-class SearchResult(Shown):
-    """What a query found; `rows` hold rank, score and the kept columns. `milliseconds` include the query's encoding."""
+class SearchResult(pd.DataFrame):
+    """What a query found, best first: rank, score (cosine) and the kept columns, which are texts or null.
 
-    query: str
-    rows: tuple[dict[str, Any], ...]
-    milliseconds: float
-    table: Table = field(repr=False)
+    The index is the row number, as `delete_rows` takes it. `attrs` holds
+    `query` and `milliseconds`, which include the query's encoding.
+    """
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderSpec:
@@ -154,11 +159,12 @@ def search(
     found = held.find(vector, int(k), allowed)
     milliseconds = 1000 * (time.perf_counter() - start)
     names = _answer_names([ROW, *held.rows.column_names[1:]])
-    rows = tuple(
-        {"rank": i, "score": score} | {names[name]: value for name, value in row.items()}
-        for i, (score, row) in enumerate(found, 1)
-    )
-    return SearchResult(query, rows, milliseconds, _shown(query, list(names.values())[1:], rows))
+    columns = ["rank", "score", *names.values()]
+    rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
+    table = make_table(f"检索 search: {query}", columns, rows, width=SHOWN).set_index(names[ROW])
+    result = SearchResult(table)
+    result.attrs = table.attrs | {"query": query, "milliseconds": milliseconds}
+    return result
 
 
 def _answer_names(columns: Sequence[str]) -> dict[str, str]:
@@ -222,17 +228,6 @@ def _spelled(value: object) -> list[str | None]:
     return [str(value)]
 
 
-def _shown(query: str, kept: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["rank", "score", *kept]
-
-    def cell(value: Any) -> Any:
-        if value is None:
-            return ""
-        return f"{value[:100]}…" if isinstance(value, str) and len(value) > 100 else value
-
-    return Table(f"检索 search: {query}", columns, [[cell(row[name]) for name in columns] for row in rows])
-
-
 def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> SearchResult:
     """The command `python -m ebr_lib search "…"`: search once and show the table.
 
@@ -254,10 +249,11 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         base_model_path=config.base_model_path,
         on_changed_vectors=config.on_changed_vectors,
     )
-    logger.info("%s", result.table.text(), extra=RESULT)
+    logger.info("%s", result, extra=RESULT)
     return result
 
 
+SHOWN = 100  # half-width columns of a kept text that a table shows
 EXACT_ROWS = 20_000  # of so few rows that a filter leaves, one by one is faster than a scan of all
 SPARE_ROWS = 100  # rows to look for at least, where some of them may be deleted
 TRIES, PAUSE = 3, 0.02  # of a reader, in seconds: as often as this a folder is read before its fault counts

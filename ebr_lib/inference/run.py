@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,11 @@ from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.tables import Shown, Table
+from ebr_lib.tables import TableRepr, as_text, make_table
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from ebr_lib.model.encoder import EncodeStats
 
 COUNTS = (
@@ -67,7 +69,7 @@ OF_TOKENS = ("truncated", "tokens", "tokens_lost", "slots")
 
 
 @dataclass(frozen=True, repr=False)
-class InferenceResult(Shown):
+class InferenceResult(TableRepr):
     """What an inference run wrote and counted.
 
     :param output: the embedding file.
@@ -84,7 +86,7 @@ class InferenceResult(Shown):
     dimension: int
     counts: dict[str, int | None]
     seconds: float
-    table: Table
+    tables: dict[str, DataFrame] = field(compare=False)
 
 
 def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = None) -> InferenceResult:
@@ -508,9 +510,9 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
 
 def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceResult:
     counts = outcome.counts
-    table = Table(str(job.output), ("", "value"), list(_summary(counts, bar, outcome.size)))
+    table = make_table(str(job.output), ("项目 what", "值 value"), _summary(counts, bar, outcome.size))
     logger.info("向量已保存: %s (%d 行, %.1f 秒)", job.output, counts["written"], seconds)
-    logger.info("%s", table.text(), extra=RESULT)
+    logger.info("%s", as_text(table), extra=RESULT)
     for reason, number in outcome.reasons.most_common():
         logger.warning("拒收 %d rows rejected: %s (see %s)", number, reason, job.rejects)
     rejects = job.rejects if outcome.reasons else None
@@ -537,7 +539,7 @@ def _result(job: Job, outcome: Outcome, bar: _Bar, seconds: float) -> InferenceR
         dimension=job.settings["dimension"],
         counts=_told(counts),
         seconds=seconds,
-        table=table,
+        tables={"counts": table},
     )
 
 

@@ -128,12 +128,12 @@ class Config:
             new.write_text(text, encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        from ebr_lib.tables import Table
+        from ebr_lib.tables import as_html, make_table
 
         rows = list(self._rows())
         changed = [row for row in rows if row[2]]
-        own = Table(type(self).__name__, ("knob", "value", "default"), changed).html()
-        every = Table("", ("knob", "value"), [row[:2] for row in rows]).html()
+        own = as_html(make_table(type(self).__name__, ("knob", "value", "default"), changed))
+        every = as_html(make_table("", ("knob", "value"), [row[:2] for row in rows]))
         return f"{own}<details><summary>全部 {len(rows)} 项 all knobs</summary>{every}</details>"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:

@@ -6,18 +6,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pandas import DataFrame
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.extras import require
 from ebr_lib.files import check_apart, check_output_file, write_json
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.tables import Shown, Table, html_link, html_picture
+from ebr_lib.tables import TableRepr, as_html, as_text, html_link, html_picture
 from ebr_lib.visualize import clusters as measure
 from ebr_lib.visualize import explorer, fonts, projection
 from ebr_lib.visualize import figure as visualize_figure
@@ -34,41 +35,37 @@ CAPTIONED = ("same label @1", "same label @10", "chance", "silhouette", "k-means
 
 
 @dataclass(frozen=True, repr=False)
-class VisResult(Shown):
+class VisResult(TableRepr):
     """What the stage wrote and measured.
 
     :param picture: the PNG, SVG or PDF. The config lies beside it, as `.yaml`.
     :param explorer: the interactive page, or None.
     :param numbers_path: the JSON that holds all numbers; `numbers` is its content.
-    :param table: the numbers in short; `tables` are all of them.
+    :param tables: `numbers` in short, `maps`, `clusters`, `labels`, `confusions`, `moved`, and the `meanings` of
+        their columns.
     """
 
     picture: Path
     explorer: Path | None
     numbers_path: Path
     numbers: Mapping[str, Any]
-    tables: tuple[Table, ...]
+    tables: dict[str, DataFrame] = field(compare=False)
 
-    @property
-    def table(self) -> Table:
-        """The numbers in short."""
-        return self.tables[0]
-
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         written = [str(path) for path in (self.picture, self.explorer, self.numbers_path) if path]
-        return "\n\n".join([f"wrote {', '.join(written)}", *(_head(table).text() for table in self.tables)])
+        return "\n\n".join([f"wrote {', '.join(written)}", *(as_text(_head(table)) for table in self.tables.values())])
 
     def _repr_html_(self) -> str:
         parts = [html_picture(self.picture, "maps"), html_link(self.explorer) if self.explorer else ""]
-        return "".join([*parts, *(_head(table).html() for table in self.tables)])
+        return "".join([*parts, *(as_html(_head(table)) for table in self.tables.values())])
 
 
-def _head(table: Table) -> Table:
+def _head(table: DataFrame) -> DataFrame:
     """As much of a table as a person reads; the JSON has all of it."""
-    if len(table.rows) <= LISTED:
-        return table
-    title = f"{table.title}: the first {LISTED} of {len(table.rows)}"
-    return dataclasses.replace(table, title=title, rows=table.rows[:LISTED])
+    head = table.head(LISTED)
+    if len(head) < len(table):
+        head.attrs["title"] += f": the first {LISTED} of {len(table)}"
+    return head
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,8 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
         before = _Side(old, maps_before, measured(old, labels, clusters_before, maps_before, health))
     then = before.numbers if before else None
     tables = tables_of(items, maps, now.numbers, labels, maps_before=maps_before, before=then)
-    for table in tables:
-        logger.info("%s", _head(table), extra=RESULT)
+    for table in tables.values():
+        logger.info("%s", as_text(_head(table)), extra=RESULT)
     return _written(config, now, before, groups, tables)
 
 
@@ -176,7 +173,9 @@ def _asked(config: VisConfig) -> dict[str, dict[str, Any]]:
     return settings if config.method == "both" else {config.method: settings[config.method]}
 
 
-def _written(config: VisConfig, now: _Side, before: _Side | None, groups: Groups, tables: Sequence[Table]) -> VisResult:
+def _written(
+    config: VisConfig, now: _Side, before: _Side | None, groups: Groups, tables: Mapping[str, DataFrame]
+) -> VisResult:
     """Write the picture, its numbers, its config and the page."""
     picture = Path(config.output_path)
     numbers_path, page = picture.with_suffix(NUMBERS), picture.with_suffix(PAGE) if config.explorer else None
@@ -189,7 +188,7 @@ def _written(config: VisConfig, now: _Side, before: _Side | None, groups: Groups
     if page:
         _explore(page, now, before, panels, groups, config=config)
     logger.info("wrote %s", ", ".join(str(path) for path in (picture, page, numbers_path) if path))
-    return VisResult(picture, page, numbers_path, content, tuple(tables))
+    return VisResult(picture, page, numbers_path, content, dict(tables))
 
 
 def _say_absent_fonts(config: VisConfig) -> None:
@@ -313,7 +312,7 @@ def _captioned(numbers: Numbers, before: Numbers | None) -> str:
 
 
 def _content(
-    config: VisConfig, now: _Side, before: _Side | None, groups: Groups, tables: Sequence[Table]
+    config: VisConfig, now: _Side, before: _Side | None, groups: Groups, tables: Mapping[str, DataFrame]
 ) -> dict[str, Any]:
     """All numbers as plain values for JSON."""
     content = {
@@ -330,8 +329,8 @@ def _content(
         "before": _number_content(before.numbers) if before else None,
         "groups": {"by": groups.title, "without": groups.without,
                    "sizes": dict(zip(groups.names, groups.counts, strict=True))},
-        "meanings": {name: {"better": better, "meaning": what} for name, better, what in tables[-1].rows},
-        "tables": [_table_content(table) for table in tables[1:-1]],
+        "meanings": {name: {"better": better, "meaning": what} for name, better, what in tables["meanings"].to_numpy()},
+        "tables": [_table_content(table) for name, table in tables.items() if name not in ("numbers", "meanings")],
     }  # fmt: skip
     return _plain(content)
 
@@ -340,8 +339,8 @@ def _map_content(maps: Maps) -> dict[str, Any]:
     return {m: dataclasses.asdict(quality) | maps.settings[m] for m, quality in maps.quality.items()}
 
 
-def _table_content(table: Table) -> dict[str, Any]:
-    return {"title": table.title, "rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}
+def _table_content(table: DataFrame) -> dict[str, Any]:
+    return {"title": table.attrs["title"], "rows": table.to_dict("records")}
 
 
 def _number_content(numbers: Numbers) -> dict[str, Any]:

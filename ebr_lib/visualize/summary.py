@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pandas import DataFrame
 
 from ebr_lib.logs import logger
-from ebr_lib.tables import Table
+from ebr_lib.tables import make_table
 from ebr_lib.visualize import clusters as measure
 from ebr_lib.visualize import projection
 from ebr_lib.visualize.groups import Groups
@@ -143,22 +144,25 @@ def tables_of(
     *,
     maps_before: Maps | None,
     before: Numbers | None,
-) -> list[Table]:
+) -> dict[str, DataFrame]:
     """The numbers in short, all others, and at the end what their columns mean."""
-    tables = [_map_table(maps, maps_before), _cluster_table(numbers.clusters, items)]
+    tables = {"maps": _map_table(maps, maps_before), "clusters": _cluster_table(numbers.clusters, items)}
     if maps_before and maps.near.shape[1]:
-        tables.append(_moved_table(items, maps, maps_before))
+        tables["moved"] = _moved_table(items, maps, maps_before)
     if labels and labels.names:
-        tables += _label_tables(numbers, before, items, labels, len(maps.rows))
-    return [_short_table(numbers, before), *tables, _meaning_table(tables, maps, maps_before)]
+        among = f": neighbours among the {len(maps.rows):,} projected rows" if len(maps.rows) < len(items) else ""
+        tables["labels"] = _score_table(numbers, before, labels, f"Labels ({labels.title}){among}")
+        tables["confusions"] = _confusion_table(numbers, items, labels, among)
+    meanings = _meaning_table(tables.values(), maps, maps_before)
+    return {"numbers": _short_table(numbers, before)} | tables | {"meanings": meanings}
 
 
-def _short_table(numbers: Numbers, before: Numbers | None) -> Table:
+def _short_table(numbers: Numbers, before: Numbers | None) -> DataFrame:
     now = numbers.short()
     title = "Numbers, in the original space"
     if before is None:
         rows = [(name, n.value, n.rows, *MEANINGS[name]) for name, n in now.items()]
-        return Table(title, ("number", "value", "rows", "better", "meaning"), rows)
+        return make_table(title, ("number", "value", "rows", "better", "meaning"), rows)
     then = before.short()
     both = [
         (name, then[name].value, n.value, n.value - then[name].value, n.rows, *MEANINGS[name])
@@ -166,10 +170,10 @@ def _short_table(numbers: Numbers, before: Numbers | None) -> Table:
         if name in then
     ]
     columns = ("number", "before", "after", "change", "rows", "better", "meaning")
-    return Table(f"{title}: before and after", columns, both)
+    return make_table(f"{title}: before and after", columns, both)
 
 
-def _map_table(maps: Maps, before: Maps | None) -> Table:
+def _map_table(maps: Maps, before: Maps | None) -> DataFrame:
     sides = [("", maps)] if before is None else [(": before", before), (": after", maps)]
     rows = [
         (
@@ -183,14 +187,10 @@ def _map_table(maps: Maps, before: Maps | None) -> Table:
         for which, side in sides
         if (quality := side.quality[method])
     ]
-    return Table("Maps: how far to trust them", ("map", "trustworthiness", KEPT, "judged on", "made with"), rows)
+    return make_table("Maps: how far to trust them", ("map", "trustworthiness", KEPT, "judged on", "made with"), rows)
 
 
-def _label_tables(
-    numbers: Numbers, before: Numbers | None, items: Items, labels: Groups, projected: int
-) -> Iterator[Table]:
-    among = f": neighbours among the {projected:,} projected rows" if projected < len(items) else ""
-    yield _score_table(numbers, before, labels, f"Labels ({labels.title}){among}")
+def _confusion_table(numbers: Numbers, items: Items, labels: Groups, among: str) -> DataFrame:
     pairs = [
         (
             labels.names[c.first],
@@ -202,11 +202,10 @@ def _label_tables(
         for c in numbers.confusions
     ]
     columns = ("label", "taken for", TAKEN, TAKEN_BACK, "example", "and its neighbour")
-    widths = {"label": 30, "taken for": 30, "example": 60, "and its neighbour": 60}
-    yield Table(f"Most confused pairs of labels{among}", columns, pairs, widths)
+    return make_table(f"Most confused pairs of labels{among}", columns, pairs, width=40)
 
 
-def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title: str) -> Table:
+def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title: str) -> DataFrame:
     """The score of each label, after that of before where there is one."""
     then = {score.code: score for score in before.labels} if before else {}
     measures = (PURITY, "silhouette")
@@ -216,17 +215,17 @@ def _score_table(numbers: Numbers, before: Numbers | None, labels: Groups, title
         sides = (then[score.code], score) if before else (score,)
         values = [value for name in measures for value in (getattr(side, name) for side in sides)]
         rows.append((labels.names[score.code], score.rows, *values))
-    return Table(title, ("label", "rows", *columns), rows, {"label": 40})
+    return make_table(title, ("label", "rows", *columns), rows, width=40)
 
 
-def _cluster_table(found: measure.Clusters, items: Items) -> Table:
+def _cluster_table(found: measure.Clusters, items: Items) -> DataFrame:
     names = ("typical text", "second", "third")
     rows = [
         (i + 1, size, *_typical_texts(rows, items, len(names)))
         for i, (size, rows) in enumerate(zip(found.sizes, found.typical, strict=True))
     ]
     title = f"k-means: {found.k} clusters ({found.why})"
-    return Table(title, ("cluster", "rows", *names), rows, dict.fromkeys(names, 40))
+    return make_table(title, ("cluster", "rows", *names), rows, width=40)
 
 
 def _typical_texts(rows: Sequence[int], items: Items, count: int) -> list[str]:
@@ -235,7 +234,7 @@ def _typical_texts(rows: Sequence[int], items: Items, count: int) -> list[str]:
     return [*texts, *[""] * count][:count]
 
 
-def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> Table:
+def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> DataFrame:
     """The items whose neighbours changed most: of equal shares first those that lie farthest from the old ones."""
     old, new = before.near[:, :NEAR], now.near[:, :NEAR]
     shared = measure.neighbours_shared(old, new)
@@ -246,10 +245,8 @@ def _moved_table(items: Items, now: Maps, before: Maps, most: int = 10) -> Table
         for i in np.lexsort((apart, shared))[:most]
     ]  # fmt: skip
     columns = ("item", STILL, MOVED_TO, "nearest before", "nearest after")
-    widths = {"item": 50, "nearest before": 50, "nearest after": 50}
-    return Table(
-        f"Neighbours that changed most (on average {shared.mean():.0%} are still there)", columns, rows, widths
-    )
+    title = f"Neighbours that changed most (on average {shared.mean():.0%} are still there)"
+    return make_table(title, columns, rows, width=50)
 
 
 def meaning_of_kept(*sides: Maps | None) -> str:
@@ -258,12 +255,12 @@ def meaning_of_kept(*sides: Maps | None) -> str:
     return MEANINGS[KEPT][1].format(" or ".join(map(str, sorted(looked_at or {projection.MAP_NEIGHBOURS}))))
 
 
-def _meaning_table(tables: Sequence[Table], *sides: Maps | None) -> Table:
+def _meaning_table(tables: Iterable[DataFrame], *sides: Maps | None) -> DataFrame:
     """What the columns of the other tables mean, each once."""
-    columns = dict.fromkeys(_measure_of(column) for table in tables for column in table.columns)
+    columns = dict.fromkeys(_measure_of(column) for table in tables for column in table)
     meanings = MEANINGS | {KEPT: (MEANINGS[KEPT][0], meaning_of_kept(*sides))}
     rows = [(name, *meanings[name]) for name in columns if name in meanings]
-    return Table("What the columns mean", ("column", "better", "meaning"), rows)
+    return make_table("What the columns mean", ("column", "better", "meaning"), rows)
 
 
 def _measure_of(column: str) -> str:

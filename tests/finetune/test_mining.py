@@ -18,6 +18,7 @@ from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.model import precision as model_precision
 from ebr_lib.model.loading import load_model
+from ebr_lib.tables import as_text
 from tests.finetune.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - pairs: a fixture's fixture
 
 OPEN = {"count": 3, "first_rank": 1, "last_rank": 50, "margin": None}
@@ -142,7 +143,7 @@ def test_rows_whose_documents_run_out_keep_what_there_is():
     assert [row.negatives for row in lonely.rows] == [(), ()]
     beyond = mine(rows, first_rank=40)
     assert beyond.counts.tolist() == [0, 0]
-    assert "rows with none" in beyond.table.text()
+    assert "rows with none" in as_text(beyond.table)
 
 
 def test_the_table_counts(caplog, capsys):
@@ -151,7 +152,7 @@ def test_the_table_counts(caplog, capsys):
         mined = mine(rows, count=2, margin=None)
     assert caplog.messages[0] == "挖掘难负例 mining hard negatives: 3 anchors, 2 documents"
     assert capsys.readouterr().out == ""  # the library's miner would print
-    table = dict(mined.table.rows)
+    table = dict(mined.table.to_numpy())
     assert table["行数 rows"] == "3"
     assert table["挖到的负例 negatives found"] == "3"
     assert table["不足 2 个的行 rows with fewer than 2"] == "3"

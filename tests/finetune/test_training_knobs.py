@@ -796,7 +796,7 @@ def test_the_average_batch_is_not_the_longest(tiny_bert, longer, packed, mini):
 def test_without_held_out_rows_the_table_says_so(settings):  # noqa: F811
     result = train(settings, eval_ratio=0.0)
     assert "no rows were held out" in str(result)
-    assert not result.table.rows
+    assert result.tables["before_after"].empty
 
 
 def test_the_preflight_flies_the_rows_with_most_tokens(tiny_bert):

@@ -57,28 +57,23 @@ def test_build_and_search(embeds, tmp_path):
     assert (result.folder / "recall_latency.png").read_bytes()[:4] == b"\x89PNG"
     assert IndexConfig.resolve({"preset": str(result.folder / "index_config.yaml")}).kind == "auto"
     found = search(result.folder, "steel frying pan", 3)
-    assert [row["rank"] for row in found.rows] == [1, 2, 3]
-    assert found.rows[0]["description"] == "steel frying pan" and found.rows[0]["score"] == pytest.approx(1, abs=1e-5)
-    assert "kitchen" in found._repr_html_() and list(found.table.columns) == [
-        "rank",
-        "score",
-        "id",
-        "description",
-        "kind",
-    ]
+    assert found["rank"].tolist() == [1, 2, 3]
+    assert found["description"].iloc[0] == "steel frying pan" and found["score"].iloc[0] == pytest.approx(1, abs=1e-5)
+    assert "kitchen" in found._repr_html_() and "kitchen" in str(found)
+    assert list(found.columns) == ["rank", "score", "id", "description", "kind"] and found.index.name == "_row"
     assert ebr_lib.search is search
 
 
 def test_filter_and_table(folder):
     found = search(folder, "steel frying pan", 5, where={"kind": "kitchen"})
-    assert [row["kind"] for row in found.rows] == ["kitchen", "kitchen"]
-    assert len(search(folder, "pan", 5, where={"kind": ["bath", "shoes"]}).rows) == 2
+    assert found["kind"].tolist() == ["kitchen", "kitchen"]
+    assert len(search(folder, "pan", 5, where={"kind": ["bath", "shoes"]})) == 2
     with pytest.raises(DataError, match="no column colour to filter by"):
         search(folder, "pan", where={"colour": "red"})
     with pytest.raises(DataError, match="blank"):
         search(folder, " ")
     found = search(folder, "pan", 99, where={"kind": np.array(["bath", "home"])})
-    assert {row["kind"] for row in found.rows} == {"bath", "home"}
+    assert set(found["kind"]) == {"bath", "home"}
     with pytest.raises(ConfigError, match="b'bath'; wanted a text, a number"):
         search(folder, "pan", where={"kind": b"bath"})
     with pytest.raises(ConfigError, match=r"\['bath'\]; wanted a text, a number"):
@@ -88,7 +83,7 @@ def test_filter_and_table(folder):
             search(folder, query, where=where)
     with pytest.raises(DataError, match="the query is None; wanted a text"):
         search(folder, None)
-    assert len(search(folder, "pan", np.int64(99)).rows) == 6
+    assert len(search(folder, "pan", np.int64(99))) == 6
     with pytest.raises(ConfigError, match="where: 'kind=a'; wanted column to value"):
         search(folder, "pan", where="kind=a")
     for k in ("3", 0, 2.0, True):
@@ -106,8 +101,8 @@ def test_a_filter_finds_nulls_and_takes_numpy_s_and_pandas_values(tmp_path, tiny
     folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
 
     def ids(**where):
-        found = search(folder, "pan", where=where, model_name=str(tiny_bert)).rows
-        return "".join(sorted(row["id"] for row in found))
+        found = search(folder, "pan", where=where, model_name=str(tiny_bert))
+        return "".join(sorted(found["id"]))
 
     for null in (None, float("nan"), np.float32("nan"), pd.NA, pd.NaT):
         assert ids(cat=null) == "1" and ids(price=[null]) == "3"
@@ -130,10 +125,9 @@ def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):
     write_embeddings(place, kept, vectors)
     folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
     found = search(folder, "warm wool blanket", 2, where={"score": ["score 3", "score 4"]}, model_name=str(tiny_bert))
-    assert [row["rank"] for row in found.rows] == [1, 2] and found.rows[0]["score"] == pytest.approx(1, abs=1e-5)
-    assert found.rows[0]["score_kept_kept"] == "score 3" and found.rows[0]["score_kept"] == "score_kept 3"
-    assert list(found.table.columns) == ["rank", "score", "score_kept_kept", "rank_kept", "score_kept"]
-    assert found.table.rows[0][2:] == ["score 3", "rank 3", "score_kept 3"]
+    assert found["rank"].tolist() == [1, 2] and found["score"].iloc[0] == pytest.approx(1, abs=1e-5)
+    assert list(found.columns) == ["rank", "score", "score_kept_kept", "rank_kept", "score_kept"]
+    assert found.iloc[0, 2:].tolist() == ["score 3", "rank 3", "score_kept 3"]
 
 
 def test_a_column_with_the_name_of_the_row_numbers_is_refused(tmp_path):
@@ -157,12 +151,12 @@ def test_a_manifest_without_a_model_is_as_none(embeds, tmp_path, tiny_bert):
     place = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
     with pytest.raises(ModelError, match="give model_name"):
         search(place, "pan")
-    assert search(place, "warm wool blanket", model_name=str(tiny_bert)).rows[0]["id"] == "p3"
+    assert search(place, "warm wool blanket", model_name=str(tiny_bert))["id"].iloc[0] == "p3"
 
 
 def test_the_query_prompt_bites(folder):
     plain, prompted = search(folder, "pan"), search(folder, "pan", query_prompt="query: ")
-    assert plain.rows[0]["score"] != prompted.rows[0]["score"]
+    assert plain["score"].iloc[0] != prompted["score"].iloc[0]
 
 
 def test_another_model_is_refused(folder, tiny_models, tmp_path):
@@ -181,7 +175,7 @@ def test_without_a_manifest_the_model_must_be_named(embeds, tmp_path, tiny_model
     place = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
     with pytest.raises(ModelError, match="give model_name"):
         search(place, "pan")
-    assert search(place, "warm wool blanket", model_name=str(tiny_bert)).rows[0]["id"] == "p3"
+    assert search(place, "warm wool blanket", model_name=str(tiny_bert))["id"].iloc[0] == "p3"
 
 
 def test_a_model_of_fewer_dimensions_is_refused(tmp_path, tiny_bert):
@@ -209,20 +203,20 @@ def test_measured_on_real_queries(embeds, tmp_path):
     queries = tmp_path / "q.csv"
     queries.write_text("question,n\nfrying pan,1\nfrying pan,2\nwool,3\n")
     config = {"embedding_path": str(embeds), "queries_path": str(queries), "output_dir": str(tmp_path / "index")}
-    assert "; 2 real queries" in build_faiss_index(config).table.title
-    assert "; 1 real queries" in build_faiss_index(config | {"measure_queries": 1}).table.title
+    assert "; 2 real queries" in build_faiss_index(config).tables["settings"].attrs["title"]
+    assert "; 1 real queries" in build_faiss_index(config | {"measure_queries": 1}).tables["settings"].attrs["title"]
 
 
 def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
     more = embedding_file(
         tmp_path / "more.parquet", tiny_bert, ["cast iron pan", "wool socks"], ["kitchen", "shoes"], 6
     )
-    assert search(folder, "cast iron pan").rows[0]["score"] < 0.999
+    assert search(folder, "cast iron pan")["score"].iloc[0] < 0.999
     assert add_rows(folder, more) == 8
-    assert search(folder, "cast iron pan").rows[0]["id"] == "p6"
+    assert search(folder, "cast iron pan")["id"].iloc[0] == "p6"
     assert delete_rows(folder, ["p6", "p0"]) == 6
     assert delete_rows(folder, "p1") == 5
-    left = {row["id"] for row in search(folder, "cast iron pan", 99).rows}
+    left = set(search(folder, "cast iron pan", 99)["id"])
     assert left == {"p2", "p3", "p4", "p5", "p7"}
     with pytest.raises(DataError, match=r"1 ids are not in column id \(p99\)"):
         delete_rows(folder, ["p99", "p2"])
@@ -289,7 +283,7 @@ def test_documents_of_a_query_only_adapter_are_its_base_s(tmp_path, tiny_bert, t
         config = {"embedding_path": str(first), "output_dir": str(tmp_path / "index")}
         folder = build_faiss_index(config).folder
         assert add_rows(folder, second) == 12
-        assert search(folder, "pan", model_name=str(query_adapter)).rows
+        assert len(search(folder, "pan", model_name=str(query_adapter)))
     with pytest.raises(ModelError, match="encode the new rows with the index's model"):
         add_rows(folder, embedding_file(tmp_path / "c.txt", tiny_models("xlm-r")))
 
@@ -384,7 +378,7 @@ def test_a_truncated_file_is_named(folder, name):
         search(folder, "pan")
     (folder / name).unlink()
     if name == "deleted.npy":
-        assert len(search(folder, "pan").rows) == 6
+        assert len(search(folder, "pan")) == 6
         return
     with pytest.raises((DataError, MissingError), match=name):
         search(folder, "pan")

@@ -530,14 +530,14 @@ def test_what_a_model_cuts_in_its_own_way_is_not_said_to_be_nothing(tmp_path: Pa
     for told in (result, run(tmp_path, **knobs, append=True)):
         manifest = json.loads(told.manifest.read_text())
         assert (told.counts["truncated"], told.counts["tokens"], manifest["truncated"]["rows"]) == (None, None, None)
-        assert dict(told.table.rows)["truncated 截断"] == "-"
+        assert dict(told.tables["counts"].to_numpy())["truncated 截断"] == "-"
     assert (told.counts["read"], told.counts["uncounted"]) == (6, 6)
 
 
 def test_the_summary_tells_what_was_encoded_and_how_fast(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, [f"{i}\x01text {i % 5}\x01x" for i in range(20)])
     result = run(tmp_path, output_path=str(tmp_path / "o.npy"))
-    shown = dict(result.table.rows)
+    shown = dict(result.tables["counts"].to_numpy())
     assert (shown["texts encoded 编码文本"], shown["encoded in this run 本次编码"]) == (5, 5)
     assert int(shown["texts/s 每秒编码"]) > 0
     sizes = [(tmp_path / name).stat().st_size for name in ("o.npy", "o.ids.txt")]

@@ -238,14 +238,14 @@ def test_every_stage_stops_or_warns(models, data, tmp_path, caplog):
 def test_a_base_model_whose_files_changed_does_not_serve_its_earlier_vectors(models, data, tmp_path, caplog):
     base, output = models / "base", encode(models / "base", data, tmp_path / "out.txt")
     build_faiss_index({"embedding_path": str(output), "output_dir": str(tmp_path / "index")})
-    found = search(tmp_path / "index", "red kite").rows
+    found = search(tmp_path / "index", "red kite")
     moved = shutil.copytree(base, tmp_path / "elsewhere")
-    assert search(tmp_path / "index", "red kite", model_name=str(moved)).rows == found
+    assert search(tmp_path / "index", "red kite", model_name=str(moved)).equals(found)
     another_pooling(models)
     with pytest.raises(ModelError, match=r"pooling or .py files have changed since .*on_changed_vectors: warn goes on"):
         search(tmp_path / "index", "red kite", model_name=f"{base}/")
     with caplog.at_level(logging.WARNING, "ebr_lib"):
-        assert search(tmp_path / "index", "red kite", on_changed_vectors="warn", model_name=f"{base}/").rows
+        assert len(search(tmp_path / "index", "red kite", on_changed_vectors="warn", model_name=f"{base}/"))
     assert "模型文件已改变" in caplog.text
     config = {"models": [str(base)], "queries_path": str(data / "pairs.jsonl"), "corpus_path": str(output)}
     config |= {"query_column": "anchor", "bm25": False, "resamples": 100, "data_path": None}

@@ -376,7 +376,7 @@ def test_an_index_is_searched_only_with_the_model_as_it_was_loaded(encoded, cata
     for choice in (False, "ignore"):
         with pytest.raises(ModelError, match="true, as it was then"):
             search(tmp_path / "index", "steel", trust_remote_code=choice)
-    assert search(tmp_path / "index", TEXTS[1], 1, trust_remote_code=True).rows[0]["score"] > 0.999
+    assert search(tmp_path / "index", TEXTS[1], 1, trust_remote_code=True)["score"].iloc[0] > 0.999
     with pytest.raises(ModelError, match="trust_remote_code True, not 'ignore'"):
         add_rows(tmp_path / "index", encoded["ignore"])
 

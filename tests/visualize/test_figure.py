@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import sys
 from importlib import metadata
@@ -10,7 +9,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from ebr_lib.tables import Table, columns_of, shortened, squeezed
+from ebr_lib.tables import columns_of
 from ebr_lib.visualize import figure as visualize_figure
 from ebr_lib.visualize import fonts, labels
 from ebr_lib.visualize import groups as visualize_groups
@@ -437,31 +436,6 @@ def test_the_caption_is_whole(cjk):
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
-
-
-def test_texts_are_cut_by_what_they_take():
-    assert shortened("short", 10) == "short"
-    assert shortened("热水器洗发水", 9) == "热水器洗…"
-    assert shortened("two\nlines\t here", 40) == "two lines here"
-    assert columns_of(shortened("长" * 100, 30)) <= 30
-
-
-def test_labels_that_begin_alike_stay_apart():
-    names = ["balance_not_updated_after_bank_transfer", "balance_not_updated_after_cheque_or_cash", "余额" * 30 + "末"]
-    cut = [squeezed(name, 24) for name in names]
-    assert cut == ["balance_not_upd…transfer", "balance_not_upd…_or_cash", cut[2]]
-    assert all(columns_of(name) <= 24 for name in cut) and cut[2].endswith("末")
-    assert squeezed("short", 24) == "short"
-
-
-def test_a_table_is_cut_in_the_middle_where_it_is_shown_and_whole_in_its_rows():
-    names = ["衣服>女装/女士精品>连衣裙>长袖连衣裙>" + "某" * 40 + end for end in "12"]
-    table = Table("t", ("label", "path"), [(name, name) for name in names], {"label": 30})
-    assert [row[0] for row in table.rows] == names
-    cut = [squeezed(name, 30) for name in names]
-    assert cut[0] != cut[1]
-    for shown in (table.text(), html.unescape(table.html())):
-        assert all(shown.count(text) == 1 for text in [*cut, *names])  # cut in one column, whole in the other
 
 
 def test_lines_break_at_spaces_and_inside_chinese():

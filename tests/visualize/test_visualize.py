@@ -14,6 +14,7 @@ from ebr_lib import VisConfig, visualize_embeddings
 from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.knobs.flags import from_flags
+from ebr_lib.tables import as_text
 from ebr_lib.visualize import explorer, projection
 from ebr_lib.visualize import summary as numbers
 
@@ -52,8 +53,8 @@ def numbers_of(result) -> dict:
     return {name: entry["value"] for name, entry in result.numbers["numbers"].items()}
 
 
-def table_of(result, start: str):
-    return next(table for table in result.tables if table.title.startswith(start))
+def records(table) -> list[tuple]:
+    return list(table.itertuples(index=False, name=None))
 
 
 @pytest.fixture
@@ -127,8 +128,13 @@ def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
 
 
 def test_what_is_wrong_with_the_vectors_is_reported_first(see, no_maps):
-    first = [row[0] for row in see().table.rows[:5]]
-    assert first == ["shortest vector", "longest vector", "repeated vectors", "pairs above 0.99", "mean cosine"]
+    assert see().tables["numbers"]["number"].tolist()[:5] == [
+        "shortest vector",
+        "longest vector",
+        "repeated vectors",
+        "pairs above 0.99",
+        "mean cosine",
+    ]
 
 
 def test_every_number_has_a_meaning_and_a_direction(see, no_maps):
@@ -192,10 +198,10 @@ def test_each_map_says_how_far_it_can_be_trusted(see, seen):
 
 def test_confused_labels_come_with_the_texts_that_are_nearest(see, tmp_path, no_maps):
     x = vectors(apart=0.5)
-    table = table_of(see(write(tmp_path / "mixed.txt", x)), "Most confused")
+    table = see(write(tmp_path / "mixed.txt", x)).tables["confusions"]
     codes, near = np.arange(60) % 3, nearest(x, np.arange(60))
-    assert len(table.rows) == 3
-    for first, second, share, back, *texts in table.rows:
+    assert len(table) == 3
+    for first, second, share, back, *texts in records(table):
         a, b = LABELS.index(first), LABELS.index(second)
         assert share == pytest.approx((codes[near[codes == a]] == b).mean())
         assert back == pytest.approx((codes[near[codes == b]] == a).mean())
@@ -251,11 +257,11 @@ def test_scores_that_lengths_would_change_say_that_there_are_none(see, tmp_path,
 
 def test_the_columns_of_all_tables_are_explained(see, tmp_path, no_maps):
     result = see(compare_path=write(tmp_path / "base.txt", vectors(apart=0.2)))
-    explained = table_of(result, "What the columns mean")
-    assert {row[0] for row in explained.rows} == set(result.numbers["meanings"]) >= {
+    explained = result.tables["meanings"]
+    assert set(explained["column"]) == set(result.numbers["meanings"]) >= {
         "trustworthiness", "neighbours kept", "purity", "silhouette", "share of its neighbours", "and back",
     }  # fmt: skip
-    assert all(better in ("higher", "lower", "") and meaning for _, better, meaning in explained.rows)
+    assert all(better in ("higher", "lower", "") and meaning for _, better, meaning in records(explained))
 
 
 @pytest.mark.parametrize("end, start", [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")])
@@ -309,13 +315,13 @@ def test_without_a_label_column_clusters_colour_the_picture(see, no_maps):
 
 
 def test_clusters_are_given_or_as_many_as_labels(see, no_maps):
-    assert "5 clusters (as given)" in table_of(see(clusters=5), "k-means").title
-    assert "3 clusters (as many as labels)" in table_of(see(), "k-means").title
+    assert "5 clusters (as given)" in see(clusters=5).tables["clusters"].attrs["title"]
+    assert "3 clusters (as many as labels)" in see().tables["clusters"].attrs["title"]
 
 
 @pytest.mark.parametrize("told, start", [(None, "第"), ("id", "0"), ("category", "书热s")])
 def test_text_column_is_what_the_tables_show(see, no_maps, told, start):
-    shown = table_of(see(text_column=told), "k-means").rows[0][2]
+    shown = see(text_column=told).tables["clusters"]["typical text"][0]
     assert shown[0] in start
 
 
@@ -326,12 +332,12 @@ def test_typical_texts_are_whole_in_the_file_and_short_on_the_screen(see, no_map
     (told,) = [table for table in tables if table["title"].startswith("k-means")]
     typical = [[row[name] for name in ("typical text", "second", "third")] for row in told["rows"]]
     assert len(typical) == 3 and all(len(set(row)) == 3 and set(row) <= set(texts) for row in typical)
-    assert "长" * 20 not in table_of(result, "k-means").text()
+    assert "长" * 20 not in as_text(result.tables["clusters"])
 
 
 def test_fewer_typical_texts_than_places_leave_them_empty(see, no_maps, tmp_path):
     same = see(write(tmp_path / "same.txt", description=["一样"] * 60), clusters=3)
-    assert [row[2:] for row in table_of(same, "k-means").rows] == [("一样", "", "")] * 3
+    assert [row[2:] for row in records(same.tables["clusters"])] == [("一样", "", "")] * 3
 
 
 def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
@@ -340,8 +346,8 @@ def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
     assert numbers_of(result)["silhouette"] == numbers_of(see())["silhouette"]  # on all rows, sample or not
     rows = {name: entry["rows"] for name, entry in result.numbers["numbers"].items()}
     assert rows["same label @1"] == 30 and rows["silhouette"] == rows["k-means silhouette"] == 60
-    assert {row[0]: row[2] for row in result.table.rows} == rows
-    assert "among the 30 projected rows" in table_of(result, "Labels").title
+    assert dict(result.tables["numbers"][["number", "rows"]].to_numpy()) == rows
+    assert "among the 30 projected rows" in result.tables["labels"].attrs["title"]
 
 
 def test_explorer_can_be_left_out(see, no_maps):
@@ -397,21 +403,20 @@ def test_another_colour_of_a_sample_does_not_draw_the_map_again(see, no_maps, se
 def test_before_and_after_are_one_pair(see, tmp_path):
     before = write(tmp_path / "base.txt", vectors(apart=0.2))
     result = see(compare_path=before)
-    table = result.table
-    assert table.columns[:4] == ("number", "before", "after", "change")
-    assert {row[4] for row in table.rows} == {60}  # rows that a number is from
-    change = {row[0]: row[3] for row in table.rows}
+    table = result.tables["numbers"]
+    assert list(table)[:4] == ["number", "before", "after", "change"]
+    assert set(table["rows"]) == {60}  # rows that a number is from
+    change = table.set_index("number")["change"]
     assert change["same label @1"] > 0.3 and change["silhouette"] > 0.1
     assert result.numbers["before"]["silhouette"]["value"] < result.numbers["numbers"]["silhouette"]["value"]
-    moved = table_of(result, "Neighbours that changed most")
-    shares = [row[1] for row in moved.rows]
+    shares = result.tables["moved"].iloc[:, 1].tolist()
     assert len(shares) == 10 and shares == sorted(shares) and shares[0] < 0.5
 
 
 def test_nothing_changed_reads_as_nothing(see, tmp_path, no_maps):
     result = see(compare_path=write(tmp_path / "base.txt"))
-    assert all(row[3] == 0 for row in result.table.rows)
-    assert "100% are still there" in table_of(result, "Neighbours").title
+    assert (result.tables["numbers"]["change"] == 0).all()
+    assert "100% are still there" in result.tables["moved"].attrs["title"]
 
 
 def test_the_pair_lies_in_one_frame(see, tmp_path, seen, monkeypatch):
@@ -428,14 +433,14 @@ def test_both_sides_are_in_the_tables_the_json_and_the_caption(see, tmp_path, no
     base = vectors(apart=0.5)
     alone = see(write(tmp_path / "base.txt", base))
     result = see(compare_path=str(tmp_path / "base.txt"))
-    assert [row[0] for row in table_of(result, "Maps").rows] == ["t-SNE: before", "t-SNE: after"]
+    assert result.tables["maps"]["map"].tolist() == ["t-SNE: before", "t-SNE: after"]
     assert result.numbers["maps_before"]["tsne"]["points"] == 60
-    scores = table_of(result, "Labels")
-    assert scores.columns == (
+    scores = result.tables["labels"]
+    assert list(scores) == [
         "label", "rows", "purity before", "purity after", "silhouette before", "silhouette after",
-    )  # fmt: skip
+    ]  # fmt: skip
     codes = np.arange(60) % 3
-    for label, _, *values in scores.rows:
+    for label, _, *values in records(scores):
         mine = codes == LABELS.index(label)
         for purity, x in zip(values[:2], (base, vectors()), strict=True):
             assert purity == pytest.approx(
@@ -450,15 +455,15 @@ def test_both_sides_are_in_the_tables_the_json_and_the_caption(see, tmp_path, no
 
 def test_of_equal_changes_the_farthest_comes_first(see, tmp_path, no_maps):
     base, x = vectors(seed=5, apart=0.0), vectors(apart=0.0)
-    table = table_of(see(write(tmp_path / "a.txt", x), compare_path=write(tmp_path / "base.txt", base)), "Neighbours")
+    table = see(write(tmp_path / "a.txt", x), compare_path=write(tmp_path / "base.txt", base)).tables["moved"]
     old, new = nearest(base, np.arange(60)), nearest(x, np.arange(60))
     shared = np.array([np.isin(a, b).mean() for a, b in zip(old, new, strict=True)])
     apart = np.einsum("id,ikd->ik", x, x[old]).mean(axis=1)
     order = np.lexsort((apart, shared))[:10]
-    assert rows_of(row[0] for row in table.rows) == order.tolist() and len(set(shared[order])) < 10
-    np.testing.assert_allclose([row[1:3] for row in table.rows], np.c_[shared, apart][order], atol=1e-5)
-    assert rows_of(row[3] for row in table.rows) == old[order, 0].tolist()
-    assert rows_of(row[4] for row in table.rows) == new[order, 0].tolist()
+    assert rows_of(table["item"]) == order.tolist() and len(set(shared[order])) < 10
+    np.testing.assert_allclose(table.iloc[:, 1:3], np.c_[shared, apart][order], atol=1e-5)
+    assert rows_of(table["nearest before"]) == old[order, 0].tolist()
+    assert rows_of(table["nearest after"]) == new[order, 0].tolist()
 
 
 def test_what_is_wrong_with_the_vectors_names_the_file(see, tmp_path, no_maps, caplog):
@@ -479,7 +484,7 @@ def test_rows_in_another_order_are_not_compared(see, tmp_path, no_maps, caplog):
         match=rf"description in \d+ rows. Row {wrong}: '第{wrong}条.*' here, '第{order[wrong]}条.*there.*id_column",
     ):
         see(compare_path=shuffled)
-    assert all(row[3] == 0 for row in see(compare_path=shuffled, id_column="id").table.rows)
+    assert (see(compare_path=shuffled, id_column="id").tables["numbers"]["change"] == 0).all()
     ids = str(write_embeddings(tmp_path / "ids.txt", {"id": columns["id"]}, vectors()[order]))
     with pytest.raises(
         DataError, match=rf"differ in id in .*Row {wrong}: '{wrong:03}' here, '{order[wrong]:03}' there"
@@ -494,7 +499,7 @@ def test_rows_in_another_order_are_not_compared(see, tmp_path, no_maps, caplog):
 
 def test_one_item_in_common(see, tmp_path, no_maps):
     result = see(write(tmp_path / "a.txt", vectors(1)), compare_path=write(tmp_path / "b.txt", vectors(1, seed=3)))
-    assert result.picture.is_file() and not [t for t in result.tables if t.title.startswith("Neighbours")]
+    assert result.picture.is_file() and "moved" not in result.tables
 
 
 def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
@@ -503,7 +508,7 @@ def test_items_are_matched_by_id(see, tmp_path, no_maps, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         result = see(compare_path=before, id_column="id")
     assert "50 of 60" in caplog.text and result.numbers["rows"] == 50
-    assert all(row[3] == 0 for row in result.table.rows)
+    assert (result.tables["numbers"]["change"] == 0).all()
 
 
 @pytest.mark.usefixtures("no_maps")
@@ -618,9 +623,9 @@ def test_the_order_of_the_file_decides_no_number(see, tmp_path, no_maps):
     """Equal vectors in a file that is sorted by label: every label is as pure as chance."""
     x = np.repeat(vectors(1), 400, axis=0)
     result = see(write(tmp_path / "sorted.txt", x, category=["A"] * 300 + ["B"] * 100))
-    purity = {row[0]: row[2] for row in table_of(result, "Labels").rows}
+    purity = result.tables["labels"].set_index("label")["purity"].to_dict()
     assert purity == {"A": pytest.approx(299 / 399, abs=0.03), "B": pytest.approx(99 / 399, abs=0.03)}
-    (pair,) = table_of(result, "Most confused").rows
+    (pair,) = records(result.tables["confusions"])
     assert {pair[0]: pair[2], pair[1]: pair[3]} == {
         "A": pytest.approx(100 / 399, abs=0.03), "B": pytest.approx(300 / 399, abs=0.03),
     }  # fmt: skip
@@ -648,7 +653,7 @@ def test_rows_without_a_label_are_counted(see, tmp_path, no_maps):
     category = [None if i % 4 == 0 else LABELS[i % 3] for i in range(60)]
     result = see(write(tmp_path / "nulls.txt", category=category))
     assert result.numbers["groups"]["without"] == 15
-    assert sum(row[1] for row in table_of(result, "Labels").rows) == 45
+    assert result.tables["labels"]["rows"].sum() == 45
 
 
 def test_all_labels_null(see, tmp_path, no_maps):
@@ -800,7 +805,7 @@ def test_long_labels_are_whole_in_the_json_and_apart_in_the_log(see, tmp_path, n
     assert {row["label"] for row in tables["Labels (category)"]} == set(names)
     confused = tables["Most confused pairs of labels"]
     assert confused and {row[side] for row in confused for side in ("label", "taken for")} <= set(names)
-    lines = table_of(result, "Labels").text().split("\n")[2:]
+    lines = as_text(result.tables["labels"]).split("\n")[2:]
     assert len({line.split("  ")[0] for line in lines}) == 3 and "…" in lines[0]
     assert names[0] not in caplog.text
 
