@@ -52,7 +52,7 @@ WORDS = {
     r"anew": "again, each time",
     r"mend(s|ed|ing)?": "fix, error",
     r"behind": "after",
-    r"(?<!there )(?<!There )(is|are|was|were) no(?! longer| more\b)": "is not a, has no",
+    r"(?<!here[ _])(is|are|was|were) no(?! longer| more)": "is not a, has no",
     r"so many": "at most, the number of",
     r"for (want|lack) of": "without, probably out of",
     r"bears?": "has, allows",
@@ -64,7 +64,8 @@ WORDS = {
     r"void": "invalid",
     rf"{_COUNT} {_NOUN}an? {_UNIT}\b(?! is| of)": "per",
 }
-_FORBIDDEN = re.compile("|".join(rf"(?P<w{i}>\b{word}\b)" for i, word in enumerate(WORDS)))
+_IN_NAMES = [re.sub(r" (?![_\]])", "[ _]", word) for word in WORDS]  # of tests, too
+_FORBIDDEN = re.compile("|".join(rf"(?P<w{i}>(?<![A-Za-z]){word}(?![A-Za-z]))" for i, word in enumerate(_IN_NAMES)))
 
 
 def forbidden(line: str) -> Iterator[tuple[str, str]]:

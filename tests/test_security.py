@@ -1,4 +1,4 @@
-"""Data stays data: no text of it is opened, run or shown as markup; and what is loaded cannot run code."""
+"""Texts in the data are never opened as paths, run or shown as markup; loading a model runs no code."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ IN_OPEN = 0x20
 
 
 class FolderWatch:
-    """Hears of every file of a folder that any library opens, through Linux's inotify."""
+    """Notices every file in a folder that any library opens, with Linux's inotify."""
 
     def __init__(self, folder: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self._events = libc.inotify_init1(os.O_NONBLOCK)
         assert libc.inotify_add_watch(self._events, os.fsencode(folder), IN_OPEN) > 0
 
-    def heard(self) -> bool:
+    def noticed(self) -> bool:
         try:
             return bool(os.read(self._events, 1 << 16))
         except BlockingIOError:
@@ -58,13 +58,13 @@ class FolderWatch:
 def secrets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("secrets")
     for name in SECRETS:
-        (folder / name).write_text("for nobody", encoding="utf-8")
+        (folder / name).write_text("secret", encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def texts(secrets) -> list[str]:
-    """Texts that name the secrets in every way that a library might follow, and texts that are markup."""
+    """Texts that name the secret files in every way a library might follow, and texts that are markup."""
     paths = [secrets / name for name in SECRETS]
     named = (
         [str(path) for path in paths] + [path.as_uri() for path in paths] + [os.path.relpath(path) for path in paths]
@@ -75,7 +75,7 @@ def texts(secrets) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workflow(texts, secrets, tiny_bert, tmp_path_factory) -> dict:
-    """What every stage returns for such texts, and whether a secret was opened meanwhile."""
+    """Results of all stages for such texts, and whether a secret file was opened."""
     folder = tmp_path_factory.mktemp("workflow")
     catalogue = [f"{i}\x01{text}\x01{MARKUP} {i % 3}" for i, text in enumerate(texts)]
     (folder / "in.csv").write_text("\n".join([f"id\x01description\x01{KIND}", *catalogue]) + "\n", encoding="utf-8")
@@ -102,19 +102,19 @@ def workflow(texts, secrets, tiny_bert, tmp_path_factory) -> dict:
          "resamples": 100}
     )  # fmt: skip
     found["search"] = search(found["index"].folder, texts[0], 3, where={KIND: f"{MARKUP} 0"})
-    return found | {"opened": watch.heard()}
+    return found | {"opened": watch.noticed()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
-def test_no_path_out_of_the_data_is_opened(workflow, secrets):
+def test_paths_in_the_data_are_not_opened(workflow, secrets):
     assert not workflow["opened"]
     watch = FolderWatch(secrets)
     (secrets / SECRETS[0]).read_bytes()
-    assert watch.heard()
+    assert watch.noticed()
 
 
 class Markup(HTMLParser):
-    """Counts the scripts of a page, and collects the attributes that would run one."""
+    """Counts the scripts of a page and collects attributes that would run one."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -132,9 +132,9 @@ def test_markup_in_the_data_is_shown_as_text(workflow):
     pages["report"] = Markup(workflow["evaluate"].report_html.read_text(encoding="utf-8"))
     assert {name: (page.scripts, page.handlers) for name, page in pages.items()} == dict.fromkeys(pages, (0, []))
     explorer = Markup(workflow["visualize"].explorer.read_text(encoding="utf-8"))
-    assert (explorer.scripts, explorer.handlers) == (2, [])  # its data, and its own
+    assert (explorer.scripts, explorer.handlers) == (2, [])  # data and program
     shown = [workflow[name]._repr_html_() for name in ("configs", "visualize", "search")]
-    assert all("&lt;script&gt;broken()" in page for page in shown)  # so the markup was there
+    assert all("&lt;script&gt;broken()" in page for page in shown)  # the markup was there
     assert Markup(MARKUP).scripts == 1 and Markup(MARKUP).handlers == ["onerror"]
 
 
@@ -157,7 +157,7 @@ class Bomb:
 
 @pytest.fixture
 def pickled(tiny_bert, tmp_path) -> Path:
-    """The tiny model with its weights as a pickle."""
+    """The tiny model, weights pickled."""
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_bert, folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -165,7 +165,7 @@ def pickled(tiny_bert, tmp_path) -> Path:
     return folder
 
 
-def test_pickled_weights_are_refused_and_the_error_tells_how_to_convert_them(pickled, tiny_bert, tmp_path, monkeypatch):
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(pickled, tiny_bert, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle") as refused:
         load_model(str(pickled), device="cpu")
     monkeypatch.chdir(tmp_path)
@@ -181,7 +181,7 @@ def pickle_weights(place: Path) -> None:
 
 
 def shard(folder: Path) -> None:
-    """Split a model's pickle in two, an equal tensor of one memory in each."""
+    """Split a model's pickle in two that share a tensor."""
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     halves = list(weights)[::2], list(weights)[1::2]
@@ -223,7 +223,7 @@ def test_the_command_in_the_refusal_converts_every_layout(tiny_models, tmp_path,
     assert np.array_equal(load_model("./some model-safetensors", device="cpu").encode(texts), wanted)
 
 
-def test_a_pickle_of_more_than_tensors_is_not_converted(pickled, tmp_path):
+def test_a_pickle_with_objects_is_not_converted(pickled, tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "opened")))
     with pytest.raises(ModelError, match="holds more than tensors"):
         to_safetensors(str(pickled), str(tmp_path / "new"))
@@ -234,7 +234,7 @@ def test_a_pickle_of_more_than_tensors_is_not_converted(pickled, tmp_path):
 @pytest.mark.parametrize(
     "place", ["2_Dense/pytorch_model.bin", "adapter_model.bin", "pytorch_model-00001-of-00002.bin"]
 )
-def test_a_pickle_in_the_stead_of_safetensors_is_not_opened(tiny_bert, tmp_path, place):
+def test_a_pickle_instead_of_safetensors_is_not_opened(tiny_bert, tmp_path, place):
     folder, mark = tmp_path / "model", tmp_path / "opened"
     shutil.copytree(tiny_bert, folder)
     modules = json.loads((folder / "modules.json").read_text())
@@ -270,7 +270,7 @@ def test_a_fine_tuned_folder_with_a_pickled_adapter_is_refused_and_converted(tin
         load_model(str(folder), device="cpu")
 
 
-def test_pickles_that_nothing_loads_do_no_harm(tiny_bert, tmp_path):
+def test_unused_pickles_are_not_opened(tiny_bert, tmp_path):
     folder, mark = tmp_path / "model", tmp_path / "opened"
     shutil.copytree(tiny_bert, folder)
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
@@ -279,7 +279,7 @@ def test_pickles_that_nothing_loads_do_no_harm(tiny_bert, tmp_path):
     assert not mark.exists()
 
 
-def test_a_model_that_sees_pictures_reads_their_paths_as_texts(tiny_bert, tmp_path):
+def test_an_image_model_reads_paths_of_images_as_texts(tiny_bert, tmp_path):
     folder, picture = tmp_path / "model", tmp_path / "cat.png"
     shutil.copytree(tiny_bert, folder)
     picture.write_bytes(b"not for the model")
@@ -293,7 +293,7 @@ def test_a_model_that_sees_pictures_reads_their_paths_as_texts(tiny_bert, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_is_read_as_numbers_alone(name, tiny_bert, tmp_path, monkeypatch):
+def test_checkpoints_are_loaded_as_tensors_only(name, tiny_bert, tmp_path, monkeypatch):
     pairs, mark = tmp_path / "pairs.jsonl", tmp_path / "exploded"
     pairs.write_text("".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(24)))
     settings = {

@@ -26,6 +26,8 @@ def words():
         ("a row a pair", "a row a pair"),
         ("Tokens a batch, padding included", "Tokens a batch"),
         ("all but for one", "but for"),
+        ("def test_a_run_is_told(): ...", "told"),
+        ("def test_it_is_no_picture(): ...", "is_no"),
     ],
 )
 def test_translated_words_are_found(words, line, word):
@@ -37,6 +39,7 @@ def test_translated_words_are_found(words, line, word):
     [
         "replace it instead",
         "there is no such file",
+        "def test_there_is_no_cycle(): ...",
         "Tokens a text is cut to",
         "rows of a file",
         "it is no longer used",
