@@ -41,8 +41,9 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     """
     place = next((place for place in (Path(path), *(root / path for root in _SHIPPED)) if place.is_file()), None)
     if place is None:
-        near = sorted(map(str, Path(path).parent.glob("*.yaml"))) or _shipped_presets()
-        raise MissingError(f"preset {path}: there is no such file; presets here: {', '.join(near) or 'none'}")
+        raise MissingError(
+            f"preset {path}: there is no such file; presets here: {', '.join(_near(Path(path))) or 'none'}"
+        )
     try:
         values = read_yaml(place.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -52,5 +53,9 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _shipped_presets() -> list[str]:
+def _near(path: Path) -> list[str]:
+    """Presets in a path's folder, or in that folder of ours; all of ours if there are none."""
+    for root in (Path(), *_SHIPPED):
+        if found := sorted(str(path.parent / p.name) for p in (root / path.parent).glob("[!.]*.yaml")):
+            return found
     return sorted({p.relative_to(root).as_posix() for root in _SHIPPED for p in root.glob("configs/*/*.yaml")})
