@@ -268,9 +268,9 @@ def ours(job: Job, **knobs: Any) -> Run:
 
 def held_mb() -> float:
     """The memory held now; its peak is counted from here on, for loading a model can take more than training does."""
-    from ebr_lib.finetune.memory import count_peak_anew, peak_memory_mb
+    from ebr_lib.finetune.memory import peak_memory_mb, reset_peak
 
-    count_peak_anew()
+    reset_peak()
     return peak_memory_mb()
 
 

@@ -83,7 +83,7 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     import torch
 
     from ebr_lib import train_sentence_transformer
-    from ebr_lib.finetune import trainer as training
+    from ebr_lib.finetune import preflight
     from ebr_lib.finetune.callbacks import KeepBest
     from ebr_lib.finetune.losses import ContrastiveLoss
     from ebr_lib.model.adapters import adapter_weights
@@ -106,7 +106,7 @@ def train_as_a_machine(rank: int, port: int, config: dict) -> None:
         kept.update(adapter_weights(model))
 
     ContrastiveLoss.forward, KeepBest.restore = spy, spy_restore
-    training.preflight = lambda trainer: training.Preflight()
+    preflight.preflight = lambda trainer: preflight.Preflight()
     folder = Path(config["output_dir"])
     train_sentence_transformer(config | {"output_dir": str(folder / str(rank))})
     torch.save({"labels": seen, "weights": kept}, folder / f"seen{rank}")

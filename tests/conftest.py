@@ -38,38 +38,27 @@ FLAGS = [
 # The longest files, longest first: each runs in one process, and should not be what the other process waits for.
 LONGEST = [
     "test_visualize",
-    "test_finetune",
+    "test_run",
     "test_ray",
     "test_inference_restart",
-    "test_training_knobs",
-    "test_mining",
+    "test_trainer",
     "test_notebook",
 ]
 # Files that share a process with another file, which has loaded or compiled what they need: UMAP, a process server.
 TOGETHER = {
     "test_projection": "test_visualize",
     "test_guides": "test_visualize",
-    "test_distributed": "test_finetune",
-    "test_inference": "test_finetune",
+    "test_distributed": "test_run",
+    "test_inference": "test_run",
 }
 # Files that start processes, kernels or clusters: a CI job of their own.
 APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_ray"}
 # Files and tests that train often, over lines that others run too: measuring coverage doubles the time of a training.
 UNWATCHED = {
-    "test_continuing",
+    "test_checkpoints",
     "test_distributed",
     "test_guides",
-    "test_knobs_bite",
-    "test_mining",
-    "test_training_knobs",
-    "test_a_checkpoint_that_a_kill_cut_short_is_passed_over",
-    "test_a_run_that_died_while_it_saved_is_not_trained_on",
-    "test_after_a_signal_the_run_goes_on_as_if_there_had_been_none",
-    "test_every_knob_changes_the_weights",
-    "test_noise_is_the_same_with_and_without_workers",
-    "test_off_is_bit_equal_to_never_heard_of",
     "test_the_saved_config_repeats_the_run",
-    "test_workers_change_nothing",
 }
 
 

@@ -22,12 +22,11 @@ from ebr_lib.inference.job import Job
 from ebr_lib.inference.moved import with_known_names
 from ebr_lib.inference.ray_cluster import JOB_FILE
 from ebr_lib.inference.store import Store
-from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.bases import given_bases, look_for_bases_in
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.provenance import files_of, identify
-from tests.finetune.test_finetune import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
+from tests.finetune.conftest import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -267,9 +266,9 @@ def test_a_second_base_of_the_same_name_does_not_replace_the_first_one_s_model(s
     other = other_weights(tiny_bert, tmp_path / "other" / tiny_bert.name)
     with pytest.raises(ConfigError, match=r"trained from another base .* would be replaced; give another output_dir"):
         train(settings, model_name=str(other))
-    assert same(load_file(Path(first.model_path) / ADAPTER_FILE), before)
+    assert same(adapter(first), before)
     train(settings, num_epochs=0.2)  # of the same base it is replaced, as ever
-    assert not same(load_file(Path(first.model_path) / ADAPTER_FILE), before)
+    assert not same(adapter(first), before)
 
 
 def test_an_adapter_whose_base_has_moved_is_trained_further(moved, settings):  # noqa: F811

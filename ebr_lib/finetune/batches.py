@@ -1,4 +1,4 @@
-"""Batches for in-batch negatives: many different documents in each, no row lost, and a mask for what still repeats."""
+"""Batches for in-batch negatives: many different documents in each, no row lost, and a mask for known positives."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ebr_lib.arrays import Ints
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import text_keys
 
-# swaps tried for a row whose anchor is in its batch already: with rows of the same document, then with any
+# swaps tried for a row whose anchor is already in its batch: with rows of the same document, then with any row
 _TRIES_SAME, _TRIES_ANY = 8, 16
-_MENDED_AN_EPOCH = 30_000  # rows; some seconds
+_SWAPPED_PER_EPOCH = 30_000  # rows; some seconds
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Batches that use every row once an epoch and hold as many different documents as the data allows.
+    """Batches that use every row once per epoch and hold as many different documents as the data allows.
 
-    All batches but the last are full. A document of c rows stands in min(c, batches) of them: rows are dealt like
-    cards, the most popular document first, so that no batch gets two of it while another has none. (The one exception:
-    a short last batch has no room for more popular documents than it has rows.) Rows of one anchor are kept apart
-    where a few random swaps that repeat no document can do it. Equal counts are shuffled, as are the rows of a
-    document, the rows of a batch and the batches, by (seed, epoch) alone.
+    All batches but the last are full. A document with c rows is in min(c, batches) of them: rows are dealt like cards,
+    the most popular document first, so that no batch gets two of it while another has none. (One exception: a short
+    last batch has no room for more popular documents than it has rows.) Rows of one anchor are kept apart where a few
+    random swaps that repeat no document can do it. The order of equal counts, of a document's rows, of a batch's rows
+    and of the batches is shuffled by (seed, epoch) alone.
 
-    :param documents: a number a row; equal numbers, same document.
-    :param anchors: a number a row; equal numbers, same anchor.
-    :param drop_last: leave out the last batch where it is short; which rows that hits changes every epoch.
+    :param documents: one number per row, shape (rows,); equal numbers, same document.
+    :param anchors: one number per row, shape (rows,); equal numbers, same anchor.
+    :param drop_last: leave out a short last batch; which rows that affects changes every epoch.
     :param processes: consecutive batches whose negatives are gathered into one; they are balanced as one.
     """
 
@@ -69,16 +69,16 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 
 def _numbered(keys: Sequence[int] | Ints) -> Ints:
-    """Any integer keys as 0, 1, 2 …"""
+    """Number integer keys 0, 1, 2 …"""
     return np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)[1]
 
 
 def deal(documents: Ints, batch_size: int, rng: np.random.Generator) -> Ints:
-    """The batch of every row, shape (rows,): all of `batch_size` but the last, which holds the rest.
+    """The batch of every row, shape (rows,): all have `batch_size` rows but the last, which has the rest.
 
-    With b batches, a document's first b rows are dealt to one batch each, most popular document first; rows beyond b
-    cannot but repeat, and come last. The last batch sits out the rounds it has no room for: first those of documents
-    that can do without it.
+    With b batches, a document's first b rows are dealt to one batch each, most popular document first; its other rows
+    must repeat, and come last. The last batch is left out of the rounds it has no room for, first out of those whose
+    documents need not be in every batch.
 
     :param documents: document of each row, shape (rows,), numbered from 0.
     """
@@ -96,7 +96,7 @@ def deal(documents: Ints, batch_size: int, rng: np.random.Generator) -> Ints:
 
 
 def _dealing_order(documents: Ints, batches: int, rng: np.random.Generator) -> tuple[Ints, int]:
-    """Rows in the order they are dealt, and how many of them are of documents that belong into every batch."""
+    """Rows in the order they are dealt, and how many belong to documents that must be in every batch."""
     counts = np.bincount(documents)
     tie = rng.permutation(len(counts))[documents]
     popularity = np.minimum(counts, batches)[documents]
@@ -112,21 +112,21 @@ def _dealing_order(documents: Ints, batches: int, rng: np.random.Generator) -> t
 def keep_anchors_apart(batch_of: Ints, documents: Ints, anchors: Ints, rng: np.random.Generator) -> None:
     """Swap rows between batches, in place, where an anchor repeats in a batch; no swap repeats a document or an anchor.
 
-    Tries a few swaps a row, and gives up on anchors that have more rows than there are batches.
+    A few swaps per row are tried; anchors with more rows than there are batches are left alone.
     """
     repeats = _repeats(batch_of, anchors, rng)
     hopeless = np.bincount(anchors)[anchors[repeats]] > batch_of.max(initial=0) + 1
-    repeats = rng.permutation(repeats[~hopeless])[:_MENDED_AN_EPOCH]
+    repeats = rng.permutation(repeats[~hopeless])[:_SWAPPED_PER_EPOCH]
     if not len(repeats):
         return
     swaps = _Swaps(batch_of, documents, anchors)
     candidates = rng.random((len(repeats), _TRIES_SAME + _TRIES_ANY))
     for row, chances in zip(repeats.tolist(), candidates, strict=True):
-        swaps.mend(row, chances)
+        swaps.move_away(row, chances)
 
 
 def _repeats(batch_of: Ints, anchors: Ints, rng: np.random.Generator) -> Ints:
-    """Rows whose anchor another row brought to the batch before."""
+    """Rows whose anchor another row has already brought into the batch."""
     shuffled = rng.permutation(len(anchors))
     order = shuffled[np.lexsort((anchors[shuffled], batch_of[shuffled]))]
     same = (batch_of[order][1:] == batch_of[order][:-1]) & (anchors[order][1:] == anchors[order][:-1])
@@ -134,7 +134,7 @@ def _repeats(batch_of: Ints, anchors: Ints, rng: np.random.Generator) -> Ints:
 
 
 class _Swaps:
-    """Who sits where, for deciding whether two rows may change places."""
+    """The batch of each row, its seat, and what every batch holds: whether two rows may change places."""
 
     def __init__(self, batch_of: Ints, documents: Ints, anchors: Ints) -> None:
         self.batch_of = batch_of
@@ -146,7 +146,7 @@ class _Swaps:
         self.counts = np.bincount(documents)
         self.first = np.cumsum(self.counts) - self.counts
 
-    def mend(self, row: int, chances: NDArray[np.float64]) -> None:
+    def move_away(self, row: int, chances: NDArray[np.float64]) -> None:
         """Swap `row` away from its batch, with the first candidate that allows it."""
         if self.anchor_at[int(self.batch_of[row]), self.anchors[row]] < 2:
             return  # the other one has left
@@ -155,7 +155,11 @@ class _Swaps:
         anyone = (chances[_TRIES_SAME:] * len(self.documents)).astype(np.int64)
         for other in [*self.by_document[same].tolist(), *anyone.tolist()]:
             if self._may_move(row, other) and self._may_move(other, row):
-                self._swap(row, other)
+                for who in (row, other):
+                    self._count(who, -1)
+                self.batch_of[[row, other]] = self.batch_of[[other, row]]
+                for who in (row, other):
+                    self._count(who, 1)
                 return
 
     def _may_move(self, row: int, other: int) -> bool:
@@ -165,13 +169,6 @@ class _Swaps:
             return False
         new_document = self.documents[row] == self.documents[other] or not self.document_at[seat, self.documents[row]]
         return new_document and not self.anchor_at[seat, self.anchors[row]]
-
-    def _swap(self, row: int, other: int) -> None:
-        for who, sign in ((row, -1), (other, -1)):
-            self._count(who, sign)
-        self.batch_of[[row, other]] = self.batch_of[[other, row]]
-        for who, sign in ((row, 1), (other, 1)):
-            self._count(who, sign)
 
     def _count(self, row: int, change: int) -> None:
         seat = int(self.batch_of[row])
@@ -191,10 +188,10 @@ def _laid_out(batch_of: Ints, batch_size: int, rng: np.random.Generator) -> Ints
 
 
 class KnownPositives:
-    """Every (anchor, document) that a set of rows knows to be positive, by `normalised` text.
+    """Every (anchor, document) pair that a set of rows knows to be positive, by `normalised` text.
 
-    Equal texts are one number, whichever column they stand in, and a pair counts both ways: where y answers x, x is no
-    negative of y. So does a text beside itself.
+    Equal texts have one number, whatever their column. A pair counts both ways: where y answers x, x is not a negative
+    of y. A text is never a negative of itself.
 
     :ivar anchors: number of each row's anchor, shape (rows,).
     :ivar documents: number of each row's positive, shape (rows,).
@@ -209,7 +206,7 @@ class KnownPositives:
             text_keys(text for row in rows for text in row.negatives),
         ]
         keys, numbers = np.unique(np.concatenate(sides), return_inverse=True)
-        self._base = len(keys) + 1  # texts are numbered from 1; 0 is no text
+        self._base = len(keys) + 1  # texts are numbered from 1; 0 means none
         self.anchors, self.documents, negatives = np.split(numbers + 1, [len(rows), 2 * len(rows)])
         self.columns = np.zeros((len(rows), 1 + per_row.max(initial=0)), dtype=np.int64)
         self.columns[:, 0] = self.documents
@@ -224,7 +221,7 @@ class KnownPositives:
         return np.unique(np.concatenate([one * self._base + other, other * self._base + one, texts * (self._base + 1)]))
 
     def mask(self, rows: Tensor) -> Tensor:
-        """Which documents of a batch answer which of its anchors; each row's own positive is among them.
+        """Which documents of a batch answer which of its anchors, each row's own positive included.
 
         :param rows: row numbers, shape (n,); the tables move to their device.
         :return: bool, shape (n, n · columns): the positives of the n rows, then their first negatives, and so on; a row
@@ -250,7 +247,7 @@ class KnownPositives:
         return one, other
 
     def answers_among(self, anchors: Ints, documents: Ints) -> int:
-        """How many of the q · d combinations of text numbers (q,) and (d,) are known positives; builds no matrix."""
+        """Count the known positives among the q · d pairs of text numbers (q,) and (d,), without a (q, d) matrix."""
         one, other = self.pairs()
         asked, offered = (np.bincount(side, minlength=self._base) for side in (anchors, documents))
         offered[0] = 0

@@ -1,4 +1,4 @@
-"""What watches a training run: the best weights, signals, checkpoints that end an epoch, the bar."""
+"""Callbacks of a training run: best weights, signals, NaN, checkpoints at the end of an epoch, the progress bar."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ BEST_FOLDER = "best"
 class KeepBest(TrainerCallback, ExportableState):
     """Keeps the best adapter on disk, exactly, and stops the run when it no longer gets better.
 
-    An evaluation counts as better when the metric moved by more than `threshold` in the right direction, which
-    NaN never does.
-    `patience` evaluations in a row without one stop the run; 0 never does.
+    An evaluation is better when the metric improved by more than `threshold`; NaN never is. After `patience`
+    evaluations in a row that are not better the run stops; 0 never stops it.
     """
 
     def __init__(self, metric: str, patience: int, threshold: float, folder: str) -> None:
@@ -40,7 +39,7 @@ class KeepBest(TrainerCallback, ExportableState):
         self.waited = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as the library's callbacks export it."""
+        """What a checkpoint keeps of this callback, in the library's format."""
         names, kept = ("metric", "patience", "threshold", "folder"), ("best", "best_step", "waited")
         return {
             "args": {name: getattr(self, name) for name in names},
@@ -48,27 +47,23 @@ class KeepBest(TrainerCallback, ExportableState):
         }
 
     def offer(self, value: float, step: int) -> bool:
-        """Take note of an evaluation; true when it is the best so far."""
-        if not self._is_better(value):
+        """Note an evaluation; return whether it is the best so far."""
+        sign = -1 if self.metric == LOWER_IS_BETTER else 1
+        is_better = self.best is None or sign * (value - self.best) > self.threshold
+        if not (is_better and math.isfinite(value)):
             self.waited += 1
             return False
         self.best, self.best_step, self.waited = value, step, 0
         return True
 
-    def _is_better(self, value: float) -> bool:
-        if self.best is None or not math.isfinite(value):
-            return math.isfinite(value)
-        gain = self.best - value if self.metric == LOWER_IS_BETTER else value - self.best
-        return gain > self.threshold
-
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Keep the weights if they are the best so far; stop the run when patience is at its end."""
+        """Keep the weights if they are the best so far; stop the run when patience runs out."""
         if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
             self._keep(kwargs["model"])
         self._stop_at_end_of_patience(control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop at once where the run that goes on had stopped early; its folder may have been moved since."""
+        """Stop at once if the resumed run had stopped early; its folder may have moved since."""
         self.folder = str(Path(args.output_dir) / BEST_FOLDER)
         self._stop_at_end_of_patience(control)
 
@@ -86,7 +81,7 @@ class KeepBest(TrainerCallback, ExportableState):
         write_json(folder / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
 
     def restore(self, model: SentenceTransformer) -> None:
-        """Put the best weights back into the model, bit for bit; the first process, which wrote them, shares them."""
+        """Put the best weights back into the model, bit for bit; the first process wrote them and shares them."""
         if self.best is not None:
             weights = read_adapter(Path(self.folder)) if is_first_process() else None
             set_adapter_weights(model, from_first_process(weights))
@@ -110,7 +105,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
-            return  # one that prepares batches and was forked with this handler: the step may still need it
+            return  # a forked process that prepares batches: the step may still need it
         self.received = number
         signal.signal(number, self._before.pop(number))
         logger.warning("收到中断信号 stopping after this step; a checkpoint will be saved")
@@ -121,23 +116,24 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a signal: the library takes an epoch that was left for one that ended, and would evaluate here.
+        """After a signal within an epoch: do not evaluate, which the library does as if the epoch had ended.
 
-        The run that goes on evaluates where a whole one does, and so has the same best weights, rates and random state.
+        The resumed run then evaluates where an uninterrupted one does, with the same best weights, learning rates and
+        random state.
         """
         if self.received and not _epoch_is_over(state):
             control.should_evaluate = control.should_save = False
 
     def put_handlers_back(self) -> None:
-        """For when training is over, however it ended: no callback hears of an error."""
+        """Restore the signal handlers after training, however it ended: callbacks do not learn of errors."""
         while self._before:
             signal.signal(*self._before.popitem())
 
 
 class StopOnNaN(TrainerCallback):
-    """Ends a run whose weights are no longer finite numbers: what follows cannot get better, and is not measured.
+    """Ends a run whose weights are no longer finite: it cannot get better, and is not measured.
 
-    :ivar seen: set by the trainer when a loss is not finite; in half precision the step may have been skipped.
+    :ivar seen: set by the trainer when a loss is not finite; half precision may have skipped that step.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -146,13 +142,13 @@ class StopOnNaN(TrainerCallback):
         self._lost = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the weights after a loss that is not finite, and before they are measured."""
+        """Check the weights after a loss that is not finite, and before an evaluation."""
         lost = self.seen and not all_finite(self.weights)
         self.seen = False
         self._look(state, control, lost, kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Likewise."""
+        """Check the weights before an evaluation."""
         self._look(state, control, False, kwargs["model"])
 
     def _look(self, state: Any, control: Any, lost: bool, model: Any) -> None:
@@ -166,26 +162,26 @@ class StopOnNaN(TrainerCallback):
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite numbers."""
+    """Whether all values are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """Takes the checkpoint of an epoch's last step after the evaluation that ends the epoch, not before.
+    """Saves the checkpoint of an epoch's last step after the evaluation that ends the epoch.
 
-    A run that goes on from that step begins the next epoch: the evaluation would never be made.
+    A run resumed from that step begins the next epoch: saved earlier, the evaluation would be skipped.
     """
 
     def __init__(self) -> None:
         self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put off what is to be saved now."""
+        """Postpone a checkpoint at the end of an epoch."""
         self.due = control.should_save and args.eval_strategy == "epoch" and _epoch_is_over(state)
         control.should_save = control.should_save and not self.due
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what was put off."""
+        """Save the postponed checkpoint."""
         control.should_save = control.should_save or self.due
 
 
@@ -194,13 +190,13 @@ def _epoch_is_over(state: Any) -> bool:
 
 
 class TrainingBar(TrainerCallback):
-    """One bar for the whole run, with the last loss."""
+    """One progress bar for the whole run, with the last loss."""
 
     def __init__(self) -> None:
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar, from the step at which the run goes on."""
+        """Show the bar, from the step that is resumed."""
         from tqdm.auto import tqdm
 
         if state.is_world_process_zero:

@@ -1,4 +1,4 @@
-"""Training rows as the trainer takes them: equal negatives, columns, noise, the batches of an epoch."""
+"""Training rows as the trainer takes them: equally many negatives, columns, noise, the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch.utils.data import Sampler
 
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import text_keys
+from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.losses import HeldoutRows
+from ebr_lib.finetune.processes import world_size
 from ebr_lib.logs import logger
 
 Noise = Callable[[str, int, int, str], str]
 """(text, epoch, row, column) to the text with noise."""
 
-# tries at random before all documents are looked through for one that does not answer an anchor
+# random tries before all documents are searched for one that does not answer an anchor
 DRAWS = 32
 
 
@@ -32,13 +36,13 @@ def with_equal_negatives(
     known: Sequence[TrainingRow] = (),
     width: int | None = None,
 ) -> list[TrainingRow]:
-    """Rows that all have as many hard negatives as the one that has most, or `width`.
+    """Rows with equally many hard negatives: as many as the row with most has, or `width`.
 
-    What a row lacks is drawn from those of `documents` that are not known to answer its anchor: the tensor wants equal
-    numbers, and a repeated negative would count twice. The draw depends on the seed and the row's number alone. What a
-    row has beyond `width` is left out.
+    Missing ones are drawn from those of `documents` that are not known to answer the row's anchor, because a tensor has
+    one width and a repeated negative would count twice. The draw depends only on the seed and the row's number.
+    Negatives beyond `width` are dropped.
 
-    :param known: other rows whose answers are known, too.
+    :param known: other rows whose answers are known too.
     """
     most = max((len(row.negatives) for row in rows), default=0) if width is None else width
     if all(len(row.negatives) == most for row in rows):
@@ -46,8 +50,8 @@ def with_equal_negatives(
     lacking = sum(max(0, most - len(row.negatives)) for row in rows)
     if width is None and lacking > len(rows) * most / 2:
         logger.warning(
-            "负例数量悬殊 %d of %d negatives are drawn at random, for every batch is as wide as the widest row, "
-            "which has %d: give the rows about as many each",
+            "负例数量悬殊 %d of %d negatives are drawn at random, because every row needs as many as the widest row, "
+            "which has %d: give all rows about as many",
             lacking,
             len(rows) * most,
             most,
@@ -62,7 +66,7 @@ def with_equal_negatives(
 
 
 def _known_answers(rows: Sequence[TrainingRow], more: Sequence[TrainingRow]) -> list[set[int]]:
-    """Of each row the keys of all texts known to answer its anchor, as `KnownPositives` counts them."""
+    """The keys of all texts known to answer each row's anchor, as `KnownPositives` counts them."""
     anchors = text_keys(row.anchor for row in (*rows, *more)).tolist()
     positives = text_keys(row.positive for row in (*rows, *more)).tolist()
     known = defaultdict[int, set[int]](set)
@@ -73,7 +77,7 @@ def _known_answers(rows: Sequence[TrainingRow], more: Sequence[TrainingRow]) -> 
 
 
 def _other(keys: Sequence[int], answers: set[int], draw: random.Random) -> int:
-    """The number of a key that is not among the answers; any number where all are."""
+    """The number of a key that is not among the answers; any number if all are."""
     for _ in range(DRAWS):
         number = draw.randrange(len(keys))
         if keys[number] not in answers:
@@ -92,13 +96,60 @@ def to_dataset(rows: Sequence[TrainingRow], numbers: Sequence[int]) -> Dataset:
     return Dataset.from_dict(columns | {"label": list(numbers)})
 
 
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains and evaluates on; a row's label is its number, training rows first.
+
+    :ivar heldout: held-out rows, then training rows that fill their last batch; None when nothing is held out.
+    :ivar known: positives that training knows, whatever is held out; `all_known` has the held-out ones too.
+    :ivar width: negatives per row.
+    :ivar eval_batch: rows that a process compares in evaluation.
+    :ivar counted: the rows that the evaluation loss is averaged over.
+    """
+
+    train: Dataset
+    heldout: Dataset | None
+    known: KnownPositives
+    all_known: KnownPositives
+    width: int
+    eval_batch: int
+    counted: HeldoutRows
+
+
+def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int) -> Datasets:
+    """Rows as the trainer takes them; evaluation compares as many documents per anchor as training does.
+
+    :param batch_size: training rows that a process compares.
+    """
+    documents = [row.positive for row in train]
+    rows = with_equal_negatives(train, documents, seed)
+    width = len(rows[0].negatives)
+    held_out = with_equal_negatives(heldout, documents, seed, known=train, width=width)
+    known = KnownPositives(rows)
+    eval_batch = evaluation_batch(len(rows), batch_size, world_size())
+    at_once = eval_batch * world_size()
+    fill = fill_rows(rows, len(held_out), at_once, seed) if held_out else ()
+    compared = [*held_out, *(rows[row] for row in fill)]
+    numbers = [*range(len(rows), len(rows) + len(held_out)), *fill]
+    batches = max(1, -(-len(compared) // at_once) * world_size())
+    return Datasets(
+        train=to_dataset(rows, range(len(rows))),
+        heldout=to_dataset(compared, numbers) if held_out else None,
+        known=known,
+        all_known=KnownPositives([*rows, *held_out]) if held_out else known,
+        width=width,
+        eval_batch=eval_batch,
+        counted=HeldoutRows(len(rows), len(held_out) / batches),
+    )
+
+
 def evaluation_batch(train_rows: int, batch_size: int, processes: int) -> int:
-    """Rows that a process compares in evaluation: as many as in training, where the training set is large enough."""
+    """Rows that a process compares in evaluation: as many as in training, if the training set is large enough."""
     return max(1, min(batch_size, train_rows // processes))
 
 
 def fill_rows(train: Sequence[TrainingRow], heldout_rows: int, batch_size: int, seed: int) -> tuple[int, ...]:
-    """Numbers of the training rows, drawn by the seed, that fill up the last evaluation batch.
+    """Numbers of the training rows, drawn by the seed, that fill the last evaluation batch.
 
     :param batch_size: rows compared at a time, by all processes.
     """
@@ -107,9 +158,9 @@ def fill_rows(train: Sequence[TrainingRow], heldout_rows: int, batch_size: int, 
 
 
 class NoisyCollator:
-    """Puts noise into the training texts before they are tokenised; evaluation never sees it.
+    """Adds noise to the training texts before they are tokenised; evaluation never sees it.
 
-    The epoch lives in shared memory, so that worker processes see it change.
+    The epoch is in shared memory, so that worker processes see it change.
     """
 
     def __init__(self, collate: Callable[[Any], dict[str, Any]], noise: Noise, columns: Sequence[str]) -> None:
@@ -120,29 +171,26 @@ class NoisyCollator:
         self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of these rows, their texts with the noise of this epoch."""
+        """The batch of these rows, with the noise of this epoch."""
         epoch = int(self.epoch)
-        return self.collate([self._noisy(row, epoch) for row in rows])
-
-    def _noisy(self, row: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-        return {
-            name: self.noise(value, epoch, row["label"], name) if self._takes(name) else value
-            for name, value in row.items()
-        }
-
-    def _takes(self, name: str) -> bool:
-        return name.split("_", maxsplit=1)[0] in self.columns  # negative_1, negative_2 … are all "negative"
+        noisy = {name for name in rows[0] if name.split("_")[0] in self.columns}  # negative_1 … are all "negative"
+        return self.collate(
+            [
+                {n: self.noise(value, epoch, row["label"], n) if n in noisy else value for n, value in row.items()}
+                for row in rows
+            ]
+        )
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of an epoch; tells the noise which epoch it is.
+    """Batches of an epoch; passes the number of the epoch on to the noise.
 
-    A row that is alone in the last batch has no negatives there and would teach nothing: the epoch's first row that
-    does not answer it keeps it company. Several processes take turns, and gather what they embed: batches of one size,
-    as many for each. The last round is therefore filled up with the epoch's first rows once more; the mask knows their
-    positives.
+    A row that is alone in the last batch has no negatives and would teach nothing: the epoch's first row that does not
+    answer it is added. Several processes take turns and gather what they embed, so each needs equally many batches of
+    one size: the last round is filled with the epoch's first rows once more; the mask knows their positives.
 
-    :param batches: full ones, but for the last.
+    :param batches: all full except the last.
+    :param epoch_cell: where the noise reads the epoch.
     :param answers: whether the training set knows that two rows answer each other; None knows nothing.
     """
 
@@ -162,21 +210,21 @@ class EpochBatches(Sampler[list[int]]):
         self._cell = epoch_cell
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of this epoch anew, and tell the epoch to those who prepare them."""
+        """Choose the epoch whose batches are drawn, for the noise too."""
         self.batches.set_epoch(epoch)
         if self._cell is not None:
             self._cell.fill_(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._in_company() if self.processes == 1 else self._filled_up()
+        return self._none_alone() if self.processes == 1 else self._filled_up()
 
-    def _in_company(self) -> Iterator[list[int]]:
+    def _none_alone(self) -> Iterator[list[int]]:
         before: list[int] = []
         for batch in self.batches:
             alone = len(batch) == 1 < self.batch_size
             others = (row for row in before if not self._answers(batch[0], row))
-            company = next(others, before[0] if before else None) if alone else None
-            yield batch if company is None else [*batch, company]
+            added = next(others, before[0] if before else None) if alone else None
+            yield batch if added is None else [*batch, added]
             before += batch
 
     def _filled_up(self) -> Iterator[list[int]]:

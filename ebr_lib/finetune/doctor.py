@@ -1,4 +1,4 @@
-"""The data doctor: what is wrong with the training rows, in numbers, before any compute is spent on them."""
+"""The data doctor: what is wrong with the training rows, in numbers, before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FEW_ROWS = 100
 SAMPLE = 50_000
 _TOP_DOCUMENTS = 5
-_LOOKED_AT_BATCHES = 100
+_SAMPLED_BATCHES = 100
 LANGUAGES = ("Chinese", "English", "mixed", "other")
 
 LengthsOf = Callable[[Sequence[str]], Sequence[int]]
@@ -34,7 +34,7 @@ LengthsOf = Callable[[Sequence[str]], Sequence[int]]
 
 @dataclass(frozen=True)
 class ColumnTokens:
-    """Tokens of one column, special tokens and prompt included, before they are cut to `max_seq_length`."""
+    """Tokens of one column, with special tokens and prompt, before they are cut to `max_seq_length`."""
 
     column: str
     texts: int
@@ -47,25 +47,25 @@ class ColumnTokens:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What the rows hold. Texts are equal when `normalised` is; `exact_duplicates` alone compares letter by letter.
+    """Numbers of the training rows. Texts are equal if `normalised`; only `exact_duplicates` compares letter by letter.
 
     :ivar anchors: different anchors.
     :ivar documents: different positives.
     :ivar exact_duplicates: rows whose anchor and positive an earlier row has.
-    :ivar duplicates: the same by normalised text, the exact ones included.
+    :ivar duplicates: the same by normalised text, including the exact ones.
     :ivar positives_as_negatives: hard negatives that the data knows to answer their anchor.
-    :ivar tokens: one entry a column; like `languages`, of `sampled` rows.
-    :ivar languages: share of anchors and positives, by script: Chinese, English (Latin letters), mixed, other.
-    :ivar popular: the most frequent positives and their rows.
-    :ivar false_negatives: documents in a random batch, beside an anchor's own, that the data knows to answer it:
+    :ivar tokens: one entry per column; like `languages`, of `sampled` rows.
+    :ivar languages: shares of anchors and positives by script: Chinese, English (Latin letters), mixed, other.
+    :ivar popular: the most frequent positives and their number of rows.
+    :ivar false_negatives: documents of a random batch, other than an anchor's own, that the data knows to answer it;
         expected number, over all anchors of the batch.
-    :ivar false_negatives_balanced: the same in the batches of `BalancedBatchSampler`, measured.
-    :ivar negatives: documents beside an anchor's own, over all anchors of a batch.
-    :ivar without_negatives: share of the rows, 0 to 1, that have no negative left in a balanced batch once known
-        positives are masked: their loss is 0.
-    :ivar largest_anchor: the most frequent anchor and its rows.
-    :ivar masks: whether the loss masks known positives; where it does not, no row is without a negative.
-    :ivar advice: what to do about it, in Chinese followed by English.
+    :ivar false_negatives_balanced: the same in batches of `BalancedBatchSampler`, measured.
+    :ivar negatives: documents other than an anchor's own, over all anchors of a batch.
+    :ivar without_negatives: share of the rows, 0 to 1, without a negative in a balanced batch once known positives are
+        masked: their loss is 0.
+    :ivar largest_anchor: the most frequent anchor and its number of rows.
+    :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
+    :ivar advice: what to do, in Chinese followed by English.
     """
 
     rows: int
@@ -106,7 +106,7 @@ class DoctorReport:
 
 def examine(
     rows: Sequence[TrainingRow],
-    tokenizer: Any,
+    lengths_of: LengthsOf,
     *,
     max_seq_length: int,
     batch_size: int,
@@ -114,20 +114,21 @@ def examine(
     masks: bool = True,
     seed: int = 0,
 ) -> DoctorReport:
-    """Look the training rows over.
+    """Examine the training rows.
 
-    Everything is counted over all rows, but tokens and languages, which are those of a random sample above 50,000.
+    Everything is counted over all rows, except tokens and languages: with more than 50,000 rows these are counted over
+    a random sample.
 
-    :param tokenizer: a transformers tokenizer, or a function from texts to their lengths in tokens.
+    :param lengths_of: texts to their lengths in tokens, not truncated.
     :param batch_size: rows whose documents are each other's negatives.
-    :param prompts: what goes before the texts of a column (anchor, positive, negative).
+    :param prompts: the prompt of each column (anchor, positive, negative).
     :param masks: whether the loss masks known positives.
     :raises DataError: there are no rows.
     """
     from ebr_lib.finetune.batches import KnownPositives
 
     if not rows:
-        raise DataError("the data doctor was given no training rows")
+        raise DataError("the data doctor got no training rows")
     known = KnownPositives(rows)
     pairs = known.anchors * (known.documents.max() + 1) + known.documents
     own = known.own_answers()
@@ -145,7 +146,7 @@ def examine(
         empty_texts=sum(is_blank(text) for row in rows for text in (row.anchor, row.positive, *row.negatives)),
         max_seq_length=max_seq_length,
         sampled=len(sample),
-        tokens=_tokens(sample, _lengths_function(tokenizer), max_seq_length, prompts or {}),
+        tokens=_tokens(sample, lengths_of, max_seq_length, prompts or {}),
         languages=_languages(sample),
         popular=_most_frequent([row.positive for row in rows], known.documents, _TOP_DOCUMENTS),
         batch_size=batch_size,
@@ -163,7 +164,7 @@ def examine(
 
 
 def _expected_false_negatives(known: KnownPositives, own: NDArray[np.bool_], batch_size: int) -> float:
-    """Known positives among the negatives of a batch drawn at random, on average; exact.
+    """Mean number of known positives among the negatives of a random batch; exact.
 
     Two given rows meet with probability b(b − 1) / (N(N − 1)), and a row is in the batch with b / N.
     """
@@ -175,14 +176,14 @@ def _expected_false_negatives(known: KnownPositives, own: NDArray[np.bool_], bat
 
 
 def _balanced_masking(known: KnownPositives, batch_size: int, seed: int) -> tuple[float, float]:
-    """The same in the first full batches of a balanced epoch, which are in random order; and the share of their rows
-    that have no negative left."""
+    """The same in the first full batches of a balanced epoch, which are in random order, and the share of their rows
+    without a negative."""
     import torch
 
     from ebr_lib.finetune.batches import BalancedBatchSampler
 
     sampler = BalancedBatchSampler(known.documents, known.anchors, batch_size=batch_size, drop_last=True, seed=seed)
-    masks = [known.mask(torch.tensor(batch)) for batch in islice(sampler, _LOOKED_AT_BATCHES)]
+    masks = [known.mask(torch.tensor(batch)) for batch in islice(sampler, _SAMPLED_BATCHES)]
     found = np.mean([int(mask.sum()) - batch_size for mask in masks])
     return float(found), float(np.mean([mask.all(dim=1).float().mean() for mask in masks]))
 
@@ -192,19 +193,6 @@ def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
         return rows
     chosen = np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False)
     return [rows[i] for i in np.sort(chosen)]
-
-
-def _lengths_function(tokenizer: Any) -> LengthsOf:
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):
-        return tokenizer
-
-    def lengths(texts: Sequence[str]) -> list[int]:
-        ids = tokenizer(list(texts), padding=False, truncation=False, verbose=False, return_attention_mask=False)[
-            "input_ids"
-        ]
-        return [len(one) for one in ids]
-
-    return lengths
 
 
 def _tokens(
@@ -250,7 +238,7 @@ def _languages(rows: Sequence[TrainingRow]) -> dict[str, float]:
 
 
 def _most_frequent(texts: Sequence[str], numbers: NDArray[np.int64], count: int) -> tuple[tuple[str, int], ...]:
-    """The texts of the most frequent numbers, each with how often it is there."""
+    """The texts of the most frequent numbers, with their counts."""
     _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     top = np.argsort(-counts, kind="stable")[:count]
     return tuple((texts[int(first[i])], int(counts[i])) for i in top)
@@ -311,7 +299,7 @@ def _few_rows(report: DoctorReport) -> str | None:
     return (
         f"训练数据过少：只有 {report.rows} 条（少于 {FEW_ROWS} 条），模型容易过拟合。"
         f"请补充数据，或使用更强的正则化：{STRONG_PRESET}，或专为小数据准备的 {SMALL_DATA_PRESET}。 "
-        f"Only {report.rows} training rows (under {FEW_ROWS}): the model will learn them by heart; add data, or use "
+        f"Only {report.rows} training rows (under {FEW_ROWS}): the model will memorise them; add data, or use "
         f"the stronger regularisation of {STRONG_PRESET}, or {SMALL_DATA_PRESET}, which is made for few rows."
     )
 
@@ -322,7 +310,7 @@ def _duplicates(report: DoctorReport) -> str | None:
     return (
         f"{report.duplicates:,} 行重复（{report.duplicate_share:.1%}），请去重。 "
         f"{report.duplicates:,} rows repeat the anchor and positive of another ({report.duplicate_share:.1%}): remove "
-        "them, or the model is trained on them more than on others."
+        "them, or the model trains on them more than on others."
     )
 
 
@@ -332,7 +320,7 @@ def _contradictions(report: DoctorReport) -> str | None:
     return (
         f"{report.positives_as_negatives:,} 个负样本同时是该 anchor 的正样本；"
         "mask_known_positives 会屏蔽它们，但最好修正数据。 "
-        f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives takes "
+        f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives leaves "
         "them out of the loss, but correct the data."
     )
 
@@ -361,13 +349,13 @@ def _too_long(report: DoctorReport) -> str | None:
     enough = max(column.p95 for column in cut)
     return (
         f"文本被截断（{names}）：max_seq_length 为 {enough} 才能完整容纳 95% 的文本；模型不支持时，请把要点放在前面。 "
-        f"Texts are cut ({names}): max_seq_length {enough} would hold 95% of them, where the model takes that many; "
-        "else put first what matters."
+        f"Texts are cut ({names}): max_seq_length {enough} would hold 95% of them, if the model takes that many; "
+        "otherwise put what matters first."
     )
 
 
 def _masked_away(report: DoctorReport) -> str | None:
-    """Where masking leaves little to learn from, which text is the cause."""
+    """Which text is the cause when masking leaves little to learn from."""
     mostly = report.masks and report.false_negatives_balanced > 0.8 * report.negatives
     if report.without_negatives < 0.1 and not mostly:
         return None
@@ -389,7 +377,7 @@ def _masked_away(report: DoctorReport) -> str | None:
         f"批内 {masked} 的负例是已知正例、会被屏蔽，{nothing} 的行没有负例、损失为 0，学不到东西：{cause}。"
         "请补充其他 anchor 与文档的样本，减少它的行数，或给出 negative；与学习率无关。 "
         f"{masked} of a batch's negatives are known positives and get masked, and {nothing} of the rows have no "
-        f"negative left, so that their loss is 0: {english}. Add rows of other anchors and documents, keep fewer of "
+        f"negative left, so their loss is 0: {english}. Add rows of other anchors and documents, keep fewer of "
         "its rows, or give negatives; the learning rate is not the cause."
     )
 
@@ -401,7 +389,7 @@ def _popular_documents(report: DoctorReport) -> str | None:
     balanced = _percent(report.false_negatives_balanced, report.negatives)
     if report.false_negatives_balanced < report.false_negatives / 2:
         knobs = "balanced_batches, mask_known_positives"
-    else:  # a few documents hold most rows: no dealing keeps them apart
+    else:  # a few documents have most rows: no order keeps them apart
         knobs = "mask_known_positives"
     return (
         f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。请保持 {knobs} 开启（默认）。 "

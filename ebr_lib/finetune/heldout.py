@@ -1,4 +1,4 @@
-"""The held-out anchors as a small retrieval task: which documents, which answers, and how a model does on it."""
+"""The held-out anchors as a small retrieval task, and how well a model does on it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ GroupMeans = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class HeldoutTask:
-    """Queries (held-out anchors, equal ones once), documents, and for each query the document numbers that answer it.
+    """Queries (held-out anchors, equal ones once), documents, and the numbers of the documents that answer each query.
 
-    `seen` says of each query whether a training row has the text of one of its documents, in whichever column. `own`
-    are documents that are the query itself, which are neither its answers nor competitors; `without_answer` counts
-    anchors that have no other answer and are not measured.
+    `seen`: whether a training row has the text of one of the query's documents, in any column. `own`: documents equal
+    to the query, neither its answers nor competitors. `without_answer` counts the anchors with no other answer, which
+    are not measured.
     """
 
     queries: tuple[str, ...]
@@ -41,7 +41,7 @@ class HeldoutTask:
     without_answer: int = 0
 
     def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
-        """Each metric of `METRICS`, a value a query."""
+        """Each metric of `METRICS`, one value per query."""
         from ebr_lib.metrics import evaluate_vectors
 
         grades = [dict.fromkeys(answers, 1) for answers in self.relevant]
@@ -52,11 +52,11 @@ class HeldoutTask:
     def measure_model(
         self, model: SentenceTransformer, query_only: bool = False, backend: Backend = "auto"
     ) -> GroupMeans:
-        """Means of a model's metrics; with `query_only`, documents are encoded without the adapter."""
+        """Means of a model's metrics; with `query_only` documents are encoded without the adapter."""
         return self.means(self.measure(*encoders_of(model, query_only, backend=backend)))
 
     def means(self, values: Mapping[str, Floats]) -> GroupMeans:
-        """Means over all queries, and over those whose documents training has seen and has not."""
+        """Means over all queries, over those whose documents training has seen, and over the others."""
         seen = np.asarray(self.seen, dtype=bool)
         groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}
         return {
@@ -70,7 +70,7 @@ class HeldoutTask:
 def encoders_of(
     model: SentenceTransformer, query_only: bool, *, backend: Backend = "auto", show_bar: bool = False
 ) -> tuple[Encode, Encode]:
-    """How a model encodes queries and documents, each with its prompt; `query_only` leaves documents to the base.
+    """Functions that encode queries and documents, each with its prompt; `query_only` encodes documents with the base.
 
     Both use the weights as they are at the first call.
     """
@@ -106,12 +106,12 @@ def build_task(
 ) -> HeldoutTask:
     """Make the task from held-out (anchor, positive) pairs.
 
-    :param train: training rows; a sample of their positives joins the corpus as distractors. A query is `seen` when one
-        of its documents is a text of any of them, in whichever column.
-    :param same: the normalisation under which texts are one.
-    :param corpus_size: documents in all; the held-out pairs' own are always in, even beyond it.
-    :param seed: of the sample.
-    :param leave_out_own: a document that is the anchor itself is neither its answer nor a competitor.
+    :param train: training rows; a sample of their positives joins the corpus as distractors. A query is `seen` if one
+        of its documents is a text of a training row, in any column.
+    :param same: normalises texts; equal results are one text.
+    :param corpus_size: number of documents; those of the held-out pairs are always in, even beyond it.
+    :param seed: seed of the sample.
+    :param leave_out_own: a document equal to the anchor is neither its answer nor a competitor.
     """
     answers: dict[str, set[str]] = {}
     anchors: dict[str, str] = {}

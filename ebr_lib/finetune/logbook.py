@@ -1,4 +1,4 @@
-"""What a training run leaves to read: its log, its curve as a picture, and a warning when it goes wrong."""
+"""The training log, the loss curve, and warnings when the loss goes wrong."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from ebr_lib.logs import logger
 from ebr_lib.names import FULL_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class JsonLinesLog(TrainerCallback):
-    """Appends every log entry and evaluation as one JSON object; a resumed run drops what it is about to repeat."""
+    """Appends log entries and evaluations as JSON lines; a resumed run drops those that it will repeat."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the entries of steps that are about to be repeated."""
+        """Drop the entries of steps that will be repeated."""
         if not state.is_world_process_zero:
             return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step and state.global_step]
@@ -39,7 +34,8 @@ class JsonLinesLog(TrainerCallback):
         """Append one entry; a number that is not finite becomes null."""
         if not state.is_world_process_zero:
             return
-        entry = {"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}}
+        bad = {name: None for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
+        entry = {"step": state.global_step, **logs, **bad}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(entry))
 
@@ -49,7 +45,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a line that a kill cut short is left out."""
+    """The entries of a log, without a line that a kill cut short."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -60,7 +56,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(log: Path, picture: Path, metric: str) -> None:
-    """Draw training loss, evaluation loss and the held-out metric over the steps."""
+    """Draw training loss, held-out loss and held-out metric over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -87,13 +83,13 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
 
 
 def _compared(entry: Mapping[str, Any]) -> Any:
-    """The training loss that a held-out loss compares with: without what L1 and label smoothing add."""
+    """The training loss on the scale of the held-out loss: without what L1 and label smoothing add."""
     return entry.get("contrastive", entry.get("loss"))
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Numbers of a run that explain why its loss may fall to nothing; anchors and documents are different ones."""
+    """Numbers of a run that explain a loss near 0; `anchors` and `documents` count different ones."""
 
     rows: int
     anchors: int
@@ -103,7 +99,7 @@ class RunFacts:
     trainable_parameters: int
 
     def causes(self) -> list[str]:
-        """The causes that these numbers support, and the preset that answers them."""
+        """Causes that these numbers support, each with the preset that helps."""
         causes = []
         if self.rows < FEW_ROWS:
             causes.append(f"样本太少 / only {self.rows} training rows ({SMALL_DATA_PRESET})")
@@ -113,11 +109,11 @@ class RunFacts:
             causes.append(f"学习率偏高 / learning rate {self.learning_rate:g} ({STRONG_PRESET})")
         per_row = self.trainable_parameters / max(self.rows, 1)
         if per_row > 1000:
-            causes.append(f"参数过多 / {per_row:,.0f} trainable parameters a row: lower lora_r ({FULL_PRESET})")
+            causes.append(f"参数过多 / {per_row:,.0f} trainable parameters per row: lower lora_r ({FULL_PRESET})")
         return causes or ["the data may be too easy: add hard negatives"]
 
     def masking(self) -> str:
-        """Why most negatives of the batches may be masked, and what helps."""
+        """Why most negatives of a batch may be masked, and what helps."""
         return (
             f"批内文档大多是同批 anchor 的已知正例 / most documents of a batch are known positives of its anchors: the "
             f"{self.rows:,} rows have {self.documents:,} different documents and {self.anchors:,} different anchors; "
@@ -126,7 +122,7 @@ class RunFacts:
 
 
 def causes_of_nan(learning_rate: float, temperature: float, fp16: bool) -> list[str]:
-    """What makes numbers too large for their type, and what to do about it."""
+    """Causes of numbers too large for their type, and what to do."""
     causes = [
         f"学习率 / learning_rate {learning_rate:g}: lower it",
         f"温度 / temperature {temperature:g}: raise it",
@@ -135,7 +131,7 @@ def causes_of_nan(learning_rate: float, temperature: float, fp16: bool) -> list[
 
 
 class Trouble(NamedTuple):
-    """What is wrong with a loss: its name (Chinese), what is seen of it, and likely causes."""
+    """What is wrong with a loss: its name (Chinese), what was observed, and likely causes."""
 
     name: str
     seen: str
@@ -143,21 +139,21 @@ class Trouble(NamedTuple):
 
 
 class LossWatch(TrainerCallback):
-    """Says, once each, when the loss is not a number, has hardly a negative left, falls to nothing early, or rises on
-    held-out rows alone."""
+    """Warns once each when the loss is not finite, has hardly any negatives, falls to 0 early, or rises on held-out
+    rows alone."""
 
     collapsed_below = 1e-3
     mostly_masked = 0.5
 
     def __init__(self, facts: RunFacts, causes_of_nan: Sequence[str]) -> None:
         self.facts, self.causes_of_nan = facts, causes_of_nan
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.train: list[float] = []
         self.masked: list[float] = []
         self.heldout: list[tuple[float, float]] = []  # (held-out loss, training loss then)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
-        """Note the losses; warn when they show trouble that was not said yet."""
+        """Note the losses; warn of trouble that was not logged yet."""
         if "loss" in logs:
             self.train.append(float(_compared(logs)))
         if "masked_share" in logs:
@@ -165,8 +161,8 @@ class LossWatch(TrainerCallback):
         if "eval_loss" in logs and self.train:
             self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
         trouble = self.trouble()
-        if trouble and trouble.name not in self.said and state.is_world_process_zero:
-            self.said.add(trouble.name)
+        if trouble and trouble.name not in self.warned and state.is_world_process_zero:
+            self.warned.add(trouble.name)
             logger.warning("%s / %s. 可能原因 likely causes: %s", trouble.name, trouble.seen, "; ".join(trouble.causes))
 
     def trouble(self) -> Trouble | None:
@@ -175,16 +171,12 @@ class LossWatch(TrainerCallback):
             return Trouble("损失不是有限数", f"the training loss is {self.train[-1]}", self.causes_of_nan)
         masked = sum(self.masked[-2:]) / max(1, len(self.masked[-2:]))
         if masked >= self.mostly_masked:
-            seen = f"{masked:.0%} of the negatives are masked, so a low loss ({self.train[-1]:.2g}) says nothing"
+            seen = f"{masked:.0%} of the negatives are masked, so a low loss ({self.train[-1]:.2g}) means nothing"
             return Trouble("负例大多被屏蔽", seen, [self.facts.masking()])
         if len(self.train) >= 2 and max(self.train[-2:]) < self.collapsed_below:
-            seen = f"the training loss fell to {self.train[-1]:.2g}: the model learns nothing more from it"
+            seen = f"the training loss fell to {self.train[-1]:.2g}: the model learns nothing more"
             return Trouble("损失接近零", seen, self.facts.causes())
-        if len(self.heldout) >= 3 and _overfits(self.heldout[-3:]):
+        (first, train), (second, _), (third, train_now) = ([(0.0, 0.0)] * 3 + self.heldout)[-3:]
+        if len(self.heldout) >= 3 and first < second < third and train > train_now:
             return Trouble("过拟合", "held-out loss rises while training loss falls", self.facts.causes())
         return None
-
-
-def _overfits(points: Sequence[tuple[float, float]]) -> bool:
-    heldout, train = zip(*points, strict=True)
-    return heldout[0] < heldout[1] < heldout[2] and train[0] > train[2]

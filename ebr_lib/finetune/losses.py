@@ -1,4 +1,4 @@
-"""The contrastive loss: in-batch negatives, with everything that a click log needs of it."""
+"""The contrastive loss over in-batch negatives: masks, smoothing, Matryoshka, L1, GradCache."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.nn.functional import normalize
 from ebr_lib.model.attention import Features, evaluating
 
 PositivesMask = Callable[[Tensor], Tensor]
-"""Row numbers of the batch, of all devices (n,), to a mask (n, n · columns): true where the training set knows that
-the column's document answers the row's anchor."""
+"""Row numbers of the batch on all devices (n,) to a mask (n, n · columns): true where the training set knows that the
+document answers the row's anchor."""
 
 
 class HeldoutRows(NamedTuple):
-    """Which rows an evaluation loss is of: those whose number is at least `first`.
+    """The rows that the evaluation loss is averaged over: those numbered from `first`.
 
-    Rows with smaller numbers fill a batch up, so that it compares as many documents as a training batch; their own loss
-    is left out. `per_batch` is the mean number of held-out rows in a batch, by which each batch's sum is divided: the
-    mean over all batches is then the mean over all held-out rows.
+    Rows with smaller numbers fill a batch, so that it compares as many documents as a training batch; their own loss
+    does not count. Each batch's sum is divided by `per_batch`, the mean number of held-out rows per batch, so that the
+    mean over all batches is the mean over all held-out rows.
     """
 
     first: int
@@ -34,7 +34,7 @@ class HeldoutRows(NamedTuple):
 
 @contextmanager
 def base_model_only(model: Any) -> Iterator[None]:
-    """Run without the adapter: the vectors are the base model's, exactly."""
+    """Run without the adapter: vectors are exactly the base model's."""
     inner = getattr(model, "module", model)
     inner.disable_adapters()
     try:
@@ -55,16 +55,15 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
       (arXiv 2205.13147).
     - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1 or smoothing, the loss in training
-      is a dict of components: `contrastive`, which an evaluation loss compares with, and what is added to it.
+      is a dict of components: `contrastive`, comparable with the evaluation loss, and what is added to it.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
-      the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` is a lower limit of evaluation.
-    - `heldout`: whose loss evaluation is the mean of; None is all rows.
+      the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` limits evaluation further.
+    - `heldout`: the rows that the evaluation loss is averaged over; None is all rows.
     - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
-    Labels are row numbers of the dataset, which is how `known_positives` knows the texts.
+    Labels are row numbers of the dataset; `known_positives` finds the texts by them.
 
-    :ivar autocast: mixed precision that all embedding runs in, whichever way it is done and when; the loss of the
-        vectors is computed in float32.
+    :ivar autocast: the mixed precision of all embedding; the loss of the vectors is computed in float32.
     """
 
     def __init__(
@@ -115,12 +114,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return self._components(loss) if self._in_training else loss
 
     def rows_at_once(self, rows: int) -> int:
-        """How many of a batch's rows are embedded at a time."""
+        """Rows of a batch that are embedded at a time."""
         limits = [rows, self.mini_batch_size, None if self._in_training else self.eval_mini_batch_size]
         return min(limit for limit in limits if limit)
 
     def _components(self, loss: Tensor) -> Tensor | dict[str, Tensor]:
-        """The loss, or the parts that it is the sum of."""
+        """The loss, or the parts whose sum it is."""
         parts = {"contrastive": loss}
         if self.label_smoothing:
             parts = {"contrastive": self._plain, "smoothing": loss - self._plain}
@@ -131,7 +130,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of embedded columns, each a list of mini-batches (rows, dim)."""
+        """The loss of embedded columns, each a list of mini-batches of shape (rows, dim)."""
         assert labels is not None
         queries, *documents = [torch.cat(column).float() for column in reps]
         loss = self._loss(queries, documents or self._documents, labels)
@@ -142,7 +141,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     @property
     def _in_training(self) -> bool:
-        """What the model itself says: evaluation leaves the wrapper of several processes in training mode."""
+        """As the inner model says: evaluation leaves the wrapper for several processes in training mode."""
         return bool(getattr(self.model, "module", self.model).training)
 
     def _embed(self, columns: list[Features]) -> list[Tensor]:
@@ -152,7 +151,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             return [self.model(column)["sentence_embedding"] for column in columns]
 
     def embed_minibatch(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's, which embeds the first time and, in backward, again."""
+        """Embed in mixed precision, the first time and again in backward."""
         with self.autocast():
             return super().embed_minibatch(*args, **kwargs)
 
@@ -186,12 +185,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
 
     def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
-        """True (q, n · d) where a document is a known positive of the anchor, its own positive excepted."""
+        """True (q, n · d) where a document is a known positive of the anchor, except its own positive."""
         if self.known_positives is None:
             return None
         mask = self.known_positives(rows).to(device)
         mask.fill_diagonal_(False)
-        if self._in_training:  # of all processes, so that each logs the batch's share
+        if self._in_training:  # over all processes, so that each logs the whole batch's share
             self.masked += int(mask.sum())
             self.negatives += mask.numel() - len(rows)
         return mask[own]
@@ -199,7 +198,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     def _cross_entropy(
         self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Loss of each anchor, without label smoothing and with it: (q,) and (q,)."""
+        """Loss per anchor without and with label smoothing: (q,) and (q,)."""
         logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
         if out is not None:
             logits = logits.masked_fill(out, -torch.inf)
@@ -212,7 +211,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return loss, (1 - self.label_smoothing) * loss + self.label_smoothing * spread
 
     def take_masked_share(self) -> float | None:
-        """Share of the negatives masked since the last call; None where there were none."""
+        """Share of the negatives masked since the last call; None if there were none."""
         share = self.masked / self.negatives if self.negatives else None
         self.masked, self.negatives = 0, 0
         return share

@@ -1,4 +1,4 @@
-"""Memory that a training step takes: its peak, and a way to give it back."""
+"""The memory that a training step takes: its peak, and returning it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def peak_memory_mb() -> float:
-    """The most memory in MB since `count_peak_anew`: allocated on the GPU where there is one, else resident."""
+    """The most memory in MB since `reset_peak`: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -29,8 +29,8 @@ def peak_memory_mb() -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def count_peak_anew() -> None:
-    """Let `peak_memory_mb` forget what was, where the system can (Linux: proc_pid_clear_refs(5))."""
+def reset_peak() -> None:
+    """Let `peak_memory_mb` count from now on, where the system can (Linux: proc_pid_clear_refs(5))."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -39,7 +39,7 @@ def count_peak_anew() -> None:
 
 
 def give_memory_back() -> None:
-    """To the GPU, or to the system, what a failed step has left; `keep_freed_memory` keeps it for the next one."""
+    """Return what a failed step has left to the GPU or the system; `keep_freed_memory` keeps it for the next step."""
     torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # the GNU C library has it
         ctypes.CDLL(None).malloc_trim(0)

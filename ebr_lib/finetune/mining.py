@@ -1,4 +1,4 @@
-"""Hard negatives: documents that are near an anchor and not known to answer it, found by the library's miner."""
+"""Hard negatives: documents near an anchor and not known to answer it, found by the library's miner."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ebr_lib.tables import make_table, shortened
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_CELLS = 1 << 22  # of the miner's score table at one time: some hundred MB
+_CELLS = 1 << 22  # cells of the miner's score table at a time: a few hundred MB
 
 
 @dataclass(frozen=True, repr=False)
 class Mined:
-    """Training rows with what was mined behind their own negatives, in the order given.
+    """Training rows with the mined negatives after their own, in the order given.
 
     :ivar counts: mined negatives of each row, shape (rows,).
     """
@@ -45,15 +45,15 @@ def mine_hard_negatives(
     last_rank: int,
     margin: float | None,
 ) -> Mined:
-    """Give each row up to `count` hard negatives; a row that too few are found for keeps those, and no row is lost.
+    """Give each row up to `count` hard negatives; rows for which fewer are found are kept too.
 
     The documents are those of the rows, negatives included; equal texts (`normalised`) are one. For each anchor they
-    are ranked by cosine, exactly and without those that `KnownPositives` knows to answer it: rank 1 is the nearest. Of
-    the ranks from `first_rank` to `last_rank` the nearest `count` are taken that the row does not have yet and whose
-    cosine is at most p − margin · |p|, where p is the lowest of the anchor's known positives (as NV-Retriever does by
+    are ranked by cosine, exactly, without those that `KnownPositives` knows to answer it: rank 1 is the nearest. Of the
+    ranks from `first_rank` to `last_rank` the nearest `count` are taken that the row does not have yet and whose cosine
+    is at most p − margin · |p|, where p is the lowest cosine of the anchor's known positives (NV-Retriever's
     "percentage of the positive", arXiv 2407.15831).
 
-    :param encode_queries: makes vectors of length one, as `encode_documents` does.
+    :param encode_queries: returns vectors of length one, as `encode_documents` does.
     :param margin: None takes documents however near.
     """
     known = KnownPositives(rows)
@@ -74,7 +74,7 @@ def mine_hard_negatives(
 
 
 def _different_documents(rows: Sequence[TrainingRow], known: KnownPositives) -> tuple[Ints, list[str]]:
-    """The numbers of all different documents, ascending, and the text of each where it first stands."""
+    """The numbers of all different documents, ascending, and each one's text where it first occurs."""
     numbers, first = np.unique(known.columns, return_index=True)
     numbers, first = numbers[numbers > 0], first[numbers > 0]
     places = zip(*np.divmod(first, known.columns.shape[1]), strict=True)
@@ -82,14 +82,14 @@ def _different_documents(rows: Sequence[TrainingRow], known: KnownPositives) -> 
 
 
 class _Pairs(NamedTuple):
-    """Anchors and documents by their place in the vectors, shapes (pairs,), sorted by anchor."""
+    """Pairs of anchor and document, as rows of their vectors; shapes (pairs,), sorted by anchor."""
 
     anchor: Ints
     document: Ints
 
 
 def _pairs_among(known: KnownPositives, anchors: Ints, documents: Ints) -> _Pairs:
-    """Every known positive pair of an anchor and a document; each anchor has one at least."""
+    """Every known positive pair of these anchors and documents; each anchor has at least one."""
     one, other = known.pairs()
     here = np.isin(one, anchors) & np.isin(other, documents)
     return _Pairs(np.searchsorted(anchors, one[here]), np.searchsorted(documents, other[here]))
@@ -99,7 +99,7 @@ def _pairs_among(known: KnownPositives, anchors: Ints, documents: Ints) -> _Pair
 
 
 class _Vectors:
-    """Stands in for the miner's model. Its texts are numbers, places in these arrays: the miner copies texts freely."""
+    """A model for the miner whose texts are row numbers of these arrays: the miner copies texts freely."""
 
     device = torch.device("cpu")
 
@@ -120,7 +120,7 @@ class _Vectors:
 
 
 class _Found(NamedTuple):
-    """Candidates, shapes (found,): grouped by anchor, nearest first."""
+    """Candidates, shapes (found,), grouped by anchor, nearest first."""
 
     anchor: Ints
     document: Ints
@@ -131,7 +131,7 @@ class _Found(NamedTuple):
 
 
 def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
-    """The documents of the ranks `first` to `last` of each anchor, known positives left out, that keep the margin."""
+    """Each anchor's documents of ranks `first` to `last`, without known positives, that respect the margin."""
     last = min(last, len(vectors.documents))
     if first > last:
         return _Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
@@ -142,7 +142,7 @@ def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin:
 
 
 def _groups(positives: Ints, window: int) -> Iterator[Ints]:
-    """Anchors in groups whose score tables fit: a row each, as wide as the window and the most positives of any."""
+    """Anchors in groups whose score tables fit: one row each, as wide as the window plus the most positives of any."""
     order = np.argsort(positives, kind="stable")
     while len(order):
         cells = np.arange(1, len(order) + 1) * (window + positives[order])
@@ -160,8 +160,8 @@ def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: f
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives as library_miner
 
-    # the margin is ours: the library's takes near documents out before it counts ranks, which moves the window. And of
-    # its formats, n-tuple drops every row that lacks a negative
+    # we apply the margin: the library removes near documents before it counts ranks, which moves the window; and its
+    # n-tuple format drops every row that lacks a negative
     ranked: Any = library_miner(
         Dataset.from_dict({"anchor": pairs.anchor, "document": pairs.document}),
         vectors,
@@ -181,17 +181,17 @@ def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: f
 
 
 def _highest_allowed(found: _Found, answers: NDArray[np.bool_], margin: float | None) -> NDArray[np.float64]:
-    """The highest cosine that a negative of each anchor may have."""
+    """The highest cosine that each anchor's negatives may have."""
     lowest = np.full(found.anchor.max() + 1, 2.0)  # above all cosines
     np.minimum.at(lowest, found.anchor[answers], found.cosine[answers])
     return lowest - margin * np.abs(lowest) if margin is not None else np.full_like(lowest, 2.0)
 
 
-# --- giving out ---------------------------------------------------------------------------------------------------
+# --- handing out --------------------------------------------------------------------------------------------------
 
 
 def _taken(found: _Found, known: KnownPositives, anchors: Ints, documents: Ints, count: int) -> list[Ints]:
-    """For each row, the places in `found` of the first `count` documents that are not its negatives already."""
+    """For each row, the positions in `found` of the first `count` documents that are not yet its negatives."""
     ends = np.searchsorted(found.anchor, np.arange(len(anchors) + 1))
     taken = []
     for anchor, own in zip(np.searchsorted(anchors, known.anchors), known.columns[:, 1:], strict=True):

@@ -1,4 +1,4 @@
-"""Noise for training texts: what it changes, and draws that depend on (seed, epoch, row, column) alone."""
+"""Noise for training texts, drawn by (seed, epoch, row, column) alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from ebr_lib.data.text import is_blank, words_and_gaps
 from ebr_lib.names import NoiseKind
 
-# a letter goes with its accents and variation selectors
+# a letter with its accents and variation selectors
 _CHARACTER = re.compile(r"\S[\u0300-\u036f\ufe00-\ufe0f]*")
 
 
 def add_noise(text: str, kind: NoiseKind, strength: float, rng: random.Random) -> str:
-    """The text with about `strength` of its words (characters, for `char_delete`) dropped or moved.
+    """The text with about `strength` of its words (of its characters, for `char_delete`) dropped or moved.
 
-    At least one changes where the text has room for it: two words to drop or swap (differing ones), two characters to
-    drop one. Something visible always stays. The expected number of changes is `strength` times the words, but where
-    that is under the least change (one word dropped, two swapped), which is then made.
+    At least one changes if there are two words to drop from or two different ones to swap, or two characters.
+    Something visible always stays. The expected number of changes is `strength` times the number of words, and never
+    less than one word dropped or two swapped.
     """
     if strength <= 0 or kind == "none":
         return text
@@ -30,7 +30,7 @@ def add_noise(text: str, kind: NoiseKind, strength: float, rng: random.Random) -
 
 
 def _rounded(expected: float, most: int, rng: random.Random) -> int:
-    """A whole number whose mean is `expected`, but from 1 to `most`."""
+    """A whole number with mean `expected`, limited to 1 … `most`."""
     whole = math.floor(expected)
     return min(most, max(1, whole + (rng.random() < expected - whole)))
 
@@ -42,16 +42,15 @@ def _random_delete(text: str, strength: float, rng: random.Random) -> str:
     count = _rounded(strength * len(words), len(words) - 1, rng)
     dropped = set(rng.sample(range(len(words)), count))
     kept = [i for i in range(len(words)) if i not in dropped]
-    # a word goes with the space or comma after it; what ends the text stays its end
+    # the space or comma after a dropped word goes too; the end of the text stays
     inner = "".join(words[i] + gaps[i + 1] for i in kept[:-1])
     return gaps[0] + inner + words[kept[-1]] + gaps[-1]
 
 
 def _random_swap(text: str, strength: float, rng: random.Random) -> str:
-    """Swap disjoint pairs of neighbouring, differing words; spaces and punctuation keep their places.
+    """Swap disjoint pairs of neighbouring, different words; spaces and punctuation keep their places.
 
-    Pairs are taken in random order as long as they are free, so no more than about 0.86 of a long text's words can move
-    (Flory 1939).
+    Pairs are taken in random order while they are free, so at most about 0.86 of a long text's words move (Flory 1939).
     """
     words, gaps = words_and_gaps(text)
     places = [i for i in range(len(words) - 1) if words[i] != words[i + 1]]
@@ -84,13 +83,13 @@ def _char_delete(text: str, strength: float, rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextNoise:
-    """Noise on a share of the samples, drawn anew each epoch.
+    """Noise on a share of the rows, different in each epoch.
 
-    Whether a sample is touched hangs on (seed, epoch, row) only, and holds for all its columns; how a text changes, on
-    its column too. The number of workers, the batch, and what was drawn before make no difference.
+    Whether a row changes depends only on (seed, epoch, row), and holds for all its columns; how a text changes depends
+    on its column too. The number of workers, the batch and earlier draws make no difference.
 
-    :param prob: share of the samples (rows) that are touched.
-    :param strength: share of a touched text's words or characters that change (see `add_noise`).
+    :param prob: share of the rows that change.
+    :param strength: share of a changed text's words or characters that are dropped or moved (see `add_noise`).
     """
 
     kind: NoiseKind
@@ -99,7 +98,7 @@ class TextNoise:
     seed: int = 0
 
     def __call__(self, text: str, epoch: int, row: int, column: str) -> str:
-        """The text as it enters this epoch; `row` is its index in the training set."""
+        """The text in this epoch; `row` is its index in the training set."""
         if _draw(self.seed, epoch, row) >= self.prob * 2**64:
             return text
         return add_noise(text, self.kind, self.strength, random.Random(_draw(self.seed, epoch, row, column)))

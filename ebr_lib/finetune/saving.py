@@ -1,4 +1,4 @@
-"""Saving what was trained: a complete sentence-transformers folder, its contract and card, a merged model beside it."""
+"""Saving a trained model: a complete sentence-transformers folder with contract and card, and a merged model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MERGED_TOLERANCE = 1e-3  # float32 stays below 1e-6, bfloat16 weights round the 
 
 
 def is_finite(model: SentenceTransformer) -> bool:
-    """Whether an adapter's weights are numbers, and so are the vectors that the model makes with them."""
+    """Whether an adapter's weights, and the vectors that the model makes with them, are finite."""
     weights = adapter_weights(model).values()
     return all(bool(weight.isfinite().all()) for weight in weights) and bool(
         np.isfinite(probe_vectors(model, "")).all()
@@ -47,8 +47,8 @@ def make_contract(
     adapter_side: str,
     matryoshka_dims: tuple[int, ...] = (),
 ) -> Contract:
-    """The contract of a model as it is now, probe vectors of both sides included; documents that an adapter for queries
-    leaves alone are the base model's, which is loaded for them."""
+    """The contract of a model as it is now, with probe vectors of both sides; for an adapter on queries only, those of
+    documents are the base model's, which is loaded for them."""
     of_documents = model
     if adapter_side == "query":
         of_documents = load_model(base.base_model, trust_remote_code=base.trust_remote_code, device="cpu")
@@ -82,10 +82,10 @@ def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, 
 
 
 def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: Choice, device: str) -> float:
-    """Merge a saved adapter into its base and save the whole; reload it and compare.
+    """Merge a saved adapter into its base, save the whole model, reload it and compare.
 
-    The base's own code is saved too where it runs. Where it is ignored, the merged model no longer asks for it: its
-    weights were trained in the library's class.
+    The base's own code is saved too if it runs. If it is ignored, the merged model no longer asks for it: its weights
+    were trained in the library's class.
 
     :returns: the largest difference of a vector component between adapter and merged model.
     :raises ModelError: the reloaded model's vectors are not the adapter's, or it lacks the base's code.
@@ -119,7 +119,7 @@ def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: Choice,
 def model_card(
     name: str, base: ModelIdentity, contract: Contract, facts: Mapping[str, object], tables: Mapping[str, str]
 ) -> str:
-    """The README.md of a saved model: what it was trained on, how well it does, how to use it."""
+    """The README.md of a saved model: training data, metrics, usage."""
     trusting = f", trust_remote_code={contract.trust_remote_code!r}" if contract.trust_remote_code else ""
     usage = f"""from ebr_lib.model.loading import load_model, prompt_of
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedulers: transformers' names of them, which follow the metric, and what they have to be told."""
+"""The learning-rate schedulers: transformers' names, which follow the metric, and the settings they need."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Scheduler = Literal[
 ]
 FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 NO_WARM_UP = (*FOLLOW_THE_METRIC, "constant")
-LOWEST_RATE = 0.1  # of the peak learning rate, where a scheduler has a floor
-# evaluations in a row without a gain that the followers let pass; a run has too few for the library's ten
+LOWEST_RATE = 0.1  # share of the peak learning rate, where a scheduler has a floor
+# evaluations in a row without a gain that are tolerated; a run has too few for the library's ten
 STALLS = 2
 
 
 def scheduler_extras(name: str, steps: int, epochs: float, learning_rate: float, rises: bool) -> dict[str, Any]:
-    """What transformers' scheduler of that name cannot do without, or what makes it another than its neighbour.
+    """Settings that transformers' scheduler of that name requires, or that tell it apart from a similar one.
 
-    :param rises: whether the metric that a scheduler may follow gets better upwards.
+    :param rises: whether a higher metric is better, for schedulers that follow it.
     """
     if name == "cosine_with_restarts":
         return {"num_cycles": max(2, round(epochs))}  # the library's one is plain cosine

@@ -16,7 +16,7 @@ from ebr_lib.logs import logger
 
 _LETTERS = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u1cff]+")  # the ranges: vowel signs
 _TYPO_LETTERS = 5  # one typo is at most a fifth of a text
-_TYPO_LONGEST = 64  # beyond, one typo is found by overlap: a key a letter would fill the memory
+_TYPO_LONGEST = 64  # longer texts are compared by overlap: one key per letter would fill the memory
 _OVERLAP_LETTERS = 25
 _GRAM = 4
 _OVERLAP = 0.8
@@ -28,17 +28,17 @@ _MANY_TEXTS = 200_000
 def split_pairs(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Split into training and held-out pairs, each in the order given, so that no text is on both sides.
 
-    Texts are tied where they are a pair, equal (`normalised`) or near-duplicates (`near_duplicate_groups`), and what is
-    tied stays together: a text that is an anchor here and a document there, and all the anchors of a document. Where
-    near-duplicate documents tie too many anchors, equal ones alone count; where these do (popular documents), anchors
-    alone do, and the log says what that means. Which anchors are held out depends on the seed and the texts, not on
-    row order. About `eval_ratio` of the anchors are held out: at least one where there are two, and never all.
+    Texts are tied if they are a pair, equal (`normalised`) or near-duplicates (`near_duplicate_groups`), and tied texts
+    stay together: a text that is an anchor here and a document there, and all anchors of a document. If near-duplicate
+    documents tie too many anchors, only equal ones tie; if these do too (popular documents), only anchors tie, and the
+    log says what that means. Which anchors are held out depends on the seed and the texts, not on the order of rows.
+    About `eval_ratio` of the anchors are held out: at least one of two, and never all.
     """
     keys = [normalised(pair.anchor) for pair in pairs]
     anchors = sorted(set(keys))
     if eval_ratio <= 0 or len(anchors) < 2:
         if eval_ratio > 0:
-            logger.warning("只有一种 anchor，无法划分验证集 there is one anchor only: nothing can be held out")
+            logger.warning("只有一种 anchor，无法划分验证集 there is only one anchor: nothing can be held out")
         return list(pairs), []
     wanted = min(max(1, round(eval_ratio * len(anchors))), len(anchors) - 1)
     held_out = _held_out_anchors(anchors, _tied(pairs, keys, anchors, wanted), wanted, eval_ratio, seed)
@@ -47,7 +47,7 @@ def split_pairs(pairs: Sequence[Pair], eval_ratio: float, seed: int) -> tuple[li
 
 
 def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wanted: int) -> NDArray[np.int64]:
-    """Number the groups of anchors that must stay together, shape (anchors,): the strictest that leave enough free."""
+    """Number the groups of anchors that stay together, shape (anchors,): by the strictest rule that leaves enough."""
     documents = sorted({normalised(text) for pair in pairs for text in pair.positives} - set(anchors))
     near = near_duplicate_groups(anchors)
     if near.max() == 0:
@@ -59,9 +59,9 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
     for alike in (near_duplicate_groups(texts), np.concatenate([near, apart])):
         tied = _parts(pairs, keys, texts, alike)[: len(anchors)]
         sizes = np.bincount(tied)
-        sizes = sizes[sizes > 0]  # a part may be of documents alone
+        sizes = sizes[sizes > 0]  # a part may have documents only
         share = 100 * sizes.max() / len(anchors)
-        # one part holds nearly everything, or even the smallest is too much to hold out
+        # one part has nearly everything, or even the smallest is too large to hold out
         if len(anchors) - sizes.max() < wanted or sizes.min() > max(2 * wanted, len(anchors) // 3):
             continue
         if sizes.max() > max(len(anchors) // 2, np.bincount(near).max()):
@@ -87,7 +87,7 @@ def _tied(pairs: Sequence[Pair], keys: Sequence[str], anchors: Sequence[str], wa
 def _parts(
     pairs: Sequence[Pair], keys: Sequence[str], texts: Sequence[str], alike: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Number the connected parts of texts, shape (texts,): pairs are edges, and texts of one group are one."""
+    """Number the connected parts of the texts, shape (texts,): pairs are edges, a group of texts is one node."""
     number = dict(zip(texts, alike.tolist(), strict=True))
     one = [number[key] for pair, key in zip(pairs, keys, strict=True) for _ in pair.positives]
     other = [number[normalised(text)] for pair in pairs for text in pair.positives]
@@ -97,7 +97,7 @@ def _parts(
 def _held_out_anchors(
     anchors: Sequence[str], groups: NDArray[np.int64], wanted: int, eval_ratio: float, seed: int
 ) -> set[str]:
-    """Whole groups in a seeded order, as long as they fit."""
+    """Anchors of whole groups, taken in a seeded order while they fit."""
     numbers, first, sizes = np.unique(groups, return_index=True, return_counts=True)
     order = sorted(range(len(first)), key=lambda group: _seeded(seed, anchors[int(first[group])]))
     taken, count = set[int](), 0
@@ -123,12 +123,12 @@ def _seeded(seed: int, text: str) -> bytes:
 def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
     """Number the groups of near-duplicates among normalised texts; equal numbers, same group.
 
-    Only letters and digits count. Two texts are near-duplicates when they are then the same, when they have the same
-    words in another order, or when they get equal by dropping at most one letter from each: one letter changed, added,
-    lost, moved, or two swapped. That takes five letters, and digits do not drop: "iphone 13" is not "iphone 14".
-    Texts from 25 letters on are near-duplicates also when they share 0.8 of their 4-grams, and over 64 letters only
-    then (Jaccard; candidates by MinHash, Broder 1997, each then checked). A near-duplicate of a near-duplicate is in
-    the group too.
+    Only letters and digits count. Two texts are near-duplicates if they are then equal, have the same words in another
+    order, or become equal by dropping at most one letter from each: one letter changed, added, lost, moved, or two
+    swapped. That needs five letters, and digits are not dropped: "iphone 13" is not "iphone 14". Texts of 25 letters or
+    more are also near-duplicates if they share 0.8 of their 4-grams, and texts of more than 64 letters only then
+    (Jaccard; candidates by MinHash, Broder 1997, each then checked). A near-duplicate of a near-duplicate is in the
+    group too.
 
     :return: shape (texts,), numbered from 0 in order of first appearance.
     """
@@ -156,13 +156,13 @@ def _connected(edges: NDArray[np.int64], nodes: int) -> NDArray[np.int64]:
 
 
 def _equal(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Edges, shape (2, edges), from every text to the first that equals it."""
+    """Edges, shape (2, edges), from every text to the first equal one."""
     first: dict[str, int] = {}
     return np.array([(first.setdefault(text, i), i) for i, text in enumerate(texts)], dtype=np.int64).reshape(-1, 2).T
 
 
 def _sharing(keys: NDArray[np.uint64], owners: NDArray[np.int64], gap: int = 1) -> NDArray[np.int64]:
-    """Edges between the owners of equal keys that stand `gap` apart in sorted order."""
+    """Edges between the owners of equal keys that are `gap` apart in sorted order."""
     order = np.argsort(keys)
     keys, owners = keys[order], owners[order]
     same = (keys[gap:] == keys[:-gap]) & (owners[gap:] != owners[:-gap])
@@ -170,11 +170,11 @@ def _sharing(keys: NDArray[np.uint64], owners: NDArray[np.int64], gap: int = 1) 
 
 
 class _Block(NamedTuple):
-    """Some texts laid end to end: letters as 64-bit hashes, and which text (its number) each letter belongs to."""
+    """Some texts end to end: letters as 64-bit hashes, and the text that each letter belongs to."""
 
     letters: NDArray[np.uint64]
     is_digit: NDArray[np.bool_]
-    text: NDArray[np.int64]  # index of the text within the block, a letter
+    text: NDArray[np.int64]  # per letter, the index of its text in the block
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     owners: NDArray[np.int64]
@@ -200,7 +200,7 @@ def _block(texts: Sequence[str], owners: NDArray[np.int64]) -> _Block:
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64 (Steele, Lea and Flood 2014): every bit of the result hangs on every bit of x."""
+    """splitmix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit of x."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -208,10 +208,10 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
-    """Edges between texts that get equal by dropping at most one letter each.
+    """Edges between texts that become equal by dropping at most one letter each.
 
-    A text's keys are the hashes of itself and of itself without each one letter. The hash is sum(letter_i * base^i),
-    so that a prefix sum gives each key in constant time: what follows the dropped letter moves down by one power.
+    A text's keys are the hashes of the text and of the text without each letter. The hash is sum(letter_i * base^i),
+    so that prefix sums give each key in constant time: what follows the dropped letter moves down by one power.
     """
     chosen = [i for i, text in enumerate(letters) if len(text) <= _TYPO_LONGEST]
     parts = [_dropping_keys(block) for block in _blocks(letters, chosen)]
@@ -221,7 +221,7 @@ def _one_letter_apart(letters: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    base = 0x9E3779B97F4A7C15  # odd, which has an inverse
+    base = 0x9E3779B97F4A7C15  # odd, so it has an inverse
     inverse = np.uint64(pow(base, -1, 1 << 64))
     powers = np.array([pow(base, i, 1 << 64) for i in range(_TYPO_LONGEST)], dtype=np.uint64)
     place = np.arange(len(block.text)) - block.starts[block.text]
@@ -234,14 +234,14 @@ def _dropping_keys(block: _Block) -> tuple[NDArray[np.uint64], NDArray[np.int64]
 
 
 def _overlapping(letters: Sequence[str]) -> NDArray[np.int64]:
-    """Edges between texts that are not short and share most of their 4-grams."""
+    """Edges between texts of 25 letters or more that share most of their 4-grams."""
     chosen = np.array([i for i, text in enumerate(letters) if len(text) >= _OVERLAP_LETTERS], dtype=np.int64)
     if not len(chosen):
         return np.empty((2, 0), dtype=np.int64)
     hashes = np.concatenate([_min_hashes(block) for block in _blocks(letters, chosen.tolist())], axis=1)
     edges = [_sharing(key, np.arange(len(chosen)), gap) for key in _band_keys(hashes) for gap in (1, 2)]
     candidates = np.unique(np.concatenate(edges, axis=1), axis=1)
-    # the share of equal hashes estimates the overlap: most candidates need no exact look
+    # the share of equal hashes estimates the overlap: most candidates need no exact check
     likely = (hashes[:, candidates[0]] == hashes[:, candidates[1]]).mean(axis=0) >= _OVERLAP - 0.3
     candidates = chosen[candidates[:, likely]]
     near = [_overlap(letters[a], letters[b]) >= _OVERLAP for a, b in candidates.T.tolist()]
@@ -264,7 +264,7 @@ def _min_hashes(block: _Block) -> NDArray[np.uint32]:
 
 
 def _band_keys(hashes: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
-    """One key a text (texts,) for each band: equal where all hashes of the band are."""
+    """One key per text (texts,) for each band, equal if all hashes of the band are."""
     for band in hashes.reshape(_BANDS, _BAND_ROWS, -1):
         key = np.zeros(band.shape[1], dtype=np.uint64)
         for row in band:

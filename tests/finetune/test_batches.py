@@ -30,7 +30,7 @@ def fewest_repeats(documents, batch_size) -> int:
     return sum(max(0, c - batches) for c in counts) + max(0, sum(counts >= batches) - room)
 
 
-def test_dealt_by_hand():
+def test_rows_are_dealt_like_cards():
     # three batches of 2: document 0 in each, so that 1, 2 and 3 have one each
     batches = list(BalancedBatchSampler([0, 0, 0, 1, 2, 3], range(6), batch_size=2))
     assert sorted(len(set(batch) & {0, 1, 2}) for batch in batches) == [1, 1, 1]
@@ -60,7 +60,7 @@ def test_no_dealing_repeats_fewer_documents(documents, batch_size, seed):
     st.integers(0, 3),
     st.integers(1, 3),
 )
-def test_promises(rows, batch_size, epoch, processes):
+def test_every_row_once_in_full_batches_with_fewest_repeats(rows, batch_size, epoch, processes):
     documents, anchors = [d for d, _ in rows], [a for _, a in rows]
     sampler = BalancedBatchSampler(documents, anchors, batch_size=batch_size, processes=processes)
     sampler.set_epoch(epoch)
@@ -86,7 +86,7 @@ def test_no_row_is_alone_in_its_batch(batch_size):
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (5, 1), (8, 4), (6, 4)])
-def test_other_batches_are_as_they_were(rows, batch_size):
+def test_other_batches_stay_as_they_are(rows, batch_size):
     sampler = BalancedBatchSampler(range(rows), range(rows), batch_size=batch_size)
     assert list(EpochBatches(sampler, None)) == list(sampler)
 
@@ -102,7 +102,7 @@ def repeats(seats, keys) -> int:
     st.integers(2, 20),
     st.integers(0, 5),
 )
-def test_mending_anchors_costs_nothing(rows, batch_size, seed):
+def test_keeping_anchors_apart_costs_nothing(rows, batch_size, seed):
     documents, anchors = (np.unique(side, return_inverse=True)[1] for side in zip(*rows, strict=True))
     batch_of = deal(documents, batch_size, np.random.default_rng(seed))
     before = batch_of.copy()
@@ -141,7 +141,7 @@ def test_the_counts_of_a_batch_follow_its_swaps():
     batch_of = deal(_numbered(documents), 10, rng)
     before, swaps = batch_of.copy(), _Swaps(batch_of, documents, anchors)
     for row in range(60):
-        swaps.mend(row, rng.random(24))
+        swaps.move_away(row, rng.random(24))
     assert (batch_of != before).any()
     for counted, keys in ((swaps.document_at, documents), (swaps.anchor_at, anchors)):
         assert +counted == Counter(zip(batch_of.tolist(), keys.tolist(), strict=True))
@@ -198,7 +198,7 @@ def test_every_row_visits_the_last_batch():
     assert left_out == set(range(50))
 
 
-def test_a_loader_takes_it():
+def test_a_data_loader_takes_the_sampler():
     sampler = BalancedBatchSampler([3, 3, 9, 9, -1], [0, 1, 2, 3, 4], batch_size=2)
     loader = torch.utils.data.DataLoader(list("abcde"), batch_sampler=sampler, collate_fn="".join)
     assert sorted("".join(loader)) == list("abcde")

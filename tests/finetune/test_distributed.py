@@ -11,16 +11,19 @@ from safetensors.torch import load_file
 
 from ebr_lib import train_sentence_transformer
 from tests.children import a_free_port, ended, started, train_as_a_machine
-from tests.finetune.test_finetune import pairs, settings  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
-# told of GPUs, for on CPUs it starts one process alone; without one the processes meet by gloo all the same
+# asked for GPUs, because on CPUs it starts one process only; without a GPU the processes meet by gloo all the same
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]  # else it warns of its choice
+ACCELERATE += [
+    "--main_process_port=0",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+]  # otherwise it warns about its choice
 
 
 @pytest.fixture
-def common(settings, tiny_models) -> dict:  # noqa: F811
+def common(settings, tiny_models) -> dict:
     """A Qwen2 has no dropout of its own: two ways to the same loss can be compared."""
     return settings | {
         "model_name": str(tiny_models("qwen2")),
@@ -49,7 +52,7 @@ def test_two_processes_equal_one(common, tmp_path):
     torch.testing.assert_close(torch.tensor(apart[:4]), torch.tensor(together[:4]), atol=1e-4, rtol=1e-4)
     assert load_file(two / "adapter_model.safetensors").keys()
     assert [path.name for path in (tmp_path / "two").iterdir()] == [two.name]
-    assert run.stdout.count("训练集大小") == 1  # one process speaks
+    assert run.stdout.count("训练集大小") == 1  # one process logs
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
     port = a_free_port()
     assert ended(*(started(train_as_a_machine, rank, port, config) for rank in (0, 1))) == [0, 0]
     two = tmp_path / "0" / one.name
-    told = [torch.load(tmp_path / f"seen{rank}") for rank in (0, 1)]
+    seen = [torch.load(tmp_path / f"seen{rank}") for rank in (0, 1)]
 
     rows, steps = 24, 3
     together, apart = log_of(one, "loss"), log_of(two, "loss")
@@ -86,8 +89,8 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
     assert log_of(two, "masked_share") == pytest.approx(log_of(one, "masked_share")) and apart[0] > 0
     assert (torch.tensor(apart) - torch.tensor(log_of(Path(unmasked.model_path), "loss"))).abs().max() > 1e-2
 
-    epochs = [[row for each in told for batch in each["labels"][at : at + steps] for row in batch] for at in (0, steps)]
+    epochs = [[row for each in seen for batch in each["labels"][at : at + steps] for row in batch] for at in (0, steps)]
     assert [sorted(set(epoch)) for epoch in epochs] == [list(range(rows))] * 2
     assert epochs[0] != epochs[1]
-    assert all(torch.equal(weight, told[1]["weights"][name]) for name, weight in told[0]["weights"].items())
+    assert all(torch.equal(weight, seen[1]["weights"][name]) for name, weight in seen[0]["weights"].items())
     assert not list((tmp_path / "1").glob("*-peft-lora"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import language_of
 from ebr_lib.errors import DataError
 from ebr_lib.finetune import doctor as finetune_doctor
+from ebr_lib.finetune import setup
 from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.doctor import ColumnTokens, examine
 
 
@@ -96,7 +99,8 @@ def test_tokens_are_those_of_the_tokenizer(tiny_bert):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     rows = [TrainingRow("a red shoe", "text " * 700), TrainingRow("hat", "红色的鞋子")]
-    report = examine(rows, tokenizer, max_seq_length=8, batch_size=2)
+    model = SimpleNamespace(tokenizer=tokenizer, prompts={})
+    report = setup.examine_rows(FinetuneConfig(max_seq_length=8), setup.Batching(2, None), rows, model)
     lengths = [len(tokenizer(row.positive)["input_ids"]) for row in rows]
     assert report.tokens[1].longest == max(lengths) > 700
     assert report.tokens[1].over == sum(length > 8 for length in lengths)

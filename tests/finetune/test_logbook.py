@@ -26,13 +26,13 @@ def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
     return caplog.messages
 
 
-def test_a_loss_of_nothing_is_said_once(caplog):
+def test_a_loss_near_0_is_logged_once(caplog):
     (said,) = heard(caplog, [{"loss": x} for x in (2.0, 9e-4, 8e-4, 7e-4)])
     assert "损失接近零" in said and "the data may be too easy" in said
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_said_with_its_own_causes(caplog, value):
+def test_a_loss_that_is_not_finite_is_logged_with_its_own_causes(caplog, value):
     few = dataclasses.replace(HARMLESS, rows=9)
     nothing, said = heard(caplog, [{"loss": x} for x in (8e-4, 7e-4, value, value)], few)  # after another warning too
     assert "损失接近零" in nothing and "9 training rows" in nothing
@@ -40,11 +40,11 @@ def test_a_loss_that_is_no_number_is_said_with_its_own_causes(caplog, value):
     assert all(cause in said for cause in ("learning_rate 0.0001", "temperature 0.05", "fp16"))
 
 
-def test_half_precision_is_no_cause_where_there_is_none():
+def test_half_precision_is_only_a_cause_if_it_is_on():
     assert not [cause for cause in causes_of_nan(1e-4, 0.05, fp16=False) if "fp16" in cause]
 
 
-def test_what_l1_adds_hides_nothing(caplog):
+def test_l1_does_not_hide_a_loss_near_0(caplog):
     (said,) = heard(caplog, [{"loss": 1.6 + x, "contrastive": x, "l1": 1.6} for x in (2.0, 9e-4, 8e-4)])
     assert "损失接近零" in said and "0.0008" in said
     caplog.clear()
@@ -52,7 +52,7 @@ def test_what_l1_adds_hides_nothing(caplog):
 
 
 @pytest.mark.parametrize(("shares", "loss"), [((1.0, 1.0, 1.0), 0.0), ((0.9, 0.95, 1.0), 2e-4), ((0.1, 0.4, 0.7), 0.3)])
-def test_masked_negatives_are_the_cause_that_is_named(caplog, shares, loss):
+def test_masked_negatives_are_named_as_the_cause(caplog, shares, loss):
     """And nothing else is blamed, whatever the learning rate."""
     fast = dataclasses.replace(HARMLESS, learning_rate=1e-2, anchors=640, documents=3)
     (said,) = heard(caplog, [{"loss": loss, "masked_share": share} for share in shares], fast)
@@ -60,12 +60,12 @@ def test_masked_negatives_are_the_cause_that_is_named(caplog, shares, loss):
     assert "3 different documents and 640 different anchors" in said and "learning rate" not in said
 
 
-def test_a_loss_of_nothing_with_its_negatives_has_the_other_causes(caplog):
+def test_a_loss_near_0_with_negatives_has_other_causes(caplog):
     (said,) = heard(caplog, [{"loss": 1e-4, "masked_share": 0.3}] * 3)
     assert "损失接近零" in said and "mask" not in said
 
 
-def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(caplog):
+def test_rising_held_out_loss_with_falling_training_loss_is_overfitting(caplog):
     entries = [
         e for train, held in ((1.0, 2.0), (0.8, 2.1), (0.6, 2.2)) for e in ({"loss": train}, {"eval_loss": held})
     ]
@@ -83,15 +83,15 @@ def test_held_out_loss_that_rises_while_training_loss_falls_is_over_fitting(capl
         [e for x, y in ((1.0, 2.0), (0.9, 1.9), (0.8, 2.1)) for e in ({"loss": x}, {"eval_loss": y})],
     ],
 )
-def test_what_is_no_trouble_is_not_said(caplog, entries):
+def test_healthy_losses_are_not_logged(caplog, entries):
     assert heard(caplog, entries) == []
 
 
-def test_one_process_speaks(caplog):
+def test_only_the_first_process_logs(caplog):
     assert heard(caplog, [{"loss": 1e-6}] * 3, state=OTHER_PROCESS) == []
 
 
-def test_the_causes_are_those_of_the_numbers():
+def test_the_causes_follow_from_the_numbers():
     assert HARMLESS.causes() == ["the data may be too easy: add hard negatives"]
     few, duplicates, fast, large = RunFacts(99, 99, 99, 0.21, 3.1e-4, 99_001).causes()
     assert "99 training rows" in few and "21%" in duplicates and "0.00031" in fast and "1,000 trainable" in large
@@ -106,7 +106,7 @@ def test_the_log_is_one_entry_a_line_without_nan(tmp_path):
     assert log.path.read_text() == '{"step": 7, "loss": null, "grad_norm": null, "epoch": 0.5}\n'
 
 
-def test_a_resumed_run_drops_what_it_is_about_to_repeat(tmp_path):
+def test_a_resumed_run_drops_the_steps_it_repeats(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "lo')
     JsonLinesLog(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=4), None)

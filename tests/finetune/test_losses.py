@@ -50,7 +50,7 @@ def test_two_pairs_by_hand():
 
 
 @pytest.mark.parametrize("columns", [2, 4])
-def test_with_hard_negatives_as_numpy_says(columns):
+def test_with_hard_negatives_it_equals_numpy(columns):
     reps = random_vectors(5, columns)
     loss = ContrastiveLoss(Still(), temperature=0.05).calculate_loss(reps, torch.arange(5))
     assert loss.item() == pytest.approx(by_numpy(reps, 0.05), rel=1e-5)
@@ -93,7 +93,7 @@ def test_known_positives_leave_the_softmax():
         assert loss.take_masked_share() is None
 
 
-def test_smoothing_spreads_over_the_documents_that_remain():
+def test_smoothing_spreads_over_unmasked_documents():
     rows = [TrainingRow("q1", "one"), TrainingRow("q1", "two"), TrainingRow("q2", "three")]
     reps = random_vectors(3, 2)
     known = KnownPositives(rows).mask
@@ -176,7 +176,7 @@ def test_micro_batches_give_the_same_gradients(adapted, size):
 @pytest.mark.parametrize(
     ("size", "rows"), [(None, [4, 4]), (4, [4, 4]), (3, [3, 1, 3, 1] * 2)], ids=["whole", "just whole", "cut"]
 )
-def test_no_more_rows_at_a_time_than_told_and_none_twice_without_need(adapted, size, rows):
+def test_rows_are_embedded_in_micro_batches_and_never_twice_without_need(adapted, size, rows):
     """Each row is embedded once; in micro batches twice, forward and again for backward."""
     embedded = []
     adapted.register_forward_pre_hook(lambda module, inputs: embedded.append(len(inputs[0]["input_ids"])))
@@ -184,7 +184,7 @@ def test_no_more_rows_at_a_time_than_told_and_none_twice_without_need(adapted, s
     assert embedded == rows
 
 
-def test_l1_is_its_weight_times_the_sum_and_apart(adapted):
+def test_l1_is_a_separate_part_of_the_loss(adapted):
     loss = ContrastiveLoss(adapted, l1=0.01)
     found = loss(columns_of(adapted), torch.arange(4))
     total = sum(w.abs().sum().item() for w in adapted.parameters() if w.requires_grad)

@@ -107,7 +107,7 @@ def test_words_beside_a_swapped_pair_are_still_free():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["a", "耳", "e\u0301"])
-def test_no_room_no_change(kind, text):
+def test_one_unit_alone_does_not_change(kind, text):
     assert add_noise(text, kind, 1, random.Random(0)) == text
 
 
@@ -117,14 +117,14 @@ def test_a_lone_word_keeps_its_letters_under_word_noise():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "none"])
-def test_off_is_off(kind):
+def test_zero_probability_or_strength_changes_nothing(kind):
     for text in ENGLISH + CHINESE:
         assert TextNoise(kind, 0, 0.5)(text, 0, 0, "anchor") == text
         assert TextNoise(kind, 1, 0)(text, 0, 0, "anchor") == text
         assert TextNoise("none", 1, 1)(text, 0, 0, "anchor") == text
 
 
-def test_the_draw_hangs_on_its_coordinates_alone():
+def test_the_draw_depends_on_its_coordinates_alone():
     noise = TextNoise("random_delete", 0.5, 0.3, seed=7)
     places = [(epoch, row, column) for epoch in range(3) for row in range(50) for column in ("anchor", "positive")]
     text = ENGLISH[1]

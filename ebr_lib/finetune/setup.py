@@ -1,0 +1,383 @@
+"""From the config to the parts of a run: the model with its adapter, the batches, the trainer.
+
+The config goes no further than here and `run`: the parts take plain arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, set_seed
+
+from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
+from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.finetune.dataset import make_datasets
+from ebr_lib.finetune.doctor import DoctorReport, examine
+from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan
+from ebr_lib.finetune.losses import ContrastiveLoss
+from ebr_lib.finetune.mining import mine_hard_negatives
+from ebr_lib.finetune.noise import TextNoise
+from ebr_lib.finetune.paths import LOG_FILE, Paths
+from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
+from ebr_lib.finetune.rows import Rows
+from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
+from ebr_lib.logs import logger
+from ebr_lib.model.adapters import (
+    adapter_weights,
+    add_lora,
+    is_adapted,
+    lora_knobs,
+    set_adapter_weights,
+    trainable_counts,
+)
+from ebr_lib.model.contract import read_contract
+from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.packaged import find_model
+from ebr_lib.model.packing import packed_forward
+from ebr_lib.model.precision import Dtype, Precision, choose_precision
+from ebr_lib.model.shapes import Side, fit_length
+from ebr_lib.names import LOWER_IS_BETTER
+from ebr_lib.tables import as_text
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+SIDES: dict[str, Side] = {"anchor": "query", "positive": "document"}
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+def pick_precision(config: FinetuneConfig) -> Precision:
+    """The precision asked for, or the nearest that the hardware has."""
+    asked: Dtype = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+    precision = choose_precision(asked, training_device())
+    logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
+    return precision
+
+
+def make_model(config: FinetuneConfig, precision: Precision) -> SentenceTransformer:
+    """The model to train, with the adapter that it was saved with or a new one; all draws follow the seed.
+
+    :raises ConfigError: the saved adapter was trained for another side.
+    :raises ModelError: another library saved the adapter.
+    """
+    set_seed(config.seed)
+    model = _load(config, torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32)
+    if is_adapted(model):
+        _check_saved_adapter(config)
+        logger.info("继续训练已有适配器 training goes on from the adapter in %s", config.model_name)
+    else:
+        _add_lora(config, model)
+    if config.adapter_side == "query" and model.max_seq_length != config.max_seq_length:
+        logger.warning(
+            "训练时文档的截断长度不同 documents are cut at max_seq_length %d in training; encoding cuts them at the "
+            "base model's %s, because adapter_side query keeps its vectors",
+            config.max_seq_length,
+            model.max_seq_length,
+        )
+    fit_length(model, config.max_seq_length, config.model_name)
+    given = dict.fromkeys(SIDES, config.prompt) if isinstance(config.prompt, str) else config.prompt or {}
+    model.prompts |= {SIDES[column]: text for column, text in given.items() if column in SIDES}
+    trained, total = trainable_counts(model)
+    share = 100 * trained / total
+    logger.info("可训练参数: %s / %s (%.2f%%) trainable parameters", f"{trained:,}", f"{total:,}", share)
+    return model
+
+
+def _load(config: FinetuneConfig, dtype: torch.dtype) -> SentenceTransformer:
+    return load_model(
+        config.model_name,
+        trust_remote_code=config.trust_remote_code,
+        on_changed_vectors=config.on_changed_vectors,
+        device=training_device(),
+        dtype=dtype,
+        trainable=True,
+    )
+
+
+def _add_lora(config: FinetuneConfig, model: SentenceTransformer) -> None:
+    add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        dora=config.use_dora,
+        rslora=config.use_rslora,
+    )
+
+
+def _check_saved_adapter(config: FinetuneConfig) -> None:
+    contract = read_contract(find_model(config.model_name))
+    if contract is None:
+        raise ModelError(
+            f"model_name {config.model_name} holds an adapter that this stage did not save; merge it into its base "
+            "with the library that made it, and give the merged model's folder"
+        )
+    if contract.adapter_side != config.adapter_side:
+        raise ConfigError(
+            f"adapter_side: {config.adapter_side!r} wanted, the adapter in {config.model_name} was trained for "
+            f"{contract.adapter_side!r}; set adapter_side: {contract.adapter_side}, or start from {contract.base_model}"
+        )
+
+
+def keep_adapter_settings(config: FinetuneConfig, model: SentenceTransformer) -> FinetuneConfig:
+    """The config with the LoRA knobs of the model's adapter, which keeps its shape, and with the model's length."""
+    contract = read_contract(find_model(config.model_name))
+    config = dataclasses.replace(config, max_seq_length=model.max_seq_length)  # less, if there are fewer positions
+    if contract is not None:
+        then = {"max_seq_length": contract.max_seq_length, "matryoshka_dims": tuple(contract.matryoshka_dims)}
+        if changed := [f"{name} {now} (was {was})" for name, was, now in _differences(then, config)]:
+            logger.warning("与该模型此前的训练不同 not as this model was trained before: %s", ", ".join(changed))
+    own = lora_knobs(model)
+    if ignored := [f"{name} {was} ({now} is ignored)" for name, was, now in _differences(own, config)]:
+        logger.warning("适配器保持原有设置 the adapter stays as it was saved: %s", ", ".join(ignored))
+    return dataclasses.replace(config, **own)
+
+
+def _differences(then: dict[str, Any], config: FinetuneConfig) -> list[tuple[str, Any, Any]]:
+    """(knob, its value then, its value now) of the knobs that differ."""
+    return [(name, was, now) for name, was in then.items() if (now := getattr(config, name)) != was]
+
+
+def as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTransformer:
+    """The model as it will be loaded: its base in float32, which training in bfloat16 rounds."""
+    if model.transformers_model.dtype == torch.float32:
+        return model
+    with torch.random.fork_rng():  # a new adapter draws its weights; training must not notice that it was measured
+        served = _load(config, torch.float32)
+        if not is_adapted(served):
+            _add_lora(config, served)
+    served.max_seq_length, served.prompts = model.max_seq_length, dict(model.prompts)
+    set_adapter_weights(served, adapter_weights(model))
+    return served
+
+
+def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
+    """Means of the held-out metrics; nothing where nothing is held out."""
+    if task is None:
+        return {}
+    query_only = config.adapter_side == "query"
+    return task.measure_model(as_served(config, model), query_only=query_only, backend=config.backend)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def check_against_data(config: FinetuneConfig, rows: Rows, model: SentenceTransformer) -> None:
+    """Check the knobs that only data and model can contradict.
+
+    :raises ConfigError: the vectors lack a dimension, or a scheduler follows a metric that is not measured.
+    """
+    width = model.get_embedding_dimension() or 0
+    if (widest := max(config.matryoshka_dims, default=0)) > width:
+        raise ConfigError(
+            f"matryoshka_dims: {widest} wanted, the vectors of {config.model_name} have {width} dimensions"
+        )
+    if config.lr_scheduler_type in FOLLOW_THE_METRIC and rows.task is None:
+        raise ConfigError(
+            f"lr_scheduler_type: {config.lr_scheduler_type} follows best_metric, and no rows were held out; "
+            "give eval_data_path, or choose a scheduler that follows the steps, such as linear"
+        )
+
+
+def with_mined_negatives(config: FinetuneConfig, rows: Rows, model: SentenceTransformer) -> Rows:
+    """The rows, with hard negatives for the training rows; held-out rows are not looked at."""
+    if not config.mine_hard_negatives:
+        return rows
+    # one process mines: another might round a cosine otherwise, and all have to number the same rows
+    mined = _mine(config, rows.train, model) if is_first_process() else None
+    return dataclasses.replace(rows, train=from_first_process(mined))
+
+
+def _mine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> Sequence[TrainingRow]:
+    mined = mine_hard_negatives(
+        rows,
+        *encoders_of(model, config.adapter_side == "query", backend=config.backend, show_bar=True),
+        count=config.mine_hard_negatives,
+        first_rank=config.mining_rank_min,
+        last_rank=config.mining_rank_max,
+        margin=config.mining_margin,
+    )
+    logger.info("%s", as_text(mined.table))
+    if not mined.counts.any():
+        logger.warning(
+            "没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_rank_min or mining_margin"
+        )
+    return mined.rows
+
+
+def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> FinetuneConfig:
+    """The config, with larger batches where one pair would be compared with nothing: its loss is 0.
+
+    Pairs that were to be accumulated are then embedded one at a time and compared together (GradCache), which takes as
+    little memory.
+
+    :raises DataError: there is one row, without a negative.
+    """
+    has_negatives = any(row.negatives for row in rows)
+    if len(rows) == 1 and not has_negatives:
+        raise DataError(
+            "cannot train on one row without a negative; give more rows (eval_ratio: 0 holds none out), or a negative"
+        )
+    if Batching.of(config).compared > 1 or has_negatives:
+        return config
+    pairs = max(config.gradient_accumulation_steps, 2)
+    logger.warning(
+        "批大小为 1 时没有负样本 a batch of 1 has no negatives: %d pairs are compared together, embedded one at a time "
+        "(contrastive_batch_size %d, gradient_accumulation_steps 1)",
+        pairs,
+        pairs,
+    )
+    return dataclasses.replace(config, contrastive_batch_size=pairs, gradient_accumulation_steps=1)
+
+
+class Batching(NamedTuple):
+    """Pairs that are compared with each other, and how many of them are embedded at a time (None: all)."""
+
+    compared: int
+    embedded: int | None
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> Batching:
+        """As the knobs say."""
+        if config.contrastive_batch_size:
+            return cls(config.contrastive_batch_size, config.train_batch_size)
+        return cls(config.train_batch_size, None)
+
+
+def examine_rows(
+    config: FinetuneConfig, batching: Batching, rows: Sequence[TrainingRow], model: SentenceTransformer
+) -> DoctorReport:
+    """Have the data doctor look at the rows as they will be trained on; log what it finds."""
+
+    def lengths_of(texts: Sequence[str]) -> list[int]:
+        how = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
+        return [len(ids) for ids in model.tokenizer(list(texts), **how)["input_ids"]]
+
+    report = examine(
+        rows,
+        lengths_of,
+        max_seq_length=config.max_seq_length,
+        batch_size=batching.compared,
+        prompts=_column_prompts(config, model),
+        masks=config.mask_known_positives,
+    )
+    logger.info("%s", as_text(report.table))
+    for advice in report.advice:
+        logger.warning("%s", advice)
+    return report
+
+
+def _column_prompts(config: FinetuneConfig, model: SentenceTransformer) -> dict[str, str]:
+    prompts = {column: prompt_of(model, side) for column, side in SIDES.items()}
+    given = config.prompt if isinstance(config.prompt, dict) else {}
+    return prompts | {"negative": given.get("negative", prompts["positive"])}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTransformer, *, fp16: bool) -> LossWatch:
+    """What warns when the loss goes wrong."""
+    facts = RunFacts(
+        rows=report.rows,
+        anchors=report.anchors,
+        documents=report.documents,
+        duplicate_share=report.duplicate_share,
+        learning_rate=config.learning_rate,
+        trainable_parameters=trainable_counts(model)[0],
+    )
+    return LossWatch(facts, causes_of_nan(config.learning_rate, config.temperature, fp16))
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    batching: Batching,
+    rows: Rows,
+    model: SentenceTransformer,
+    *,
+    paths: Paths,
+    watch: LossWatch,
+    fp16: bool,
+) -> EbrTrainer:
+    """The trainer of a run, ready to train."""
+    data = make_datasets(rows.train, rows.heldout, batching.compared, config.seed)
+    prompts = _column_prompts(config, model)
+    negative = prompts.pop("negative")
+    prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
+
+    def known_positives(labels: Tensor) -> Tensor:
+        return (data.known if model.training else data.all_known).mask(labels)
+
+    # processes synchronise gradients in the wrapped model's forward, which packed rows skip
+    packs = config.packed_rows and world_size() == 1
+    loss = ContrastiveLoss(
+        model,
+        temperature=config.temperature,
+        label_smoothing=config.label_smoothing,
+        l1=config.l1_regularization,
+        matryoshka_dims=config.matryoshka_dims,
+        known_positives=known_positives if config.mask_known_positives else None,
+        mini_batch_size=batching.embedded,
+        eval_mini_batch_size=config.eval_batch_size,
+        heldout=data.counted,
+        query_only=config.adapter_side == "query",
+        packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
+    )
+    arguments = training_arguments(
+        paths.checkpoints,
+        rows=len(rows.train),
+        batch_size=batching.compared,
+        num_epochs=config.num_epochs,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        evaluate=rows.task is not None,
+        per_device_eval_batch_size=data.eval_batch,
+        learning_rate=config.learning_rate,
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        fp16=fp16,
+        dataloader_num_workers=config.dataloader_num_workers,
+        pin_memory=config.dataloader_pin_memory,
+        metric_for_best_model=f"eval_{config.best_metric}",
+        greater_is_better=config.best_metric != LOWER_IS_BETTER,
+        prompts=prompts,
+        seed=config.seed,
+    )
+    noise = None
+    if config.noise_enabled and config.noise_type != "none" and config.noise_prob:
+        noise = TextNoise(config.noise_type, config.noise_prob, config.noise_strength, config.seed)
+    callbacks: list[TrainerCallback] = [JsonLinesLog(paths.checkpoints / LOG_FILE), watch]
+    if rows.task:
+        best = str(paths.checkpoints / BEST_FOLDER)
+        patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
+        callbacks.append(KeepBest(config.best_metric, patience, threshold, best))
+    return EbrTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        loss=loss,
+        anchors=data.all_known.anchors,
+        documents=data.all_known.documents,
+        balanced=config.balanced_batches,
+        measure=partial(measure, config, rows.task) if rows.task else None,
+        noise=noise,
+        noise_columns=config.noise_apply_to_fields,
+        memory_limit_mb=config.memory_limit_gb * 1024,
+        callbacks=callbacks,
+    )
