@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +13,6 @@ from ebr_lib.data.text import is_blank, split_words, words_and_gaps
 from ebr_lib.finetune.noise import TextNoise, add_noise
 
 KINDS = ["random_delete", "random_swap", "char_delete"]
-DATA = Path(__file__).parents[2] / "shared" / "data"
 ENGLISH = [
     "How do I return a pair of shoes that pinch at the toes after one short walk?",
     "My parcel says delivered, but neither I nor the neighbours have seen it since Tuesday.",
@@ -153,31 +149,7 @@ def test_a_sample_is_touched_in_all_its_columns_or_in_none_and_each_in_its_own_w
     assert sum(way > 1 for way in ways) > 0.8 * len(ways)
 
 
-# --- both shares, on real texts -----------------------------------------------------------------------------------
-
-
-def _banking() -> list[str]:
-    with (DATA / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
-        return [row["text"] for row in csv.DictReader(file)][:3000]
-
-
-def _shopping() -> list[str]:
-    with (DATA / "online_shopping" / "reviews.csv").open(encoding="utf-8", newline="\n") as file:
-        return [line.rstrip("\n").split("\x01")[3] for line in file][1:2001]
-
-
-def _cmrc() -> list[str]:
-    data = json.loads((DATA / "cmrc2018" / "trial.json").read_text(encoding="utf-8"))["data"]
-    return [qa["question"] for doc in data for paragraph in doc["paragraphs"] for qa in paragraph["qas"]]
-
-
-def real(name: str) -> list[str]:
-    own = {"english": ENGLISH * 400, "chinese": CHINESE * 400}
-    if name in own:
-        return own[name]
-    if not DATA.is_dir():
-        pytest.skip("the shared data is not here")
-    return {"banking77": _banking, "online_shopping": _shopping, "cmrc2018": _cmrc}[name]()
+# --- both shares ------------------------------------------------------------------------------------------------------
 
 
 def units(text: str, kind: str) -> list[str]:
@@ -235,10 +207,10 @@ def expected_change(n: int, strength: float, kind: str) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["english", "chinese", "banking77", "online_shopping", "cmrc2018"])
+@pytest.mark.parametrize("texts", [ENGLISH * 400, CHINESE * 400], ids=["english", "chinese"])
 @pytest.mark.parametrize(("prob", "strength"), [(0.1, 0.1), (0.5, 0.3)])
-def test_shares_are_what_the_knobs_say(name, kind, prob, strength):
-    texts = [text for text in real(name) if has_room(text, kind)]
+def test_shares_are_what_the_knobs_say(texts, kind, prob, strength):
+    texts = [text for text in texts if has_room(text, kind)]
     noise = TextNoise(kind, prob, strength, seed=3)
     noisy = [noise(text, 1, row, "anchor") for row, text in enumerate(texts)]
     touched = [(before, after) for before, after in zip(texts, noisy, strict=True) if before != after]
