@@ -218,18 +218,18 @@ def without_duplicates(run: Callable[[], str]) -> str:
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
-    from ebr_lib.finetune import trainer as training
+    from ebr_lib.finetune import setup
 
-    class Trainer(training.EbrTrainer):
+    class Trainer(setup.EbrTrainer):
         def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
             self.args.batch_sampler = BatchSamplers.NO_DUPLICATES
             return SentenceTransformerTrainer.get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs)
 
-    training.EbrTrainer, kept = Trainer, training.EbrTrainer  # type: ignore[misc]
+    setup.EbrTrainer, kept = Trainer, setup.EbrTrainer  # type: ignore[misc]
     try:
         return run()
     finally:
-        training.EbrTrainer = kept  # type: ignore[misc]
+        setup.EbrTrainer = kept  # type: ignore[misc]
 
 
 def judged(task: Set, model: str) -> dict[str, float]:
@@ -238,9 +238,9 @@ def judged(task: Set, model: str) -> dict[str, float]:
     from ebr_lib.model.loading import load_model, prompt_of
 
     loaded = load_model(model, max_seq_length=int(task.knobs.get("max_seq_length", 128)), merged=True)
-    told = task.knobs.get("prompt", {})
+    given = task.knobs.get("prompt", {})
     queries, documents = (
-        Encoder(loaded, prompt=prompt_of(loaded, side) or told.get(column, ""), precision="auto").encode(texts)
+        Encoder(loaded, prompt=prompt_of(loaded, side) or given.get(column, ""), precision="auto").encode(texts)
         for side, column, texts in (("query", "anchor", task.queries), ("document", "positive", task.documents))
     )
     ranked = np.argsort(-(queries @ documents.T), axis=1)[:, :10]

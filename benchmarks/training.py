@@ -230,16 +230,16 @@ def stock(job: Job, bf16: bool, build: Callable[[Job], Any]) -> Run:
 def ours(job: Job, **knobs: Any) -> Run:
     """The finetuning stage, as a user calls it, in the library's order of rows."""
     from ebr_lib import train_sentence_transformer
-    from ebr_lib.finetune import trainer as training
+    from ebr_lib.finetune import setup
 
     before: list[float] = []
 
-    class Weighed(training.EbrTrainer):
+    class Weighed(setup.EbrTrainer):
         def __init__(self, **kwargs: Any) -> None:
             before.append(held_mb())
             super().__init__(**kwargs)
 
-    training.EbrTrainer, kept = Weighed, training.EbrTrainer  # type: ignore[misc]
+    setup.EbrTrainer, kept = Weighed, setup.EbrTrainer  # type: ignore[misc]
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = {
@@ -262,7 +262,7 @@ def ours(job: Job, **knobs: Any) -> Run:
             result = train_sentence_transformer(config | knobs)
             lines = (Path(result.model_path) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     finally:
-        training.EbrTrainer = kept  # type: ignore[misc]
+        setup.EbrTrainer = kept  # type: ignore[misc]
     return run_of([json.loads(line) for line in lines], before[0])
 
 
