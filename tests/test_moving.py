@@ -19,8 +19,7 @@ from ebr_lib.errors import ConfigError, MissingError, ModelError
 from ebr_lib.files import write_json
 from ebr_lib.finetune.trainer import EbrTrainer
 from ebr_lib.inference.job import Job
-from ebr_lib.inference.moved import with_known_names
-from ebr_lib.inference.ray_cluster import JOB_FILE
+from ebr_lib.inference.resume import JOB_FILE, with_known_names
 from ebr_lib.inference.store import Store
 from ebr_lib.model.bases import given_bases, look_for_bases_in
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
@@ -208,7 +207,7 @@ def test_inputs_are_known_by_contents_and_partition(tmp_path, known_by):
     then = job_of(output, [("a.csv", "1"), ("b.csv", "2"), ("c.csv", "2"), ("dt=1/d.csv", "3"), ("gone.csv", "4")])
     if known_by == "state":
         with contextlib.closing(Store(work)) as store:
-            store.go_back({"first": 0, "earlier": then.inputs[:2], "inputs": then.inputs[2:]})
+            store.save(state={"earlier": then.inputs[:2], "inputs": then.inputs[2:]})
     elif known_by == "parts":
         write_json(work / JOB_FILE, {"inputs": then.inputs})
     else:

@@ -1,54 +1,33 @@
-"""Parquet and ORC as rows of text: every kind of column that has a text, and a sentence for one that has none."""
+"""Parquet and ORC as rows of text, for every kind of column that has one."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebr_lib.data.containers import ORC
-from ebr_lib.errors import DataError, MissingError
+from ebr_lib.data.containers import ORC, readable
+from ebr_lib.errors import DataError
 from ebr_lib.logs import logger
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 4096
-NAMES = {"parquet": "Parquet", ORC: "ORC"}
 
 
-@contextlib.contextmanager
-def arrow_errors(path: Path, kind: str) -> Iterator[None]:
-    """Turn what Arrow raises over a file into an error that names it.
-
-    :raises MissingError: it is no longer there.
-    :raises DataError: its data is damaged, or written in a way that is not read here.
-    """
-    import pyarrow as pa
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: the file is no longer there; put it back and run the same call again") from error
-    except pa.ArrowNotImplementedError as error:
-        raise DataError(
-            f"{path}: {NAMES[kind]} that is not read here ({error}); write it with other settings"
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(f"{path} is not a complete {NAMES[kind]} file ({error}); fetch it again") from error
+class NoTextError(DataError):
+    """A column of a columnar file has no text."""
 
 
 def read_schema(path: Path, kind: str) -> tuple[pa.Schema, int]:
-    """Columns of a file, and how many rows it has.
+    """Columns of a file, and its number of rows.
 
-    :raises MissingError, DataError: see `arrow_errors`.
+    :raises MissingError, DataError: see `readable`.
     """
-    with arrow_errors(path, kind):
+    with readable(path, kind):
         if kind == ORC:
             from pyarrow import orc
 
@@ -63,15 +42,10 @@ def read_schema(path: Path, kind: str) -> tuple[pa.Schema, int]:
 def read_batches(path: Path, kind: str, columns: Sequence[str], start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches of rows, each with the number of its first row from 1; whole groups before row `start` are not read.
 
-    :raises MissingError, DataError: see `arrow_errors`.
+    :raises MissingError, DataError: see `readable`.
     """
-    batches = (_orc_batches if kind == ORC else _parquet_batches)(path, columns, start)
-    while True:
-        with arrow_errors(path, kind):
-            item = next(batches, None)
-        if item is None:
-            return
-        yield item
+    with readable(path, kind):
+        yield from (_orc_batches if kind == ORC else _parquet_batches)(path, columns, start)
 
 
 def _parquet_batches(path: Path, columns: Sequence[str], start: int) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -106,9 +80,9 @@ def _orc_batches(path: Path, columns: Sequence[str], start: int) -> Iterator[tup
 
 
 def read_columns(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows as Python values by column; columns of no value that Python has are left out, with a warning.
+    """Rows as Python values by column; columns whose type Python does not have are left out, with a warning.
 
-    :raises MissingError, DataError: see `arrow_errors`.
+    :raises MissingError, DataError: see `readable`.
     """
     schema, _ = read_schema(path, kind)
     names = list(schema.names)
@@ -125,7 +99,7 @@ def _values(path: Path, name: str, column: pa.Array) -> list[Any] | None:
     try:
         return _texts(column) if isinstance(column, pa.ExtensionArray) else column.to_pylist()
     except (pa.ArrowException, UnicodeError) as error:
-        logger.warning("%s: column %s is %s and left out (%s)", path, name, column.type, error)
+        logger.warning("列已略过 %s: column %s is %s and left out (%s)", path, name, column.type, error)
         return None
 
 
@@ -137,9 +111,9 @@ def _texts(column: pa.Array) -> list[str | None]:
 
 
 def column_texts(path: Path, name: str, column: pa.Array) -> list[Any]:
-    """A column as bytes of UTF-8, None for null; binary columns are taken for text as they are.
+    """A column as bytes of UTF-8, None for null; binary columns are taken as text.
 
-    :raises DataError: names the column and its type, which has no text.
+    :raises NoTextError: names the column and its type.
     """
     import pyarrow as pa
 
@@ -174,7 +148,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def need_texts(path: Path, kind: str, columns: Iterable[str]) -> None:
     """Check, before the work, that columns have a text.
 
-    :raises DataError: names one that has none, and its type.
+    :raises NoTextError: names one that has none, and its type.
     """
     import pyarrow as pa
 
@@ -185,23 +159,20 @@ def need_texts(path: Path, kind: str, columns: Iterable[str]) -> None:
         if name in intervals:
             raise _no_text(path, name, "interval")
         try:
-            _as_bytes(pa.nulls(1, type_))  # not of none: a time zone is looked up for a value
+            _as_bytes(pa.nulls(1, type_))  # not zero: a time zone is looked up only for a value
         except (pa.ArrowException, UnicodeError) as error:
             raise _no_text(path, name, str(type_)) from error
 
 
 def _intervals(path: Path) -> list[str]:
-    """Columns of Parquet's INTERVAL, which Arrow takes for twelve bytes."""
+    """Columns of Parquet's type INTERVAL, which Arrow reads as twelve bytes."""
     import pyarrow.parquet as pq
 
     schema = pq.read_metadata(path).schema
     return [schema.column(i).path for i in range(len(schema)) if schema.column(i).converted_type == "INTERVAL"]
 
 
-def _no_text(path: Path, name: str, type_: str) -> DataError:
+def _no_text(path: Path, name: str, type_: str) -> NoTextError:
     zone = re.search(r"tz=([^\]]+)", type_)
     why = f"whose time zone {zone[1]} is not known here" if zone else "which has no text"
-    return DataError(
-        f"{path}: column {name} is {type_}, {why}; name the columns to keep in output_columns, without it, "
-        "or write it as text"
-    )
+    return NoTextError(f"{path}: column {name} is {type_}, {why}")

@@ -1,17 +1,19 @@
-"""What a file is by its first bytes: text, compressed text that is read, Parquet, ORC, or a container that is refused.
+"""What a file holds, by its first bytes: text, compressed text, Parquet, ORC, or a container that is refused.
 
 Names say little: Hive calls its parts `000000_0` whatever they hold, and a wrong guess would encode garbage as rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from ebr_lib.errors import DataError
+from ebr_lib.errors import DataError, MissingError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +55,7 @@ REFUSED = (  # offset, first bytes, name, remedy
 def kind_of(path: Path) -> str:
     """What a file holds: text, gzip, bz2, zstd, parquet or orc.
 
-    :raises DataError: a container that is not read; names it and how to unpack it.
+    :raises DataError: it is another container; says which, and how to unpack it.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -63,7 +65,7 @@ def kind_of(path: Path) -> str:
             file.seek(max(0, size - 4))
             kind = ORC if b"\x00" in head or file.read(3) == b"ORC" else TEXT
     if kind == TEXT and path.suffix.lower() == ".parquet" and (b"\x00" in head or not head):
-        return PARQUET  # cut or overwritten: the reader says so
+        return PARQUET  # cut or overwritten: the reader raises
     _refuse(path, head, size)
     if kind in (GZIP, BZ2, ZSTD):
         _refuse_inner(path, kind)
@@ -105,7 +107,7 @@ def _refuse_inner(path: Path, kind: str) -> None:
 
 
 def _hadoop_codec(head: bytes, size: int) -> str:
-    """Name of a codec of Hadoop's that has no mark of its own; empty for what is not one of them."""
+    """The codec of Hadoop's that has no mark of its own, if it is one; else empty."""
     if _is_snappy(head, size):
         return "raw snappy"
     if _is_zlib(head):
@@ -117,7 +119,7 @@ def _hadoop_codec(head: bytes, size: int) -> str:
 
 
 def _block_codec(block: bytes, packed: int, whole: int) -> str:
-    """Name of the codec in Hadoop's block format: sizes before each block, and no mark."""
+    """The codec in Hadoop's block format: sizes before each block, and no mark."""
     if _is_snappy(block, packed):
         return "snappy in Hadoop's blocks"
     import pyarrow as pa
@@ -148,7 +150,7 @@ def _is_snappy(head: bytes, size: int) -> bool:
     if not announced or not (size <= 32 + announced + announced // 6 and announced <= SNAPPY_RATIO * size):
         return False
     made, whole = 0, len(head) == size
-    while at < (len(head) if whole else len(head) - 5) and made < announced:  # an element may be cut where the head is
+    while at < (len(head) if whole else len(head) - 5) and made < announced:  # the last element may be cut
         length, offset, at = _snappy_element(head, at)
         if length < 0 or offset > made:
             return False
@@ -184,10 +186,39 @@ def _snappy_element(head: bytes, at: int) -> tuple[int, int, int]:
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def readable(path: Path, kind: str = TEXT) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that names it.
+
+    :raises MissingError: it is no longer there.
+    :raises DataError: its data is damaged, is written in a way that is not read here, or cannot be read.
+    """
+    import pyarrow as pa
+
+    name = {ORC: "ORC"}.get(kind, "Parquet")
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: the file is no longer there; put it back and run the same call again") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip data is damaged or cut short ({error}); fetch the file again") from error
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(f"{path}: {name} that is not read here ({error}); write it with other settings") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}); fix that and run the same call again"
+            ) from error
+        what = f"is not a complete {name} file" if kind in COLUMNAR else "is damaged or not complete"
+        raise DataError(f"{path} {what} ({error}); fetch it again") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a complete {name} file ({error}); fetch it again") from error
+
+
 def opened(path: Path) -> IO[bytes]:
     """Open a file of text for its bytes, unpacked where it is compressed.
 
-    :raises DataError: it is a container that is not read, or columns where rows of text are wanted.
+    :raises DataError: it is a container that is refused, or Parquet or ORC.
     """
     if (kind := kind_of(path)) in COLUMNAR:
         raise DataError(f"{path} is {kind}, where text is wanted; convert it to text")
@@ -195,7 +226,7 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def open_bytes(path: Path, kind: str) -> IO[bytes]:
-    """Open a file as the text that it holds, unpacked; can be sought, by reading from the start where compressed."""
+    """Open a file as unpacked text; seeking back in a compressed one reads it from the start again."""
     file = open(path, "rb")  # noqa: SIM115 - the callers close it
     if kind == GZIP:
         return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER_BYTES))
@@ -206,7 +237,7 @@ def open_bytes(path: Path, kind: str) -> IO[bytes]:
 
 
 def unpacked_size(path: Path, kind: str) -> int:
-    """Bytes of a file's text: exact for text, and for gzip of one member below 4 GiB; else a guess, for progress."""
+    """Bytes of a file's text: exact for text, and for gzip of one member below 4 GiB; else an estimate."""
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         if kind == GZIP:
@@ -216,7 +247,7 @@ def unpacked_size(path: Path, kind: str) -> int:
 
 
 class _Unpacked(io.RawIOBase):
-    """bz2 or zstd, several streams in a row too, read through Arrow; damage is an error, also at the end."""
+    """bz2 or zstd, of one or more streams, read through Arrow; damage is an error, also at the end."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self._path, self._kind = path, kind

@@ -1,8 +1,8 @@
 """Fields of delimited rows with quotes (RFC 4180) or an escape character (Hive's ESCAPED BY), bytes in and bytes out.
 
 A quoted field begins and ends with `"`, holds delimiters and newlines as they are, and `""` for a quote. An escape
-character takes the next character as it is, but `n` and `r`, which are a newline and a carriage return, as in Hive.
-`\\N` alone is null. A record may go on over several lines, so it is parsed a line at a time.
+character takes the next character literally, except `n` and `r`: newline and carriage return, as in Hive. `\\N` alone
+is null. A record may span several lines, so it is parsed line by line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dialect:
 
     :param delimiter: one byte between the fields.
     :param quoted: fields may be quoted.
-    :param escape: one byte that takes the next one as it is; None where nothing escapes.
+    :param escape: one byte that takes the next one literally; None for no escaping.
     """
 
     delimiter: bytes
@@ -31,11 +31,11 @@ class Dialect:
 
     @property
     def is_plain(self) -> bool:
-        """Whether splitting at the delimiter is all there is."""
+        """Whether rows are only split at the delimiter."""
         return not self.quoted and self.escape is None
 
     def marks(self, line: bytes) -> bool:
-        """Whether a line holds a quote or an escape, so that it needs more than splitting."""
+        """Whether a line has a quote or an escape, so that it needs more than splitting."""
         return (self.quoted and b'"' in line) or (self.escape is not None and self.escape in line)
 
     @cached_property
@@ -57,7 +57,7 @@ class Dialect:
         return re.compile(re.escape(self.escape or b"") + b"(.)", re.DOTALL)
 
     def value(self, raw: bytes) -> bytes | None:
-        """What a field without quotes stands for."""
+        """The value of a field without quotes."""
         if raw == NULL:
             return None
         if self.escape is None or self.escape not in raw:
@@ -65,7 +65,7 @@ class Dialect:
         return self._escapes.sub(lambda found: ESCAPED.get(found[1], found[1]), raw)
 
     def unquoted(self, raw: bytes) -> bytes | None:
-        """What the inside of a quoted field stands for."""
+        """The value of the inside of a quoted field."""
         if self.escape is None or self.escape not in raw:
             return None if raw == NULL else raw.replace(b'""', b'"')
         pairs = re.compile(b'""|' + self._escapes.pattern, re.DOTALL)
@@ -74,22 +74,22 @@ class Dialect:
 
 
 class BrokenQuoteError(ValueError):
-    """A quoted field is followed by something else than a delimiter or the end of the row."""
+    """A quoted field is not followed by a delimiter or the end of the row."""
 
 
 class Record:
-    """A row that is parsed line by line; `fields` are whole when `add` says so."""
+    """A row that is parsed line by line; `fields` are complete when `add` returns True."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.fields: list[bytes | None] = []
         self._dialect = dialect
-        self._text, self._at = b"", 0  # the last line after what was left of those before it; what is read of it
-        self._open: list[bytes] | None = None  # what was read of a quoted field that is not closed yet, in pieces
+        self._text, self._at = b"", 0  # unread rest of the last field, and the last line; how far it is read
+        self._open: list[bytes] | None = None  # pieces of a quoted field that is not closed yet
 
     def add(self, line: bytes) -> bool:
-        """Add the next line, with the newline that came before it; returns whether the row is whole.
+        """Add the next line, with the newline before it; returns whether the row is complete.
 
-        :raises BrokenQuoteError: the row cannot be one.
+        :raises BrokenQuoteError: a quote is misplaced.
         """
         rest = self._text[self._at :]
         if not rest and not self._dialect.marks(line):
@@ -109,7 +109,7 @@ class Record:
             self._at = end + 1
 
     def _add_plain(self, line: bytes) -> bool:
-        """Add a line without quotes and escapes: it belongs to the open field, or is a whole row."""
+        """Add a line without quotes and escapes: a part of the open field, or a whole row."""
         if self._open is not None:
             self._open.append(line)
             return False
@@ -117,7 +117,7 @@ class Record:
         return True
 
     def _without_cr(self, end: bytes) -> bytes:
-        """The end of a row without the `\\r` of `\\r\\n`; without quotes, the file's rows say whether it is one."""
+        """The end of a row without the `\\r` of `\\r\\n`; without quotes, the reader of lines has removed it."""
         return end.removesuffix(b"\r") if self._dialect.quoted else end
 
     def _in_quotes(self) -> bool:
@@ -127,7 +127,7 @@ class Record:
         return self._open is not None
 
     def _quoted_field(self) -> int:
-        """Where the field that began with a quote ends, after the closing one; -1 where it goes on."""
+        """Where the open quoted field ends, after its closing quote; -1 where it goes on."""
         assert self._open is not None
         found = self._dialect.body.match(self._text, self._at)
         assert found is not None  # it may be empty

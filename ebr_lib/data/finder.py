@@ -1,7 +1,7 @@
 """Input files of a folder: those that are read, and those that are not, each with its reason.
 
-Linked files and folders count as if they lay there themselves; each real folder is visited once, so a link that leads
-back ends the walk, and a second name of the same folder does not double its rows.
+Links count as what they lead to; each real folder is visited once, so a link that leads back ends the walk, and a
+second name of the same folder does not double its rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FoundFiles:
         return {name_of(path, self.root): reason for path, reason in self.left_out.items()}
 
     def log(self, remedy: str = "") -> None:
-        """Name what is left out, a line for each reason; `remedy` says which knob takes in what no pattern matches."""
+        """Log what is left out, one line per reason; `remedy` says how to take in what no pattern matches."""
         reasons = dict.fromkeys(self.left_out.values())
         for reason in reasons:
             names = [name for name, why in self.named().items() if why == reason]
@@ -68,11 +68,11 @@ class FoundFiles:
 
 
 def find_files(place: str | Path, patterns: Sequence[str], knob: str, *, subfolders: bool = True) -> FoundFiles:
-    """Find the files below a folder whose names match a pattern; a file that is given itself is taken as it is.
+    """Find the files below a folder whose names match a pattern; a file given by itself is always taken.
 
     Hidden files and folders (`.` or `_` first) are left out, as Hive and Spark do.
 
-    :param patterns: globs such as `*.csv`, matched from the end of the path, upper and lower case alike.
+    :param patterns: globs such as `*.csv`, matched from the end of the path, ignoring case.
     :param knob: the knob that named the place, for the error.
     :raises MissingError: there is no such file or folder.
     :raises DataError: a folder cannot be listed.
@@ -112,7 +112,7 @@ def _partition(folder: str) -> tuple[str, bytes | None]:
 
 
 class _Walk:
-    """Visits a folder's own files first, then where its links lead: a link never takes a file's own place."""
+    """Visits a folder's own files first, then where its links lead: a file counts by its own name, not by a link's."""
 
     def __init__(self, root: Path, patterns: Sequence[str], subfolders: bool) -> None:
         self.files: list[Path] = []

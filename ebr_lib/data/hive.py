@@ -1,56 +1,53 @@
 """Delimited text as Hive writes it, Parquet and ORC, streamed row by row.
 
 Rows of plain text end at `\\n` and nowhere else, fields at the delimiter, `\\N` is null and differs from the empty
-string; quotes and escapes mean something only where the layout says so. Bytes are split first and decoded after, so one
-bad byte costs one row. Splitting bytes is safe in UTF-8 and in GBK/GB18030, whose second bytes are 0x30 and above. A
-row that does not fit is handed over as a reject, never dropped.
+string; quotes and escapes count only where the layout has them. Bytes are split first and decoded after, so one bad
+byte costs one row. Splitting bytes is safe in UTF-8 and in GBK/GB18030, whose second bytes are 0x30 and above. A row
+that does not fit becomes a reject, and is never dropped.
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
-import gzip
 import itertools
 import json
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ebr_lib.data.columnar import column_texts, need_texts, read_batches, read_schema
-from ebr_lib.data.containers import COLUMNAR, TEXT, kind_of, open_bytes, unpacked_size
+from ebr_lib.data.columnar import column_texts, read_batches, read_schema
+from ebr_lib.data.containers import COLUMNAR, TEXT, kind_of, open_bytes, readable, unpacked_size
 from ebr_lib.data.fields import LOOSE_QUOTE, NULL, BrokenQuoteError, Dialect, Record
-from ebr_lib.errors import DataError, MissingError
+from ebr_lib.errors import DataError
 from ebr_lib.logs import logger
 
 BOM = b"\xef\xbb\xbf"
-SAMPLE_BYTES = 1 << 20  # read at once to tell the encoding by
-SAMPLE_LIMIT = 1 << 26  # read in all, where all of it is ASCII
-HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is put together again
+SAMPLE_BYTES = 1 << 20  # read at once to detect the encoding
+SAMPLE_LIMIT = 1 << 26  # read in all where all of it is ASCII
+HEAL_LINES, HEAL_BYTES = 10_000, 1 << 26  # of one row that is rejoined
 CR_BLOCK = 1 << 20  # read at once of a file whose rows end in \\r alone
 EMPTY_LINE = "empty line"
 OPEN_QUOTE = "a quote that is not closed"
 HEADER_AGAIN = "the header row again"
-OLD_ORC_NAME = re.compile(r"_col\d+")  # of a column, by Hive before 2.0: the table's own names are not in the file
+OLD_ORC_NAME = re.compile(r"_col\d+")  # written by Hive before 2.0: the table's column names are not in the file
 
 Value = bytes | None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How files are to be read.
+    """How files are read.
 
     :param delimiter: one byte between the fields.
     :param columns: names of the columns of files without a header row; None takes each file's first row.
-    :param encoding: auto (UTF-8, or GB18030 where most rows with other than ASCII are that and not UTF-8), or a codec.
-    :param heal: put rows together again that a newline inside a field has broken; the newline becomes a space.
-    :param quoting: whether fields may stand in quotes, as in RFC 4180: none, csv, or auto. That is csv for commas, and
-        for tabs and other signs in files named `.csv` or `.tsv`; none for control characters, and with `heal`.
-    :param escape: one byte that takes the next one as it is (Hive's ESCAPED BY); None where nothing escapes.
+    :param encoding: a codec, or auto: UTF-8, or GB18030 where most rows that are not ASCII are that and not UTF-8.
+    :param heal: rejoin rows that a newline inside a field has broken; the newline becomes a space.
+    :param quoting: whether fields may be quoted, as in RFC 4180: none, csv, or auto. Auto is csv for commas, and for
+        tabs and other signs in files named `.csv` or `.tsv`; none for control characters, and with `heal`.
+    :param escape: one byte that takes the next one literally (Hive's ESCAPED BY); None for no escaping.
     """
 
     delimiter: bytes = b"\x01"
@@ -63,12 +60,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file whose header is known; rows begin at byte `start`, which is line `first_line`.
+    """One input file whose header is known.
 
-    `columns` are those in the file; `partitions` those that its folders give, with the value for all of its rows.
-    `extent` is where its positions end, in what they count: uncompressed bytes, or rows of Parquet and ORC. `stamp` is
-    its size and time of change, to tell whether it is still the same. `newline` ends its rows. `kind` says what it is.
-    `stored` are the columns' names in the file where they are other ones (`_col0`).
+    :param columns: those in the file.
+    :param stamp: size and time of change, to detect changes.
+    :param extent: where its positions end: in uncompressed bytes, or in rows of Parquet and ORC.
+    :param newline: what ends its rows.
+    :param start: byte at which the rows begin, which is line `first_line`.
+    :param kind: what it holds; see `kind_of`.
+    :param partitions: columns that its folders give, each with its value for all rows.
+    :param stored: the columns' names in the file where they differ (`_col0`).
     """
 
     path: Path
@@ -95,9 +96,9 @@ class Source:
         return self.stamp[0]
 
     def check_unchanged(self) -> None:
-        """Check that the file is still the one that was opened.
+        """Check that the file has not changed since it was opened.
 
-        :raises DataError: its size or time of change is another.
+        :raises DataError: its size or time of change differs.
         :raises MissingError: it is no longer there.
         """
         with readable(self.path):
@@ -125,10 +126,12 @@ class Position(NamedTuple):
 class Row(NamedTuple):
     """A row, or a reject.
 
-    `values` are the wanted columns in UTF-8, None for null; empty for a reject, whose `reason` says why. `raw` are the
-    bytes as they were, the newline left out, but for those inside of a row that was healed. `lines` counts the lines
-    that were joined into it. Reading from `after` on gives the rows that follow only where a row is `resumable`:
-    lines of which healing has made no row might find others to be joined with.
+    :param values: the wanted columns in UTF-8, None for null; empty for a reject.
+    :param raw: the bytes as they were, without the newline at the end.
+    :param reason: why it is a reject; empty for a row.
+    :param lines: how many lines were joined into it.
+    :param resumable: reading from `after` on gives the rows that follow. Not after lines that healing left apart: they
+        might be joined with others.
     """
 
     position: Position
@@ -141,29 +144,6 @@ class Row(NamedTuple):
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into an error that names it.
-
-    :raises MissingError: it is no longer there.
-    :raises DataError: its data is damaged, or it cannot be read.
-    """
-    import pyarrow as pa
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: the file is no longer there; put it back and run the same call again") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the gzip data is damaged or cut short ({error}); fetch the file again") from error
-    except OSError as error:
-        if error.errno is None:  # Arrow's codecs say so of damaged data
-            raise DataError(f"{path} is damaged or not complete ({error}); fetch it again") from error
-        raise DataError(f"{path} cannot be read ({error.strerror}); see to it and run the same call again") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a complete Parquet file ({error}); fetch it again") from error
 
 
 def is_empty(path: Path) -> bool:
@@ -184,7 +164,7 @@ def is_empty(path: Path) -> bool:
 def open_source(
     path: Path, layout: Layout, name: str | None = None, partitions: Mapping[str, Value] | None = None
 ) -> Source:
-    """Read a file's header and tell what it holds, its encoding and its newlines.
+    """Read a file's header, and find out what it holds, its encoding and its newlines.
 
     :param partitions: columns that the file's folders give; one of the same name in the file is read from the file.
     :raises DataError: the file is empty, is UTF-16, a container that is not read, or names a column twice.
@@ -240,10 +220,10 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
     )
     header = next(_split_rows(source, layout, Position(1, bom)), None)
     decoded = "utf-8" if _is_transcoded(source, layout.escape) else source.encoding
-    named = tuple(_decoded(name, decoded) for name in header.fields) if header else ()
+    named = tuple(_decoded(name, decoded) for name in header.values) if header else ()
     is_header = layout.columns is None or named == layout.columns
     if _has_loose_quotes(source, header, layout, first + block):
-        logger.info("%s: 引号按普通字符读取 (quotes are letters: they do not enclose fields)", path)
+        logger.info("%s: 引号按普通字符读取 (quotes are ordinary characters: they do not enclose fields)", path)
         return _open_text(path, kind, replace(layout, quoting="none"), name)
     if source.newline != b"\r" and not quoted:
         rows = (first + block)[header.after.offset - bom :] if header and is_header else first + block
@@ -253,7 +233,7 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
     assert layout.columns is not None
     if set(named) == set(layout.columns):
         logger.warning(
-            "%s: the first row holds the names in columns, in another order (%s); it is read as a row: "
+            "首行列名顺序不同 %s: the first row has the names in columns in another order (%s) and is read as a row: "
             "leave columns out to take it as the header",
             path,
             ", ".join(named),
@@ -273,14 +253,14 @@ def _is_quoted(path: Path, layout: Layout) -> bool:
     return layout.delimiter == b"," or any(ending.lower() in (".csv", ".tsv") for ending in path.suffixes)
 
 
-def _has_loose_quotes(source: Source, header: _Split | None, layout: Layout, sample: bytes) -> bool:
-    """Whether quotes cannot enclose fields in the first rows of a file that only its name says to have such.
+def _has_loose_quotes(source: Source, header: Row | None, layout: Layout, sample: bytes) -> bool:
+    """Whether quotes do not enclose fields in the first rows of a file that is quoted only by its name.
 
     Tables of Hive and of databases are named `.tsv` too, where a quote is a letter: `"6 inch`.
     """
     if layout.quoting != "auto" or not source.quoted or layout.delimiter == b"," or b'"' not in sample or not header:
         return False
-    source = replace(source, columns=("",) * len(header.fields))
+    source = replace(source, columns=("",) * len(header.values))
     rows = itertools.takewhile(
         lambda row: row.position.offset < SAMPLE_BYTES, _split_rows(source, layout, Position(1, source.start))
     )
@@ -293,13 +273,13 @@ def _ends_in_cr(sample: bytes) -> bool:
 
 
 def _newline_of(path: Path, rows: bytes, header: bytes) -> bytes:
-    """What ends the rows: `\\r\\n` where most of them show it; what ends the header where no row shows any."""
+    """What ends the rows: `\\r\\n` where most of them end so; the header's newline where there are no others."""
     newlines, carriage = rows.count(b"\n"), rows.count(b"\r\n")
     if not newlines:
         return header
     if 0 < carriage < newlines:
         logger.warning(
-            "%s: %d of its first %d rows end in \\r\\n, the others in \\n; what most have is taken for the row's end",
+            "换行符不一致 %s: %d of its first %d rows end in \\r\\n, the others in \\n; the more common one ends rows",
             path,
             carriage,
             newlines,
@@ -307,38 +287,27 @@ def _newline_of(path: Path, rows: bytes, header: bytes) -> bytes:
     return b"\r\n" if 2 * carriage > newlines else b"\n"
 
 
-class _Piece(NamedTuple):
-    line: bytes
-    cut: bool  # what follows in the file belongs to it
-
-
-def _foreign_lines(file: IO[bytes], first: bytes, block: bytes) -> list[_Piece]:
-    """Lines with other than ASCII, to tell the encoding by."""
-    lines = _not_ascii(first + block, len(block) == SAMPLE_BYTES)
-    read = len(block)
-    while block and not lines and read < SAMPLE_LIMIT:
-        block = file.read(SAMPLE_BYTES)
-        lines = _not_ascii(block, len(block) == SAMPLE_BYTES)
+def _foreign_lines(file: IO[bytes], first: bytes, block: bytes) -> list[tuple[bytes, bool]]:
+    """Lines that are not ASCII, which show the encoding; and whether each is cut, its end not being read."""
+    text, read = first + block, len(block)
+    while text.isascii():
+        if not block or read >= SAMPLE_LIMIT:
+            return []
+        text = block = file.read(SAMPLE_BYTES)
         read += len(block)
-    return lines
+    *whole, last = text.split(b"\n")
+    lines = [*((line, False) for line in whole), (last, len(block) == SAMPLE_BYTES)]
+    return [(line, cut) for line, cut in lines if not line.isascii()]
 
 
-def _not_ascii(block: bytes, goes_on: bool) -> list[_Piece]:
-    if block.isascii():
-        return []
-    *whole, last = block.split(b"\n")
-    pieces = [*(_Piece(line, False) for line in whole), _Piece(last, goes_on)]
-    return [piece for piece in pieces if not piece.line.isascii()]
-
-
-def _encoding_of(path: Path, lines: list[_Piece], layout: Layout) -> str:
+def _encoding_of(path: Path, lines: list[tuple[bytes, bool]], layout: Layout) -> str:
     if layout.encoding != "auto":
         return layout.encoding
-    foreign = sum(not _decodes(*piece, "utf-8") and _decodes(*piece, "gb18030") for piece in lines)
+    foreign = sum(not _decodes(*line, "utf-8") and _decodes(*line, "gb18030") for line in lines)
     if 2 * foreign <= len(lines):
         return "utf-8"
     logger.info(
-        "%s: 编码识别为 GB18030 (%d of %d rows are no UTF-8; set encoding to overrule)", path, foreign, len(lines)
+        "%s: 编码识别为 GB18030 (%d of %d rows are not UTF-8; set encoding to overrule)", path, foreign, len(lines)
     )
     if layout.delimiter >= b"0":
         raise DataError(
@@ -349,7 +318,7 @@ def _encoding_of(path: Path, lines: list[_Piece], layout: Layout) -> str:
 
 
 def _decodes(line: bytes, cut: bool, encoding: str) -> bool:
-    """Whether bytes are of an encoding; those that are `cut` may end within a character."""
+    """Whether bytes decode; those that are `cut` may end within a character."""
     try:
         codecs.getincrementaldecoder(encoding)().decode(line, final=False) if cut else line.decode(encoding)
     except UnicodeDecodeError:
@@ -361,34 +330,6 @@ def _is_utf8(value: bytes) -> bool:
     return _decodes(value, False, "utf-8")
 
 
-def need_columns(source: Source, wanted: Iterable[str], delimiter: bytes) -> None:
-    """Check that a file has the columns, and that they can be read as text.
-
-    :raises DataError: lists the columns wanted and found, and the likely way out; or names one that has no text.
-    """
-    wanted = list(wanted)
-    missing = [column for column in wanted if column not in source.columns and column not in source.partitions]
-    if not missing:
-        if source.kind in COLUMNAR:
-            with readable(source.path):
-                own = [name for name in wanted if name in source.columns]
-                need_texts(source.path, source.kind, source.stored_names(own))
-        return
-    found = ", ".join(column[:40] for column in [*source.columns, *source.partitions][:20])
-    if source.kind in COLUMNAR:
-        old = all(map(OLD_ORC_NAME.fullmatch, source.columns))
-        hint = "; give their names in order: columns=[…]" if old else ""
-        raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found}{hint}")
-    hint = "for files without a header row, give their names: columns=[…]"
-    if len(source.columns) == 1:
-        others = {",": "a comma", "\t": "a tab", "|": "a bar", ";": "a semicolon", "\x01": "\\001"}
-        near = [(name, sign) for sign, name in others.items() if sign in source.columns[0]]
-        spelled = {"\t": "\\t", "\x01": "\\001"}
-        for name, sign in near[:1]:
-            hint = f"the first row holds {name}: is that the delimiter? (--delimiter '{spelled.get(sign, sign)}')"
-    raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found} (split by {delimiter!r}); {hint}")
-
-
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +337,7 @@ def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Posi
     """Stream a file's rows from a position on, rejects among them.
 
     :raises MissingError: the file is no longer there.
-    :raises DataError: the compressed data ends early, or the file is no Parquet.
+    :raises DataError: the compressed data ends early, or the file is not complete Parquet or ORC.
     """
     own = [name for name in wanted if name in source.columns]
     if len(own) < len(wanted):
@@ -408,16 +349,19 @@ def read_rows(source: Source, wanted: Sequence[str], layout: Layout, start: Posi
             return
         start = start or Position(source.first_line, source.start)
         if not _dialect(source, layout).is_plain:
-            rest = replace(source, encoding="utf-8") if _is_transcoded(source, layout.escape) else source
-            yield from map(_Chooser(rest, wanted, layout.delimiter).split_row, _split_rows(source, layout, start))
+            decoded = replace(source, encoding="utf-8") if _is_transcoded(source, layout.escape) else source
+            yield from itertools.starmap(_Chooser(decoded, wanted).row, _split_rows(source, layout, start))
             return
-        lines, choose = _lines(source, start), _Chooser(source, wanted, layout.delimiter)
-        for line in _healed(lines, choose) if layout.heal else lines:
-            yield choose.row(line)
+        lines, row = _lines(source, start), _Chooser(source, wanted).row
+        for line in _healed(lines, layout.delimiter, len(source.columns)) if layout.heal else lines:
+            fields: list[Value] = line.fields.split(layout.delimiter)  # type: ignore[assignment]
+            if NULL in line.fields:
+                fields = [None if field == NULL else field for field in fields]
+            yield row(line.position, line.after, fields, line.raw, "", line.lines, line.resumable)
 
 
 def _with_partitions(source: Source, wanted: Sequence[str], rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows with the values of their folders put in where they are wanted."""
+    """The rows, with the values of their folders inserted where they are wanted."""
     given = [(place, source.partitions[name]) for place, name in enumerate(wanted) if name not in source.columns]
     for row in rows:
         if not row.reason:
@@ -457,25 +401,15 @@ def _cr_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-class _Split(NamedTuple):
-    """A row whose fields were separated, or `reason` why they could not be."""
-
-    position: Position
-    after: Position
-    raw: bytes
-    fields: list[Value]
-    reason: str = ""
-
-
 def _dialect(source: Source, layout: Layout) -> Dialect:
     return Dialect(layout.delimiter, source.quoted, layout.escape)
 
 
-def _split_rows(source: Source, layout: Layout, start: Position) -> Iterator[_Split]:
-    """Rows with quotes or escapes, over as many lines as each takes.
+def _split_rows(source: Source, layout: Layout, start: Position) -> Iterator[Row]:
+    """Rows with quotes or escapes, over as many lines as each takes, with all of their fields.
 
-    Where lines make no row together, the first is handed over as it is, and the next begins a row of its own: reading
-    may go on at the end of any row.
+    Where lines make no row together, the first is yielded as it is, and the next begins a row of its own: reading may
+    continue after any row.
     """
     dialect, width = _dialect(source, layout), len(source.columns)
     # a field that holds whole rows: in auto, rather two loose quotes than one field; commas are CSV whatever they hold
@@ -486,16 +420,14 @@ def _split_rows(source: Source, layout: Layout, start: Position) -> Iterator[_Sp
         held = [line]
         row = _record(source, dialect, held, waiting, lines)
         whole = doubtful and all(line.fields.count(layout.delimiter) == width - 1 for line in held)
-        if len(held) > 1 and (row.reason or whole or (width and len(row.fields) != width)):
+        if len(held) > 1 and (row.reason or whole or (width and len(row.values) != width)):
             waiting.extendleft(reversed(held[1:]))
-            row = _Split(line.position, line.after, line.raw, [], row.reason or OPEN_QUOTE)
+            row = Row(line.position, line.after, [], line.raw, row.reason or OPEN_QUOTE)
         yield row
 
 
-def _record(
-    source: Source, dialect: Dialect, held: list[_Line], waiting: deque[_Line], lines: Iterator[_Line]
-) -> _Split:
-    """Put a row together from its first line in `held` and the lines that come; those that it takes are in `held`."""
+def _record(source: Source, dialect: Dialect, held: list[_Line], waiting: deque[_Line], lines: Iterator[_Line]) -> Row:
+    """Read a row that begins with the line in `held`; the further lines that it takes are added to `held`."""
     first, record, size, reason = held[0], Record(dialect), 0, ""
     encoding = source.encoding if _is_transcoded(source, dialect.escape) else "utf-8"
     try:
@@ -513,11 +445,11 @@ def _record(
     except UnicodeError:
         reason = f"not {encoding}"
     raw = source.newline[-1:].join(line.raw for line in held)
-    return _Split(first.position, held[-1].after, raw, record.fields, reason)
+    return Row(first.position, held[-1].after, record.fields, raw, reason)
 
 
 def _is_transcoded(source: Source, escape: bytes | None) -> bool:
-    """Whether lines become UTF-8 before they are split: in GBK, an escape character may be half of another one."""
+    """Whether lines become UTF-8 before they are split: in GBK, an escape character may be half of a character."""
     return escape is not None and escape >= b"0" and source.encoding != "utf-8"
 
 
@@ -526,87 +458,58 @@ def _as_utf8(line: bytes, encoding: str) -> bytes:
 
 
 class _Chooser:
-    """Takes the wanted columns out of a line, as UTF-8."""
+    """Takes the wanted columns out of rows with all of their fields, as UTF-8."""
 
-    def __init__(self, source: Source, wanted: Sequence[str], delimiter: bytes) -> None:
-        self.delimiter = delimiter
-        self.width = len(source.columns)
-        self._places = [source.columns.index(name) for name in wanted]
-        self._names = list(wanted)
-        self._encoding = source.encoding
-        self._is_utf8 = source.encoding == "utf-8"
-        self._header = [name.encode(source.encoding, "replace") for name in source.columns]
+    def __init__(self, source: Source, wanted: Sequence[str]) -> None:
+        self._width = len(source.columns)
+        self._names, self._places = list(wanted), [source.columns.index(name) for name in wanted]
+        self._encoding, self._is_utf8 = source.encoding, source.encoding == "utf-8"
+        names = (name.encode(source.encoding, "replace") for name in source.columns)
+        self._header = [None if name == NULL else name for name in names]
 
-    def row(self, line: _Line) -> Row:
-        fields = line.fields.split(self.delimiter)
-        if len(fields) != self.width:
-            return self._reject(line, _width_reason(len(fields), self.width, line.fields))
-        if fields == self._header:  # of files that were joined
-            return self._reject(line, HEADER_AGAIN)
-        values = [None if fields[place] == NULL else fields[place] for place in self._places]
-        if not line.fields.isascii() and not (self._is_utf8 and _is_utf8(line.fields)):
-            try:
-                values = [self._as_utf8(value) for value in values]
-            except UnicodeError:
-                return self._reject(line, self._undecodable(values))
-        return Row(line.position, line.after, values, line.raw, "", line.lines, line.resumable)
-
-    def split_row(self, split: _Split) -> Row:
-        """The row of fields that were separated already."""
-        reason, values = split.reason, []
-        if not reason and len(split.fields) != self.width:
-            reason = _width_reason(len(split.fields), self.width, split.raw)
-        if split.fields == self._header:
+    def row(  # noqa: PLR0917 - of a Row, as it is
+        self,
+        position: Position,
+        after: Position,
+        fields: list[Value],
+        raw: bytes,
+        reason: str,
+        lines: int,
+        resumable: bool,
+    ) -> Row:
+        if not reason and len(fields) != self._width:
+            reason = f"{len(fields)} fields, wanted {self._width}" if raw.strip() else EMPTY_LINE
+        elif fields == self._header:  # of files that were joined
             reason = HEADER_AGAIN
-        if not reason:
-            values = [split.fields[place] for place in self._places]
+        values = [] if reason else [fields[place] for place in self._places]
+        if values and not raw.isascii() and not (self._is_utf8 and _is_utf8(raw)):
             try:
-                values = [self._as_utf8(value) for value in values]
+                values = [value if value is None else value.decode(self._encoding).encode() for value in values]
             except UnicodeError:
-                reason, values = self._undecodable(values), []
-        return Row(split.position, split.after, values, split.raw, reason)
-
-    def _reject(self, line: _Line, reason: str) -> Row:
-        return Row(line.position, line.after, [], line.raw, reason, line.lines, line.resumable)
-
-    def _as_utf8(self, value: Value) -> Value:
-        return None if value is None else value.decode(self._encoding).encode("utf-8")
-
-    def _undecodable(self, values: list[Value]) -> str:
-        named = dict(zip(self._names, values, strict=True))
-        bad = [name for name, value in named.items() if value and not self._is_good(value)]
-        return f"not {self._encoding}: column {', '.join(bad)}"
-
-    def _is_good(self, value: bytes) -> bool:
-        try:
-            self._as_utf8(value)
-        except UnicodeError:
-            return False
-        return True
+                good = [value is None or _decodes(value, False, self._encoding) for value in values]
+                bad = [name for name, is_good in zip(self._names, good, strict=True) if not is_good]
+                reason, values = f"not {self._encoding}: column {', '.join(bad)}", []
+        return Row(position, after, values, raw, reason, lines, resumable)
 
 
-def _width_reason(found: int, wanted: int, line: bytes) -> str:
-    return f"{found} fields, wanted {wanted}" if line.strip() else EMPTY_LINE
-
-
-def _healed(lines: Iterator[_Line], choose: _Chooser) -> Iterator[_Line]:
+def _healed(lines: Iterator[_Line], delimiter: bytes, wanted: int) -> Iterator[_Line]:
     """Join short lines while together they have no more fields than a row.
 
-    A line that is whole by itself is never joined to what stands before it. A line of one field after a whole row is
-    the rest of that row's last field; a newline within the first column can therefore not be healed.
+    A whole line is never joined to the one before it. A line of one field after a whole row is the rest of that row's
+    last field; a newline within the first column can therefore not be healed.
     """
     held: list[_Line] = []
     width = size = 0
     for line in lines:
-        fields = line.fields.count(choose.delimiter) + 1
-        fits = fields < choose.width and width + fields - 1 <= choose.width
+        fields = line.fields.count(delimiter) + 1
+        fits = fields < wanted and width + fields - 1 <= wanted
         if held and fits and len(held) < HEAL_LINES and size < HEAL_BYTES:
             held.append(line)
             width, size = width + fields - 1, size + len(line.fields)
             continue
-        yield from _released(held, width == choose.width)
+        yield from _released(held, width == wanted)
         held, width, size = [line], fields, len(line.fields)
-    yield from _released(held, width == choose.width)
+    yield from _released(held, width == wanted)
 
 
 def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
@@ -623,32 +526,30 @@ def _released(held: list[_Line], whole: bool) -> Iterator[_Line]:
 
 
 def _columnar_rows(source: Source, wanted: Sequence[str], start: int) -> Iterator[Row]:
-    """Rows of a columnar file; their line is the number of the row from 1, and so is their offset, from 0."""
+    """Rows of a columnar file; line and offset are the number of the row, from 1 and from 0."""
     stored = source.stored_names(wanted)
     for first, batch in read_batches(source.path, source.kind, stored, start):
         columns = [column_texts(source.path, name, batch.column(name)) for name in stored]
         for number, values in enumerate(zip(*columns, strict=True), first):
-            if number >= start:
-                yield _columnar_row(Position(number, number - 1), wanted, list(values))
-
-
-def _columnar_row(position: Position, wanted: Sequence[str], values: list[Value]) -> Row:
-    after = Position(position.line + 1, position.offset + 1)
-    bad = dict.fromkeys(name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value))
-    if not bad:
-        return Row(position, after, values, b"")
-    return Row(position, after, [], _as_json(wanted, values), f"bytes that are not utf-8: column {', '.join(bad)}")
+            if number < start:
+                continue
+            here, after = Position(number, number - 1), Position(number + 1, number)
+            if bad := [name for name, value in zip(wanted, values, strict=True) if value and not _is_utf8(value)]:
+                reason = f"bytes that are not utf-8: column {', '.join(dict.fromkeys(bad))}"
+                yield Row(here, after, [], _as_json(wanted, values), reason)
+            else:
+                yield Row(here, after, list(values), b"")
 
 
 def raw_of(wanted: Sequence[str], row: Row) -> bytes:
-    """The bytes that a reject is reported with: the row's own, or for Parquet its values as JSON."""
+    """The bytes of a reject in the report: the row's own, or for Parquet its values as JSON."""
     if row.raw or not row.values:
         return row.raw
     return _as_json(wanted, row.values)
 
 
 def _as_json(wanted: Sequence[str], values: Sequence[Value]) -> bytes:
-    """Values by their names; bytes that are no UTF-8 are spelled `\\xff`."""
+    """Values by their names; bytes that are not UTF-8 are spelled `\\xff`."""
     named = zip(wanted, values, strict=True)
     texts = {name: None if value is None else value.decode("utf-8", "backslashreplace") for name, value in named}
     return json.dumps(texts, ensure_ascii=False).encode()

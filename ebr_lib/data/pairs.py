@@ -1,9 +1,9 @@
-"""Training pairs: what a row of a file says.
+"""Training pairs: what the rows of a file mean.
 
 A row has `anchor` (or `query`), `positive` (`positives`, `pos`), maybe `negative` (`negatives`, `neg`, `negative_1` …).
 Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. FlagEmbedding's and
-KaLM's other keys (`prompt`, `type`, `pos_scores`, `neg_scores`, `id` …) are read past, and the log names the columns
-that were not used. How files hold rows is the business of `records`.
+KaLM's other keys (`prompt`, `type`, `pos_scores`, `neg_scores`, `id` …) are ignored, and the log names the columns
+that were not used. `records` reads the rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALIASES = {
 }
 _MEANING = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 _NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
-# two texts without a direction: a pair only where a label says so
+# two texts without a direction: a pair only where a label calls it one
 _SIDES = {
     f"{stem}{gap}{end}": name
     for name, ends in (("anchor", "1a"), ("positive", "2b"))
@@ -71,7 +71,7 @@ _SHOWN_FILES = 20
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row of a training file: texts as they stand there, and where (`line` counts from 1)."""
+    """One row of a training file: its texts, and its place (`line` counts from 1)."""
 
     anchor: str
     positives: tuple[str, ...]
@@ -90,14 +90,14 @@ class TrainingRow:
 
 
 def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
-    """All texts of training rows, `normalised`: a document among them is one that training has seen."""
+    """All texts of training rows, `normalised`: what training has seen."""
     return {normalised(text) for row in rows for text in (row.anchor, row.positive, *row.negatives)}
 
 
 def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
-    """One training row a positive, in order; every row carries all the negatives of its pair.
+    """One training row per positive, in order; every row has all the negatives of its pair.
 
-    Each positive is thus seen once an epoch. The siblings are known positives of the same anchor, so the loss masks
+    Each positive is thus seen once per epoch. Rows of the same anchor are known positives of each other: the loss masks
     them, and `BalancedBatchSampler` keeps them in different batches where it can.
     """
     return [TrainingRow(pair.anchor, positive, pair.negatives) for pair in pairs for positive in pair.positives]
@@ -107,14 +107,14 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
 
 
 class _DegreeError(Exception):
-    """A label that is neither a yes nor a no: what it means for the whole file nobody can know from one row."""
+    """A label that is neither yes nor no: one row does not show what it means for the file."""
 
 
 @dataclass
 class _Reading:
-    """What reading has gathered so far, over all files.
+    """What was read so far, from all files.
 
-    :ivar unused: columns that mean nothing to us, each with the values that it has, up to three.
+    :ivar unused: columns that are not used, each with up to three of its values.
     """
 
     label_column: str | None
@@ -123,7 +123,7 @@ class _Reading:
     unused: dict[str, set[str]] = field(default_factory=dict)
 
     def is_label(self, name: str) -> bool:
-        """Whether a column says if the pair belongs together: the one that was given, or by its name."""
+        """Whether a column is a label of the pair: the given one, or by its name."""
         return _is_label(name) if self.label_column is None else name == self.label_column != NO_LABEL
 
     def is_column(self, name: str) -> bool:
@@ -131,13 +131,13 @@ class _Reading:
         return _is_column(name) or self.is_label(name)
 
     def labels_of(self, row: Mapping[str, Any]) -> list[str]:
-        """The columns that judge a row; the one that was given wherever it is missing, too."""
+        """The labels of a row; the given one even where it is missing."""
         if self.label_column is None:
             return list(filter(_is_label, row))
         return [] if self.label_column == NO_LABEL else [self.label_column]
 
     def note_unused(self, column: str, value: Any) -> None:
-        """Remember a column that is not used, and what it holds."""
+        """Remember a column that is not used, and some of its values."""
         seen = self.unused.setdefault(column, set())
         if value is not None and len(seen) < 3:
             seen.add(str(value).strip().casefold()[:9])
@@ -151,15 +151,15 @@ def read_pairs(
 ) -> list[Pair]:
     """Read training pairs from a file (JSON, JSON lines, CSV, TSV, Parquet), a folder of them, or several of either.
 
-    Of a folder, its own files are read, sorted by name; subfolders and hidden files are not. The log names every file
-    that was taken, with its rows, and every file that was not, with the reason.
+    A folder's own files are read, sorted by name; subfolders and hidden files are not. The log names every file read,
+    with its rows, and every file left out, with the reason.
 
-    :param on_bad_row: `error` raises and lists the first bad rows; `skip` counts them and writes them to `rejects`.
-    :param rejects: JSON lines with file, line, reason and the row as it stands; with `skip` only.
-    :param label_column: the column that says whether a row is a positive pair; None goes by the names of columns
-        (`label`, `score` …), and "none" says that there is no such column.
+    :param on_bad_row: `error` raises and lists the first bad rows; `skip` counts them, and writes them to `rejects`.
+    :param rejects: JSON lines of file, line, reason and the row as it is; only with `skip`.
+    :param label_column: the column that tells positive pairs; None goes by the names of columns (`label`, `score` …),
+        "none" means that there is no such column.
     :raises MissingError: a path is not there, or a folder has nothing to read.
-    :raises DataError: bad rows (with `error`), a file that is broken or of another kind, no rows at all.
+    :raises DataError: bad rows (with `error`), a file that is broken or of another kind, or no rows at all.
     """
     files = list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
     reading = _Reading(label_column)
@@ -193,12 +193,12 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def warn_of_heldout_names(path: str | Path | Sequence[str | Path], pairs: Sequence[Pair]) -> None:
-    """Warn of files that are trained on since they lie in a folder of training data, and whose names say otherwise."""
+    """Warn of files in a folder of training data whose names sound like held-out data."""
     given = set(map(str, _listed(path)))
     for file in sorted({pair.file for pair in pairs} - given):
         if found := _HELDOUT_NAME.search(Path(file).name.lower()):
             logger.warning(
-                "文件名像验证集，但会用于训练 %s is trained on, and its name says %s: move it out of the folder "
+                "文件名像验证集，但会用于训练 %s is trained on although its name has %s: move it out of the folder "
                 "if it is held-out data",
                 _printable(file),
                 found[1] or found[0],
@@ -217,14 +217,14 @@ def _say_files(rows: Mapping[Path, int]) -> None:
 
 
 def _say_unused(reading: _Reading) -> None:
-    """Name the columns that are not used, and warn of those that may well say which pairs belong together."""
+    """Log the columns that are not used, and warn of those that may be labels."""
     if reading.unused:
         logger.info("未使用的列 columns not used: %s", ", ".join(map(_printable, reading.unused)))
     flags = [name for name, values in reading.unused.items() if values & _OFF and values <= _OFF | _ON]
     if flags and reading.label_column is None:
         logger.warning(
-            "列 %s 只有 0/1，未当作标签：值为 0 的行也按正例训练 columns of 0 and 1 that are not used, so that rows "
-            "with 0 are trained on as positives; where one judges the pairs, set label_column to it",
+            "列 %s 只有 0/1，未当作标签：值为 0 的行也按正例训练 these columns of 0 and 1 are not used, so rows with 0 "
+            "are trained on as positives; if one is a label, set label_column to it",
             ", ".join(map(_printable, flags)),
         )
 
@@ -265,14 +265,14 @@ def _settle_bad_rows(reading: _Reading, on_bad_row: str, rejects: str | Path | N
 
 def _write_rejects(bad: Sequence[dict[str, Any]], place: Path) -> None:
     if not bad:
-        place.unlink(missing_ok=True)  # of an earlier run: it would claim rows that are fine now
+        place.unlink(missing_ok=True)  # of an earlier run, whose rows may be fine now
         return
     with written_whole(place) as new, new.open("w", encoding="utf-8", newline="\n") as out:
         for row in bad:
             out.write(json.dumps(row, ensure_ascii=True) + "\n")  # ASCII: a rejected row may hold half a character
 
 
-# --- what a row says ----------------------------------------------------------------------------------------------
+# --- what a row means ---------------------------------------------------------------------------------------------
 
 
 def _is_column(name: str) -> bool:
@@ -281,14 +281,14 @@ def _is_column(name: str) -> bool:
 
 
 def _is_label(name: str) -> bool:
-    """Whether a name says that the column judges the pair; `pos_scores` and `neg_scores` are of single documents."""
+    """Whether a column is a label of the pair by its name; `pos_scores` and `neg_scores` are of single documents."""
     words = _WORD_ENDS.sub(" ", name).casefold().split()
     of_documents = bool(words) and words[0] in ("pos", "neg", "positive", "negative")
     return bool(words) and not of_documents and (words[-1] in _LABEL_WORDS or "_".join(words) in _LABEL_WORDS)
 
 
 def _texts_of(value: Any, reading: _Reading) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The anchor, positives and negatives of one decoded row; columns without use are noted."""
+    """The anchor, positives and negatives of one decoded row; columns that are not used are noted."""
     if isinstance(value, BadRowError):
         raise value
     if not isinstance(value, dict):
@@ -300,7 +300,8 @@ def _texts_of(value: Any, reading: _Reading) -> tuple[str, tuple[str, ...], tupl
     from_swift = {"messages", "response"} & set(value)
     if from_swift and (media := next((name for name in _MEDIA if value.get(name)), None)):
         raise BadRowError(f"`{media}`: only texts are trained on")
-    anchor = _anchor(columns["anchor"], value[columns["anchor"]])
+    column = columns["anchor"]
+    anchor = (_conversation if column == "messages" else _text)(column, value[column])
     positives = _texts(columns["positive"], value[columns["positive"]])
     sources = [*filter(_NUMBERED_NEGATIVE.fullmatch, value), *filter(None, [columns.get("negative")])]
     negatives = [text for column in sources for text in _optional_texts(column, value[column])]
@@ -334,7 +335,7 @@ def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
 def is_positive_pair(row: Mapping[str, Any], positives: int, label_column: str | None) -> bool:
     """Whether the labels of a row, as `read_pairs` knows them, call all of its positives positive.
 
-    :raises DataError: a label is neither a yes nor a no.
+    :raises DataError: a label is neither yes nor no.
     """
     try:
         for column in _Reading(label_column).labels_of(row):
@@ -347,7 +348,7 @@ def is_positive_pair(row: Mapping[str, Any], positives: int, label_column: str |
 
 
 def _check_label(column: str, label: Any, positives: int, negatives: int) -> None:
-    """Make sure that a label calls the positives positive; it may be one, one a positive, or one a document.
+    """Check that a label calls the positives positive: one label, a list for the positives, or for all documents.
 
     :raises BadRowError: it does not.
     :raises _DegreeError: it is a degree, or a word that is unknown.
@@ -364,7 +365,7 @@ def _check_label(column: str, label: Any, positives: int, negatives: int) -> Non
 
 
 def _says_yes(column: str, label: Any) -> bool:
-    """What a label says: 1, true, "1" or a word such as entailment is yes; 0, -1, false and their like are no."""
+    """Whether a label means yes: 1, true, "1" or a word such as entailment; 0, -1, false and the like mean no."""
     if isinstance(label, str):
         word = label.strip().casefold()
         if word in _YES or word in _NO:
@@ -374,18 +375,13 @@ def _says_yes(column: str, label: Any) -> bool:
         except ValueError:
             label = label if word else None
     if label is None or (isinstance(label, float) and math.isnan(label)):
-        raise BadRowError(f"`{column}` is missing: nobody can know whether the row is a positive pair")
+        raise BadRowError(f"`{column}` is missing: so the row may not be a positive pair")
     if isinstance(label, int | float | Decimal) and label in (1, 0, -1):
         return label == 1
     raise _DegreeError(
         f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are used: keep the rows "
-        f"that are positive, and leave the column `{column}` out of them; where it does not judge the pairs, set "
-        "label_column: none"
+        f"that are positive, without the column `{column}`; if it is not a label of the pairs, set label_column: none"
     )
-
-
-def _anchor(column: str, value: Any) -> str:
-    return _conversation(column, value) if column == "messages" else _text(column, value)
 
 
 def _texts(column: str, value: Any) -> list[str]:
@@ -395,7 +391,7 @@ def _texts(column: str, value: Any) -> list[str]:
 
 
 def _optional_texts(column: str, value: Any) -> list[str]:
-    """The texts that are there: what is null or blank, as writers of tables fill a cell, is none."""
+    """The texts of a value; null and blank ones, which fill empty cells of tables, are left out."""
     return [_text(column, one, wanted=False) for one in _each(column, value) if not _is_nothing(one)]
 
 
@@ -417,7 +413,7 @@ def _is_nothing(value: Any) -> bool:
 def _text(column: str, value: Any, wanted: bool = True) -> str:
     """The text of a value: itself, a passage's title and text, or a conversation's message.
 
-    :param wanted: whether its labels must call it positive, or must not.
+    :param wanted: whether its labels must be yes, or no.
     """
     if isinstance(value, dict) and "text" in value:
         value = _passage(column, value, wanted)
@@ -435,7 +431,7 @@ def _text(column: str, value: Any, wanted: bool = True) -> str:
 def _passage(column: str, passage: Mapping[str, Any], wanted: bool) -> Any:
     """A passage as Tevatron writes it, `docid`, `title` and `text`: its title, a space, its text."""
     for name in filter(_is_label, passage):
-        # a number of the search that found it
+        # a score of the search that found it
         degree = isinstance(passage[name], int | float) and passage[name] not in (0, 1, -1)
         if not degree and _says_yes(name, passage[name]) is not wanted:
             raise BadRowError(f"`{column}` has a passage whose `{name}` is {passage[name]!r}")
@@ -445,7 +441,7 @@ def _passage(column: str, passage: Mapping[str, Any], wanted: bool) -> Any:
 
 
 def _conversation(column: str, messages: Any) -> str:
-    """The text of ms-swift's list of messages: one message, after a system message where there is one."""
+    """The text of ms-swift's list of messages: an optional system message and one other."""
     contents = (
         [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
         if isinstance(messages, list)
@@ -467,18 +463,20 @@ def _kind(value: Any) -> str:
 
 def _hint(value: Any) -> str:
     columnar = isinstance(value, dict | list) and len(value) > 1
-    wanted = (
-        "; the file seems to hold whole columns, wanted is one object a row: pandas writes them with to_json(path, "
+    if not columnar:
+        return ""
+    return (
+        "; the file seems to hold whole columns, wanted is one object per row: pandas writes them with to_json(path, "
+        "orient='records', lines=True, force_ascii=False)"
     )
-    return wanted + "orient='records', lines=True, force_ascii=False)" if columnar else ""
 
 
 def _missing_column(name: str, found: Mapping[str, Any]) -> str:
     there = f"no `{name}` column; found {', '.join(map(repr, found)) or 'none'}: "
     if sides := [key for key in found if key.casefold() in _SIDES]:
         return (
-            f"{there}`{'` and `'.join(sides)}` say nothing of whether they belong together; where they do, rename them "
-            "to `anchor` and `positive`"
+            f"{there}`{'` and `'.join(sides)}` do not tell whether they belong together; if they do, rename them to "
+            "`anchor` and `positive`"
         )
     if known := next((why for key, why in _OTHER_ROWS.items() if key in found), None):
         return there + known
@@ -493,11 +491,11 @@ _OTHER_ROWS = {
     "premise": "NLI's rows; keep the entailments alone, as `anchor` and `positive`, and leave the label out",
     "positive_document_ids": "Tevatron's rows that name documents by id; put their texts into `positive_passages`",
     "positive_ctxs": "DPR's rows; write `question` as `anchor` and the texts of `positive_ctxs` as `positive`",
-    "texts": "a list of texts says nothing of their sides; write `anchor` and `positive`",
-    "set": "a set of texts says nothing of their sides; write `anchor` and `positive`",
+    "texts": "the sides of a list of texts are unknown; write `anchor` and `positive`",
+    "set": "the sides of a set of texts are unknown; write `anchor` and `positive`",
 }
 
 
 def _printable(name: str) -> str:
-    """A name as a terminal can take it: half a surrogate pair becomes its escape."""
+    """A name that any terminal can print: half a surrogate pair becomes its escape."""
     return name.encode("utf-8", "backslashreplace").decode()

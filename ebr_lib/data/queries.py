@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ebr_lib.data.columnar import read_columns
-from ebr_lib.data.containers import COLUMNAR, kind_of, opened
+from ebr_lib.data.containers import COLUMNAR, kind_of, opened, readable
 from ebr_lib.data.embeddings.base import PARQUET
 from ebr_lib.data.finder import FoundFiles, find_files
-from ebr_lib.data.hive import HEADER_AGAIN, Layout, open_source, read_rows, readable
+from ebr_lib.data.hive import HEADER_AGAIN, Layout, open_source, read_rows
 from ebr_lib.data.records import BadRowError, is_quoted, json_rows
 from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank
 from ebr_lib.errors import DataError, MissingError, UserError

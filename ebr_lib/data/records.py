@@ -1,4 +1,4 @@
-"""Rows of a training file, whatever it is: JSON, JSON lines, CSV, TSV or Parquet, compressed or not, by its content."""
+"""Rows of a training file: JSON, JSON lines, CSV, TSV or Parquet, compressed or not, by its content."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
-from ebr_lib.data.containers import opened
-from ebr_lib.data.hive import readable
+from ebr_lib.data.containers import opened, readable
 from ebr_lib.errors import DataError
 
 IsColumn = Callable[[str], bool]
-"""Whether a name is that of a column which the reader of the rows knows."""
+"""Whether the reader of the rows knows a column, by its name."""
 
 UTF8_ADVICE = "save the file as UTF-8 (from GBK: iconv -f GB18030 -t UTF-8)"
 _CHUNK = 1 << 20
 _HEAD = 1 << 20
-_MOST_LETTERS = 1 << 24  # of one CSV field: a quote that is never closed must not read the whole file
+_MOST_LETTERS = 1 << 24  # of one CSV field: an unclosed quote must not read the whole file
 _DELIMITERS = "\x01\t,;|"
 _TABLE_ENDINGS = (".csv", ".tsv", ".txt")
-_MISSING = frozenset({r"\N", "NaN", "nan", "NULL", "null", "None", "<NA>"})  # as pandas and Hive write them
+_MISSING = frozenset({r"\N", "NaN", "nan", "NULL", "null", "None", "<NA>"})  # nulls of pandas and Hive
+_VISIBLE = re.compile(r"\S")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _PARQUET_ROWS = 1024
 
@@ -34,9 +34,9 @@ class BadRowError(Exception):
 
 
 class RawRow(NamedTuple):
-    """A row as it stands: its line from 1 (of Parquet: its number), and its value or the BadRowError that it is.
+    """A row: its line from 1 (its number in Parquet), and its value, or a BadRowError.
 
-    `raw` is empty for rows of tables, whose value says the same.
+    :param raw: the row as it is in the file; empty for rows of tables, whose value shows it.
     """
 
     line: int
@@ -45,12 +45,12 @@ class RawRow(NamedTuple):
 
 
 def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
-    """Stream the rows of a file; only what a row needs is held.
+    """Stream the rows of a file, one in memory at a time.
 
-    JSON is an array of objects, one object a line, objects laid out over several lines, or an object with the list of
-    rows in it. A table has a header row; of Parquet, only the columns that `is_column` knows are read.
+    JSON is an array of objects, one object per line, objects over several lines, or an object that holds the list of
+    rows. A table has a header row; of Parquet, only the columns that `is_column` knows are read.
 
-    :raises DataError: the file is none of these, is broken where nobody can know the next row, or is not UTF-8.
+    :raises DataError: the file is none of these, is broken so that the next row cannot be found, or is not UTF-8.
     """
     with readable(file):
         if _is_parquet(file):
@@ -63,8 +63,8 @@ def raw_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
             yield from _table_rows(file, delimiter, is_column)
         elif file.suffix.lower() in _TABLE_ENDINGS and head:
             raise DataError(
-                f"{file}: wanted a header row that names the columns; the first row is {_first_line(head)[:80]!r}, and "
-                "none of it is a known name such as `anchor` and `positive` (in small letters)"
+                f"{file}: wanted a header row with names such as `anchor` and `positive` (in lower case), found "
+                f"{_first_line(head)[:80]!r}"
             )
         else:
             yield from _line_rows(file)
@@ -84,7 +84,7 @@ def json_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
         yield from _line_rows(file)
 
 
-# --- bytes and letters --------------------------------------------------------------------------------------------
+# --- the first bytes --------------------------------------------------------------------------------------------
 
 
 def _is_parquet(file: Path) -> bool:
@@ -94,11 +94,11 @@ def _is_parquet(file: Path) -> bool:
 
 
 def _head(file: Path) -> str:
-    """The beginning of a file from its first visible letter, at least its first line where that is not huge."""
+    """The beginning of a file from its first visible character, in general more than its first line."""
     with opened(file) as stream:
         chunk = stream.read(_HEAD).removeprefix(codecs.BOM_UTF8)
         if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in chunk[:64]:
-            raise DataError(f"{file} is UTF-16, or no text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            raise DataError(f"{file} is UTF-16, or not text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
         while chunk and not chunk.strip():
             chunk = stream.read(_HEAD)
     return chunk.lstrip().decode("utf-8", "replace")
@@ -108,7 +108,7 @@ def _head(file: Path) -> str:
 
 
 class _Decoder:
-    """A JSON decoder that notes which key an object has twice: the last would win, without a word."""
+    """A JSON decoder that refuses objects with a key twice, of which the last would silently win."""
 
     def __init__(self) -> None:
         self._twice: list[str] = []
@@ -122,7 +122,7 @@ class _Decoder:
         return found
 
     def decode(self, text: str) -> Any:
-        """A text that is one JSON value."""
+        """The value of a text."""
         self._twice.clear()
         return self._checked(self._decoder.decode(text))
 
@@ -162,9 +162,9 @@ def _decoded(line: bytes, decoder: _Decoder) -> Any:
 def _array_rows(file: Path) -> Iterator[RawRow]:
     """The elements of a JSON array, one at a time, each with the line where it begins.
 
-    A broken array ends the reading whatever `on_bad_row` says: nobody can know where its next row begins.
+    A broken array always ends the reading, as the next row cannot be found.
     """
-    text = _Window(file)
+    text = _JsonText(file)
     yield from _elements(text)
     letter = text.next_letter()
     if letter == "[":
@@ -176,7 +176,7 @@ def _array_rows(file: Path) -> Iterator[RawRow]:
         raise DataError(f"{file}, line {text.line}: {letter!r} after the end of the array")
 
 
-def _elements(text: _Window) -> Iterator[RawRow]:
+def _elements(text: _JsonText) -> Iterator[RawRow]:
     text.take("[")
     if text.next_letter() == "]":
         text.take("]")
@@ -188,11 +188,11 @@ def _elements(text: _Window) -> Iterator[RawRow]:
 
 
 def _object_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
-    """Rows of a file that begins with an object: the rows are in it, or it is one of them."""
+    """Rows of a file that begins with an object, which holds the rows or is the first of them."""
     if wrapper := _wrapper_of(file, is_column):
         yield from _wrapped_rows(file, wrapper, is_column)
     elif _spans_lines(file):
-        text = _Window(file)
+        text = _JsonText(file)
         while text.next_letter():
             yield text.row()
     else:
@@ -200,8 +200,8 @@ def _object_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
 
 
 def _wrapper_of(file: Path, is_column: IsColumn) -> str:
-    """The key of the first list that has rows, of the object that a file begins with; empty where it is a row."""
-    text = _Window(file)
+    """The key of the first list of rows in the object that a file begins with; empty where the object is a row."""
+    text = _JsonText(file)
     try:
         for key in _keys(text):
             if is_column(key):
@@ -211,7 +211,7 @@ def _wrapper_of(file: Path, is_column: IsColumn) -> str:
                     return key
             else:
                 text.row()
-    except DataError:  # said where the rows are read
+    except DataError:  # raised again where the rows are read
         pass
     return ""
 
@@ -221,7 +221,7 @@ def _is_row(value: Any, is_column: IsColumn) -> bool:
 
 
 def _wrapped_rows(file: Path, wrapper: str, is_column: IsColumn) -> Iterator[RawRow]:
-    text = _Window(file)
+    text = _JsonText(file)
     for key in _keys(text):
         if key == wrapper:
             yield from _elements(text)
@@ -233,8 +233,8 @@ def _wrapped_rows(file: Path, wrapper: str, is_column: IsColumn) -> Iterator[Raw
         raise DataError(f"{file}, line {text.line}: {letter!r} after the end of the object")
 
 
-def _keys(text: _Window) -> Iterator[str]:
-    """The keys of an object; who asks for the next one has read the value."""
+def _keys(text: _JsonText) -> Iterator[str]:
+    """The keys of an object; the caller reads the value of each before the next."""
     text.take("{")
     seen = set[str]()
     while text.next_letter() == '"':
@@ -251,13 +251,13 @@ def _keys(text: _Window) -> Iterator[str]:
 
 def _spans_lines(file: Path) -> bool:
     try:
-        return "\n" in _Window(file).row().raw
+        return "\n" in _JsonText(file).row().raw
     except DataError:
         return False
 
 
-class _Window:
-    """A JSON text read forward in chunks; only the part that is still needed is held."""
+class _JsonText:
+    """JSON read forward in chunks; only the part that is still needed is held."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.line = file, 1
@@ -279,7 +279,7 @@ class _Window:
             raise DataError(
                 f"{self.file}, after line {self.line}: not UTF-8 ({error.reason}); {UTF8_ADVICE}"
             ) from error
-        if chunk:  # at the end of the file all stays, for the place of an error is counted in it
+        if chunk:  # at the end of the file the text stays: the line of an error is counted in it
             self._text, self._at = self._text[self._at :] + chunk, 0
         return bool(chunk)
 
@@ -290,18 +290,16 @@ class _Window:
         return passed
 
     def next_letter(self) -> str:
-        """Go to the next letter that is not a space, and return it; at the end of the file, the empty string."""
-        while True:
-            rest = len(self._text)
-            end = next((i for i in range(self._at, rest) if not self._text[i].isspace()), rest)
-            self._step(end)
-            if end < rest:
-                return self._text[end]
+        """Go to the next character that is not white space, and return it; empty at the end of the file."""
+        while not (found := _VISIBLE.search(self._text, self._at)):
+            self._step(len(self._text))
             if not self._more():
                 return ""
+        self._step(found.start())
+        return found[0]
 
     def take(self, wanted: str) -> str:
-        """Read one letter that must be one of `wanted`."""
+        """Read one character that must be one of `wanted`."""
         letter = self.next_letter()
         if not letter or letter not in wanted:
             found = repr(letter) if letter else "the end of the file"
@@ -313,37 +311,35 @@ class _Window:
         return letter
 
     def row(self) -> RawRow:
-        """Read one JSON value: the line where it begins, what it is, and how it is written."""
+        """Read one JSON value: the line where it begins, the value, and its text."""
         self.next_letter()
         line = self.line
         while True:
             try:
                 value, end = self._decoder.decode_at(self._text, self._at)
             except (ValueError, RecursionError) as error:
-                if self._may_go_on(error) and self._more():
+                if self._is_cut(error) and self._more():
                     continue
-                raise DataError(f"{self.file}, {self._broken_at(error)}") from error
+                # the decoder's own line and column are those of the text held, not of the file
+                lines = self._text[self._at : getattr(error, "pos", self._at)].count("\n")
+                where, what = f"{self.file}, line {self.line + lines}", getattr(error, "msg", error)
+                raise DataError(f"{where}: the JSON is broken there ({what})") from error
             if end == len(self._text) and self._more():
                 continue  # a number may go on in the next chunk
             return RawRow(line, value, self._step(end))
 
-    def _may_go_on(self, error: Exception) -> bool:
-        """Was the value cut off by the end of the chunk, or is it broken where more text cannot help?"""
+    def _is_cut(self, error: Exception) -> bool:
+        """Whether the end of the chunk may have cut the value off; else it is broken, and more text cannot help."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16  # \\ud83d\\ude00 is the longest
-
-    def _broken_at(self, error: Exception) -> str:
-        # the decoder's own line and column are those of the window, not of the file
-        passed = self._text[self._at : getattr(error, "pos", self._at)]
-        return f"line {self.line + passed.count(chr(10))}: the JSON is broken there ({getattr(error, 'msg', error)})"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
 def _delimiter_of(head: str, is_column: IsColumn) -> str:
-    """The delimiter by which the first line names most known columns; empty where it names none."""
+    """The delimiter by which the first line has most known columns; empty where it has none."""
     known = {mark: sum(map(is_column, _names(_first_line(head), mark))) for mark in _DELIMITERS}
     best = max(_DELIMITERS, key=known.__getitem__)
     return best if known[best] else ""
@@ -358,7 +354,7 @@ def _names(line: str, delimiter: str) -> list[str]:
 
 
 def _table_rows(file: Path, delimiter: str, is_column: IsColumn) -> Iterator[RawRow]:
-    """Rows of delimited text as dicts; a cell that is missing, or written as pandas and Hive write nulls, is None."""
+    """Rows of delimited text as dicts; a cell that is missing, or is a null of pandas or Hive, is None."""
     rows = _split_rows(file, delimiter, is_quoted(file, delimiter))
     names = [name.strip() for name in next(rows)[1]]
     _check_once(file, names)
@@ -390,7 +386,7 @@ def _cell(cell: str) -> Any:
 
 
 def _list_cell(cell: str) -> Any:
-    """A list that a cell holds as JSON; Python's own writing of one is refused, since numpy's looks the same."""
+    """A list in JSON; a Python list is refused, because a numpy array looks the same."""
     try:
         value = json.loads(cell)
     except ValueError:
@@ -403,7 +399,7 @@ def _list_cell(cell: str) -> Any:
 
 
 def is_quoted(file: Path, delimiter: str) -> bool:
-    """Whether fields are quoted as in CSV: never by `\\001`; by tabs, where the whole file can be read so.
+    """Whether fields are quoted as in CSV: never with `\\001`; with tabs, where the whole file can be read so.
 
     Not where a field would then hold whole rows: those are two loose quotes.
     """
@@ -420,13 +416,13 @@ def is_quoted(file: Path, delimiter: str) -> bool:
 
 
 def _holds_rows(cells: list[str], delimiter: str) -> bool:
-    """Whether every line of a row has as many fields as the row."""
+    """Whether every line of a row has as many fields as the row itself."""
     lines = delimiter.join(cells).split("\n")
     return len(cells) > 1 < len(lines) and all(line.count(delimiter) == len(cells) - 1 for line in lines)
 
 
 def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """The rows of delimited text, each with the line where it begins; empty lines are none."""
+    """The rows of delimited text, each with the line where it begins, without empty lines."""
     csv.field_size_limit(_MOST_LETTERS)
     with opened(file) as raw, _letters(raw) as stream:
         unquoted: Any = {} if quoted else {"quoting": csv.QUOTE_NONE}
@@ -444,7 +440,7 @@ def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int,
 
 
 def _letters(raw: IO[bytes]) -> TextIO:
-    # bytes that are not UTF-8 come through, so that they cost one row
+    # bytes that are not UTF-8 are kept, so that they cost one row
     return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -456,7 +452,7 @@ def _parquet_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
         _check_once(file, names)
         if not any(map(is_column, names)):
             raise DataError(f"{file}: none of its columns is known ({', '.join(names)})")
-        # numbers cost little, and may be a label that its name does not show
+        # integers are cheap, and may be a label that its name does not show
         known = [field.name for field in table.schema_arrow if is_column(field.name) or _is_small(field.type)]
         number = 0
         for batch in table.iter_batches(_PARQUET_ROWS, columns=known):
@@ -472,7 +468,7 @@ def _is_small(kind: Any) -> bool:
 
 
 def _decoded_bytes(value: Any) -> Any:
-    """Text that Spark or Hive wrote without the mark of text."""
+    """Bytes of text that Spark or Hive wrote without marking them as text."""
     if not isinstance(value, bytes):
         return value
     try:

@@ -1,6 +1,6 @@
 """Texts: when two are equal, when one is blank, its words and its language.
 
-Words are words in Chinese too: `split_words` cuts at whitespace, and within a chunk that has Chinese, where jieba does.
+`split_words` cuts at whitespace, and Chinese into the words of jieba.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LATIN_WORD = re.compile("[A-Za-z\u00c0-\u024f]+")
 def language_of(text: str) -> str:
     """Chinese, English (any Latin script), mixed or other, by script.
 
-    A Chinese character weighs as much as a Latin word; one side makes up nine tenths, or the text is mixed. Other: no
+    A Chinese character counts as much as a Latin word; with less than nine tenths of one, the text is mixed. Other: no
     letters of either, or mostly those of another script.
     """
     chinese, words = len(HAN.findall(text)), _LATIN_WORD.findall(text)
@@ -44,7 +44,7 @@ def split_words(text: str) -> list[str]:
 
 
 def words_and_gaps(text: str) -> tuple[list[str], list[str]]:
-    """The words, and what stands before, between and after them: one gap more than words.
+    """The words, and what is before, between and after them: one gap more than words.
 
     `gaps[0] + words[0] + gaps[1] + … + gaps[-1]` is the text, exactly.
     """
@@ -72,20 +72,20 @@ def _words_of_chunk(chunk: str) -> list[str]:
     return rjieba.cut(chunk)
 
 
-# zero-width characters and control codes show nothing, so a text of them is as empty as one of spaces
+# a text of zero-width characters and control codes is as empty as one of spaces
 _VISIBLE = re.compile(r"[^\s\u0000-\u001f\u200b-\u200f\u2060\ufeff]")
 _ZERO_WIDTH = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # the soft hyphen, which shows nothing either
 HALF_CHARACTER = "half a character (a lone surrogate, as in \\ud83d); no tokenizer takes it"
 
 
 def normalised(text: str) -> str:
-    """The one definition of equal texts: NFKC, casefolded, no zero-width characters, runs of whitespace collapsed."""
+    """The form in which equal texts are equal: NFKC, casefolded, no zero-width characters, single spaces."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join((text if text.isascii() else _ZERO_WIDTH.sub("", text)).split())
 
 
 def text_keys(texts: Iterable[str]) -> NDArray[np.int64]:
-    """A 64-bit key a text, shape (texts,): equal for texts that are equal (`normalised`), on every machine.
+    """One 64-bit key per text, shape (texts,): the same for equal texts (`normalised`), on every machine.
 
     Different texts share a key with probability 3e-8 among a million.
     """
@@ -94,12 +94,12 @@ def text_keys(texts: Iterable[str]) -> NDArray[np.int64]:
 
 
 def is_blank(text: str) -> bool:
-    """Is there nothing to see: no letter but whitespace, control codes and zero-width characters?"""
+    """Whether a text shows nothing: only whitespace, control codes and zero-width characters."""
     return not _VISIBLE.search(text)
 
 
 def half_character(texts: Iterable[str]) -> int | None:
-    """The number of the first text, from 0, with half of a surrogate pair; None where all are whole."""
+    """Number of the first text, from 0, with half of a surrogate pair; None where all are whole."""
     for number, text in enumerate(texts):
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""Which knob would probably read the rows that were rejected, judged from the rows themselves."""
+"""Which knobs would probably make rejected rows readable, judged from the rows themselves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reject(NamedTuple):
 
 
 def read_rejects(files: Iterable[Path]) -> list[Reject]:
-    """The first rows of reject files; of a row that goes on over several lines, the first one."""
+    """The first rows of reject files; of a row of several lines, the first line."""
     rows = (fields for file in files for fields in _fields(file))
     return [Reject(f[0], int(f[1]), f[3].decode(), f[4]) for f in itertools.islice(rows, HINT_ROWS)]
 
@@ -43,13 +43,13 @@ def _fields(path: Path) -> Iterator[list[bytes]]:
 
 
 def likely_knobs(rejects: Sequence[Reject], layout: Layout, given: Sequence[str] = ()) -> list[str]:
-    """What would probably help, the likeliest first, each with the flag to give.
+    """What would probably help, likeliest first, each with the flag to give.
 
     :param given: columns that the input's folders give, such as `dt`.
     """
     found = [*_broken_quotes(rejects), *_widths(rejects, layout, given)]
     if layout.encoding == "auto" and any(reject.reason.startswith("not utf-8") for reject in rejects):
-        found.append("GB18030 may read them: set encoding to gb18030 (--encoding gb18030)")
+        found.append("they may be GB18030: set encoding to gb18030 (--encoding gb18030)")
     return found
 
 
@@ -58,11 +58,11 @@ def _broken_quotes(rejects: Sequence[Reject]) -> Iterator[str]:
     if broken and 2 * sum(b'\\"' in raw for raw in broken) >= len(broken):
         yield "the quotes in them are escaped: --escaped_by '\\\\'"
     elif broken:
-        yield "a quote in them is a letter: --quoting none"
+        yield "quotes in them are ordinary characters: --quoting none"
 
 
 def _widths(rejects: Sequence[Reject], layout: Layout, given: Sequence[str]) -> Iterator[str]:
-    """What helps rows of too many or too few fields."""
+    """Hints for rows of too many or too few fields."""
     odd = [(reject, int(m[1]), int(m[2])) for reject in rejects if (m := WIDTH.fullmatch(reject.reason))]
     if not odd:
         return
@@ -105,7 +105,7 @@ def _other_sign(raws: Sequence[bytes], wanted: int) -> bytes | None:
 
 
 def _broken_by_newlines(odd: Sequence[tuple[Reject, int, int]], wanted: int) -> bool:
-    """Whether lines that follow each other would make a row together."""
+    """Whether consecutive lines would make a row together."""
     pairs = itertools.pairwise(odd)
     joined = sum(a.file == b.file and a.line + 1 == b.line and n + m - 1 == wanted for (a, n, _), (b, m, _) in pairs)
     return 4 * joined >= len(odd)

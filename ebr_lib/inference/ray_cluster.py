@@ -1,7 +1,7 @@
-"""Encoding on a Ray cluster: input files are shards, an actor holds a model and takes one shard after another.
+"""Encode on a Ray cluster: input files are shards, an actor holds a model and takes one shard after another.
 
-Plain actors and not Ray Data: a shard is a job like any other, with its own part file and work folder, so a worker
-that is lost is started again by Ray and goes on from the shard's last window, without a missing or a double row.
+Plain actors and not Ray Data: a shard is a job like any other, with its own part file and work folder, so a lost
+worker is started again by Ray and continues from the shard's last window: no row is missing or doubled.
 All machines must see the input, the model and the output under the same paths.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,39 +17,30 @@ from typing import Any
 from ebr_lib.data.embeddings.base import PART_PREFIX, ending_of
 from ebr_lib.errors import ConfigError, DataError, ModelError, UserError
 from ebr_lib.files import check_replaceable, make_folder, replace_folder, write_json, written_whole
-from ebr_lib.inference.job import (
-    EXAMPLES,
-    REJECT_HEADER,
-    Check,
-    Job,
-    Outcome,
-    Progress,
-    drop_run,
-    refuse_other_job,
-    run_job,
-)
+from ebr_lib.inference.encode import run_job
+from ebr_lib.inference.job import REJECT_HEADER, Check, Job, OnProgress, Outcome, Tally
 from ebr_lib.inference.local import EncoderFacts, LocalEncoder
+from ebr_lib.inference.resume import JOB_FILE, drop_run, refuse_other_job
 from ebr_lib.logs import logger
 from ebr_lib.model.spec import EncoderSpec
 
-JOB_FILE = f"{PART_PREFIX}job.json"  # named as what is moved with the parts
-RETRIES = 3  # times that a shard is given to a new worker when its worker was lost
+RETRIES = 3  # times that a shard is given to a new worker after its worker was lost
 
 
 class ShardWorker:
-    """What runs in an actor: an encoder, and shards for it."""
+    """Runs in an actor: loads the encoder once, and encodes shards."""
 
-    def __init__(self, recipe: EncoderSpec) -> None:
-        self._recipe = recipe
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._recipe = spec
         self._loaded: LocalEncoder | None = None
 
     def _encoder(self) -> LocalEncoder:
-        """Made by the first task, not with the actor: to Ray, an actor that cannot be made is one that was lost."""
+        """Loaded by the first task, not with the actor: to Ray, an actor that cannot be made is a lost one."""
         self._loaded = self._loaded or LocalEncoder(self._recipe)
         return self._loaded
 
     def facts(self) -> EncoderFacts:
-        """Load the model, and say what it turned out to be."""
+        """Load the model; returns what it turned out to be."""
         return self._encoder().facts
 
     def run(self, shard: Job) -> Outcome:
@@ -59,9 +49,9 @@ class ShardWorker:
 
 
 class RayEngine:
-    """A pool of actors, on the cluster at `address`, or on one that is started on this machine."""
+    """A pool of actors on the cluster at `address`, or on one that is started on this machine."""
 
-    def __init__(self, recipe: EncoderSpec, actors: int = 0, address: str | None = None) -> None:
+    def __init__(self, spec: EncoderSpec, actors: int = 0, address: str | None = None) -> None:
         try:
             import ray
         except ImportError as error:
@@ -74,7 +64,7 @@ class RayEngine:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         options: dict[str, Any] = {"num_gpus": min(gpus, 1), "max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(num_cpus=1, **options)(ShardWorker)
-        self.actors: list[Any] = [worker.remote(recipe) for _ in range(self._fitting(actors or gpus or 1, gpus))]
+        self.actors: list[Any] = [worker.remote(spec) for _ in range(self._fitting(actors or gpus or 1, gpus))]
         try:
             self.facts: EncoderFacts = self._answer(self.actors[0].facts.remote())
         except BaseException:
@@ -82,11 +72,11 @@ class RayEngine:
             raise
 
     def _fitting(self, actors: int, gpus: int) -> int:
-        """As many actors as there is room for: Ray would wait for room that never comes, without a word."""
+        """The number of actors, at most as many as there is room for: Ray would silently wait for room for ever."""
         room = gpus or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
         if actors > room:
             kind = "GPUs" if gpus else "CPUs"
-            logger.warning("num_actors %d: the cluster has %d %s; %d actors run", actors, room, kind, room)
+            logger.warning("集群资源不足 num_actors %d: the cluster has %d %s; %d actors run", actors, room, kind, room)
         return min(actors, room)
 
     def _answer(self, reference: Any) -> Any:
@@ -96,11 +86,11 @@ class RayEngine:
             raise error.cause if isinstance(error.cause, UserError) else error from error
         except self._ray.exceptions.RayActorError as error:
             raise ModelError(
-                f"a Ray worker was lost {RETRIES + 1} times, most likely for want of memory ({error}); what was "
+                f"a Ray worker was lost {RETRIES + 1} times, probably out of memory ({error}); what was "
                 "written stays. Lower batch_tokens or num_actors and run the same call again: it continues"
             ) from error
 
-    def run(self, job: Job, progress: Progress, check: Check | None = None) -> Outcome:
+    def run(self, job: Job, on_progress: OnProgress, check: Check | None = None) -> Outcome:
         """Encode every input file into a part file; parts that an interrupted run has finished are kept.
 
         :param check: looks at the outcome of all files, and at their reject files.
@@ -108,7 +98,7 @@ class RayEngine:
         :raises ModelError: a worker was lost more than RETRIES times.
         """
         _begin(job)
-        progress(0, 0, 0.0)
+        on_progress(0, 0, 0.0)
         shards = list(_shards(job))
         outcomes: dict[int, Outcome] = {}
         waiting = list(enumerate(shards))[::-1]
@@ -122,8 +112,8 @@ class RayEngine:
             number, actor = busy.pop(ready)
             outcomes[number] = self._answer(ready)
             idle.append(actor)
-            counts = _added(list(outcomes.values())).counts
-            progress(counts["read"], counts["encoded"], len(outcomes) / len(shards))
+            counts = _added(list(outcomes.values())).tally.counts
+            on_progress(counts["read"], counts["encoded"], len(outcomes) / len(shards))
         outcome = _added([outcomes[number] for number in range(len(shards))])
         if check is not None:
             try:
@@ -136,7 +126,7 @@ class RayEngine:
     def finish(self, job: Job) -> None:
         """Collect the rejects into one file, put the folder of parts in its place, and clean up there.
 
-        In this order: until the folder is moved, an interrupted run finds all that it knew.
+        In this order: until the folder is moved, an interrupted run finds all that it had noted.
         """
         shards = list(_shards(job))
         _collect_rejects(job, shards)
@@ -155,7 +145,7 @@ class RayEngine:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Make sure, before the work, that a folder of part files can be written, in the stead of nothing but such.
+    """Check, before the work, that a folder of part files can be written, replacing only such a folder.
 
     :raises ConfigError: a file stands there, or a folder of other files, or the place cannot be written to.
     """
@@ -164,9 +154,9 @@ def check_output_folder(folder: Path) -> None:
 
 
 def _begin(job: Job) -> None:
-    """Note what the job is, or make sure that it is the one that was interrupted; what files hold their shards check.
+    """Note what the job is, or check that it is the interrupted one. File contents are checked per shard.
 
-    :raises DataError: it is another.
+    :raises DataError: it is another one.
     """
     note = job.folder / JOB_FILE
     if note.exists():
@@ -179,9 +169,7 @@ def _begin(job: Job) -> None:
         logger.info("放弃上次失败的运行: %s (the run that failed is dropped)", job.folder)
         drop_run(job.folder)
     if any(job.folder.glob(f"{PART_PREFIX}*")):
-        raise DataError(
-            f"{job.folder} holds parts of a run that are not known to be of this one; drop it with restart: true"
-        )
+        raise DataError(f"{job.folder} holds parts of a run that may be another one; drop it with restart: true")
     _note(job, failed=False)
 
 
@@ -190,7 +178,7 @@ def _note(job: Job, failed: bool) -> None:
 
 
 def _shards(job: Job) -> Iterator[Job]:
-    """A job a file, whose part lies in the work folder until all are done."""
+    """One job per file, whose part lies in the work folder until all are done."""
     for number, (source, entry) in enumerate(zip(job.sources, job.inputs, strict=True)):
         output = (job.folder / f"{PART_PREFIX}{number:05}{ending_of(job.output)}").resolve()
         source = replace(source, path=source.path.resolve())  # noqa: PLW2901 - workers have another current folder
@@ -198,23 +186,9 @@ def _shards(job: Job) -> Iterator[Job]:
 
 
 def _added(outcomes: list[Outcome]) -> Outcome:
-    counts, reasons, breaks, altered = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    for outcome in outcomes:
-        counts.update(outcome.counts)
-        reasons.update(outcome.reasons)
-        breaks.update(outcome.breaks)
-        altered.update(outcome.altered)
-    return Outcome(
-        counts=counts,
-        reasons=reasons,
-        breaks=breaks,
-        altered=altered,
-        new_counts=counts,
-        new_reasons=reasons,
-        examples=[example for outcome in outcomes for example in outcome.examples][:EXAMPLES],
-        inputs=[entry for outcome in outcomes for entry in outcome.inputs],
-        size=sum(outcome.size for outcome in outcomes),
-    )
+    tally = sum((outcome.tally for outcome in outcomes), Tally())
+    inputs = [entry for outcome in outcomes for entry in outcome.inputs]
+    return Outcome(tally, tally.counts, tally.reasons, inputs, sum(outcome.size for outcome in outcomes))
 
 
 def _collect_rejects(job: Job, shards: list[Job]) -> None:

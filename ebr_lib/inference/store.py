@@ -1,6 +1,6 @@
-"""What an encoding job knows: which texts have a vector already, and how far it is; kept so that a kill loses nothing.
+"""What an encoding job remembers: which texts have a vector, and how far it is. A kill loses nothing.
 
-One SQLite file holds the hashes of the texts and the state of the job, so that both change in one transaction; the
+One SQLite file holds the hashes of the texts and the progress of the job, so that both change in one transaction; the
 vectors of the distinct texts lie beside it as raw float32. Memory stays the same however many texts there are.
 """
 
@@ -12,19 +12,24 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints
+from ebr_lib.data.hive import Position
 from ebr_lib.errors import DataError
+from ebr_lib.inference.job import Tally
 
 ASKED_AT_ONCE = 5000  # hashes in one query; SQLite takes up to 32766
 DIGEST_BYTES = 16
 STATE_FILE = "state.sqlite"
 TABLES = (
     "state (value TEXT)",
+    "progress (file INTEGER PRIMARY KEY, value TEXT)",
     "seen (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID",
     "reports (first INTEGER PRIMARY KEY, value TEXT)",
 )
@@ -35,13 +40,50 @@ def digest_of(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
 
 
-class Store:
-    """The distinct texts of a job, numbered by first appearance, their vectors, and the job's state.
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: what the rows written so far hold, and where reading continues.
 
-    Behind each vector stands how many tokens of its text were cut off; NaN when that is not known.
+    :param file: number of the source that is being read, from 0.
+    :param position: its next row; None before the first window.
+    :param texts: distinct texts of the rows written.
+    :param sizes: of the work files, in bytes; None before they are made.
+    :param share: of the input, by bytes.
+    """
+
+    file: int = 0
+    position: Position | None = None
+    texts: int = 0
+    sizes: dict[str, int] | None = None
+    share: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def key(self) -> int:
+        """Of the last progress within each source one is kept; -1 for the beginning."""
+        return self.file if self.position else -1
+
+    def to_json(self) -> str:
+        """The progress as a line of JSON."""
+        return json.dumps(vars(self) | {"tally": vars(self.tally)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Progress:
+        """The progress that `to_json` wrote."""
+        stored = json.loads(line)
+        position = Position(*stored["position"]) if stored["position"] else None
+        return cls(**stored | {"position": position, "tally": Tally.of(stored["tally"])})
+
+
+class Store:
+    """The distinct texts of a job, numbered by first appearance, their vectors, and the job's state and progress.
+
+    Each vector is followed by the number of tokens cut off its text; NaN when unknown.
 
     Two steps make a window durable: `keep` its new vectors, so that they are never made again; and, when its rows are
-    written, `commit` the state that says so.
+    written, `save` the progress that says so.
+
+    :ivar state: what stays the same during a run: settings, inputs and so on; None where there is no run.
     """
 
     VECTORS = "vectors.f32"
@@ -68,6 +110,12 @@ class Store:
         self._waiting: dict[bytes, int] = {}  # numbered, but not kept yet
         self._vectors: int | None = None
 
+    @property
+    def progress(self) -> list[Progress]:
+        """How far the job is: the last progress within each of the last two sources, latest first."""
+        rows = self._database.execute("SELECT value FROM progress ORDER BY file DESC LIMIT 2")
+        return [Progress.from_json(value) for (value,) in rows]
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
@@ -87,7 +135,7 @@ class Store:
         os.ftruncate(self._vectors, self.kept * self._row_bytes)
 
     def number(self, digests: Sequence[bytes]) -> tuple[list[int], int]:
-        """Number a window's texts by their hashes: the place of each, and the first place that this window begins."""
+        """Number a window's texts by their hashes: the place of each, and the first place that occurs here first."""
         known = self._known(list(dict.fromkeys(digests)))
         for digest in digests:
             if digest not in known:
@@ -110,7 +158,7 @@ class Store:
     def keep(
         self, digests: Sequence[bytes], vectors: NDArray[np.float32], lost: NDArray[Any], report: dict[str, Any]
     ) -> None:
-        """Make new vectors durable: those of the places from `kept` on, and what was counted over them."""
+        """Make new vectors durable, those of the places from `kept` on, and what was counted over them."""
         assert self._vectors is not None
         first = self.kept
         rows = np.column_stack([vectors, lost]).astype(np.float32)
@@ -129,7 +177,7 @@ class Store:
         query = "SELECT value FROM reports WHERE first >= ? AND first < ? ORDER BY first"
         return [json.loads(value) for (value,) in self._database.execute(query, (first, after))]
 
-    def vectors(self, places: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def vectors(self, places: Ints) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Vectors of places, float32, places × dimensions; and how many tokens each text lost."""
         assert self._vectors is not None
         size = self._row_bytes
@@ -137,24 +185,24 @@ class Store:
         rows = np.frombuffer(b"".join(chunks), dtype=np.float32).reshape(len(places), self.dim + 1)
         return rows[:, :-1], rows[:, -1]
 
-    def commit(self, state: dict[str, Any]) -> None:
-        """Make the job's state durable: all that it tells of was brought to the disk before."""
+    def save(self, progress: Progress | None = None, state: dict[str, Any] | None = None) -> None:
+        """Make progress, or state, durable; what it describes was brought to the disk before."""
         with self._transaction():
-            self._put(state)
-            self._database.execute("DELETE FROM reports WHERE first < ?", (state["first"],))
-        self.state = state
+            if state is not None:
+                self._database.execute("DELETE FROM state")
+                self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
+                self.state = state
+            if progress is not None:
+                row = (progress.key, progress.to_json())
+                self._database.execute("INSERT OR REPLACE INTO progress VALUES (?, ?)", row)
+                self._database.execute("DELETE FROM reports WHERE first < ?", (progress.texts,))
 
-    def go_back(self, state: dict[str, Any]) -> None:
-        """Make an earlier state the job's again, and drop what was kept of the texts that come after it."""
+    def go_back(self, progress: Progress) -> None:
+        """Make an earlier progress the last one, and drop what was kept of the texts that come after it."""
         with self._transaction():
-            self._put(state)
-            self._database.execute("DELETE FROM seen WHERE place >= ?", (state["first"],))
-            self._database.execute("DELETE FROM reports WHERE first >= ?", (state["first"],))
-        self.state = state
-
-    def _put(self, state: dict[str, Any]) -> None:
-        self._database.execute("DELETE FROM state")
-        self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state, ensure_ascii=False),))
+            self._database.execute("DELETE FROM progress WHERE file > ?", (progress.key,))
+            self._database.execute("DELETE FROM seen WHERE place >= ?", (progress.texts,))
+            self._database.execute("DELETE FROM reports WHERE first >= ?", (progress.texts,))
 
     def drop_vectors(self) -> None:
         """Remove the vectors, when the job is done."""
@@ -162,7 +210,7 @@ class Store:
         (self._folder / self.VECTORS).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._database.close()
         self._close_vectors()
 

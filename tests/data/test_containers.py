@@ -19,6 +19,7 @@ from pyarrow import orc
 from ebr_lib.data import containers, hive
 from ebr_lib.data.hive import Layout
 from ebr_lib.errors import DataError
+from ebr_lib.inference.inputs import need_columns
 
 ROWS = b"".join(b"%d\x01title %d \xe8\x8b\xb9\x01text %d\n" % (i, i, i * i) for i in range(3000))
 COLUMNS = ("id", "title", "text")
@@ -139,7 +140,7 @@ def test_orc_is_read_by_its_bytes_and_from_any_row_on(tmp_path: Path):
     for at in (0, 700, 4998):
         assert list(hive.read_rows(source, ["text", "id"], Layout(), rows[at].after)) == rows[at + 1 :]
     with pytest.raises(DataError, match="column tags is list"):
-        hive.need_columns(source, ["tags"], b"\x01")
+        need_columns(source, ["tags"], b"\x01")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=f"^{path} is not a complete ORC file"):
         hive.open_source(path, Layout())

@@ -57,7 +57,7 @@ def test_what_is_left_out_is_logged_by_reason(tmp_path: Path, caplog):
     assert "not read: 10 under" in marks["WARNING"]
 
 
-def test_links_are_followed_and_none_doubles_or_never_ends(tmp_path: Path):
+def test_links_are_followed_once_each(tmp_path: Path):
     root, other = tmp_path / "in", tmp_path / "disk"
     put(root, "dt=1/a.csv", "sub/b.csv")
     put(other, "dt=2/c.csv", "blob", "deep/d.csv")

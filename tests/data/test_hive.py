@@ -16,6 +16,7 @@ from ebr_lib.data import hive
 from ebr_lib.data.fields import Dialect, Record
 from ebr_lib.data.hive import Layout, Position
 from ebr_lib.errors import DataError, MissingError
+from ebr_lib.inference.inputs import need_columns
 
 
 def rows_of(path: Path, wanted: list[str], **layout):
@@ -35,7 +36,7 @@ def written(folder: Path, content: bytes, name: str = "a.csv") -> Path:
 
 
 @pytest.mark.parametrize("codec", ["snappy", "zstd", "gzip", "none"])
-def test_damaged_parquet_is_told_as_such(tmp_path: Path, codec: str):
+def test_damaged_parquet_is_read_or_is_our_error(tmp_path: Path, codec: str):
     """A byte is changed at each of many places: the rows are read, or the error is ours."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -47,14 +48,14 @@ def test_damaged_parquet_is_told_as_such(tmp_path: Path, codec: str):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
             source = hive.open_source(path, Layout())
-            hive.need_columns(source, ["id"], b"\x01")
+            need_columns(source, ["id"], b"\x01")
             list(hive.read_rows(source, ["id"], Layout()))
         except DataError as error:
             errors += "is not a complete Parquet file" in str(error)
     assert errors > 9
 
 
-def test_nothing_but_delimiter_and_newline_means_anything(tmp_path: Path):
+def test_only_delimiter_and_newline_split(tmp_path: Path):
     odd = [
         '"unclosed',
         '"苹果" 手机壳',
@@ -111,16 +112,16 @@ def test_a_row_that_ends_within_a_character_is_no_utf8(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("gbk", "utf8", "encoding"), [(2, 3, "utf-8"), (2, 2, "utf-8"), (3, 2, "gb18030")])
-def test_most_rows_tell_the_encoding_however_many_words_they_have(tmp_path: Path, caplog, gbk, utf8, encoding):
+def test_the_majority_of_rows_decides_the_encoding(tmp_path: Path, caplog, gbk, utf8, encoding):
     caplog.set_level("INFO")
     rows = ["1\x01透 明 手 机\n".encode("gb18030")] * gbk + ["1\x01手机\n".encode()] * utf8 + [b"1\x01ascii\n"] * 9
     path = written(tmp_path, b"id\x01text\n" + b"".join(rows))
     assert hive.open_source(path, Layout()).encoding == encoding
-    told = f"{path}: 编码识别为 GB18030 ({gbk} of {gbk + utf8} rows are no UTF-8"
-    assert (told in caplog.text) == (encoding == "gb18030")
+    line = f"{path}: 编码识别为 GB18030 ({gbk} of {gbk + utf8} rows are not UTF-8"
+    assert (line in caplog.text) == (encoding == "gb18030")
 
 
-def test_a_byte_order_mark_says_utf8_whatever_the_rows_say(tmp_path: Path):
+def test_a_byte_order_mark_means_utf8(tmp_path: Path):
     path = written(tmp_path, b"\xef\xbb\xbfid\x01text\n1\x01" + "透明手机".encode("gb18030") + b"\n")
     assert [row.reason for row in rows_of(path, ["text"], encoding="gb18030")] == ["not utf-8: column text"]
 
@@ -287,12 +288,12 @@ def test_a_file_without_a_header_shows_its_newlines_by_its_rows(tmp_path: Path):
     assert values_of(written(tmp_path, b"1\x01a\r"), ["text"], **layout) == [[b"a\r"]]
 
 
-def test_a_header_of_another_order_than_columns_is_warned_of(tmp_path: Path, caplog):
+def test_a_header_of_another_order_than_columns_is_warned_about(tmp_path: Path, caplog):
     values_of(written(tmp_path, b"id\x01text\n1\x01a\n"), ["id"], columns=("id", "text"))
     assert not caplog.text
     path = written(tmp_path, b"text\x01id\na\x011\n")
     values_of(path, ["id"], columns=("id", "text"))
-    assert f"{path}: the first row holds the names in columns, in another order (text, id)" in caplog.text
+    assert f"{path}: the first row has the names in columns in another order (text, id)" in caplog.text
 
 
 def first_row_long(filler: str) -> str:
@@ -305,14 +306,14 @@ def ascii_for_megabytes(filler: str) -> str:
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
 @pytest.mark.parametrize("rows", [first_row_long, ascii_for_megabytes])
-def test_the_encoding_is_told_by_lines_that_show_it(tmp_path: Path, encoding: str, rows):
+def test_the_encoding_is_detected_from_lines_that_show_it(tmp_path: Path, encoding: str, rows):
     path = written(tmp_path, ("id\x01text\n" + rows("plain " * 12)).encode(encoding))
     found = rows_of(path, ["text"])
     assert not [row.reason for row in found if row.reason]
     assert found[-1].values == ["手机".encode()]
 
 
-def test_a_cut_line_is_judged_less_its_broken_end(tmp_path: Path, monkeypatch):
+def test_a_cut_line_is_judged_without_its_broken_end(tmp_path: Path, monkeypatch):
     for size in range(1, 7):
         monkeypatch.setattr(hive, "SAMPLE_BYTES", size)
         for encoding in ("gb18030", "utf-8"):
@@ -323,7 +324,7 @@ def test_a_cut_line_is_judged_less_its_broken_end(tmp_path: Path, monkeypatch):
             assert found == encoding or (size <= 3 and found == "utf-8")
 
 
-def test_so_is_one_that_is_cut_in_a_later_block(tmp_path: Path, monkeypatch):
+def test_a_line_cut_in_a_later_block_is_judged_without_its_broken_end(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(hive, "SAMPLE_BYTES", 10)
     path = written(tmp_path, b"id\x01text\n" + b"1\x01ascii!!\n" + "2\x01苹果手机\n".encode())
     assert "苹果手".encode()[:8].decode("gb18030")  # what the second block holds of it would pass for GB18030
@@ -331,7 +332,7 @@ def test_so_is_one_that_is_cut_in_a_later_block(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize(("ascii_rows", "encoding"), [(1, "gb18030"), (9, "utf-8")])
-def test_what_is_read_to_tell_the_encoding_is_bounded(tmp_path: Path, monkeypatch, ascii_rows: int, encoding: str):
+def test_detecting_the_encoding_reads_a_bounded_part(tmp_path: Path, monkeypatch, ascii_rows: int, encoding: str):
     monkeypatch.setattr(hive, "SAMPLE_BYTES", 10)
     monkeypatch.setattr(hive, "SAMPLE_LIMIT", 60)
     content = b"id\x01text\n" + b"1\x01ascii!!\n" * ascii_rows + "2\x01苹果手机壳透明\n".encode("gb18030")
@@ -394,9 +395,9 @@ def test_parquet_input(tmp_path: Path):
     assert [(row.position, row.after) for row in rows] == [
         (Position(i + 1, i), Position(i + 2, i + 1)) for i in range(10)
     ]
-    hive.need_columns(source, ["id", "text"], b"\x01")
+    need_columns(source, ["id", "text"], b"\x01")
     with pytest.raises(DataError, match="column tags is list"):
-        hive.need_columns(source, ["tags"], b"\x01")
+        need_columns(source, ["tags"], b"\x01")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=f"^{path} is not a complete Parquet"):
         hive.open_source(path, layout)
@@ -416,7 +417,7 @@ def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str
         values = values.cast(getattr(pa, kind)())
     pq.write_table(pa.table({"id": values, "text": list("abcd"), "none": [None] * 4}), tmp_path / "a.parquet")
     source = hive.open_source(tmp_path / "a.parquet", Layout())
-    hive.need_columns(source, ["id", "text"], b"\x01")
+    need_columns(source, ["id", "text"], b"\x01")
     rows = list(hive.read_rows(source, ["id", "text", "none"], Layout()))
     assert [row.values for row in rows] == [[b"1", b"a", None], [], [None, b"c", None], ["苹".encode(), b"d", None]]
     assert rows[1].reason == "bytes that are not utf-8: column id"
@@ -442,14 +443,14 @@ def test_broken_headers_say_what_is_wrong(tmp_path: Path, content: bytes, words:
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path):
     source = hive.open_source(written(tmp_path, b"id\x01text\n"), Layout())
     with pytest.raises(DataError, match=r"no column description; found id, text .* columns=\[…\]"):
-        hive.need_columns(source, ["description"], b"\x01")
+        need_columns(source, ["description"], b"\x01")
     for sign, name in ((",", "a comma"), ("\t", "a tab"), ("|", "a bar"), (";", "a semicolon")):
         source = hive.open_source(written(tmp_path, f"id{sign}description\n".encode()), Layout())
         with pytest.raises(DataError, match=f"the first row holds {name}: is that the delimiter"):
-            hive.need_columns(source, ["description"], b"\x01")
+            need_columns(source, ["description"], b"\x01")
     source = hive.open_source(written(tmp_path, b"id\xff\n"), Layout())
     with pytest.raises(DataError, match=r"found id\ufffd .* columns=\[…\]"):
-        hive.need_columns(source, ["description"], b"\x01")
+        need_columns(source, ["description"], b"\x01")
 
 
 def test_a_vanished_file_is_an_error(tmp_path: Path):
@@ -519,12 +520,12 @@ def test_old_orc_takes_the_names_that_it_is_given(tmp_path: Path):
     orc.write_table(pa.table({"_col0": ["1", "2"], "_col1": ["a", "b"]}), path)
     assert values_of(path, ["text", "id"], columns=("id", "text")) == [[b"a", b"1"], [b"b", b"2"]]
     with pytest.raises(DataError, match=r"found _col0, _col1; give their names in order: columns=\[…\]"):
-        hive.need_columns(hive.open_source(path, Layout()), ["text"], b"\x01")
+        need_columns(hive.open_source(path, Layout()), ["text"], b"\x01")
     with pytest.raises(DataError, match="has 2 columns without names of their own, columns names 1"):
         hive.open_source(path, Layout(columns=("text",)))
 
 
-def test_a_byte_order_mark_alone_is_nothing(tmp_path: Path):
+def test_a_file_of_a_byte_order_mark_alone_is_empty(tmp_path: Path):
     assert hive.is_empty(written(tmp_path, hive.BOM)) and not hive.is_empty(written(tmp_path, hive.BOM + b"a"))
 
 
@@ -617,7 +618,7 @@ def test_line_ends_go_by_the_rows(tmp_path: Path, content: bytes, values: list[b
     assert list(hive.read_rows(source, ["text"], Layout(), rows[0].after)) == rows[1:]
 
 
-def test_mixed_line_ends_are_warned_of(tmp_path: Path, caplog):
+def test_mixed_line_ends_are_warned_about(tmp_path: Path, caplog):
     values_of(written(tmp_path, b"id\n1\r\n2\n3\n"), ["id"])
     assert "1 of its first 3 rows end in" in caplog.text
 
@@ -649,13 +650,13 @@ def test_parquet_columns_of_every_kind_have_their_text_or_are_named(tmp_path: Pa
     pq.write_table(pa.table({name: values for name, (values, _) in columns.items()}), path)
     source = hive.open_source(path, Layout())
     good = [name for name, (_, text) in columns.items() if text is not None]
-    hive.need_columns(source, good, b"\x01")
+    need_columns(source, good, b"\x01")
     rows = list(hive.read_rows(source, good, Layout()))
     assert [value.decode() for value in rows[0].values] == [columns[name][1] for name in good]
     assert rows[1].values == [None] * len(good)
     for name, words in (("zone", "time zone Mars/Base is not known"), ("map", "map<"), ("nested", "struct<")):
         with pytest.raises(DataError, match=rf"column {name} is .*{words}"):
-            hive.need_columns(source, [name], b"\x01")
+            need_columns(source, [name], b"\x01")
 
 
 def test_text_in_a_file_named_parquet_is_read_as_text(tmp_path: Path):
@@ -666,6 +667,6 @@ def test_columns_that_folders_give_are_put_where_they_are_wanted(tmp_path: Path)
     path = written(tmp_path, b"id\x01text\n1\x01a\nbroken\n")
     source = hive.open_source(path, Layout(), partitions={"dt": b"2026", "text": b"no", "city": None})
     assert source.partitions == {"dt": b"2026", "city": None}
-    hive.need_columns(source, ["dt", "text"], b"\x01")
+    need_columns(source, ["dt", "text"], b"\x01")
     rows = list(hive.read_rows(source, ["dt", "id", "city", "text"], Layout()))
     assert [row.values for row in rows] == [[b"2026", b"1", None, b"a"], []]

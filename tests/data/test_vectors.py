@@ -10,11 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ebr_lib.data.embeddings import base
-from ebr_lib.data.embeddings import files as embeddings_files
-from ebr_lib.data.embeddings import npy as embeddings_npy
-from ebr_lib.data.embeddings import parquet as embeddings_parquet
-from ebr_lib.data.embeddings import text as embeddings_text
+from ebr_lib.data.embeddings import base, files, npy, parquet, text
 from ebr_lib.errors import DataError, MissingError
 
 FORMATS = [".txt", ".parquet", ".npy"]
@@ -34,18 +30,24 @@ def bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint32)
 
 
+def in_batches(monkeypatch: pytest.MonkeyPatch, rows: int, text_bytes: int) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", text_bytes)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", rows)
+    monkeypatch.setattr(npy, "BATCH_ROWS", rows)
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_every_format_gives_back_the_same_rows_and_bits(tmp_path: Path, ending: str):
     vectors = some_vectors(3000, 7)
     valid = np.random.default_rng(1).random(3000) < 0.9
     columns = {"id": [f"00{i}" for i in range(3000)], "说明": [None, "", " a\r ", '"', "\u2028"] * 600}
-    path = embeddings_files.write_embeddings(tmp_path / f"e{ending}", columns, vectors, valid)
-    back = embeddings_files.read_embeddings(path)
+    path = files.write_embeddings(tmp_path / f"e{ending}", columns, vectors, valid)
+    back = files.read_embeddings(path)
     assert (bits(back.vectors) == bits(vectors[valid])).all()
     assert back.rows.tolist() == np.flatnonzero(valid).tolist()
     assert back.total == 3000
     assert back.columns == {name: [values[i] for i in back.rows] for name, values in columns.items()}
-    kept = embeddings_files.read_embeddings(path, ["说明"], keep_empty=True)
+    kept = files.read_embeddings(path, ["说明"], keep_empty=True)
     assert kept.columns == {"说明": columns["说明"]}
     assert (kept.valid == valid).all()
     assert (bits(kept.vectors[valid]) == bits(vectors[valid])).all()
@@ -53,14 +55,10 @@ def test_every_format_gives_back_the_same_rows_and_bits(tmp_path: Path, ending: 
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_batches_count_rows_through_the_file(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 10)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 10)
-    path = embeddings_files.write_embeddings(
-        tmp_path / f"e{ending}", {"id": list(map(str, range(95)))}, some_vectors(95, 3)
-    )
+    in_batches(monkeypatch, 10, 200)
+    path = files.write_embeddings(tmp_path / f"e{ending}", {"id": list(map(str, range(95)))}, some_vectors(95, 3))
     for keep_empty in (False, True):
-        batches = list(embeddings_files.iter_embeddings(path, keep_empty=keep_empty))
+        batches = list(files.iter_embeddings(path, keep_empty=keep_empty))
         assert len(batches) > 5
         assert [row for batch in batches for row in batch.rows] == list(range(95))
         assert [text for batch in batches for text in batch.columns["id"]] == list(map(str, range(95)))
@@ -68,17 +66,13 @@ def test_batches_count_rows_through_the_file(tmp_path: Path, ending: str, monkey
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_batches_without_vectors_hold_none(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 1)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 1)
+    in_batches(monkeypatch, 1, 1)
     valid = np.array([False, True, False])
-    path = embeddings_files.write_embeddings(
-        tmp_path / f"e{ending}", {"id": ["1", "2", "3"]}, some_vectors(3, 4), valid
-    )
-    for batch in embeddings_files.iter_embeddings(path):
+    path = files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1", "2", "3"]}, some_vectors(3, 4), valid)
+    for batch in files.iter_embeddings(path):
         assert len(batch.vectors) == len(batch.rows) == len(batch.columns["id"])
         assert batch.vectors.dtype == np.float32
-    assert [row for batch in embeddings_files.iter_embeddings(path) for row in batch.rows] == [1]
+    assert [row for batch in files.iter_embeddings(path) for row in batch.rows] == [1]
 
 
 @pytest.mark.parametrize("ending", FORMATS)
@@ -93,13 +87,9 @@ def test_the_bar_ends_where_the_file_does(tmp_path: Path, ending: str, monkeypat
             super().__exit__(*error)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 10)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 10)
-    path = embeddings_files.write_embeddings(
-        tmp_path / f"e{ending}", {"id": list(map(str, range(95)))}, some_vectors(95, 3)
-    )
-    list(embeddings_files.iter_embeddings(path))
+    in_batches(monkeypatch, 10, 200)
+    path = files.write_embeddings(tmp_path / f"e{ending}", {"id": list(map(str, range(95)))}, some_vectors(95, 3))
+    list(files.iter_embeddings(path))
     [(shown, total)] = bars
     assert total == path.stat().st_size
     assert total - 128 <= shown <= total  # the header of .npy is not counted, batches of Parquet are rounded down
@@ -107,21 +97,21 @@ def test_the_bar_ends_where_the_file_does(tmp_path: Path, ending: str, monkeypat
 
 def test_text_is_what_hive_loads(tmp_path: Path):
     vectors = np.array([[0.1, -1e-7], [3, 1e20]], dtype=np.float32)
-    path = embeddings_files.write_embeddings(tmp_path / "e.txt", {"id": ["1", None]}, vectors, np.array([True, False]))
+    path = files.write_embeddings(tmp_path / "e.txt", {"id": ["1", None]}, vectors, np.array([True, False]))
     assert path.read_bytes() == b"id\x01vector\n1\x010.1 -1e-7\n\\N\x01\n"
 
 
 def test_parquet_holds_fixed_size_lists(tmp_path: Path):
     import pyarrow.parquet as pq
 
-    path = embeddings_files.write_embeddings(tmp_path / "e.parquet", {"id": ["1"]}, some_vectors(1, 5))
+    path = files.write_embeddings(tmp_path / "e.parquet", {"id": ["1"]}, some_vectors(1, 5))
     assert str(pq.read_schema(path).field("vector").type) == "fixed_size_list<element: float>[5]"
 
 
 def test_parquet_compresses_texts_and_leaves_vectors_as_they_are(tmp_path: Path):
     import pyarrow.parquet as pq
 
-    path = embeddings_files.write_embeddings(tmp_path / "e.parquet", {"id": ["1"] * 50}, some_vectors(50, 5))
+    path = files.write_embeddings(tmp_path / "e.parquet", {"id": ["1"] * 50}, some_vectors(50, 5))
     ids, vectors = (pq.read_metadata(path).row_group(0).column(i) for i in range(2))
     assert (ids.compression, ids.has_dictionary_page, ids.is_stats_set) == ("ZSTD", True, True)
     assert (vectors.compression, vectors.has_dictionary_page, vectors.is_stats_set) == ("UNCOMPRESSED", False, False)
@@ -130,8 +120,8 @@ def test_parquet_compresses_texts_and_leaves_vectors_as_they_are(tmp_path: Path)
 @pytest.mark.parametrize("ending", FORMATS)
 def test_wider_floats_are_written_as_float32(tmp_path: Path, ending: str):
     vectors = np.array([[0.1, 1 / 3]])
-    wide = embeddings_files.write_embeddings(tmp_path / f"wide{ending}", {"id": ["1"]}, vectors)
-    narrow = embeddings_files.write_embeddings(tmp_path / f"narrow{ending}", {"id": ["1"]}, vectors.astype(np.float32))
+    wide = files.write_embeddings(tmp_path / f"wide{ending}", {"id": ["1"]}, vectors)
+    narrow = files.write_embeddings(tmp_path / f"narrow{ending}", {"id": ["1"]}, vectors.astype(np.float32))
     assert wide.read_bytes() == narrow.read_bytes()
 
 
@@ -139,7 +129,7 @@ def test_wider_floats_are_written_as_float32(tmp_path: Path, ending: str):
 def test_a_column_shorter_than_the_vectors_is_refused(tmp_path: Path, ending: str):
     for columns in ({"id": ["1"]}, {"id": ["1", "2"], "text": ["a"]}):
         with pytest.raises(ValueError, match="zip"):
-            embeddings_files.write_embeddings(tmp_path / f"e{ending}", columns, some_vectors(2, 3))
+            files.write_embeddings(tmp_path / f"e{ending}", columns, some_vectors(2, 3))
     assert not list(tmp_path.iterdir())
 
 
@@ -147,14 +137,12 @@ def test_a_column_shorter_than_the_vectors_is_refused(tmp_path: Path, ending: st
 def test_a_file_is_written_beside_its_place(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch):
     """Moved across disks it would not appear at once."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    path = embeddings_files.write_embeddings(
-        tmp_path / "new" / "folder" / f"e{ending}", {"id": ["1"]}, some_vectors(1, 4)
-    )
-    assert len(embeddings_files.read_embeddings(path)) == 1
+    path = files.write_embeddings(tmp_path / "new" / "folder" / f"e{ending}", {"id": ["1"]}, some_vectors(1, 4))
+    assert len(files.read_embeddings(path)) == 1
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_work_files_are_gone_on_with_from_where_they_were_committed(tmp_path: Path, ending: str):
+def test_work_files_continue_from_their_last_commit(tmp_path: Path, ending: str):
     vectors, place, work = some_vectors(9, 3), tmp_path / f"e{ending}", tmp_path / "work"
     rows = [[b"%d" % i, None] for i in range(9)]
     valid = np.arange(9) % 4 > 0
@@ -163,26 +151,26 @@ def test_work_files_are_gone_on_with_from_where_they_were_committed(tmp_path: Pa
         sink.append(rows[part], vectors[part], valid[part])
 
     work.mkdir()
-    sink = embeddings_files.open_sink(place, work, ["id", "text"], 3)
+    sink = files.open_sink(place, work, ["id", "text"], 3)
     append(sink, slice(0, 2))
     sizes = sink.commit()
     append(sink, slice(2, 5))  # lost
     sink.close()
-    sink = embeddings_files.open_sink(place, work, ["id", "text"], 3, sizes)
+    sink = files.open_sink(place, work, ["id", "text"], 3, sizes)
     append(sink, slice(2, 4))
     sink.commit()
     append(sink, slice(4, 6))
     assert sink.commit() == {path.name: path.stat().st_size for path in work.iterdir()}
     sink.close()
-    embeddings_files.finish_sink(place, work)
-    sizes = embeddings_files.reopen(place, work)
+    files.finish_sink(place, work)
+    sizes = files.reopen(place, work)
     assert sizes == {path.name: path.stat().st_size for path in work.iterdir()}
-    sink = embeddings_files.open_sink(place, work, ["id", "text"], 3, sizes)
+    sink = files.open_sink(place, work, ["id", "text"], 3, sizes)
     append(sink, slice(6, 9))
     sink.commit()
     sink.close()
-    embeddings_files.finish_sink(place, work)
-    back = embeddings_files.read_embeddings(place, keep_empty=True)
+    files.finish_sink(place, work)
+    back = files.read_embeddings(place, keep_empty=True)
     assert back.columns == {"id": list("012345678"), "text": [None] * 9}
     assert (back.valid == valid).all()
     assert (bits(back.vectors[valid]) == bits(vectors[valid])).all()
@@ -193,10 +181,10 @@ def test_a_folder_of_parts_is_one_file(tmp_path: Path, ending: str):
     vectors = some_vectors(10, 3)
     for number, part in enumerate((slice(0, 4), slice(4, 10))):
         ids = [str(i) for i in range(10)][part]
-        embeddings_files.write_embeddings(tmp_path / "out" / f"part-0000{number}{ending}", {"id": ids}, vectors[part])
+        files.write_embeddings(tmp_path / "out" / f"part-0000{number}{ending}", {"id": ids}, vectors[part])
     (tmp_path / "out" / f"part-00000{ending}.rejects").write_bytes(b"no vectors")
     for keep_empty in (False, True):
-        back = embeddings_files.read_embeddings(tmp_path / "out", keep_empty=keep_empty)
+        back = files.read_embeddings(tmp_path / "out", keep_empty=keep_empty)
         assert (bits(back.vectors) == bits(vectors)).all()
         assert back.columns["id"] == [str(i) for i in range(10)]
         assert back.rows.tolist() == list(range(10))
@@ -204,10 +192,10 @@ def test_a_folder_of_parts_is_one_file(tmp_path: Path, ending: str):
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_parts_must_be_of_one_width(tmp_path: Path, ending: str):
-    embeddings_files.write_embeddings(tmp_path / f"part-0{ending}", {"id": ["1"]}, some_vectors(1, 5))
-    embeddings_files.write_embeddings(tmp_path / f"part-1{ending}", {"id": ["2"]}, some_vectors(1, 4))
+    files.write_embeddings(tmp_path / f"part-0{ending}", {"id": ["1"]}, some_vectors(1, 5))
+    files.write_embeddings(tmp_path / f"part-1{ending}", {"id": ["2"]}, some_vectors(1, 4))
     with pytest.raises(DataError) as error:
-        embeddings_files.read_embeddings(tmp_path)
+        files.read_embeddings(tmp_path)
     place, said = str(error.value).split(": ", 1)
     assert place == str(tmp_path / f"part-1{ending}")
     assert {"4", "5"} <= set(re.findall(r"\d+", said))
@@ -239,7 +227,7 @@ def test_broken_text_says_what_is_wrong(tmp_path: Path, content: bytes, words: l
     path = tmp_path / "e.txt"
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
     assert all(word in str(error.value) for word in [str(path), *words])
 
 
@@ -253,7 +241,7 @@ def test_text_that_another_tool_has_written(tmp_path: Path):
         (b"vector\x01id \n0.5 12\x011\n", "id ", "1"),
     ]:
         path.write_bytes(content)
-        back = embeddings_files.read_embeddings(path)
+        back = files.read_embeddings(path)
         assert back.vectors.tolist() == [[0.5, 12]]
         assert back.columns == {name: [value]}
 
@@ -275,14 +263,12 @@ def file_of(folder: Path, ending: str, vectors: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_value_that_is_no_number_is_named_by_its_row_in_the_file(tmp_path: Path, ending: str, monkeypatch):
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 2)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 2)
+    in_batches(monkeypatch, 2, 1)
     vectors = np.ones((9, 3), dtype=np.float32)
     vectors[7, 1] = np.inf
     path = file_of(tmp_path, ending, vectors)
     with pytest.raises(DataError, match=rf"^{path}: .*row 7\b"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
@@ -292,7 +278,7 @@ def test_rows_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Pat
     vectors[1 : 1 + wrong, 1] = -np.inf
     path = file_of(tmp_path, ending, vectors)
     with pytest.raises(DataError, match=rf"^{path}: .* in row {named}"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 @pytest.mark.parametrize(("wrong", "more"), [(1, ""), (3, ""), (5, ""), (6, " and 1 rows more")])
@@ -301,7 +287,7 @@ def test_rows_of_text_with_values_that_are_no_numbers_are_named_up_to_five(tmp_p
     path.write_bytes(b"vector\n1 2\n" + b"nan x\n" * wrong + b"3 4\n")
     named = ", ".join(rf"b'nan' in row {row} \(line {row + 2}\)" for row in range(1, 1 + min(5, wrong)))
     with pytest.raises(DataError, match=rf"^{path}: .*: {named}{more}; "):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 @pytest.mark.parametrize(("wrong", "more"), [(5, ""), (6, " and 1 rows more"), (7, " and 2 rows more")])
@@ -309,105 +295,99 @@ def test_rows_of_another_length_are_named_up_to_five(tmp_path: Path, wrong: int,
     path = tmp_path / "e.txt"
     path.write_bytes(b"vector\n1 2\n" + b"1\n" * wrong)
     with pytest.raises(DataError, match=rf"row 4 \(line 6\) holds 1, row 5 \(line 7\) holds 1{more}; every row"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
-def test_a_row_of_another_length_is_told_in_a_later_batch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_of_another_length_is_found_in_a_later_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 2)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 2)
+    in_batches(monkeypatch, 2, 1)
     text = tmp_path / "e.txt"
     text.write_bytes(b"vector\n" + b"1 2\n" * 6 + b"1 2 3\n")
     with pytest.raises(DataError, match=r"2 numbers in its first row, but row 6 \(line 8\) holds 3"):
-        embeddings_files.read_embeddings(text)
+        files.read_embeddings(text)
     parquet = tmp_path / "e.parquet"
     ragged = [[1.0, 2.0]] * 6 + [[1.0, 2.0, 3.0]] * 2
     pq.write_table(pa.table({"vector": pa.array(ragged, pa.list_(pa.float32()))}), parquet)
     with pytest.raises(DataError, match=r"2 numbers in its first row, but row 6 holds 3, row 7 holds 3$"):
-        embeddings_files.read_embeddings(parquet)
+        files.read_embeddings(parquet)
 
 
 @pytest.mark.parametrize("keep_empty", [False, True])
 @pytest.mark.parametrize("ending", base.ENDINGS)
-def test_a_file_without_any_vector_is_said_to_hold_none(tmp_path: Path, ending: str, keep_empty: bool):
+def test_a_file_without_vectors_is_an_error(tmp_path: Path, ending: str, keep_empty: bool):
     vectors = np.full((2, 4), np.nan, dtype=np.float32)
-    path = embeddings_files.write_embeddings(
-        tmp_path / f"e{ending}", {"id": ["1", "2"]}, vectors, np.zeros(2, dtype=bool)
-    )
+    path = files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1", "2"]}, vectors, np.zeros(2, dtype=bool))
     with pytest.raises(DataError, match=r"none of its 2 rows holds a vector"):
-        embeddings_files.read_embeddings(path, keep_empty=keep_empty)
+        files.read_embeddings(path, keep_empty=keep_empty)
 
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_the_first_vector_may_come_late(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch):
     vectors = some_vectors(3, 4)
-    path = embeddings_files.write_embeddings(
+    path = files.write_embeddings(
         tmp_path / f"e{ending}", {"id": ["1", "2", "3"]}, vectors, np.array([False, True, True])
     )
-    monkeypatch.setattr(embeddings_text, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(embeddings_parquet, "BATCH_ROWS", 1)
-    monkeypatch.setattr(embeddings_npy, "BATCH_ROWS", 1)
-    found = embeddings_files.read_embeddings(path, keep_empty=True)
+    in_batches(monkeypatch, 1, 1)
+    found = files.read_embeddings(path, keep_empty=True)
     assert np.isnan(found.vectors[0]).all()
     assert np.array_equal(bits(found.vectors[1:]), bits(vectors[1:]))
 
 
-def test_a_cut_file_is_known_by_its_manifest(tmp_path: Path):
-    path = embeddings_files.write_embeddings(tmp_path / "e.txt", {"id": ["1", "2"]}, some_vectors(2, 4))
+def test_the_manifest_shows_that_a_file_was_cut(tmp_path: Path):
+    path = files.write_embeddings(tmp_path / "e.txt", {"id": ["1", "2"]}, some_vectors(2, 4))
     base.manifest_path(path).write_text(json.dumps({"rows": {"written": 2}}))
-    assert len(embeddings_files.read_embeddings(path)) == 2
+    assert len(files.read_embeddings(path)) == 2
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]))
     with pytest.raises(DataError, match=r"holds 1 rows, its manifest says 2"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 def test_a_manifest_of_another_kind(tmp_path: Path):
-    path = embeddings_files.write_embeddings(tmp_path / "e.txt", {"id": ["1"]}, some_vectors(1, 4))
+    path = files.write_embeddings(tmp_path / "e.txt", {"id": ["1"]}, some_vectors(1, 4))
     for held in ({}, {"rows": {}}):
         base.manifest_path(path).write_text(json.dumps(held))
-        assert len(embeddings_files.read_embeddings(path)) == 1
-    for held, words in (("{", "is no readable manifest"), ("[]", "wanted a JSON object, found list")):
+        assert len(files.read_embeddings(path)) == 1
+    for held, words in (("{", "is not a readable manifest"), ("[]", "wanted a JSON object, found list")):
         base.manifest_path(path).write_text(held)
         with pytest.raises(DataError, match=rf"^{base.manifest_path(path)}.*{words}"):
-            embeddings_files.read_embeddings(path)
+            files.read_embeddings(path)
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
 def test_a_cut_binary_file_is_an_error(tmp_path: Path, ending: str):
-    path = embeddings_files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1"] * 50}, some_vectors(50, 4))
+    path = files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1"] * 50}, some_vectors(50, 4))
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match="not a complete"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 def test_npy_and_ids_must_agree(tmp_path: Path):
-    path = embeddings_files.write_embeddings(tmp_path / "e.npy", {"id": ["1", "2"]}, some_vectors(2, 4))
+    path = files.write_embeddings(tmp_path / "e.npy", {"id": ["1", "2"]}, some_vectors(2, 4))
     assert base.ids_path(path) == tmp_path / "e.ids.txt"
     base.ids_path(path).write_bytes(b"id\n1\n")
     with pytest.raises(DataError, match="1 rows"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
     for content, words in ((b"id\n1\n2\x01\n", "line 3 has 2"), (b"id\n1\n\xff\n", "not UTF-8")):
         base.ids_path(path).write_bytes(content)
         with pytest.raises(DataError, match=f"^{base.ids_path(path)}: .*{words}"):
-            embeddings_files.read_embeddings(path)
+            files.read_embeddings(path)
     for name in ("SIZE X", "id "):
         base.ids_path(path).write_bytes(name.encode() + b"\n1\n2\n")
-        assert embeddings_files.read_embeddings(path).columns == {name: ["1", "2"]}
+        assert files.read_embeddings(path).columns == {name: ["1", "2"]}
 
 
 def test_npy_without_ids_has_no_columns(tmp_path: Path):
     path = tmp_path / "e.npy"
     np.save(path, np.array([[0.1, 1 / 3]]))
-    back = embeddings_files.read_embeddings(path)
+    back = files.read_embeddings(path)
     assert back.columns == {}
     assert back.vectors.dtype == np.float32
     assert (bits(back.vectors) == bits(np.array([[0.1, 1 / 3]], dtype=np.float32))).all()
     with pytest.raises(DataError, match=rf"^{path}: no column id, text; its columns are vector"):
-        embeddings_files.read_embeddings(path, ["id", "text"])
+        files.read_embeddings(path, ["id", "text"])
 
 
 @pytest.mark.parametrize(
@@ -419,14 +399,14 @@ def test_npy_of_another_shape_or_kind_is_refused(tmp_path: Path, array: np.ndarr
     np.save(path, array)
     words = re.escape(f"{path}: wanted floats of rows × dimensions, found {array.dtype} of shape {array.shape}")
     with pytest.raises(DataError, match=words):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 def test_npy_that_is_a_pickle_is_not_opened(tmp_path: Path):
     path = tmp_path / "e.npy"
     path.write_bytes(pickle.dumps(np.ones((2, 2), np.float32)))
     with pytest.raises(DataError, match=r"not a complete \.npy file"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 def test_other_peoples_parquet(tmp_path: Path):
@@ -435,39 +415,39 @@ def test_other_peoples_parquet(tmp_path: Path):
 
     path = tmp_path / "e.parquet"
     pq.write_table(pa.table({"id": [1, 2], "vector": pa.array([[0.5, 1.0], [2.0, 3.0]], pa.list_(pa.float64()))}), path)
-    back = embeddings_files.read_embeddings(path)
+    back = files.read_embeddings(path)
     assert back.columns == {"id": ["1", "2"]}
     assert back.vectors.tolist() == [[0.5, 1.0], [2.0, 3.0]]
     pq.write_table(pa.table({"vector": pa.array([[0.5, 1.0], [2.0]], pa.list_(pa.float32()))}), path)
     with pytest.raises(DataError, match="row 1 holds 1"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
     pq.write_table(pa.table({"vector": ["0.5 1"]}), path)
     with pytest.raises(DataError, match="wanted lists of float32"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
     vectors = pa.array([[0.5, None]], pa.list_(pa.float32()))
     pq.write_table(pa.table({"vector": vectors}), path)
-    with pytest.raises(DataError, match="no finite number in row 0"):
-        embeddings_files.read_embeddings(path)
+    with pytest.raises(DataError, match="non-finite number in row 0"):
+        files.read_embeddings(path)
     pq.write_table(pa.table({"id": [[1]], "vector": pa.array([[0.5]], pa.list_(pa.float32()))}), path)
     with pytest.raises(DataError, match=rf"^{path}: column id is list"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
     pq.write_table(pa.table({"id": ["1"]}), path)
     with pytest.raises(DataError, match=rf"^{path}: no column `vector`"):
-        embeddings_files.read_embeddings(path)
+        files.read_embeddings(path)
 
 
 def test_missing_things(tmp_path: Path):
-    with pytest.raises(MissingError, match="run the inference stage first"):
-        embeddings_files.read_embeddings(tmp_path / "none.txt")
+    with pytest.raises(MissingError, match="there is no such file"):
+        files.read_embeddings(tmp_path / "none.txt")
     for ending in FORMATS:
-        path = embeddings_files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1"]}, some_vectors(1, 4))
+        path = files.write_embeddings(tmp_path / f"e{ending}", {"id": ["1"]}, some_vectors(1, 4))
         with pytest.raises(DataError, match=rf"^{tmp_path / 'e'}.*: no column colour; its columns are id"):
-            embeddings_files.read_embeddings(path, ["colour"])
+            files.read_embeddings(path, ["colour"])
 
 
 def test_text_refuses_values_that_would_break_it(tmp_path: Path):
     for value in ("a\x01b", "a\nb", "\\N"):
         with pytest.raises(DataError, match=rf"^{tmp_path / 'e.txt'}: row 0: .* write \.parquet"):
-            embeddings_files.write_embeddings(tmp_path / "e.txt", {"id": [value]}, some_vectors(1, 4))
-        path = embeddings_files.write_embeddings(tmp_path / "e.parquet", {"id": [value]}, some_vectors(1, 4))
-        assert embeddings_files.read_embeddings(path).columns == {"id": [value]}
+            files.write_embeddings(tmp_path / "e.txt", {"id": [value]}, some_vectors(1, 4))
+        path = files.write_embeddings(tmp_path / "e.parquet", {"id": [value]}, some_vectors(1, 4))
+        assert files.read_embeddings(path).columns == {"id": [value]}

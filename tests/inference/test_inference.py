@@ -1,4 +1,4 @@
-"""The inference stage: what goes in comes out, row for row, and every knob does what it says."""
+"""The inference stage: rows in are rows out, and every knob does what its help says."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ import pytest
 from ebr_lib.data import hive
 from ebr_lib.data.embeddings.files import read_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError, NotFiniteError, UserError
-from ebr_lib.inference import job as jobs
-from ebr_lib.inference import local
+from ebr_lib.inference import encode, inputs, local, windows
 from ebr_lib.inference import run as inference
 from ebr_lib.inference.config import InferenceConfig
 from ebr_lib.inference.job import EncodeReport
@@ -40,7 +39,7 @@ def fake_vector(text: str) -> np.ndarray:
 
 
 class FakeEncoder:
-    """Vectors that tell which text they are of, at once; keeps what it was asked for."""
+    """Vectors that show which text they are of, at once; records what it was asked for."""
 
     def __init__(self, prompt: str = "", trained: str = "", sha: str = "a" * 64) -> None:
         self.facts = EncoderFacts(6, "float32", prompt, trained, 128)
@@ -51,7 +50,7 @@ class FakeEncoder:
     def prepare(self, texts: list[str]) -> list[str]:
         return texts
 
-    def encode(self, prepared: list[str], told):
+    def encode(self, prepared: list[str], on_progress):
         self.asked += prepared
         counts = Counter(texts=len(prepared), tokens=10 * len(prepared), slots=16 * len(prepared))
         return np.stack([fake_vector(text) for text in prepared]), EncodeReport(counts, lost=np.zeros(len(prepared)))
@@ -61,7 +60,7 @@ class FakeEncoder:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, encoder: FakeEncoder) -> FakeEncoder:
-    monkeypatch.setattr(local, "open_encoder", lambda recipe, processes: encoder)
+    monkeypatch.setattr(local, "open_encoder", lambda spec, processes: encoder)
     monkeypatch.setattr(
         inference, "identify", lambda name, own: ModelIdentity(name, f"/models/{name}", encoder.sha, name, encoder.sha)
     )
@@ -81,7 +80,7 @@ def catalogue(folder: Path, rows: list[str], name: str = "a.csv", header: str = 
 
 
 def run(folder: Path, **knobs):
-    """Run the stage on `in`; rows may be lost, as tests of what becomes of odd rows need it."""
+    """Run the stage on `in`; any share of rows may be lost."""
     places = {"data_path": str(folder / "in"), "output_path": str(folder / "out.txt"), "max_rejected_share": 1.0}
     return run_batch_inference(places | knobs)
 
@@ -95,7 +94,7 @@ def rejects_of(path: Path) -> list[list[bytes]]:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def test_columns_order_and_duplicates_are_those_of_the_input(tmp_path: Path, encoder: FakeEncoder):
+def test_output_keeps_columns_order_and_duplicates(tmp_path: Path, encoder: FakeEncoder):
     rows = [f"{i}\x01text {i % 7}\x01\\N" for i in range(100)]
     catalogue(tmp_path, rows[:60])
     catalogue(tmp_path, rows[60:], "b.csv")
@@ -142,7 +141,7 @@ def test_every_format_holds_the_same(tmp_path: Path, encoder: FakeEncoder, endin
 
 
 @pytest.mark.parametrize(("name", "head"), [("o.PARQUET", b"PAR1"), ("o.Npy", b"\x93NUMPY"), ("o", b"id\x01")])
-def test_an_ending_says_the_format_however_it_is_written(tmp_path: Path, encoder: FakeEncoder, name: str, head: bytes):
+def test_the_ending_picks_the_format_in_any_case(tmp_path: Path, encoder: FakeEncoder, name: str, head: bytes):
     catalogue(tmp_path, ["1\x01a\x01x"])
     result = run(tmp_path, output_path=str(tmp_path / name))
     assert result.output.read_bytes().startswith(head)
@@ -249,7 +248,7 @@ def test_no_row_is_lost_for_a_kept_value_that_was_quoted_or_escaped(tmp_path, en
     assert back.columns == {"id": ["1", "2", "3"], "description": ["a b"] * 3}
 
 
-def test_a_header_row_in_the_middle_of_joined_files_is_no_item(tmp_path: Path, encoder: FakeEncoder):
+def test_a_repeated_header_row_is_rejected(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, ["1\x01a\x01x", "id\x01description\x01label", "2\x01b\x01x"])
     result = run(tmp_path, max_rejected_share=0.0)
     assert read_embeddings(result.output).columns["id"] == ["1", "2"]
@@ -259,7 +258,7 @@ def test_a_header_row_in_the_middle_of_joined_files_is_no_item(tmp_path: Path, e
 def test_large_input_that_cannot_be_read_is_refused_before_it_is_encoded(
     tmp_path: Path, encoder: FakeEncoder, monkeypatch
 ):
-    monkeypatch.setattr(inference, "SAMPLED_BYTES", 1000)
+    monkeypatch.setattr(inputs, "SAMPLED_BYTES", 1000)
     for part in range(9):  # in the rows of all files, not of the first alone
         rows = [f"{i}\x01text {part} {i}\x01" + ("a\\\x01b" if part and i % 3 == 0 else "") for i in range(60)]
         catalogue(tmp_path, rows, f"part-{part}")
@@ -301,17 +300,17 @@ def test_empty_files_among_others_are_left_out_with_a_warning(tmp_path: Path, en
         run(tmp_path, file_patterns=["*.csv"])
 
 
-def test_rows_that_are_not_utf8_are_said_to_be_gb18030_perhaps(tmp_path: Path, encoder: FakeEncoder, caplog):
+def test_rows_that_are_not_utf8_hint_at_gb18030(tmp_path: Path, encoder: FakeEncoder, caplog):
     path = catalogue(tmp_path, ["1\x01苹果\x01x"] * 3)
     path.write_bytes(path.read_bytes() + "2\x01手机\x01x\n".encode("gbk"))
     run(tmp_path)
-    assert "GB18030 may read them: set encoding to gb18030" in caplog.text
+    assert "they may be GB18030: set encoding to gb18030" in caplog.text
     caplog.clear()
     run(tmp_path, encoding="utf-8")
     assert "GB18030" not in caplog.text
 
 
-def test_parquet_is_known_by_its_bytes_and_its_rejects_have_no_hint_on_encodings(tmp_path: Path, encoder, caplog):
+def test_parquet_is_known_by_its_bytes_and_gets_no_hint_about_encodings(tmp_path: Path, encoder, caplog):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -373,7 +372,7 @@ def test_an_unfinished_run_among_the_input_is_never_input(tmp_path: Path, encode
     catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(9)])
     knobs = {"output_path": str(tmp_path / "in" / "out.csv"), "file_patterns": ["*"], "window_rows": 3}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encoder, "encode", lambda texts, told: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(encoder, "encode", lambda texts, on_progress: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path, **knobs)
     assert run(tmp_path, **knobs).counts["read"] == 9
 
@@ -394,8 +393,8 @@ def test_an_input_is_never_written_over(tmp_path: Path, encoder: FakeEncoder, ou
     assert not encoder.asked
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(local, "open_encoder", lambda recipe, processes: pytest.fail("the model was loaded"))
+def test_an_unwritable_output_is_refused_before_the_model_loads(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(local, "open_encoder", lambda spec, processes: pytest.fail("the model was loaded"))
     catalogue(tmp_path, ["1\x01a\x01x"])
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"folder is a folder; give the name of a file"):
@@ -408,7 +407,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(tmp_pat
     ("content", "knobs", "words"),
     [
         (b"id\x01x\tdescription\n1\ta\n", {"delimiter": "\\t"}, r"column name 'id\\x01x' holds what separates"),
-        (b"\xff\xfbid\x01description\n1\x01a\n", {"encoding": "utf-8"}, "is no utf-8; set encoding"),
+        (b"\xff\xfbid\x01description\n1\x01a\n", {"encoding": "utf-8"}, "is not utf-8; set encoding"),
         (b"\\N\x01description\n1\x01a\n", {}, r"column name '\\\\N' holds"),
     ],
 )
@@ -421,7 +420,7 @@ def test_names_of_columns_are_checked_as_values_are(tmp_path: Path, encoder, con
     assert read_embeddings(chosen.output).columns == {"description": ["a"]}
 
 
-def test_a_parquet_column_of_lists_is_told_before_the_work(tmp_path: Path, encoder: FakeEncoder):
+def test_a_parquet_column_of_lists_is_refused_before_the_work(tmp_path: Path, encoder: FakeEncoder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -453,7 +452,7 @@ def test_append_refuses_another_model_and_changed_files(tmp_path: Path, monkeypa
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def test_another_prompt_than_the_models_is_warned_of(tmp_path: Path, monkeypatch, caplog):
+def test_a_prompt_other_than_the_models_is_warned_about(tmp_path: Path, monkeypatch, caplog):
     catalogue(tmp_path, ["1\x01a\x01x"])
     use(monkeypatch, FakeEncoder(prompt="item: ", trained="passage: "))
     run(tmp_path, prompt="item: ")
@@ -467,7 +466,9 @@ def test_another_prompt_than_the_models_is_warned_of(tmp_path: Path, monkeypatch
 
 def test_a_vector_that_is_not_finite_is_an_error(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, ["1\x01a\x01x", "2\x01b\x01x"])
-    monkeypatch.setattr(encoder, "encode", lambda texts, told: (np.full((2, 6), np.nan, np.float32), EncodeReport()))
+    monkeypatch.setattr(
+        encoder, "encode", lambda texts, on_progress: (np.full((2, 6), np.nan, np.float32), EncodeReport())
+    )
     named = r"2 texts, the first in a\.csv, line 2 \('a'\); a\.csv, line 3 \('b'\); set precision"
     with pytest.raises(NotFiniteError, match=named):
         run(tmp_path)
@@ -517,24 +518,24 @@ def test_a_model_of_static_embeddings(tmp_path: Path, tiny_bert: Path):
     assert np.allclose(read_embeddings(result.output).vectors, wanted, atol=1e-6)
 
 
-def test_what_a_model_cuts_in_its_own_way_is_not_said_to_be_nothing(tmp_path: Path, tiny_bert: Path, monkeypatch):
+def test_unknown_token_counts_are_none_and_not_zero(tmp_path: Path, tiny_bert: Path, monkeypatch):
     from ebr_lib.model import encoder as encoders
 
     catalogue(tmp_path, [f"{i}\x01{'blanket ' * 300}{i}\x01x" for i in range(5)])
     monkeypatch.setattr(encoders, "_tokenizer_of", lambda model, prompt: None)
     one = local.LocalEncoder(EncoderSpec(str(tiny_bert), device="cpu"))
-    monkeypatch.setattr(local, "open_encoder", lambda recipe, ignored: one)
+    monkeypatch.setattr(local, "open_encoder", lambda spec, ignored: one)
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
     result = run(tmp_path, **knobs)
     catalogue(tmp_path, ["6\x01short\x01x"], "b.csv")
-    for told in (result, run(tmp_path, **knobs, append=True)):
-        manifest = json.loads(told.manifest.read_text())
-        assert (told.counts["truncated"], told.counts["tokens"], manifest["truncated"]["rows"]) == (None, None, None)
-        assert dict(told.tables["counts"].to_numpy())["truncated 截断"] == "-"
-    assert (told.counts["read"], told.counts["uncounted"]) == (6, 6)
+    for one in (result, run(tmp_path, **knobs, append=True)):
+        manifest = json.loads(one.manifest.read_text())
+        assert (one.counts["truncated"], one.counts["tokens"], manifest["truncated"]["rows"]) == (None, None, None)
+        assert dict(one.tables["counts"].to_numpy())["truncated 截断"] == "-"
+    assert (one.counts["read"], one.counts["uncounted"]) == (6, 6)
 
 
-def test_the_summary_tells_what_was_encoded_and_how_fast(tmp_path: Path, encoder: FakeEncoder):
+def test_the_summary_shows_texts_encoded_and_speed(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, [f"{i}\x01text {i % 5}\x01x" for i in range(20)])
     result = run(tmp_path, output_path=str(tmp_path / "o.npy"))
     shown = dict(result.tables["counts"].to_numpy())
@@ -577,40 +578,42 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(40)])
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "max_seq_length": 8}
     one = run(tmp_path, **knobs)
-    told = []
+    done = []
     real = local.ProcessEncoder.encode
 
-    def encode(self, prepared, tell):
-        return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
+    def encode(self, prepared, on_progress):
+        return real(self, prepared, lambda texts: done.append(texts) or on_progress(texts))
 
     monkeypatch.setattr(local.ProcessEncoder, "encode", encode)
     monkeypatch.setattr(local, "multiprocessing", SimpleNamespace(get_context=lambda method: SERVER))  # there at once
     two = run(tmp_path, **knobs, num_processes=2, output_path=str(tmp_path / "two.txt"))
-    assert told == [20, 40]
+    assert done == [20, 40]
     assert np.allclose(read_embeddings(one.output).vectors, read_embeddings(two.output).vectors, atol=1e-6)
     assert one.counts["truncated"] == two.counts["truncated"] > 0
 
 
-# Its processes have no model, and so are there in a third of the time; they encode until they are ended.
+# Its processes have no model and no torch, and so start fast; they encode until they are ended.
 PARENT = """
-import contextlib, multiprocessing, threading
+import contextlib, multiprocessing, sys, threading, types
+sys.modules["torch"] = torch = types.ModuleType("torch")
+torch.set_num_threads, torch.cuda = abs, types.SimpleNamespace(device_count=lambda: 0)
 from ebr_lib.inference import local
 class Endless:
     facts = local.EncoderFacts(1, "float32", "", "", 128)
-    def __init__(self, recipe): pass
+    def __init__(self, spec): pass
     def prepare(self, texts): return texts
-    def encode(self, prepared, told): threading.Event().wait()
+    def encode(self, prepared, on_progress): threading.Event().wait()
 local.LocalEncoder = Endless
 if __name__ == "__main__":
-    recipe = local.EncoderSpec("none", device="cpu")
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(local.open_encoder(recipe, 2)) as encoder:
+    spec = local.EncoderSpec("none", device="cpu")
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(local.open_encoder(spec, 2)) as encoder:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         encoder.encode(["one", "two"], print)
 """
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_processes_end_with_the_one_that_began_them_and_say_nothing(tmp_path: Path, kind: signal.Signals):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_encoder_processes_end_quietly_with_their_parent(tmp_path: Path, kind: signal.Signals):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script)]
@@ -628,30 +631,30 @@ def test_processes_end_with_the_one_that_began_them_and_say_nothing(tmp_path: Pa
     assert "Traceback" not in errors
 
 
-def test_what_a_process_cannot_load_is_told_as_in_this_one(tmp_path: Path):
-    recipe = EncoderSpec(str(tmp_path / "no-model"), device="cpu")
+def test_an_encoder_process_raises_the_error_of_loading(tmp_path: Path):
+    spec = EncoderSpec(str(tmp_path / "no-model"), device="cpu")
     with pytest.raises(UserError) as alone:
-        local.open_encoder(recipe)
+        local.open_encoder(spec)
     with pytest.raises(UserError) as of_two:
-        local.open_encoder(recipe, processes=2)
+        local.open_encoder(spec, processes=2)
     assert (type(of_two.value), str(of_two.value)) == (type(alone.value), str(alone.value))
     assert not multiprocessing.active_children()
 
 
 def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypatch):
-    told = []
+    done = []
     real = local.LocalEncoder.encode
 
-    def encode(self, prepared, tell):
-        return real(self, prepared, lambda texts: told.append(texts) or tell(texts))
+    def encode(self, prepared, on_progress):
+        return real(self, prepared, lambda texts: done.append(texts) or on_progress(texts))
 
     monkeypatch.setattr(local.LocalEncoder, "encode", encode)
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(60)])
     knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu"}
     small = run(tmp_path, **knobs, batch_tokens=64)
-    assert len(told) > 3
-    assert told == sorted(told)
-    assert told[-1] == 60
+    assert len(done) > 3
+    assert done == sorted(done)
+    assert done[-1] == 60
     whole = run(tmp_path, **knobs, output_path=str(tmp_path / "whole.txt"))
     assert np.allclose(read_embeddings(small.output).vectors, read_embeddings(whole.output).vectors, atol=1e-6)
 
@@ -676,7 +679,7 @@ def test_the_bar_moves_within_a_window(tmp_path: Path, tiny_bert: Path, monkeypa
         ({"num_actors": 2}, "only for engine: ray"),
     ],
 )
-def test_knobs_that_cannot_go_together(knobs: dict, words: str):
+def test_conflicting_knobs_are_refused(knobs: dict, words: str):
     with pytest.raises(ConfigError, match=words.replace("|", r"\|")):
         InferenceConfig.resolve(knobs)
 
@@ -699,7 +702,7 @@ def test_wrong_input_is_a_clear_error_and_loses_nothing(tmp_path: Path, encoder:
     assert (tmp_path / "out.txt").read_bytes() == before
 
 
-def test_a_full_disk_says_so_and_the_same_call_goes_on(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+def test_after_a_full_disk_the_same_call_continues(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(50)])
     wanted = run(tmp_path, window_rows=5).output.read_bytes()
     real, calls = os.fsync, iter(range(1000))
@@ -719,8 +722,8 @@ def test_a_full_disk_says_so_and_the_same_call_goes_on(tmp_path: Path, encoder: 
     assert 0 < len(encoder.asked) < 50
 
 
-@pytest.mark.parametrize(("place", "name"), [(jobs, "Store"), (inference, "write_json"), (jobs, "finish_sink")])
-def test_a_full_disk_says_so_before_and_after_the_rows_too(tmp_path: Path, encoder, monkeypatch, place, name: str):
+@pytest.mark.parametrize(("place", "name"), [(encode, "Store"), (inference, "write_json"), (encode, "finish_sink")])
+def test_a_full_disk_before_or_after_the_rows_is_reported(tmp_path: Path, encoder, monkeypatch, place, name: str):
     catalogue(tmp_path, ["1\x01a\x01x"])
 
     def full(*ignored: object) -> None:
@@ -733,16 +736,16 @@ def test_a_full_disk_says_so_before_and_after_the_rows_too(tmp_path: Path, encod
     assert run(tmp_path).counts["written"] == 1
 
 
-def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+def test_a_file_that_changes_or_vanishes_during_a_run_is_an_error(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(20)])
     path = catalogue(tmp_path, ["a\x01b\x01c"], "b.csv")
     wanted = run(tmp_path).output.read_bytes()
     whole, real = path.read_bytes(), encoder.encode
 
     def while_encoding(change):
-        def encode(prepared, told):
+        def encode(prepared, on_progress):
             change()
-            return real(prepared, told)
+            return real(prepared, on_progress)
 
         return encode
 
@@ -762,14 +765,14 @@ def test_a_file_that_changes_or_vanishes_under_way(tmp_path: Path, encoder: Fake
 @pytest.mark.parametrize("step", ["open_source", "sha256_of"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, encoder: FakeEncoder, monkeypatch, step: str):
     path = catalogue(tmp_path, ["1\x01a\x01x"])
-    real = getattr(inference, step)
+    real = getattr(inputs, step)
 
     def vanishing(*arguments):
         path.unlink(missing_ok=True)
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(MissingError, match=r"a\.csv: the file is no longer there"):
-        patch.setattr(inference, step, vanishing)
+        patch.setattr(inputs, step, vanishing)
         run(tmp_path)
 
     def forbidden(*ignored):
@@ -777,23 +780,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, encoder: FakeEncode
 
     catalogue(tmp_path, ["1\x01a\x01x"])
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a\.csv cannot be read \(Permission denied\)"):
-        patch.setattr(inference if step == "sha256_of" else hive, step if step == "sha256_of" else "kind_of", forbidden)
+        patch.setattr(inputs if step == "sha256_of" else hive, step if step == "sha256_of" else "kind_of", forbidden)
         run(tmp_path)
 
 
-def test_rows_of_a_file_that_was_rewritten_for_a_while_are_never_written(
-    tmp_path: Path, encoder: FakeEncoder, monkeypatch
-):
+def test_rows_of_a_file_rewritten_during_a_run_are_never_written(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
     path = catalogue(
         tmp_path, [f"{i}\x01good {i} {'x' * 9000}\x01x" for i in range(30)]
     )  # wider than what is read ahead
     wanted = run(tmp_path, output_path=str(tmp_path / "whole.txt"), window_rows=3).output.read_bytes()
     good, real = path.read_bytes(), encoder.encode
 
-    def encode(prepared, told):
+    def encode(prepared, on_progress):
         path.write_bytes(good.replace(b"good", b"evil"))
         os.utime(path, ns=(1, 1))
-        return real(prepared, told)
+        return real(prepared, on_progress)
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="changed while it was read"):
         patch.setattr(encoder, "encode", encode)
@@ -806,21 +807,23 @@ def test_two_runs_on_one_output_are_refused(tmp_path: Path, encoder: FakeEncoder
     catalogue(tmp_path, ["1\x01a\x01x"])
     real = encoder.encode
 
-    def encode(prepared, told):
+    def encode(prepared, on_progress):
         for knobs in ({}, {"restart": True}):
             with pytest.raises(DataError, match="another run is writing this output"):
                 run(tmp_path, **knobs)
-        return real(prepared, told)
+        return real(prepared, on_progress)
 
     monkeypatch.setattr(encoder, "encode", encode)
     assert run(tmp_path).counts["written"] == 1
 
 
-def test_windows_end_at_many_bytes_too(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
-    monkeypatch.setattr(jobs, "WINDOW_BYTES", 1000)
+def test_windows_are_limited_in_bytes(tmp_path: Path, encoder: FakeEncoder, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 1000)
     sizes = []
     real = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda texts, told: sizes.append(len(texts)) or real(texts, told))
+    monkeypatch.setattr(
+        encoder, "encode", lambda texts, on_progress: sizes.append(len(texts)) or real(texts, on_progress)
+    )
     catalogue(tmp_path, [f"{i}\x01{i}{'long' * 100}\x01x" for i in range(10)])
     run(tmp_path)
     assert sizes == [3, 3, 3, 1]
@@ -989,7 +992,7 @@ def test_text_without_a_header_is_read_by_its_manifest(tmp_path: Path, encoder: 
         InferenceConfig.resolve({"output_header": False, "output_path": "a.parquet"})
 
 
-def test_what_is_not_read_is_in_the_manifest(tmp_path: Path, encoder: FakeEncoder):
+def test_the_manifest_names_files_that_were_not_read(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, ["1\x01a\x01x"])
     catalogue(tmp_path, ["2\x01b\x01x"], "b.txt")
     assert json.loads(run(tmp_path).manifest.read_text())["not_read"] == {"b.txt": "no pattern matches the name"}

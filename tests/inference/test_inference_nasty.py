@@ -233,7 +233,7 @@ def test_a_thousand_nasty_files_come_through(tmp_path_factory, real: local.Local
     with pytest.MonkeyPatch.context() as patch:
         encoder = use(patch, FakeEncoder())
         if with_model:
-            patch.setattr(local, "open_encoder", lambda recipe, processes: real)
+            patch.setattr(local, "open_encoder", lambda spec, processes: real)
         patch.setattr(os, "fsync", lambda file: None)  # nothing is killed here, and a thousand files are many
         written = any(row.fields is not None for _, row in rows)
         with contextlib.nullcontext() if written else pytest.raises(DataError, match="none of"):

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment is continued by the same call and ends in the same bytes."""
+"""A run that is killed at any moment is continued by the same call, and ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ import pytest
 
 from ebr_lib.data.embeddings.files import read_embeddings
 from ebr_lib.errors import DataError, ModelError
-from ebr_lib.inference import job as jobs
-from ebr_lib.inference import local
+from ebr_lib.inference import encode, local, windows
 from ebr_lib.inference import run as inference
+from ebr_lib.inference.job import EncodeReport
+from ebr_lib.inference.resume import refuse_other_engine
 from ebr_lib.inference.store import Store
 from tests.inference.test_inference import FakeEncoder, catalogue, fake_vector, run, use
 
 WINDOW = 6
 
-# One process loads torch and the model once, then forks a child a run. The child counts the calls that the library
-# makes, to Python and to C, and kills itself with SIGKILL at the one it was told: any moment between two of them.
+# One process loads torch and the model once, then forks one child per run. The child counts the calls that the library
+# makes, to Python and to C, and kills itself with SIGKILL at the given one: any moment between two calls.
 SERVER = """
 import json, os, signal, sys, threading
 import torch
@@ -54,9 +55,9 @@ def child(knobs, log, at):
     prepare = local.LocalEncoder.prepare
     def prepared(self, texts):
         return texts
-    def encode(self, texts, told):
+    def encode(self, texts, on_progress):
         os.write(file, (json.dumps(texts) + "\\n").encode())
-        return real(self, prepare(self, texts), told)
+        return real(self, prepare(self, texts), on_progress)
     local.LocalEncoder.prepare, local.LocalEncoder.encode = prepared, encode
     threading.setprofile(count)
     sys.setprofile(count)
@@ -125,7 +126,7 @@ def some_rows() -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Output, rejects and manifest: all that a run leaves, but for the config, which names the folder."""
+    """Output, rejects and manifest: all that a run leaves, except the config, which names the folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".yaml"}
 
 
@@ -148,7 +149,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.ending} {case.heal_rows:d}{case.appends:d}")
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
     tmp_path: Path, tiny_bert: Path, server: Server, case: Case
 ):
     """Twenty moments in all, each before the end of its run."""
@@ -212,10 +213,10 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     catalogue(tmp_path, some_rows())
     real = encoder.encode
 
-    def stops(prepared: list[str], told):
+    def stops(prepared: list[str], on_progress):
         if len(encoder.asked) > 12:
             raise KeyboardInterrupt
-        return real(prepared, told)
+        return real(prepared, on_progress)
 
     monkeypatch.setattr(encoder, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -263,8 +264,7 @@ def test_a_resume_with_other_input_is_refused_and_new_files_are_appended(interru
     new.unlink()
 
 
-@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
-@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize(("ending", "append"), [(".txt", False), (".parquet", True), (".npy", True)])
 def test_a_damaged_input_is_fetched_again_and_the_files_before_it_are_kept(
     tmp_path: Path, monkeypatch, ending: str, append: bool
 ):
@@ -297,7 +297,7 @@ def test_an_input_that_changed_before_it_was_read_costs_no_row_of_the_others(tmp
     encoder = use(monkeypatch, FakeEncoder())
     catalogue(tmp_path, some_rows())
     catalogue(tmp_path, ["1\x01old\x01x"], "b.csv")
-    stop(tmp_path, jobs._Writer, "write", 5, window_rows=WINDOW)
+    stop(tmp_path, encode.WindowWriter, "write", 5, window_rows=WINDOW)
     asked = len(encoder.asked)
     catalogue(tmp_path, ["1\x01new\x01x"], "b.csv")
     result = run(tmp_path, window_rows=WINDOW)
@@ -319,7 +319,7 @@ def test_an_input_that_changed_when_its_rows_were_written_is_refused(tmp_path: P
     use(monkeypatch, FakeEncoder())
     catalogue(tmp_path, some_rows()[:8])
     catalogue(tmp_path, some_rows()[8:], "b.csv")
-    stop(tmp_path, jobs._Writer, "write", 2, window_rows=WINDOW)
+    stop(tmp_path, encode.WindowWriter, "write", 2, window_rows=WINDOW)
     catalogue(tmp_path, some_rows()[:7])
     with pytest.raises(DataError, match=r"input a\.csv: its contents changed"):
         run(tmp_path, window_rows=WINDOW)
@@ -340,7 +340,7 @@ def test_a_run_of_the_other_engine_is_refused_until_it_is_dropped(interrupted: P
     use(monkeypatch, FakeEncoder())
     work = interrupted / "out.txt.work"
     with pytest.raises(DataError, match=r"unfinished run of engine local \(state\.sqlite\).*restart: true"):
-        jobs.refuse_other_engine(work, in_parts=True)
+        refuse_other_engine(work, in_parts=True)
     shutil.rmtree(work)
     (work / "part-00000.txt.work").mkdir(parents=True)
     with pytest.raises(DataError, match=r"unfinished run of engine ray \(part-00000\.txt\.work\).*restart: true"):
@@ -350,16 +350,16 @@ def test_a_run_of_the_other_engine_is_refused_until_it_is_dropped(interrupted: P
 
 def test_windows_grow_with_the_rows_before_them_and_a_resume_makes_the_same(tmp_path: Path, monkeypatch):
     """Of 2, 2, 4, 8 and then 10 rows, whatever was interrupted."""
-    monkeypatch.setattr(jobs, "FIRST_ROWS", 2)
+    monkeypatch.setattr(windows, "FIRST_ROWS", 2)
     catalogue(tmp_path, [f"{i}\x01text {i}\x01x" for i in range(40)])
     encoder = use(monkeypatch, FakeEncoder())
     sizes, real = [], encoder.encode
 
-    def stops_once(prepared: list[str], told):
+    def stops_once(prepared: list[str], on_progress):
         sizes.append(len(prepared))
         if len(sizes) == 3:
             raise KeyboardInterrupt
-        return real(prepared, told)
+        return real(prepared, on_progress)
 
     monkeypatch.setattr(encoder, "encode", stops_once)
     with pytest.raises(KeyboardInterrupt):
@@ -373,10 +373,10 @@ def test_speed_may_change_between_the_runs(interrupted: Path, monkeypatch):
     assert run(interrupted, window_rows=50, batch_tokens=64).counts["read"] == 60
 
 
-# --- stopped at moments of note -----------------------------------------------------------------------------------
+# --- stopped at certain moments -----------------------------------------------------------------------------------
 
 
-LAST_STEPS = {"finish_sink": jobs, "_move_rejects": jobs, "write_json": inference, "clean_up": local}
+LAST_STEPS = {"finish_sink": encode, "_move_rejects": encode, "write_json": inference, "clean_up": local}
 
 
 class Stopped(BaseException):
@@ -384,7 +384,7 @@ class Stopped(BaseException):
 
 
 def stopped_at(patch: pytest.MonkeyPatch, place: object, name: str, calls: int = 0) -> None:
-    """Let a function be called so often, and the next call be the end of the run."""
+    """Let a function be called `calls` times; the next call ends the run."""
     real, count = getattr(place, name), iter(range(calls))
 
     def stops(*arguments, **named):
@@ -401,8 +401,7 @@ def stop(folder: Path, place: object, name: str, calls: int = 0, **knobs) -> Non
         run(folder, **knobs)
 
 
-@pytest.mark.parametrize("ending", [".txt", ".parquet", ".npy"])
-@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize(("ending", "appends"), [(".txt", False), (".parquet", True), (".npy", True)])
 @pytest.mark.parametrize("step", LAST_STEPS)
 def test_stopped_at_the_end_it_takes_in_new_files(tmp_path: Path, monkeypatch, ending: str, appends: bool, step: str):
     use(monkeypatch, FakeEncoder())
@@ -457,7 +456,7 @@ def test_vectors_that_were_kept_but_not_written_are_used_in_windows_of_any_size(
     catalogue(tmp_path, some_rows())
     whole = run(tmp_path, output_path=str(tmp_path / "whole.txt"))
     encoder.asked.clear()
-    stop(tmp_path, jobs._Writer, "write", windows, window_rows=WINDOW)
+    stop(tmp_path, encode.WindowWriter, "write", windows, window_rows=WINDOW)
     result = run(tmp_path, window_rows=rows)
     assert result.output.read_bytes() == whole.output.read_bytes()
     assert result.counts == whole.counts
@@ -468,7 +467,7 @@ def test_vectors_that_were_kept_but_not_written_are_used_in_windows_of_any_size(
 def test_new_files_may_join_a_window_whose_vectors_were_kept(tmp_path: Path, monkeypatch):
     encoder = use(monkeypatch, FakeEncoder())
     catalogue(tmp_path, some_rows()[:8])
-    stop(tmp_path, jobs._Writer, "write", 1, window_rows=WINDOW)
+    stop(tmp_path, encode.WindowWriter, "write", 1, window_rows=WINDOW)
     catalogue(tmp_path, some_rows()[8:], "b.csv")
     result = run(tmp_path, window_rows=WINDOW, append=True)
     assert len(encoder.asked) == len(set(encoder.asked)) == result.counts["encoded"]
@@ -477,14 +476,14 @@ def test_new_files_may_join_a_window_whose_vectors_were_kept(tmp_path: Path, mon
 
 def test_windows_do_not_end_among_lines_that_healing_could_not_join(tmp_path: Path, monkeypatch):
     use(monkeypatch, FakeEncoder())
-    # lines 2 and 3 fit each other, but for line 1, which takes line 2 and is no row with it
+    # lines 2 and 3 would fit each other, but line 1 takes line 2, and is not a row with it
     lines = ["1\x01a", "2\x01b", "3\x01c\x01d", "4\x01e\x01f\x01g", "5\x01h", "i\x01j\x01k"]
     catalogue(tmp_path, lines * 3, header="id\x01description\x01label\x01more")
     knobs = {"heal_rows": True, "window_rows": 1}
     whole = run(tmp_path, output_path=str(tmp_path / "whole.txt"), **knobs)
     assert whole.counts["healed"] == 3
-    for windows in range(1, 12):
-        stop(tmp_path, jobs._Writer, "write", windows, **knobs)
+    for written in range(1, 12):
+        stop(tmp_path, encode.WindowWriter, "write", written, **knobs)
         result = run(tmp_path, **knobs)
         assert result.output.read_bytes() == whole.output.read_bytes()
         assert (tmp_path / "out.txt.rejects").read_bytes() == (tmp_path / "whole.txt.rejects").read_bytes()
@@ -497,6 +496,6 @@ def test_advice_to_change_a_setting_names_restart_too(tmp_path: Path, monkeypatc
         run(tmp_path, on_empty_text="error")
     run(tmp_path, restart=True)
     bad = np.full((1, 6), np.nan, np.float32)
-    monkeypatch.setattr(encoder, "encode", lambda texts, told: (bad.repeat(len(texts), 0), jobs.EncodeReport()))
+    monkeypatch.setattr(encoder, "encode", lambda texts, on_progress: (bad.repeat(len(texts), 0), EncodeReport()))
     with pytest.raises(ModelError, match="set precision to float32 and restart: true"):
         run(tmp_path)

@@ -41,7 +41,7 @@ def light_workers(monkeypatch):
         def prepare(self, texts):
             return texts
 
-        def encode(self, prepared, told):
+        def encode(self, prepared, on_progress):
             return np.array([[len(text)] for text in prepared], dtype=np.float32), EncodeReport()
 
     class LightWorker(ray_cluster.ShardWorker):
@@ -78,7 +78,7 @@ def kill_worker_once_it_has_begun(work: Path, engine_run):
     return wrapped
 
 
-def test_a_lost_worker_costs_no_row_and_doubles_none(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
+def test_a_lost_worker_loses_and_doubles_no_row(tmp_path: Path, tiny_bert: Path, cluster, monkeypatch):
     from ebr_lib.inference.ray_cluster import RayEngine
 
     for number in range(3):
@@ -142,7 +142,7 @@ def test_as_many_workers_as_there_is_room_for_share_the_files(tmp_path: Path, ti
     assert ray.get(place.meet.remote(0)) == 3
 
 
-def test_a_users_mistake_on_a_worker_is_told_as_such(tmp_path: Path, tiny_bert: Path, cluster):
+def test_a_users_mistake_on_a_worker_is_raised_here(tmp_path: Path, tiny_bert: Path, cluster):
     catalogue(tmp_path, ["1\x01\x01x"])
     knobs = {"model_name": str(tiny_bert), "engine": "ray", "output_path": str(tmp_path / "parts.txt")}
     with pytest.raises(DataError, match=r"line 2: empty text"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Vectors
+from ebr_lib.data.embeddings import npy, parquet, text
 from ebr_lib.data.embeddings.base import (
     AGAIN,
     ENDINGS,
@@ -18,21 +20,31 @@ from ebr_lib.data.embeddings.base import (
     PART_PREFIX,
     VECTOR,
     Embeddings,
-    Format,
     Sink,
-    check_plain,
     ending_of,
     ids_path,
+    is_plain,
     is_text,
     manifest_path,
     place_beside,
     read_manifest,
 )
-from ebr_lib.data.embeddings.npy import NpyFormat
-from ebr_lib.data.embeddings.parquet import ParquetFormat
-from ebr_lib.data.embeddings.text import TextFormat
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import room_beside
+
+Reader = Callable[
+    [Path, "Sequence[str] | None", "int | None", "Sequence[str] | None"], Iterator[tuple[int, Embeddings]]
+]
+"""Reads a file, with the columns wanted (None for all), the dimensions of the files before it, and the names of the
+columns where the file has no header. Yields bytes read, and rows: all columns' rows, vectors of the valid rows."""
+
+
+def _format_of(path: str | Path) -> tuple[Reader, type[Sink]]:
+    formats: dict[str, tuple[Reader, type[Sink]]] = {
+        PARQUET: (parquet.read_batches, parquet.ParquetSink),
+        NPY: (npy.read_batches, npy.NpySink),
+    }
+    return formats.get(ending_of(path), (text.read_batches, text.TextSink))
 
 
 def size_of(path: Path) -> int:
@@ -42,7 +54,7 @@ def size_of(path: Path) -> int:
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that are read for an embedding file, those beside it too, whether they are there or not."""
+    """The files that reading an embedding file takes, including those beside it, whether or not they exist."""
     return [Path(path), place_beside(path, manifest_path), place_beside(path, ids_path)]
 
 
@@ -52,8 +64,8 @@ def read_embeddings(path: str | Path, columns: Sequence[str] | None = None, *, k
     :param columns: the columns wanted beside the vectors; None reads all of them, () none.
     :param keep_empty: keep rows without a vector, as NaN.
     :raises MissingError: there is no such file.
-    :raises DataError: no `vector` column, vectors of different lengths, a value that is no number, an empty file, or
-        fewer rows than the manifest says.
+    :raises DataError: no `vector` column, vectors of different lengths, non-finite values, an empty file, or fewer rows
+        than the manifest says.
     """
     batches = list(iter_embeddings(path, columns, keep_empty=keep_empty))
     total = sum(batch.total for batch in batches)
@@ -70,7 +82,7 @@ def read_embeddings(path: str | Path, columns: Sequence[str] | None = None, *, k
 
 
 def _of_width(vectors: Vectors, dim: int) -> Vectors:
-    """Rows that came before the file's first vector have no width yet; they are NaN."""
+    """Vectors of `dim`: NaN for rows before the file's first vector, whose width was not known yet."""
     return vectors if vectors.shape[1] else np.full((len(vectors), dim), np.nan, dtype=np.float32)
 
 
@@ -87,7 +99,7 @@ def iter_embeddings(
     done, dim = 0, None
     with tqdm(total=sum(p.stat().st_size for p in parts), unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for part in parts:
-            for size, batch in _format_of(part).batches(part, columns, dim, names):
+            for size, batch in _format_of(part)[0](part, columns, dim, names):
                 dim = dim or batch.vectors.shape[1]
                 yield _numbered(batch, done, dim, keep_empty)
                 done += batch.total
@@ -111,12 +123,12 @@ def _parts(path: Path) -> list[Path]:
         p for p in path.glob(f"{PART_PREFIX}*") if p.suffix.lower() in ENDINGS and not p.name.endswith(".ids.txt")
     )
     if not parts:
-        raise MissingError(f"embedding file {path}: there is no such file; run the inference stage first")
+        raise MissingError(f"embedding file {path}: there is no such file; write it first")
     return parts
 
 
 def _numbered(batch: Embeddings, done: int, dim: int, keep_empty: bool) -> Embeddings:
-    """A batch of one part (vectors of valid rows only) as the caller wants it, its rows counted from `done` on."""
+    """A batch of one part as the caller wants it, with rows numbered from `done` on."""
     if not keep_empty:
         columns = batch.columns
         if len(batch.rows) < batch.total:
@@ -125,11 +137,6 @@ def _numbered(batch: Embeddings, done: int, dim: int, keep_empty: bool) -> Embed
     vectors = np.full((batch.total, dim), np.nan, dtype=np.float32)
     vectors[batch.rows] = batch.vectors
     return Embeddings(vectors, batch.columns, np.arange(done, done + batch.total), batch.total)
-
-
-def _format_of(path: str | Path) -> Format:
-    formats: dict[str, Format] = {PARQUET: ParquetFormat(), NPY: NpyFormat()}
-    return formats.get(ending_of(path), TextFormat())
 
 
 def open_sink(
@@ -141,22 +148,18 @@ def open_sink(
     *,
     header: bool = True,
 ) -> Sink:
-    """Open the work files of an embedding file in `folder`; the ending of `place` says which format.
-
-    :param sizes: what `commit` returned when the run was interrupted; what was written since is cut off.
-    :param header: text begins with the names of its columns.
-    """
-    return _format_of(place).sink(folder, columns, dim, sizes, header)
+    """Open the work files of an embedding file in `folder`, in the format of the ending of `place`; see `Sink`."""
+    return _format_of(place)[1](folder, columns, dim, sizes, header)
 
 
 def finish_sink(place: str | Path, folder: Path) -> None:
-    """Move the whole file from its work files to its place. May be called again after it was interrupted."""
-    _format_of(place).finish(folder, Path(place))
+    """Turn whole work files into the embedding file; see `Sink.finish`."""
+    _format_of(place)[1].finish(folder, Path(place))
 
 
 def reopen(place: str | Path, folder: Path) -> dict[str, int]:
-    """Copy a finished embedding file back into work files, to append to them; returns their sizes."""
-    return _format_of(place).copy_back(Path(place), folder)
+    """Turn an embedding file into work files again, to append to it; see `Sink.reopen`."""
+    return _format_of(place)[1].reopen(Path(place), folder)
 
 
 def write_embeddings(
@@ -169,7 +172,7 @@ def write_embeddings(
 
     :param columns: the kept columns, each as long as the vectors.
     :param vectors: float32, rows × dimensions.
-    :param valid: which rows have a vector; when None, those that are not NaN throughout.
+    :param valid: which rows have a vector; None takes those that are not all NaN.
     :raises DataError: a value holds what separates fields or rows, or is `\\N`, in a format that is text.
     """
     path = Path(path)
@@ -179,13 +182,12 @@ def write_embeddings(
         [None if value is None else value.encode() for value in row]
         for _, *row in zip(range(len(vectors)), *columns.values(), strict=True)
     ]
-    if is_text(path):
-        check_plain(path, rows)
+    if is_text(path) and (bad := next(((n, v) for n, row in enumerate(rows) for v in row if not is_plain(v)), None)):
+        raise DataError(f"{path}: row {bad[0]}: {bad[1]!r} cannot stand in delimited text; write .parquet")
     with room_beside(path) as folder:
         folder.mkdir()
-        sink = open_sink(path, folder, list(columns), vectors.shape[1])
-        sink.append(rows, vectors, valid)
-        sink.commit()
-        sink.close()
+        with contextlib.closing(open_sink(path, folder, list(columns), vectors.shape[1])) as sink:
+            sink.append(rows, vectors, valid)
+            sink.commit()
         finish_sink(path, folder)
     return path

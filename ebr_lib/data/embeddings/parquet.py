@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import Vectors
+from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.embeddings.base import (
     AGAIN,
     BATCH_ROWS,
@@ -19,11 +20,9 @@ from ebr_lib.data.embeddings.base import (
     Fields,
     Sink,
     check_finite,
-    chosen,
-    need_vector,
-    no_rows,
-    open_work,
-    sync,
+    choose_columns,
+    empty_batch,
+    vector_column,
 )
 from ebr_lib.errors import DataError
 
@@ -31,63 +30,30 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class ParquetFormat:
-    """Vectors as lists of float32 in a Parquet file."""
+def read_batches(
+    path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
+) -> Iterator[tuple[int, Embeddings]]:
+    """Batches of a Parquet file; see `files.Reader`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def batches(
-        self, path: Path, columns: Sequence[str] | None, dim: int | None, names: Sequence[str] | None
-    ) -> Iterator[tuple[int, Embeddings]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a complete Parquet file ({error}); {AGAIN}") from error
-        need_vector(path, file.schema_arrow.names)
-        names = chosen(path, file.schema_arrow.names, columns)
-        yield 0, Embeddings(np.empty((0, dim or 0), np.float32), {name: [] for name in names}, no_rows(), 0)
-        share = path.stat().st_size / max(1, file.metadata.num_rows)
-        done = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=[*names, VECTOR]):
-            column = batch.column(VECTOR)
-            rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-            vectors = _arrow_vectors(path, column, rows + done, dim)
-            dim = dim or vectors.shape[1]
-            kept = {name: _arrow_texts(path, name, batch.column(name)) for name in names}
-            yield int(share * len(batch)), Embeddings(vectors, kept, rows, len(batch))
-            done += len(batch)
-
-    def sink(
-        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
-    ) -> Sink:
-        return ParquetSink(folder, columns, dim, sizes)
-
-    def copy_back(self, path: Path, folder: Path) -> dict[str, int]:
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(path)
-        with open(folder / ParquetSink.NAME, "wb") as work:
-            work.write(file.schema_arrow.remove_metadata().serialize())
-            for batch in file.iter_batches(BATCH_ROWS):
-                work.write(batch.serialize())
-        return {ParquetSink.NAME: (folder / ParquetSink.NAME).stat().st_size}
-
-    def finish(self, folder: Path, place: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        new = folder / "rows.parquet"  # not beside `place`, where a kill would leave it
-        with pa.OSFile(str(folder / ParquetSink.NAME)) as file:
-            stream = pa.ipc.open_stream(file)
-            texts = [name for name in stream.schema.names if name != VECTOR]
-            # float32 of an embedding does not compress, and reads fastest as it is
-            codec = dict.fromkeys(texts, "zstd") | {f"{VECTOR}.list.element": "none"}
-            options = {"compression": codec, "use_dictionary": texts, "write_statistics": texts}
-            with pq.ParquetWriter(new, stream.schema, **options) as out:
-                for batch in stream:
-                    out.write_batch(batch)
-        os.replace(new, place)
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a complete Parquet file ({error}); {AGAIN}") from error
+    vector_column(path, file.schema_arrow.names)
+    names = choose_columns(path, file.schema_arrow.names, columns)
+    yield 0, empty_batch(names, dim)
+    share = path.stat().st_size / max(1, file.metadata.num_rows)
+    done = 0
+    for batch in file.iter_batches(BATCH_ROWS, columns=[*names, VECTOR]):
+        column = batch.column(VECTOR)
+        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        vectors = _arrow_vectors(path, column, rows + done, dim)
+        dim = dim or vectors.shape[1]
+        kept = {name: _arrow_texts(path, name, batch.column(name)) for name in names}
+        yield int(share * len(batch)), Embeddings(vectors, kept, rows, len(batch))
+        done += len(batch)
 
 
 def _arrow_texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
@@ -101,7 +67,7 @@ def _arrow_texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
         ) from error
 
 
-def _arrow_vectors(path: Path, column: pa.Array, rows: NDArray[np.int64], dim: int | None) -> Vectors:
+def _arrow_vectors(path: Path, column: pa.Array, rows: Ints, dim: int | None) -> Vectors:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -121,20 +87,22 @@ def _arrow_vectors(path: Path, column: pa.Array, rows: NDArray[np.int64], dim: i
     return values
 
 
-class ParquetSink:
+class ParquetSink(Sink):
     """Parquet cannot be appended to: the rows wait in an Arrow stream, which can, and are converted in the end."""
 
     NAME = "rows.arrows"
+    PLACES = {NAME: Path}  # noqa: RUF012 - not changed
 
-    def __init__(self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None) -> None:
+    @functools.cached_property
+    def _schema(self) -> pa.Schema:
         import pyarrow as pa
 
-        self._path = folder / self.NAME
-        self._file = open_work(self._path, sizes)
-        self._dim = dim
-        self._schema = pa.schema([*((name, pa.string()) for name in columns), (VECTOR, pa.list_(pa.float32(), dim))])
-        if sizes is None:
-            self._file.write(self._schema.serialize())
+        texts = ((name, pa.string()) for name in self.columns)
+        return pa.schema([*texts, (VECTOR, pa.list_(pa.float32(), self.dim))])
+
+    def begin(self, header: bool) -> None:
+        """Write the columns and their types."""
+        self.files[self.NAME].write(self._schema.serialize())
 
     def append(self, rows: Sequence[Fields], vectors: Vectors, valid: NDArray[np.bool_]) -> None:
         """Append rows as record batches; see `Sink`."""
@@ -144,16 +112,39 @@ class ParquetSink:
             part = slice(start, start + BATCH_ROWS)
             texts = [
                 pa.array([row[i] for row in rows[part]], pa.binary()).cast(pa.string())
-                for i in range(len(self._schema) - 1)
+                for i in range(len(self.columns))
             ]
             values = pa.array(np.ascontiguousarray(vectors[part], dtype=np.float32).ravel())
-            lists = pa.FixedSizeListArray.from_arrays(values, self._dim, mask=pa.array(~valid[part]))
-            self._file.write(pa.RecordBatch.from_arrays([*texts, lists], schema=self._schema).serialize())
+            lists = pa.FixedSizeListArray.from_arrays(values, self.dim, mask=pa.array(~valid[part]))
+            batch = pa.RecordBatch.from_arrays([*texts, lists], schema=self._schema)
+            self.files[self.NAME].write(batch.serialize())
 
-    def commit(self) -> dict[str, int]:
-        """Bring the record batches to the disk; see `Sink`."""
-        return {self.NAME: sync(self._file)}
+    @classmethod
+    def reopen(cls, place: Path, folder: Path) -> dict[str, int]:
+        """Turn a finished file into an Arrow stream again; see `Sink`."""
+        import pyarrow.parquet as pq
 
-    def close(self) -> None:
-        """Let go of the work file."""
-        self._file.close()
+        file = pq.ParquetFile(place)
+        with open(folder / cls.NAME, "wb") as work:
+            work.write(file.schema_arrow.remove_metadata().serialize())
+            for batch in file.iter_batches(BATCH_ROWS):
+                work.write(batch.serialize())
+            return {cls.NAME: work.tell()}
+
+    @classmethod
+    def finish(cls, folder: Path, place: Path) -> None:
+        """Convert the Arrow stream, and move the file to its place; see `Sink`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        new = folder / "rows.parquet"  # not beside `place`, where a kill would leave it
+        with pa.OSFile(str(folder / cls.NAME)) as file:
+            stream = pa.ipc.open_stream(file)
+            texts = [name for name in stream.schema.names if name != VECTOR]
+            # float32 of an embedding does not compress, and reads fastest as it is
+            codec = dict.fromkeys(texts, "zstd") | {f"{VECTOR}.list.element": "none"}
+            options = {"compression": codec, "use_dictionary": texts, "write_statistics": texts}
+            with pq.ParquetWriter(new, stream.schema, **options) as out:
+                for batch in stream:
+                    out.write_batch(batch)
+        os.replace(new, place)
