@@ -4,8 +4,8 @@
     python benchmarks/index.py --quick       # 5,000
     python benchmarks/index.py --million     # evaluate a corpus of a million vectors, and nothing else
 
-The vectors are drawn with the falling spectrum that embeddings have (variance of axis i as 1 / i), for encoding so many
-real texts takes longer than all that is measured here; recall on real vectors is what the stage itself reports. Every
+The vectors are drawn with the falling spectrum that embeddings have (variance of axis i as 1 / i), because encoding
+that many real texts would take longer than the benchmark; recall on real vectors is what the stage reports. Every
 contender lives in a process of its own; a turn is one query, encoded and searched, and a ratio the median of the turns'
 ratios.
 """

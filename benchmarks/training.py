@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def measure_minilm(data: Path, folder: Path, rounds: int, steps: int, quick: bool) -> None:
-    """Two texts of one intent are a pair, 32 a batch: 16 tokens a text on average."""
+    """Two texts of one intent are a pair: 32 pairs per batch, 16 tokens per text on average."""
     pairs = write_pairs(folder / "banking.jsonl", banking_pairs(data)[: 32 * steps])
     names = possible([STOCK, STOCK_BF16, OURS_FP32, OURS])
     names = [names[0], names[-1]] if quick else names

@@ -33,7 +33,7 @@ def test_turns_come_in_order_from_a_process_each():
     assert len(processes["a"] | processes["b"] | {os.getpid()}) == 3
 
 
-def test_a_contender_that_fails_is_told_and_the_others_go_on(capfd):
+def test_a_failing_contender_is_reported_and_the_others_continue(capfd):
     found = contest.take_turns({"bad": partial(counting, -1), "good": partial(counting, 1)}, rounds=1)
     assert [number for number, _ in found.pop("good")] == [1, 2]
     assert not found
@@ -50,7 +50,7 @@ def test_a_section_replaces_its_own_and_leaves_the_others(tmp_path: Path):
 
 
 @pytest.mark.parametrize("fault", [ValueError("no such data"), SystemExit("too few sentences")])
-def test_a_part_that_fails_is_told_and_has_no_tables(fault: BaseException, monkeypatch, capfd):
+def test_a_failing_part_is_reported_without_tables(fault: BaseException, monkeypatch, capfd):
     def main(words: list[str]) -> None:
         sys.stdout.write("half a table")
         raise fault

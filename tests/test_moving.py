@@ -108,7 +108,7 @@ def test_another_model_at_the_place_of_the_base_is_passed_over(moved):
     assert identify(folder).base_model == str(base)
 
 
-def test_the_place_of_a_base_is_no_part_of_a_model(moved):
+def test_a_model_does_not_depend_on_where_its_base_is(moved):
     folder, base = moved
     before = files_sha256(folder)
     place = Path(folder) / "adapter_config.json"

@@ -68,7 +68,7 @@ def test_a_process_that_runs_the_script_again_says_so(tmp_path):
     assert "the main script: encoding in 2 processes starts Python again" in ended.stderr
 
 
-def test_what_is_no_script_goes_on(monkeypatch):
+def test_code_outside_a_script_continues(monkeypatch):
     monkeypatch.setattr(main_guard.sys, "modules", {"__main__": object()})
     main_guard.refuse_script_without_guard("encoding", "num_processes: 1")
 
