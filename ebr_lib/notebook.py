@@ -1,4 +1,4 @@
-"""Headless runs: execute a copy of the notebook, with other parameters where wanted, and show its log meanwhile."""
+"""Headless runs: execute a copy of the notebook with other parameters, and show its log while it runs."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ KINDS = {
     list: "a list ([a, b])",
     dict: "knobs (NAME.knob=value)",
 }
-"""The types of parameters, for people."""
+"""How messages name the types of parameters."""
 
 
 class NotebookError(RuntimeError):
-    """A cell failed, by no mistake that the library knows; the executed copy is kept, up to and with that cell."""
+    """A cell failed with an error that is not a `UserError`; the executed copy is kept up to that cell."""
 
 
 class _ThisPython(KernelSpecManager):
-    """Starts the Python that runs this, with this library, whatever is installed as a kernel of the name.
+    """Starts this Python with this library, whatever kernel is installed under the name.
 
-    `folder` takes what Jupyter would write to HOME, which a container may lack.
+    `folder` holds what Jupyter would write to HOME, which a container may lack.
     """
 
     folder = traitlets.Unicode()
@@ -65,7 +65,7 @@ class _ThisPython(KernelSpecManager):
 
 
 class _Live(NotebookClient):
-    """Passes on what the cells print while they run, and knows which cell runs."""
+    """Prints the output of cells while they run, and knows which cell runs."""
 
     folder = ""
     current: NotebookNode | None = None
@@ -113,15 +113,15 @@ class _Live(NotebookClient):
 
 
 def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, Any] | None = None) -> Path:
-    """Execute a copy of a notebook, in its own folder as a browser would, and write it with its outputs.
+    """Execute a copy of a notebook in its own folder, as a browser would, and write it with its outputs.
 
     :param parameters: names of the cell tagged `parameters` to new values; a dict updates the cell's dict.
-    :returns: where the executed copy is; it is written when a cell fails, too.
-    :raises MissingError: there is no such notebook.
-    :raises ConfigError: a name that the cell does not set, a value of another type, or no such cell; or the output
-        would replace the notebook.
-    :raises UserError: a cell raised one, of the same class.
-    :raises NotebookError: a cell raised anything else, or its kernel died; says which and what.
+    :returns: path of the executed copy, which is also written when a cell fails.
+    :raises MissingError: the notebook does not exist.
+    :raises ConfigError: the cell is missing, does not set a name, or sets it to another type; or the output would
+        replace the notebook.
+    :raises UserError: a cell raised one; of the same class.
+    :raises NotebookError: a cell raised anything else, or its kernel died.
     :raises KeyboardInterrupt: the run was stopped.
     """
     path, output = Path(path), Path(output)
@@ -140,7 +140,7 @@ def run_notebook(path: str | Path, output: str | Path, parameters: Mapping[str, 
             raise KeyboardInterrupt from None
         raise _explained(error, client, path, output) from error
     finally:
-        atexit.unregister(client._cleanup_kernel)  # which stays where a kernel does not start, and then fails
+        atexit.unregister(client._cleanup_kernel)  # it stays registered if no kernel starts, and would fail
         _settle_bars(notebook)
         with written_whole(output) as new:
             nbformat.write(notebook, new)
@@ -155,7 +155,7 @@ def _read(path: Path) -> NotebookNode:
 
 
 def _explained(error: BaseException, client: _Live, path: Path, output: Path) -> Exception:
-    """What stopped a notebook, in a sentence: of the class that a cell raised, where it is one of a user's mistakes."""
+    """The error that stopped a notebook, with its cell; of the same class if a cell raised a `UserError`."""
     cell = client.current
     if cell is None:
         return NotebookError(f"{path.name}: the kernel did not start ({error})")
@@ -169,17 +169,17 @@ def _explained(error: BaseException, client: _Live, path: Path, output: Path) ->
 
 
 def _cause(status: int | None) -> str:
-    """Why a kernel's process ended, from its exit status; minus the number of a signal."""
+    """Why a kernel's process ended, from its exit status (negative for a signal)."""
     if status is None or status >= 0:
         return f"with exit status {status}"
     name = signal.Signals(-status).name
-    return f"killed by {name}" + (", probably for lack of memory" if name == "SIGKILL" else "")
+    return f"killed by {name}" + (", probably out of memory" if name == "SIGKILL" else "")
 
 
 def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
     """`RUN_X=false` and `FINETUNE_CONFIG.num_epochs=1` as the names and values to inject; values are YAML.
 
-    :raises ConfigError: a setting without `=`, whose value is not YAML, or a dict and its knob at once.
+    :raises ConfigError: a setting without `=`, a value that is not YAML, or both a dict and one of its knobs.
     """
     parameters: dict[str, Any] = {}
     for setting in settings:
@@ -192,12 +192,12 @@ def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
         elif isinstance(parameters.setdefault(config, {}), dict):
             parameters[config][knob] = _value(setting, text)
         else:
-            raise ConfigError(f"{setting}: {config} has a value of its own already; give one of the two")
+            raise ConfigError(f"{setting}: {config} already has a value; give one of the two")
     return parameters
 
 
 def _value(setting: str, text: str) -> Any:
-    """A YAML value that Python code can spell, else the text: a date, say."""
+    """A YAML value that Python can write as a literal, otherwise the text: a date, for example."""
     try:
         value = read_yaml(text)
     except yaml.YAMLError as error:
@@ -210,7 +210,7 @@ def _value(setting: str, text: str) -> Any:
 
 
 def headline(executed: str | Path) -> str:
-    """What an executed notebook's cells returned, as text, and where the notebook is."""
+    """The results that an executed notebook displays, as text, and its path."""
     notebook = nbformat.read(executed, as_version=4)
     shown = [
         shown.data["text/plain"]
@@ -224,7 +224,7 @@ def headline(executed: str | Path) -> str:
 def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
     """Put a cell tagged `injected-parameters` after the parameters cell, replacing any earlier one.
 
-    :raises ConfigError: there is not one parameters cell, or it does not set a name, or sets it to another type.
+    :raises ConfigError: there is not exactly one parameters cell, or it does not set a name, or to another type.
     """
     notebook.cells = [cell for cell in notebook.cells if INJECTED not in _tags(cell)]
     if not parameters:
@@ -241,7 +241,7 @@ def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
 
 
 def _wrong(name: str, value: Any, known: Mapping[str, Any]) -> str | None:
-    """What is wrong with a parameter, if anything: its name, or a type other than that of the cell's own value."""
+    """What is wrong with a parameter: an unknown name, or a type other than that of the cell's value."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         meant = f"; did you mean {near[0]}?" if near else "."
@@ -262,9 +262,9 @@ def _tags(cell: NotebookNode) -> list[str]:
 
 
 def _assigned(source: str) -> dict[str, Any]:
-    """The names that a cell sets, with their values; None for a value that is not written out.
+    """The names that a cell sets, with their values; None for a value that is not a literal.
 
-    :raises ConfigError: it is not Python.
+    :raises ConfigError: the cell is not Python.
     """
     try:
         statements = ast.parse(source).body
@@ -283,7 +283,7 @@ def _assigned(source: str) -> dict[str, Any]:
 
 
 def _settle_bars(notebook: NotebookNode) -> None:
-    """Of a progress bar, keep what it showed last: a copy with every update of every bar would be megabytes."""
+    """Keep the last state of each progress bar: with every update the copy would have megabytes."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
@@ -293,7 +293,7 @@ def _settle_bars(notebook: NotebookNode) -> None:
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Pieces of one stream that follow each other, as one."""
+    """Outputs with consecutive pieces of one stream joined."""
     joined: list[NotebookNode] = []
     for shown in outputs:
         last = joined[-1] if joined else None

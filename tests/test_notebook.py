@@ -24,7 +24,7 @@ def small_notebook(folder: Path, *sources: str) -> Path:
     return path
 
 
-def test_parameters_are_injected_behind_their_cell_and_replaced():
+def test_parameters_are_injected_after_their_cell_and_replaced():
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell("A = {'x': 1}\nRUN = True", metadata={"tags": ["parameters"]})]
     )
@@ -49,7 +49,7 @@ def test_parameters_are_injected_behind_their_cell_and_replaced():
         ({"MODEL": 3}, "MODEL: 3; wanted a text .quotes"),
     ],
 )
-def test_a_parameter_is_known_and_of_the_notebook_s_type(given, said):
+def test_unknown_parameters_and_other_types_are_refused(given, said):
     source = "A = {'x': 1}\nRUN: bool = True\nRATE = 0.5\nMODEL = 'm'"
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[cell])
@@ -65,7 +65,7 @@ def test_settings_are_yaml():
         parse_parameters(["RUN"])
     with pytest.raises(ConfigError, match="is not YAML"):
         parse_parameters(["C.names=[a"])
-    with pytest.raises(ConfigError, match="C has a value of its own"):
+    with pytest.raises(ConfigError, match="C already has a value"):
         parse_parameters(["C=1", "C.x=2"])
     assert parse_parameters(["C.day=2026-11-01", "C.x="]) == {"C": {"day": "2026-11-01", "x": None}}
 
@@ -84,7 +84,7 @@ def test_a_failing_cell_is_named_and_its_outputs_kept(tmp_path, capsys):
         run_notebook(tmp_path / "none.ipynb", tmp_path / "out.ipynb")
 
 
-def test_a_user_s_mistake_in_a_cell_is_one_here(tmp_path, capsys, monkeypatch):
+def test_a_user_error_in_a_cell_keeps_its_class(tmp_path, capsys, monkeypatch):
     """Of a notebook in another folder, without the library on Python's path; and this Python runs it."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "train.jsonl").write_text("{}")
@@ -112,16 +112,16 @@ def test_a_user_s_mistake_in_a_cell_is_one_here(tmp_path, capsys, monkeypatch):
     ("end", "cause"),
     [
         ("os._exit(3)", "with exit status 3"),
-        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, probably for lack of memory"),
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, probably out of memory"),
     ],
 )
-def test_a_kernel_that_dies_is_named_with_its_cell_and_cause(tmp_path, end, cause):
+def test_a_dead_kernel_is_reported_with_its_cell_and_cause(tmp_path, end, cause):
     path = small_notebook(tmp_path, "x = 1", f"import os\n{end}")
     with pytest.raises(NotebookError, match=rf"cell In \[2\] \(import os\): the kernel died, {cause}; see .*out.ipynb"):
         run_notebook(path, tmp_path / "out.ipynb")
 
 
-def test_ctrl_c_interrupts_the_cell_and_is_one_line(tmp_path):
+def test_ctrl_c_interrupts_the_cell_with_one_line(tmp_path):
     """As in a terminal: the signal comes to the program, whose cell may save what it has."""
     waits = "    print('begun', flush=True)\n    time.sleep(60)"
     saves = f"try:\n{waits}\nexcept KeyboardInterrupt:\n    print('saved')\n    raise"
@@ -144,7 +144,7 @@ def test_ctrl_c_interrupts_the_cell_and_is_one_line(tmp_path):
     assert "saved" in (tmp_path / "o.ipynb").read_text(encoding="utf-8")
 
 
-def test_bars_are_kept_as_they_ended(tmp_path):
+def test_progress_bars_keep_their_last_state(tmp_path):
     bar = "import sys\nfor share in (10, 50, 100):\n    print(f'\\r{share}%', end='', file=sys.stderr, flush=True)"
     run_notebook(small_notebook(tmp_path, "x = 1", bar), tmp_path / "out.ipynb")
     (shown,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs

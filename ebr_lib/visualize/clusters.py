@@ -1,11 +1,10 @@
 """Numbers on vectors and their labels, all in the original space: purity, silhouette, confusions, k-means, health.
 
-Vectors are unit vectors; a label is a code from 0, and -1 where a row has none: such rows are left out of every number.
+Vectors are unit vectors; labels are codes from 0. Rows without a label (-1) are left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +16,11 @@ from ebr_lib.logs import logger
 
 BLOCK = 16_384
 NEARLY_EQUAL = 0.99  # cosine from which two vectors count as nearly equal
-PAIRED = 2000  # rows whose pairs are looked at
-CHOICES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # numbers of clusters that are tried
+PAIRED = 2000  # rows whose pairs are compared
+CHOICES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # numbers of clusters to try
 TRIED_ON = 20_000
-SMALLEST = 5  # labels with fewer rows are not called confused
-ROUNDING = 1e-12  # a distance below this is what rounding left of none
+SMALLEST = 5  # rows of a label that can be called confused
+ROUNDING = 1e-12  # distances below this are rounding errors
 
 
 # --- health -------------------------------------------------------------------------------------------------------
@@ -31,10 +30,10 @@ ROUNDING = 1e-12  # a distance below this is what rounding left of none
 class Health:
     """What is wrong with the vectors themselves, before any map or cluster.
 
-    :param rows: rows read; `without_vector` of them hold none, `zero` only zeros.
-    :param distinct: different vectors.
-    :param mean_cosine: mean cosine of two different rows; 1 is a collapsed model, NaN a single row.
-    :param near_pairs: share of pairs of rows with a cosine above 0.99, among up to 2,000 rows; NaN of a single row.
+    :param rows: rows read; `without_vector` of them have none, `zero` only zeros.
+    :param distinct: number of different vectors.
+    :param mean_cosine: mean cosine of two different rows; 1 for a collapsed model, NaN for a single row.
+    :param near_pairs: share of pairs of rows with a cosine above 0.99, among up to 2,000 rows; NaN for a single row.
     """
 
     rows: int
@@ -50,13 +49,13 @@ class Health:
 
     @property
     def repeated(self) -> int:
-        """Rows whose vector another row before them has."""
+        """Rows whose vector an earlier row has."""
         return self.rows - self.without_vector - self.zero - self.distinct
 
     def warnings(self) -> Iterator[str]:
-        """A sentence for each thing that a person should look at first."""
+        """A sentence for each problem to look at first."""
         if self.without_vector:
-            yield f"{self.without_vector} of {self.rows} rows hold no vector and are left out"
+            yield f"{self.without_vector} of {self.rows} rows have no vector and are left out"
         if self.zero:
             yield f"{self.zero} vectors are all zeros and are left out: their texts were not encoded"
         here = self.rows - self.without_vector - self.zero
@@ -74,9 +73,12 @@ class Health:
 def health(
     unit: Vectors, norms: Floats, *, distinct: int, zero: int = 0, without_vector: int = 0, seed: int = 0
 ) -> Health:
-    """Look at the vectors that are not zero: `norms` are their lengths before normalisation."""
+    """Check the non-zero vectors; `norms` are their lengths before normalisation."""
     n = len(unit)
     total = unit.sum(axis=0, dtype=np.float64)
+    chosen = unit[np.random.default_rng(seed).permutation(n)[:PAIRED]]
+    m = len(chosen)
+    near = max(int((chosen @ chosen.T > NEARLY_EQUAL).sum()) - m, 0)
     return Health(
         rows=n + zero + without_vector,
         without_vector=without_vector,
@@ -87,14 +89,8 @@ def health(
         norm_median=float(np.median(norms)),
         norm_max=float(norms.max()),
         mean_cosine=float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan"),
-        near_pairs=_near_pairs(unit[np.random.default_rng(seed).permutation(n)[:PAIRED]]),
+        near_pairs=near / (m * (m - 1)) if m > 1 else float("nan"),
     )
-
-
-def _near_pairs(unit: Vectors) -> float:
-    n = len(unit)
-    above = int((unit @ unit.T > NEARLY_EQUAL).sum()) - n
-    return max(above, 0) / (n * (n - 1)) if n > 1 else float("nan")
 
 
 # --- neighbours with the same label -------------------------------------------------------------------------------
@@ -107,8 +103,8 @@ class Purity:
     :param at: k to the share among the k nearest, averaged over rows.
     :param chance: the share that vectors without meaning would reach.
     :param judged: rows that have a label and a neighbour with one.
-    :param per_row: of each row the share among the most neighbours counted, but no more than its label has other rows:
-        so a label of three rows can reach 1 too. NaN where there is no label, or no other row of it.
+    :param per_row: share per row among the largest k, but no more neighbours than its label has other rows: a label
+        of three rows can reach 1 too. NaN without a label, or without another row of it.
     """
 
     at: dict[int, float]
@@ -118,7 +114,7 @@ class Purity:
 
 
 def label_purity(near: Ints, codes: Ints, ks: Sequence[int] = (1, 5, 10)) -> Purity:
-    """Share of each row's nearest neighbours (rows × k) with its own label; unlabelled neighbours are not counted."""
+    """Share of each row's nearest neighbours (rows × k) with its own label; unlabelled neighbours do not count."""
     sizes = np.bincount(codes[codes >= 0])
     others = np.where(codes >= 0, np.append(sizes, 0)[codes] - 1, 0)
     shares, per_row = {}, np.full(len(codes), np.nan)
@@ -133,7 +129,7 @@ def label_purity(near: Ints, codes: Ints, ks: Sequence[int] = (1, 5, 10)) -> Pur
 
 
 def _share_of_label(near: Ints, codes: Ints, most: Ints) -> Floats:
-    """Of those of each row's first `most` neighbours that have a label, the share that has the row's own."""
+    """Share with the row's own label among its first `most` neighbours, of those that have a label."""
     counted = (codes[near] >= 0) & (np.arange(near.shape[1]) < most[:, None])
     same = counted & (codes[near] == codes[:, None])
     with np.errstate(invalid="ignore"):
@@ -150,7 +146,7 @@ class Separation:
     :param silhouette: mean of `per_row`; -1 to 1, higher is better (Rousseeuw 1987), cosine distance, all rows.
     :param davies_bouldin: 0 up, lower is better (Davies and Bouldin 1979), Euclidean, unit vectors.
     :param calinski_harabasz: 0 up, higher is better, grows with the rows (Caliński and Harabasz 1974), Euclidean.
-    :param per_row: silhouette of each row; NaN where it has no label.
+    :param per_row: silhouette of each row; NaN without a label.
     """
 
     silhouette: float
@@ -162,8 +158,10 @@ class Separation:
 def separation(unit: Vectors, codes: Ints) -> Separation | None:
     """Measure the separation exactly, in n·k·d: the mean cosine distance of a unit vector x to a cluster is 1 - x·mean.
 
-    Equal to scikit-learn's scores on all rows. None where it is undefined: needs 2 labels, and fewer than rows.
+    Equal to scikit-learn's scores on all rows. None if undefined: needs 2 labels, and fewer labels than rows.
     """
+    from scipy.sparse import csr_matrix
+
     rows = np.flatnonzero(codes >= 0)
     _, dense = np.unique(codes[rows], return_inverse=True)
     sizes = np.bincount(dense)
@@ -172,7 +170,8 @@ def separation(unit: Vectors, codes: Ints) -> Separation | None:
         return None
     sums = np.zeros((k, unit.shape[1]))
     for part, x in _blocks(unit, rows):
-        sums += _sums(x, dense[part], k)
+        member = csr_matrix((np.ones(len(x)), dense[part], np.arange(len(x) + 1)), shape=(len(x), k))
+        sums += member.T @ x
     means = sums / sizes[:, None]
     inside, spread, per_row = np.zeros(k), np.zeros(k), np.full(len(codes), np.nan)
     for part, x in _blocks(unit, rows):
@@ -188,18 +187,11 @@ def separation(unit: Vectors, codes: Ints) -> Separation | None:
 
 
 def _blocks(unit: Vectors, rows: Ints) -> Iterator[tuple[slice, Floats]]:
-    """Rows as float64 of length one to the last bit: what scikit-learn's cosine distance works on."""
+    """Rows as float64 normalised again, as in scikit-learn's cosine distance."""
     for start in range(0, len(rows), BLOCK):
         part = slice(start, start + BLOCK)
         x = unit[rows[part]].astype(np.float64)
         yield part, x / np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
-
-
-def _sums(x: Floats, codes: Ints, k: int) -> Floats:
-    from scipy.sparse import csr_matrix
-
-    member = csr_matrix((np.ones(len(x)), codes, np.arange(len(x) + 1)), shape=(len(x), k))
-    return np.asarray(member.T @ x)
 
 
 def _row_silhouettes(x: Floats, codes: Ints, means: Floats, sizes: Ints) -> tuple[Floats, Floats]:
@@ -217,7 +209,7 @@ def _row_silhouettes(x: Floats, codes: Ints, means: Floats, sizes: Ints) -> tupl
 
 
 def _real(distances: Floats) -> Floats:
-    """Distances without what rounding left of none: between equal vectors its quotients would be noise."""
+    """Distances with rounding errors set to zero: quotients of them would be noise."""
     return np.where(distances < ROUNDING, 0.0, distances)
 
 
@@ -252,7 +244,7 @@ class LabelScore:
 
 
 def label_scores(codes: Ints, rows: Ints, purity: Purity, separated: Separation | None) -> list[LabelScore]:
-    """Scores of every label, largest label first; `rows` are those that the purity was measured on."""
+    """Scores of every label, largest label first; the purity was measured on `rows`."""
     k = int(codes.max(initial=-1)) + 1
     sizes = np.bincount(codes[codes >= 0], minlength=k)
     shares = _means(purity.per_row, codes[rows], k)
@@ -270,11 +262,10 @@ def _means(values: Floats, codes: Ints, k: int) -> Floats:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Two labels that lie in each other's neighbourhood.
+    """Two labels among each other's neighbours.
 
-    :param share: of the neighbours of `first`'s rows, those that are `second`.
-    :param share_back: of the neighbours of `second`'s rows, those that are `first`.
-    :param example: the two nearest rows across the border, one of each label.
+    :param share: share of `second` among the neighbours of `first`; `share_back` the other way.
+    :param example: positions of the two nearest rows, one of each label.
     """
 
     first: int
@@ -283,13 +274,9 @@ class Confusion:
     share_back: float
     example: tuple[int, int]
 
-    def of_rows(self, rows: Ints) -> Confusion:
-        """The same with the example's places in a sample turned into row numbers."""
-        return dataclasses.replace(self, example=(int(rows[self.example[0]]), int(rows[self.example[1]])))
-
 
 def confusions(unit: Vectors, near: Ints, codes: Ints, most: int = 10) -> list[Confusion]:
-    """The most confused pairs of labels by their rows' nearest neighbours (rows × k), worst first."""
+    """The most confused pairs of labels by nearest neighbours (rows × k), worst first."""
     k = int(codes.max(initial=-1)) + 1
     sizes = np.bincount(codes[codes >= 0], minlength=k)
     source = np.repeat(np.arange(len(codes)), near.shape[1])
@@ -304,20 +291,14 @@ def confusions(unit: Vectors, near: Ints, codes: Ints, most: int = 10) -> list[C
         a, b = divmod(pair, k)
         if (b, a) in found:
             continue
-        found[a, b] = Confusion(a, b, share[pair], share.get(b * k + a, 0.0), (-1, -1))
+        here = np.flatnonzero(np.isin(codes[source], (a, b)) & np.isin(codes[target], (a, b)))
+        best = here[np.einsum("ij,ij->i", unit[source[here]], unit[target[here]]).argmax()]
+        one, other = int(source[best]), int(target[best])
+        example = (one, other) if codes[one] == a else (other, one)
+        found[a, b] = Confusion(a, b, share[pair], share.get(b * k + a, 0.0), example)
         if len(found) == most:
             break
-    return [_with_example(c, unit, codes, source, target) for c in found.values()]
-
-
-def _with_example(found: Confusion, unit: Vectors, codes: Ints, source: Ints, target: Ints) -> Confusion:
-    ends = np.sort([codes[source], codes[target]], axis=0)
-    here = np.flatnonzero((ends[0] == min(found.first, found.second)) & (ends[1] == max(found.first, found.second)))
-    products = np.einsum("ij,ij->i", unit[source[here]], unit[target[here]])
-    best = here[products.argmax()]
-    pair = (int(source[best]), int(target[best]))
-    example = pair if codes[pair[0]] == found.first else pair[::-1]
-    return dataclasses.replace(found, example=example)
+    return list(found.values())
 
 
 # --- k-means ------------------------------------------------------------------------------------------------------
@@ -327,9 +308,9 @@ def _with_example(found: Confusion, unit: Vectors, codes: Ints, source: Ints, ta
 class Clusters:
     """Clusters that k-means found.
 
-    :param codes: cluster of each row, largest cluster first.
-    :param why: why so many clusters.
-    :param silhouette: of all rows; NaN where there is one cluster, or as many as rows.
+    :param codes: cluster of each row, 0 is the largest.
+    :param why: what chose the number of clusters.
+    :param silhouette: mean of all rows; NaN for one cluster, or as many as rows.
     :param typical: rows nearest to each cluster's centre, nearest first.
     """
 
@@ -341,14 +322,14 @@ class Clusters:
 
     @property
     def k(self) -> int:
-        """How many clusters there are."""
+        """Number of clusters."""
         return len(self.sizes)
 
 
 def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical: int = 10) -> Clusters:
     """Spherical k-means.
 
-    :param k: how many; None takes as many as there are labels, or without labels the number with the best silhouette.
+    :param k: number of clusters; None takes the number of labels, or without labels the one with the best silhouette.
     """
     codes, why = _chosen(unit, k, labels, seed)
     _, codes = np.unique(codes, return_inverse=True)  # k-means may leave clusters empty
@@ -356,7 +337,7 @@ def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical:
     if len(sizes) < (k or labels):
         wanted = f"{k} were asked for" if k else f"there are {labels} labels"
         why = f"{wanted}; {len(unit)} vectors gave {len(sizes)}"
-        logger.warning("k-means: %s", why)
+        logger.warning("聚类 k-means: %s", why)
     order = np.argsort(-sizes, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -405,7 +386,7 @@ def _typical(unit: Vectors, rows: Ints, most: int) -> tuple[int, ...]:
 
 
 def agreement(codes: Ints, others: Ints) -> tuple[float, float]:
-    """Adjusted Rand index and normalised mutual information of two divisions, over rows that both divide."""
+    """Adjusted Rand index and normalised mutual information of two partitions, over rows in both."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     both = (codes >= 0) & (others >= 0)
@@ -419,13 +400,13 @@ def agreement(codes: Ints, others: Ints) -> tuple[float, float]:
 
 
 def neighbour_cosines(unit: Vectors, near: Ints) -> NDArray[np.float32]:
-    """Cosine of each row and each of its neighbours (rows × k)."""
+    """Cosine of each row with each of its neighbours (rows × k)."""
     products = [np.einsum("ij,ij->i", unit, unit[column]) for column in near.T]
     return np.stack(products, axis=1) if products else np.empty(near.shape, np.float32)
 
 
 def neighbours_shared(before: Ints, after: Ints) -> Floats:
-    """For each row, the share of its neighbours (rows × k) that are the same in both; NaN without neighbours."""
+    """Share of each row's neighbours (rows × k) that are the same in both; NaN without neighbours."""
     if not before.shape[1]:
         return np.full(len(before), np.nan)
     return np.array([len(np.intersect1d(a, b)) / len(a) for a, b in zip(before, after, strict=True)])

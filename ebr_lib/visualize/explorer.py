@@ -1,10 +1,10 @@
-"""The interactive page: one file that needs no network, to hover, search, filter and follow neighbours."""
+"""The interactive page: one file without network access, to hover, search, filter and follow neighbours."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ebr_lib.files import written_whole
 from ebr_lib.visualize.groups import Groups, Panel
 
 MOST = 50_000  # points that a browser draws without a pause
-TEXT_ROOM = 20_000_000  # characters of all texts together: of 50,000 points each may have 400, and what others leave
+TEXT_ROOM = 20_000_000  # characters of all texts: 400 for each of 50,000 points, more if others are shorter
 TEMPLATE = Path(__file__).with_name("explorer.html")
 
 
@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("explorer.html")
 class Neighbourhood:
     """Nearest neighbours of each point in an original space.
 
-    :param near: places among the points, n × k, nearest first; -1 for one that is not drawn.
+    :param near: positions among the points, n × k, nearest first; -1 if it is not drawn.
     :param cosines: cosine of each of them.
     """
 
@@ -45,10 +45,10 @@ def write_explorer(
 ) -> None:
     """Write the page.
 
-    :param panels: maps of the points that are drawn, n × 2 each; a panel's `space` is a place in `spaces`.
-    :param groups: their labels; `texts` are what hovering shows.
-    :param spaces: the neighbours of each point in each original space that there are maps of.
-    :param all_rows: how many rows the file has, for the line that says how many of them are here.
+    :param panels: maps of the points, n × 2 each; a panel's `space` is a position in `spaces`.
+    :param groups: labels of the points; hovering shows `texts`.
+    :param spaces: the neighbours of each point, per original space.
+    :param all_rows: rows of the file, of which the points may be a sample.
     """
     whole = [" ".join((text or "").split()) for text in texts]
     longest = _longest([len(text) for text in whole], TEXT_ROOM)
@@ -69,13 +69,15 @@ def write_explorer(
         "texts": [text if len(text) <= longest else text[:longest] + "…" for text in whole],
         "longest": longest if any(len(text) > longest for text in whole) else None,
     }
-    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", _harmless(data))
+    # with `<` escaped, no text can end the script element or open a comment in it
+    harmless = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", harmless)
     with written_whole(path) as new:
         new.write_text(page, encoding="utf-8")
 
 
 def _longest(lengths: Sequence[int], room: int) -> int:
-    """How long a text may be so that all of them fit; short texts leave their share to the long ones."""
+    """Largest length at which all texts fit; short texts leave their share to long ones."""
     for done, length in enumerate(sorted(lengths)):
         share = room // (len(lengths) - done)
         if length > share:
@@ -87,8 +89,3 @@ def _longest(lengths: Sequence[int], room: int) -> int:
 def _packed(values: NDArray[Any], kind: type[np.generic]) -> str:
     little = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<"))
     return base64.b64encode(little.tobytes()).decode()
-
-
-def _harmless(data: Mapping[str, Any]) -> str:
-    """JSON in which no text can end the script element or open a comment in it: `<` is written as an escape."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

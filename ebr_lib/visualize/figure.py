@@ -12,7 +12,7 @@ from ebr_lib.arrays import Ints
 from ebr_lib.files import written_whole
 from ebr_lib.tables import columns_of, squeezed
 from ebr_lib.visualize.fonts import LATIN, fonts_for, quiet_fonts
-from ebr_lib.visualize.groups import GREY, PALE, SHOWN, Groups, Panel, Points
+from ebr_lib.visualize.groups import GREY, PALE, PALETTE, SHOWN, Groups, Panel, Points
 from ebr_lib.visualize.labels import (
     DPI,
     EDGE,
@@ -32,12 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SHADED = 100_000  # from this many points on, density is drawn instead of points
-# kinds of picture, and what of their metadata would make the same picture another file each time
+SHADED = 100_000  # above this many points, density is drawn instead
+# kinds of picture, and the metadata that would make each file different
 KINDS: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-
-
-# --- drawing ------------------------------------------------------------------------------------------------------
 
 
 def draw(
@@ -45,10 +42,9 @@ def draw(
 ) -> None:
     """Write the picture of one or several maps of the same points.
 
-    :param path: where the picture goes, its ending (of `KINDS`) says what it is; what stood there stays until the new
-        one is whole.
+    :param path: ends in one of `KINDS`; an existing file stays until the new one is complete.
     :param panels: maps, at most two beside each other.
-    :param fonts: fonts for the labels' characters, tried before the system's.
+    :param fonts: families or font files for the labels, tried before the system's.
     """
     import matplotlib as mpl
 
@@ -62,7 +58,7 @@ def draw(
 
 
 def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str) -> Figure:
-    """The figure, as high as its title and its caption need."""
+    """The figure, with room for title and caption."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,22 +69,18 @@ def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str)
     top, bottom = 0.6 + 0.27 * title.count("\n"), 0.4 + LINE * caption.count("\n")
     figure = Figure(figsize=(width, top + down * (PANEL + GAP) + bottom), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    for panel, axes in zip(panels, _places(figure, across, down, top), strict=False):
-        _draw_panel(axes, panel, groups)
-    _draw_words(figure, title, caption)
-    _draw_legend(figure, groups, top)
-    return figure
-
-
-def _places(figure: Figure, across: int, down: int, top: float) -> list[Axes]:
     width, height = figure.get_size_inches()
-    places = []
-    for i in range(across * down):
+    for i, panel in enumerate(panels):
         row, column = divmod(i, across)
         left, upper = EDGE + column * PANEL, top + row * (PANEL + GAP) + 0.3
         box = (left / width, 1 - (upper + PANEL - 0.15) / height, (PANEL - 0.2) / width, (PANEL - 0.15) / height)
-        places.append(figure.add_axes(box))
-    return places
+        _draw_panel(figure.add_axes(box), panel, groups)
+    figure.text(EDGE / width, 1 - 0.2 / height, title, fontsize=TITLE_SIZE, fontweight="bold", va="top")
+    figure.text(
+        EDGE / width, 0.14 / height, caption, fontsize=SMALL_SIZE, color="#555555", va="bottom", linespacing=1.45
+    )
+    _draw_legend(figure, groups, top)
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:
@@ -98,7 +90,10 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:
         spine.set_color("#dddddd")
     axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", pad=5)
     axes.set_title(panel.note, loc="right", fontsize=SMALL_SIZE, color="#555555", pad=5)
-    _frame(axes, panel.coords)
+    low, high = panel.coords.min(axis=0), panel.coords.max(axis=0)
+    middle, half = (low + high) / 2, max(float((high - low).max()) / 2 * 1.05, 1e-3)  # a square with a margin
+    axes.set_xlim(middle[0] - half, middle[0] + half)
+    axes.set_ylim(middle[1] - half, middle[1] + half)
     if len(panel.coords) > SHADED:
         _shade(axes, panel.coords, groups)
     else:
@@ -106,16 +101,8 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:
     name_groups(axes, panel.coords, groups)
 
 
-def _frame(axes: Axes, coords: Points) -> None:
-    """Square limits around all points, with a margin."""
-    low, high = coords.min(axis=0), coords.max(axis=0)
-    middle, half = (low + high) / 2, max(float((high - low).max()) / 2 * 1.05, 1e-3)
-    axes.set_xlim(middle[0] - half, middle[0] + half)
-    axes.set_ylim(middle[1] - half, middle[1] + half)
-
-
 def _scatter(axes: Axes, coords: Points, groups: Groups) -> None:
-    """Points, those of small labels last, so that a large one does not bury them."""
+    """Draw points, small labels last, so that large ones do not bury them."""
     from matplotlib.colors import to_rgba_array
 
     n = len(coords)
@@ -130,7 +117,7 @@ def _scatter(axes: Axes, coords: Points, groups: Groups) -> None:
 
 
 def _turns(groups: Groups) -> Ints:
-    """When each row is drawn: rows without a label first, then the largest label; the other labels count as one."""
+    """Drawing order: rows without a label first, then labels by size; all labels without a colour count as one."""
     sizes = np.bincount(groups.shades, minlength=len(groups.shade_colours))
     sizes[-1] = len(groups.codes) + 1
     turn = np.empty_like(sizes)
@@ -139,7 +126,7 @@ def _turns(groups: Groups) -> Ints:
 
 
 def _labels_above(coords: Points, turn: Ints, most: int = 3) -> Ints:
-    """How many other labels are drawn over each row on the very same spot: equal vectors show as rings."""
+    """How many other labels are drawn over each row at the same spot: equal vectors show as rings."""
     spot = np.unique(coords, axis=0, return_inverse=True)[1].ravel()
     stacks, row = np.unique(spot * (turn.max() + 1) + turn, return_inverse=True)
     spots = stacks // (turn.max() + 1)
@@ -148,7 +135,7 @@ def _labels_above(coords: Points, turn: Ints, most: int = 3) -> Ints:
 
 
 def _shade(axes: Axes, coords: Points, groups: Groups) -> None:
-    """Density: each pixel mixes its labels' colours, small labels weighing more; more points make it darker."""
+    """Draw density: a pixel mixes its labels' colours, small labels weigh more; more points make it darker."""
     from matplotlib.colors import to_rgba_array
 
     side = int(PANEL * DPI * 0.7)
@@ -168,17 +155,6 @@ def _shade(axes: Axes, coords: Points, groups: Groups) -> None:
     axes.imshow(image.reshape(side, side, 4), origin="lower", extent=(x0, x1, y0, y1), interpolation="antialiased")
 
 
-# --- legend and caption -------------------------------------------------------------------------------------------
-
-
-def _draw_words(figure: Figure, title: str, caption: str) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(EDGE / width, 1 - 0.2 / height, title, fontsize=TITLE_SIZE, fontweight="bold", va="top")
-    figure.text(
-        EDGE / width, 0.14 / height, caption, fontsize=SMALL_SIZE, color="#555555", va="bottom", linespacing=1.45
-    )
-
-
 def _draw_legend(figure: Figure, groups: Groups, above: float) -> None:
     width, height = figure.get_size_inches()
     left, top, room = (width - LEGEND + 0.05) / width, 1 - (above + 0.3) / height, LEGEND - 0.05 - EDGE
@@ -194,7 +170,7 @@ def _draw_legend(figure: Figure, groups: Groups, above: float) -> None:
 
 
 def _legend(groups: Groups) -> Iterable[tuple[str, str, int]]:
-    yield from zip(groups.colours[:SHOWN], groups.names[:SHOWN], groups.counts[:SHOWN], strict=False)
+    yield from zip(PALETTE, groups.names, groups.counts, strict=False)
     if len(groups.names) > SHOWN:
         yield GREY, f"{len(groups.names) - SHOWN} other labels", sum(groups.counts[SHOWN:])
     if groups.without:
@@ -202,7 +178,7 @@ def _legend(groups: Groups) -> Iterable[tuple[str, str, int]]:
 
 
 def wrapped(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
-    """Break each line of a text into lines of a width: at spaces, and inside words that are longer than half of it."""
+    """Break a text into lines of a width: at spaces, and inside words longer than half of it."""
     return "\n".join(_wrapped_line(line, most, width_of) for line in text.split("\n"))
 
 

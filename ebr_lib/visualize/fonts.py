@@ -1,4 +1,4 @@
-"""Fonts that hold the labels' own characters."""
+"""Fonts that hold the characters to draw; matplotlib takes each character from the first that has it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import logging
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from ebr_lib.logs import logger
 
 LATIN = "DejaVu Sans"  # comes with matplotlib
 CJK_PACKAGE, CJK_PIN = "noto-cjk-sans-otc", "noto-cjk-sans-otc==0.0.1"  # Noto Sans CJK Regular, OFL 1.1
-# Debian's packages for what that font lacks, and a family that each brings
+# Debian's packages for what that font lacks, and a family of each
 RARE_CJK_PACKAGE = "fonts-hanazono", "HanaMinB"  # CJK extensions B to F
 SYMBOL_PACKAGE = "fonts-symbola", "Symbola"  # symbols, and emoji in black and white
 SCRIPT_PACKAGE = "fonts-noto-core", "Noto Sans Thai"  # scripts of the world, without CJK
+CJK_NAMES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")
+SIMPLIFIED = ("SC", "CN", "GB", "YaHei", "Hei", "WenQuanYi", "Song", "Fallback")  # in names of families
 UNUSABLE = (RuntimeError, NotImplementedError, OSError)  # what matplotlib raises on a font that it cannot draw with
 
 
 def fonts_for(text: str, wanted: Sequence[str] = ()) -> list[str]:
     """Font families that together hold the characters of a text; Latin keeps matplotlib's own font.
 
-    Tried in this order: `wanted` (names of families, or font files), the system's fonts, the font of a PyPI package.
-    Characters that no font holds are named in one warning, with what to install.
+    Tried in this order: `wanted` (families or font files), the system's fonts, the font of a PyPI package. One warning
+    names the characters that no font holds, and what to install.
     """
     signs = {c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf", "Mn")}
     families, missing = [LATIN], signs - _held(LATIN, signs)
     for tier in (lambda: _wanted_families(wanted), _system_families, _new_families, _packaged_families):
         held = {family: _held(family, missing) for family in tier()} if missing else {}
-        # `wanted` is somebody's order; among the system's fonts, the one that holds most comes first
+        # `wanted` is the user's order; of the system's fonts, the one that holds most comes first
         for family in sorted(held, key=lambda f: -len(held[f])) if tier is _system_families else held:
             if held[family] & missing:
                 families.append(family)
@@ -41,25 +44,27 @@ def fonts_for(text: str, wanted: Sequence[str] = ()) -> list[str]:
 
 
 def _warn_missing(missing: set[str]) -> None:
+    def named(signs: Sequence[str], most: int) -> str:
+        return ", ".join(f"{c} (U+{ord(c):04X})" for c in signs[:most]) + (", …" if len(signs) > most else "")
+
     signs = sorted(missing)
-    ways = dict.fromkeys(filter(None, map(_remedy, signs)))
-    brings = [f"`{way}` brings one for {_named([c for c in signs if _remedy(c) == way], 3)}" for way in ways]
+    remedies = {sign: _remedy(sign) for sign in signs}
+    brings = [
+        f"`{way}` brings one for {named([sign for sign in signs if remedies[sign] == way], 3)}"
+        for way in dict.fromkeys(filter(None, remedies.values()))
+    ]
     logger.warning(
-        "no font here holds %d of the characters to draw (%s): they are drawn as boxes; %s",
+        "缺少字体 no font here holds %d of the characters to draw (%s): they are drawn as boxes; %s",
         len(missing),
-        _named(signs, 8),
+        named(signs, 8),
         "; ".join([*brings, "or name a font that holds them in chinese_fonts"]),
     )
 
 
-def _named(signs: Sequence[str], most: int) -> str:
-    return ", ".join(f"{c} (U+{ord(c):04X})" for c in signs[:most]) + (", …" if len(signs) > most else "")
-
-
 def _remedy(sign: str) -> str | None:
-    """The command that installs a font for a sign; None where that font is here already, and does not hold it."""
+    """The command that installs a font for a character; None if that font is installed and does not hold it."""
     name, code = unicodedata.name(sign, ""), ord(sign)
-    if 0x20000 <= code < 0x40000 or any(word in name for word in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")):
+    if 0x20000 <= code < 0x40000 or any(word in name for word in CJK_NAMES):
         if not _packaged_families():
             return f"pip install {CJK_PIN}"
         package, family = RARE_CJK_PACKAGE
@@ -71,24 +76,17 @@ def _remedy(sign: str) -> str | None:
 
 
 def _held(family: str, signs: set[str]) -> set[str]:
-    """Which of the signs a family's regular face holds."""
+    """Those of the characters that a family's regular face holds."""
     from matplotlib import font_manager
 
-    with quiet_fonts():  # some families have no regular face: the nearest will do
+    with quiet_fonts():  # a family without a regular face: the nearest will do
         font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
     return {c for c in signs if font.get_char_index(ord(c))}
 
 
-def _known_families() -> set[str]:
-    from matplotlib.font_manager import fontManager
-
-    # "Last Resort" has a box for every sign there is
-    return {font.name for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
-
-
 @contextlib.contextmanager
 def quiet_fonts() -> Iterator[None]:
-    """Without matplotlib's warning a text, a weight and a missing sign: `fonts_for` says once what matters."""
+    """Without matplotlib's warnings per text and character: `fonts_for` says once what matters."""
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -101,7 +99,7 @@ def quiet_fonts() -> Iterator[None]:
 
 
 def absent_fonts(wanted: Sequence[str]) -> list[str]:
-    """Which of these names of families and font files are not here."""
+    """Those of these families and font files that do not exist here."""
     return [name for name in wanted if not (Path(name).is_file() if _is_file_name(name) else name in _known_families())]
 
 
@@ -109,51 +107,58 @@ def _is_file_name(name: str) -> bool:
     return Path(name).suffix.lower() in (".ttf", ".ttc", ".otf")
 
 
-def _wanted_families(wanted: Sequence[str]) -> list[str]:
-    here = [name for name in wanted if name not in absent_fonts(wanted)]
-    return [family for name in here for family in (_told(Path(name)) if _is_file_name(name) else [name])]
+def _wanted_families(wanted: Sequence[str]) -> Iterator[str]:
+    """The families named by the user; unusable font files are skipped with a warning."""
+    absent = absent_fonts(wanted)
+    for name in wanted:
+        if name in absent:
+            continue
+        if not _is_file_name(name):
+            yield name
+            continue
+        try:
+            yield from _added(Path(name))
+        except UNUSABLE as error:
+            logger.warning(
+                "字体不可用 font file %s cannot be used (%s); name another one in chinese_fonts", name, error
+            )
 
 
-def _told(path: Path) -> list[str]:
-    """Families of a font file that somebody named; one that matplotlib cannot draw with is told, and left out."""
-    try:
-        return _added(path)
-    except UNUSABLE as error:
-        logger.warning("font file %s cannot be used (%s); name another one in chinese_fonts", path, error)
-        return []
+def _known_families() -> set[str]:
+    from matplotlib.font_manager import fontManager
+
+    # "Last Resort" has a box for every character
+    return {font.name for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
 
 
 def _system_families() -> list[str]:
     return _for_chinese(_known_families() - {LATIN})
 
 
-def _for_chinese(families: Iterable[str]) -> list[str]:
-    """Families made for simplified Chinese first: the others draw some signs the Japanese way."""
-    simplified = ("SC", "CN", "GB", "YaHei", "Hei", "WenQuanYi", "Song", "Fallback")
-    return sorted(families, key=lambda f: ("Mono" in f, not any(hint in f for hint in simplified), f))
-
-
 def _new_families() -> list[str]:
-    """Families of fonts that were installed after matplotlib made its list of the system's."""
+    """Families of fonts installed after matplotlib made its list of the system's fonts."""
     from matplotlib import font_manager
 
     known = {font.fname for font in font_manager.fontManager.ttflist}
     found = []
     for path in sorted(set(font_manager.findSystemFonts()) - known):
-        with contextlib.suppress(*UNUSABLE):  # coloured bitmaps, say: nobody asked for this one
+        with contextlib.suppress(*UNUSABLE):  # coloured bitmaps, for example
             found += _added(Path(path))
     return _for_chinese(dict.fromkeys(found))
 
 
-def _packaged_families() -> list[str]:
-    """The font that a PyPI package ships, found without importing the package."""
-    from importlib import metadata
+def _for_chinese(families: Iterable[str]) -> list[str]:
+    """Families made for simplified Chinese first: others draw some characters the Japanese way."""
+    return sorted(families, key=lambda f: ("Mono" in f, not any(hint in f for hint in SIMPLIFIED), f))
 
+
+def _packaged_families() -> list[str]:
+    """Families of the font in a PyPI package, found without importing the package."""
     try:
         files = metadata.files(CJK_PACKAGE) or []
     except metadata.PackageNotFoundError:
         return []
-    found = [Path(str(file.locate())) for file in files if file.suffix in (".ttc", ".otf", ".ttf")]
+    found = [Path(str(file.locate())) for file in files if _is_file_name(file.name)]
     added = [family for path in found if path.is_file() for family in _added(path)]
     return sorted(added, key=lambda f: ("Mono" in f, "SC" not in f))
 

@@ -1,4 +1,4 @@
-"""Names of groups on a map: where they may stand, hiding few points."""
+"""Names of groups on a map, placed where they hide few points."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.tables import squeezed
-from ebr_lib.visualize.groups import SHOWN, Groups, Points
+from ebr_lib.visualize.groups import PALETTE, Groups, Points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-PANEL, LEGEND, EDGE, GAP, LINE, DPI = 7.0, 3.0, 0.15, 0.35, 0.2, 150  # inches; LINE is one of the caption
+PANEL, LEGEND, EDGE, GAP, LINE, DPI = 7.0, 3.0, 0.15, 0.35, 0.2, 150  # inches; LINE is the height of a caption line
 TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 15.0, 10.5, 9.0  # points
-NAME_WIDTH = 1.9  # inches that a name on the map may take
-THINNED = 1000  # points of a label that decide where names may stand
-HIDDEN = 0.2  # share of any label's points that a name may hide
-FAR = 0.03  # what a name's distance of one text height costs, against the share of the points that it hides
+NAME_WIDTH = 1.9  # inches, of a name on the map at most
+THINNED = 1000  # points per label that names are placed by
+HIDDEN = 0.2  # largest share of any label's points that a name may hide
+FAR = 0.03  # cost of a distance of one text height, where hiding all points of a label costs 1
 
 
 def size_in_inches(size: float, weight: str = "normal") -> Callable[[str], float]:
-    """What measures how wide a text is drawn: Chinese, Latin and emoji in the fonts that they get."""
+    """A function that measures how wide a text is drawn, each character in the font that it gets."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
@@ -35,12 +35,13 @@ def size_in_inches(size: float, weight: str = "normal") -> Callable[[str], float
 
 
 def marker(n: int) -> tuple[float, float]:
-    """Area in square points, and opacity, of one of so many points."""
+    """Area (square points) and opacity of a point, where n are drawn."""
     return float(np.clip(45_000 / n, 1.2, 36)), float(np.clip(4 / n**0.2, 0.45, 0.9))
 
 
 def name_groups(axes: Axes, coords: Points, groups: Groups) -> None:
-    """Write labels at their medoids, the largest first; one that finds no free place stays in the legend alone."""
+    """Write labels at their medoids, the largest first; one without a free place stays in the legend only."""
+    from matplotlib.colors import to_rgb
     from matplotlib.patheffects import withStroke
 
     figure = axes.get_figure()
@@ -48,14 +49,14 @@ def name_groups(axes: Axes, coords: Points, groups: Groups) -> None:
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     measure = size_in_inches(NAME_SIZE)
     room = _Room.on(axes, coords, groups)
-    for code, colour in enumerate(groups.colours[:SHOWN]):
+    for code, (name, colour) in enumerate(zip(groups.names, PALETTE, strict=False)):
         points = axes.transData.transform(coords[groups.codes == code])
-        name = squeezed(groups.names[code], NAME_WIDTH, measure)
-        if not len(points) or not name:
+        shown = squeezed(name, NAME_WIDTH, measure)
+        if not len(points) or not shown:
             continue
         text = axes.text(
-            0, 0, name, fontsize=NAME_SIZE, ha="center", va="center", zorder=5,
-            color=_darker(colour), path_effects=[withStroke(linewidth=3, foreground="white")],
+            0, 0, shown, fontsize=NAME_SIZE, ha="center", va="center", zorder=5,
+            color=[0.62 * c for c in to_rgb(colour)], path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
         box = text.get_window_extent(renderer)
         place = room.take(_medoid(points), _core(points), np.array([box.width, box.height]))
@@ -67,7 +68,7 @@ def name_groups(axes: Axes, coords: Points, groups: Groups) -> None:
 
 
 def _core(points: Points, cells: int = 10) -> Points:
-    """The points where they lie densest: the median of all may lie between two islands."""
+    """The points where they are densest: the median of all may lie between two islands."""
     from scipy.ndimage import uniform_filter
 
     low, high = points.min(axis=0), points.max(axis=0)
@@ -86,13 +87,12 @@ def _medoid(points: Points) -> Points:
 
 @dataclass
 class _Room:
-    """Where names may stand on a map, in pixels.
+    """Free places for names on a map, in pixels.
 
     :param frame: low and high corner of the map.
-    :param points: up to `THINNED` points of each shade; `weights` (points × shades) are the share that each is of its
-        shade.
-    :param radius: of a point.
-    :param taken: boxes of the names that stand, n × 2 corners × 2.
+    :param points: up to `THINNED` points of each shade; `weights` (points × shades): each point's share of its shade.
+    :param radius: radius of a point.
+    :param taken: boxes of the names placed so far, each 2 corners × 2.
     """
 
     frame: Points
@@ -114,9 +114,9 @@ class _Room:
         )
 
     def take(self, home: Points, core: Points, size: Points) -> Points | None:
-        """Find the middle of a name of this size (width, height): near `home`, where it hides the fewest points.
+        """Find a place for the middle of a name of this size (width, height): near `home`, hiding few points.
 
-        No place may hide a fifth of any label's points, lie over another name, or leave the map.
+        None if every place hides a fifth of a label's points, overlaps another name, or leaves the map.
         """
         middles = self._around(home, core, size)
         boxes = np.stack([middles - size / 2 - 1, middles + size / 2 + 1], axis=1)
@@ -137,18 +137,12 @@ class _Room:
         return np.asarray(middles[best])
 
     def _around(self, home: Points, core: Points, size: Points) -> Points:
-        """Middles to choose from: on `home`, and in eight directions from it, beside it and beside the core."""
+        """Candidates: on `home`, and in eight directions from it, next to it and next to the core."""
         below, above = home - core.min(axis=0), core.max(axis=0) - home
         places = [home]
         for share, heights in ((0.0, 0.1), (0.0, 0.8), (1.0, 0.1), (1.0, 1.0), (1.0, 2.0)):
             gap = self.radius + heights * size[1] + size / 2
             low, high = home - share * below - gap, home + share * above + gap
             xs, ys = (low[0], home[0], high[0]), (low[1], home[1], high[1])
-            places += [np.array(place) for place in itertools.product(xs, ys)]  # `home` again, which does no harm
+            places += [np.array(place) for place in itertools.product(xs, ys)]  # `home` again, harmless
         return np.array(places)
-
-
-def _darker(colour: str) -> tuple[float, ...]:
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.62 * c for c in to_rgb(colour))

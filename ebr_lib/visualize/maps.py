@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ebr_lib.visualize import explorer, projection
 from ebr_lib.visualize.groups import Groups
 
 NEAR = 10  # neighbours that purity, confusions and the explorer look at
-WIDE = 40  # neighbours to choose from where the explorer cannot draw all
+WIDE = 40  # neighbours to choose from if the explorer cannot draw all rows
 NAMES = {"tsne": "t-SNE", "umap": "UMAP"}
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -25,10 +26,10 @@ Settings = Mapping[str, Mapping[str, Any]]
 class Maps:
     """The maps of one embedding file.
 
-    :param rows: the rows that were projected; `near` are the nearest of each, as places in `rows`.
-    :param sampled_by: the labels by which they were chosen.
+    :param rows: the projected rows; `near` are the nearest of each, as positions in `rows`.
+    :param sampled_by: title of the labels by which they were sampled.
     :param coords: coordinates of all rows, by method.
-    :param settings: what each was made with; nothing where PCA drew too few points.
+    :param settings: what each map was made with; empty if PCA drew it.
     """
 
     rows: Ints
@@ -39,36 +40,20 @@ class Maps:
     settings: dict[str, dict[str, Any]]
 
     def name_of(self, method: str) -> str:
-        """The name of a map, for people."""
+        """Display name of a map."""
         return NAMES[method] if self.settings[method] else "PCA (too few distinct vectors)"
 
 
 def sampled(unit: Vectors, groups: Groups, most: int, seed: int, cache: projection.Cache) -> tuple[Ints, str]:
-    """The rows to project, and what they were sampled by.
+    """The rows to project, and the title of the labels by which they were sampled.
 
-    Both are kept with the maps: another colour is shown on the same rows, for others would cost other maps.
+    Both are cached with the maps: recolouring shows the same rows, for other rows would need other maps.
     """
     if len(unit) <= most:
         return np.arange(len(unit)), groups.title
     name = projection.fingerprint(unit, "rows", most, seed)
     rows = cache.get(f"rows-{name}", lambda: projection.sample_rows(groups.codes, most, seed))
     return rows, str(cache.get(f"by-{name}", lambda: np.array(groups.title)))
-
-
-def _fitted(asked: Settings, points: int) -> dict[str, dict[str, Any]]:
-    """What each map is made with, fitted to the number of points."""
-    found: dict[str, dict[str, Any]] = {}
-    for method, settings in asked.items():
-        if points < projection.FEWEST:
-            logger.warning("%s: %d distinct vectors are too few; PCA draws them", NAMES[method], points)
-            found[method] = {}
-        elif method == "tsne":
-            perplexity = projection.fitting_perplexity(settings["perplexity"], points)
-            found[method] = {**settings, "perplexity": perplexity}
-        else:
-            neighbors = projection.fitting_neighbors(settings["n_neighbors"], points)
-            found[method] = {**settings, "n_neighbors": neighbors}
-    return found
 
 
 def project(
@@ -80,17 +65,18 @@ def project(
     seed: int,
     before: Maps | None = None,
 ) -> Maps:
-    """Draw the sampled rows, once for each distinct vector, and place all others by them.
+    """Draw the sampled rows, each distinct vector once, and place all other rows by them.
 
     :param asked: method (tsne, umap) to its settings, as `tsne_map` and `umap_map` name them.
-    :param seed: of the judgement, and of the order among equal vectors.
-    :param before: maps to start from, and to lie upon.
+    :param seed: for judging the maps, and for the order among equal vectors.
+    :param before: maps to start from and to align to.
     """
     rows, sampled_by = sample
     first, place = projection.distinct_rows(unit[rows])
     points = rows[first]
     distinct = unit[points]
     settings = _fitted(asked, len(points))
+    near = NEAR if len(rows) <= explorer.MOST else WIDE
     neighbours = _neighbours(distinct, settings, cache)
     coords, quality = {}, {}
     for method, chosen in settings.items():
@@ -99,14 +85,22 @@ def project(
         quality[method] = projection.map_quality(distinct, neighbours, drawn, seed)
         everywhere = _everywhere(unit, rows, drawn[place])
         coords[method] = projection.aligned(everywhere, before.coords[method]) if before else everywhere
-    return Maps(
-        rows,
-        sampled_by,
-        projection.neighbours_of_rows(neighbours, place, NEAR if len(rows) <= explorer.MOST else WIDE, seed),
-        coords,
-        quality,
-        settings,
-    )
+    near_rows = projection.neighbours_of_rows(neighbours, place, near, seed)
+    return Maps(rows, sampled_by, near_rows, coords, quality, settings)
+
+
+def _fitted(asked: Settings, points: int) -> dict[str, dict[str, Any]]:
+    """The settings of each map, fitted to the number of points."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, settings in asked.items():
+        if points < projection.FEWEST:
+            logger.warning("点数太少 %s: %d distinct vectors are too few; PCA draws them", NAMES[method], points)
+            found[method] = {}
+        elif method == "tsne":
+            found[method] = {**settings, "perplexity": projection.fitting_perplexity(settings["perplexity"], points)}
+        else:
+            found[method] = {**settings, "n_neighbors": projection.fitting_neighbors(settings["n_neighbors"], points)}
+    return found
 
 
 def _neighbours(distinct: Vectors, settings: Settings, cache: projection.Cache) -> projection.Neighbours:
@@ -114,13 +108,7 @@ def _neighbours(distinct: Vectors, settings: Settings, cache: projection.Cache) 
     wanted = [NEAR if len(distinct) <= explorer.MOST else WIDE, projection.MAP_NEIGHBOURS]
     wanted += [int(3 * chosen["perplexity"]) for chosen in settings.values() if "perplexity" in chosen]
     wanted += [chosen["n_neighbors"] for chosen in settings.values() if "n_neighbors" in chosen]
-    found: list[projection.Neighbours] = []
-
-    def compute() -> projection.Neighbours:
-        if not found:
-            found.append(projection.exact_neighbours(distinct, max(wanted)))
-        return found[0]
-
+    compute = functools.cache(lambda: projection.exact_neighbours(distinct, max(wanted)))
     name = projection.fingerprint(distinct, "neighbours", max(wanted))
     return projection.Neighbours(
         cache.get(f"indices-{name}", lambda: compute().indices),
@@ -138,7 +126,7 @@ def _drawn(
     cache: projection.Cache,
 ) -> projection.Coords:
     def make() -> projection.Coords:
-        logger.info("drawing the %s map of %d points", NAMES[method], len(distinct))
+        logger.info("绘制降维图 drawing the %s map of %d points", NAMES[method], len(distinct))
         if not chosen:
             return start.astype(np.float32)
         if method == "tsne":

@@ -1,6 +1,6 @@
 """Two-dimensional maps of vectors, t-SNE and UMAP, from ready neighbours; and how far to trust them.
 
-Everything here takes unit vectors: on the sphere the order by Euclidean distance is the order by cosine similarity.
+All functions take unit vectors: ordered by Euclidean distance, they are ordered by cosine similarity.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from ebr_lib.logs import logger
 
 Coords = NDArray[np.float32]
 
-# with fewer points than this there are no neighbourhoods to preserve, and PCA draws them as they lie: of 5 to 7 points
-# it kept neighbours better than t-SNE (trustworthiness 0.92 against 0.87), of 8 both came to 0.90
+# PCA draws fewer points than this: of 5 to 7 points it kept neighbours better than t-SNE (trustworthiness 0.92 against
+# 0.87), of 8 both reached 0.90
 FEWEST = 8
 BLOCK = 4096
-COMPONENTS = 50  # principal components that UMAP's neighbours are looked for in
-MAP_NEIGHBOURS = 15  # the neighbourhood that a map's trustworthiness is measured on; fewer of few points
+COMPONENTS = 50  # principal components in which UMAP's neighbours are searched
+MAP_NEIGHBOURS = 15  # neighbours that a map is judged on; fewer if there are few points
 JUDGED = 5000  # points on which a map is judged
-# points from which interpolation replaces Barnes-Hut: of its processor time it took 2.1 at 1,000 MiniLM vectors,
-# 0.97 at 3,000 (150 iterations, 2 cores) and 0.4 at 12,000
+# points from which interpolation replaces Barnes-Hut: it took 2.1 of its processor time at 1,000 MiniLM vectors, 0.97
+# at 3,000 and 0.4 at 12,000 (150 iterations, 2 cores)
 FFT_FROM = 3000
-# coarseness of the interpolation: half of openTSNE's grid took 0.4 of the time for 0.6 % of the neighbours kept
+# coarseness of the interpolation: half of openTSNE's grid took 0.4 of the time and lost 0.6 % of the neighbours kept
 # (12,000 points, one run)
 GRID = 2
 STEPS = ((250, 12.0, 0.5), (500, 1.0, 0.8))  # iterations, exaggeration, momentum: van der Maaten 2014, openTSNE
-# among fewer points each is a neighbour of all, and exaggeration draws them into one dot that nothing undoes (it did of
-# up to 30 random vectors, never of 50): they are drawn without it; on one thread, for others have nothing to do
+# fewer points are drawn without exaggeration, which collapsed up to 30 random vectors into one dot (never 50), and on
+# one thread
 EXAGGERATED_FROM = 100
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Nearest neighbours of each row, nearest first, itself left out.
+    """Nearest neighbours of each row, nearest first, without the row itself.
 
     :param indices: int32, rows × k.
     :param distances: float32, rows × k, Euclidean between unit vectors (0 to 2).
@@ -59,22 +59,20 @@ class Neighbours:
 
     @property
     def k(self) -> int:
-        """How many neighbours each row has."""
+        """Neighbours per row."""
         return self.indices.shape[1]
 
 
 @dataclass(frozen=True)
 class MapQuality:
-    """How far a map can be trusted, measured on a sample of its points.
+    """How far a map can be trusted, measured on a sample of its points; NaN if there are too few points.
 
     :param trustworthiness: 0 to 1, higher is better: whether neighbours on the map are near in the original space
         (Venna and Kaski 2001), within the sample.
     :param neighbours_kept: 0 to 1, higher is better: share of a point's nearest neighbours in the original space that
         are among its nearest on the map.
     :param points: size of the sample.
-    :param neighbours: how many neighbours both look at: 15, or fewer where there are few points.
-
-    Both are NaN where there are too few points to have neighbours.
+    :param neighbours: neighbours per point that both look at: 15, or fewer if there are few points.
     """
 
     trustworthiness: float
@@ -87,7 +85,7 @@ class MapQuality:
 
 
 def sample_rows(codes: Ints, limit: int, seed: int, at_least: int = 20) -> Ints:
-    """Choose rows by label: each label in proportion to its size, but no label below `at_least` rows it has.
+    """Sample rows by label, in proportion to its size but at least `at_least` of its rows.
 
     :param codes: label of each row, any integers.
     :returns: ascending row numbers, `limit` of them or all.
@@ -96,27 +94,20 @@ def sample_rows(codes: Ints, limit: int, seed: int, at_least: int = 20) -> Ints:
         return np.arange(len(codes))
     order = np.random.default_rng(seed).permutation(len(codes))
     _, label, sizes = np.unique(codes[order], return_inverse=True, return_counts=True)
-    rank = _rank_in_group(label, sizes)
+    by_label = np.argsort(label, kind="stable")
+    rank = np.empty(len(label), dtype=np.int64)  # rows of the same label before each row
+    rank[by_label] = np.arange(len(label)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     turn = np.where(rank < min(at_least, limit // len(sizes)), -1.0, rank / sizes[label])
     return np.sort(order[np.argsort(turn, kind="stable")[:limit]])
 
 
-def _rank_in_group(label: Ints, sizes: Ints) -> Ints:
-    """How many rows of the same label stand before each row."""
-    order = np.argsort(label, kind="stable")
-    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    rank = np.empty(len(label), dtype=np.int64)
-    rank[order] = np.arange(len(label)) - starts
-    return rank
-
-
 def distinct_rows(unit: Vectors) -> tuple[Ints, Ints]:
-    """Find equal vectors (to six decimals: the same text in another batch differs by less).
+    """Find equal vectors (to six decimals: the same text encoded in another batch differs by less).
 
-    :returns: the first row of each distinct vector, ascending; and for every row the place of its vector in that list.
+    :returns: the first row of each distinct vector, ascending; and for every row the position of its vector among them.
     """
     factors = np.random.default_rng(0).integers(1, 2**63, unit.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes = np.empty(len(unit), dtype=np.uint64)  # a table of a million whole rows would not fit beside them
+    hashes = np.empty(len(unit), dtype=np.uint64)  # sorting a million whole rows would not fit in memory
     for start in range(0, len(unit), BLOCK):
         rounded = np.rint(unit[start : start + BLOCK] * 1e6).astype(np.int64).view(np.uint64)
         hashes[start : start + BLOCK] = rounded @ factors
@@ -141,7 +132,7 @@ def exact_neighbours(unit: Vectors, k: int) -> Neighbours:
 
 
 def component_neighbours(unit: Vectors, k: int) -> Neighbours:
-    """The k nearest rows of every row among the first 50 principal components; of many rows nearly all of them.
+    """The k nearest rows of every row in the first 50 principal components, approximate for many rows.
 
     UMAP is drawn from these: its maps were more trustworthy (0.84) than from neighbours in all 384 dimensions (0.82).
     """
@@ -151,7 +142,7 @@ def component_neighbours(unit: Vectors, k: int) -> Neighbours:
 
 
 def _others(index: Any, vectors: Vectors, k: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """What an index finds next to each of the vectors that it holds, the vector itself left out."""
+    """Search an index for each of its own vectors: measures and rows of the k nearest others."""
     from tqdm.auto import tqdm
 
     n = len(vectors)
@@ -160,15 +151,21 @@ def _others(index: Any, vectors: Vectors, k: int) -> tuple[NDArray[np.float32], 
     for start in tqdm(range(0, n, BLOCK), desc="neighbours", unit_scale=BLOCK, unit="row", delay=3, leave=False):
         rows = slice(start, min(start + BLOCK, n))
         near, found = _found_all(index, vectors[rows], k + 1)
-        others = found != np.arange(rows.start, rows.stop)[:, None]
-        others[others.all(axis=1), -1] = False  # among equals the row itself may not have come up
+        others = _others_than(np.arange(rows.start, rows.stop), found)
         indices[rows] = found[others].reshape(len(found), k)
         measures[rows] = near[others].reshape(len(found), k)
     return measures, indices
 
 
+def _others_than(rows: Ints, found: Ints) -> NDArray[np.bool_]:
+    """Mask of the k + 1 found for each row without the row itself, or the last if equal vectors crowded it out."""
+    others = found != rows[:, None]
+    others[others.all(axis=1), -1] = False
+    return others
+
+
 def _found_all(index: Any, vectors: Vectors, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Search; where an inverted file's nearest lists hold fewer than k rows, search all of them."""
+    """Search; if the nearest lists of an inverted file hold fewer than k rows, search all lists."""
     near, found = index.search(vectors, k)
     if len(short := np.flatnonzero((found < 0).any(axis=1))):
         probes, index.nprobe = index.nprobe, index.nlist
@@ -178,12 +175,12 @@ def _found_all(index: Any, vectors: Vectors, k: int) -> tuple[NDArray[np.float32
 
 
 def neighbours_of_rows(distinct: Neighbours, place: Ints, k: int, seed: int) -> Ints:
-    """Turn neighbours among distinct vectors into neighbours among rows, where equal rows are each other's nearest.
+    """Turn neighbours among distinct vectors into neighbours among rows: equal rows are each other's nearest.
 
-    Which of many equal rows come first is drawn by lot for each row: the order of the file must not decide what labels
-    a row's neighbours have.
+    Which of many equal rows come first is random per row: the order of the file must not decide what labels a row's
+    neighbours have.
 
-    :param place: for every row the place of its vector among the distinct ones.
+    :param place: for every row the position of its vector among the distinct ones.
     :returns: row numbers, rows × min(k, rows - 1), nearest first.
     """
     n, k = len(place), min(k, len(place) - 1)
@@ -204,7 +201,7 @@ def neighbours_of_rows(distinct: Neighbours, place: Ints, k: int, seed: int) -> 
 
 
 def _shuffled_groups(place: Ints, rng: np.random.Generator) -> tuple[Ints, Ints, Ints, Ints]:
-    """Rows by group, each group shuffled; where each starts; their sizes; and the place of each row in its own."""
+    """Rows by group, each group shuffled; start and size of each group; and the position of each row in its group."""
     order = rng.permutation(len(place))
     members = order[np.argsort(place[order], kind="stable")]
     sizes = np.bincount(place)
@@ -218,27 +215,30 @@ def _shuffled_groups(place: Ints, rng: np.random.Generator) -> tuple[Ints, Ints,
 
 
 def fitting_perplexity(wanted: float, points: int) -> float:
-    """The perplexity, lowered with a message where the data are too few: it must be below (n - 1) / 3."""
+    """The perplexity, lowered with a warning if there are too few points: it must be below (n - 1) / 3."""
     limit = (points - 1) / 3
     if wanted < limit:
         return wanted
     lowered = round(max(1.0, limit * 0.99), 2)
     logger.warning(
-        "t-SNE: perplexity %g lowered to %g: it must be below (n - 1) / 3 for %d points", wanted, lowered, points
+        "点数太少 t-SNE: perplexity %g lowered to %g: it must be below (n - 1) / 3 for %d points",
+        wanted,
+        lowered,
+        points,
     )
     return lowered
 
 
 def fitting_neighbors(wanted: int, points: int) -> int:
-    """UMAP's neighbours, lowered with a message to fewer than there are points."""
+    """UMAP's neighbours, lowered with a warning if there are too few points."""
     if wanted < points:
         return wanted
-    logger.warning("UMAP: %d neighbours lowered to %d: there are %d points", wanted, points - 1, points)
+    logger.warning("点数太少 UMAP: %d neighbours lowered to %d: there are %d points", wanted, points - 1, points)
     return points - 1
 
 
 def components(unit: Vectors, count: int) -> NDArray[np.float64]:
-    """The first principal components, n × min(count, d), their signs fixed so that the same data look the same."""
+    """The first principal components, n × min(count, d), with fixed signs: the same data look the same."""
     centred = unit - unit.mean(axis=0)
     _, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64))
     axes = axes[:, -count:][:, ::-1]
@@ -263,7 +263,7 @@ def tsne_map(
 ) -> Coords:
     """Draw a t-SNE map from ready neighbours (openTSNE: Barnes-Hut when small, FFT interpolation when large).
 
-    :param start: n × 2, where the points start; its shape is kept, its scale is not.
+    :param start: n × 2, initial positions; their scale is ignored.
     :param perplexity: below (n - 1) / 3.
     :param learning_rate: openTSNE's; "auto" is n / exaggeration (Belkina et al. 2019).
     """
@@ -307,13 +307,13 @@ def umap_map(
 ) -> Coords:
     """Draw a UMAP map from ready neighbours, starting from `start` (n × 2).
 
-    :param seed: None uses all cores, and the map is another one each time.
+    :param seed: None uses all cores, and each map differs.
     """
     from threadpoolctl import threadpool_limits
 
-    # numba, when it first runs, gives OpenMP of the whole process a thread a processor: torch's is put back after it
+    # numba's first run sets the whole process's OpenMP to one thread per processor: the old limits are restored
     with warnings.catch_warnings(), threadpool_limits(limits=None):
-        warnings.simplefilter("ignore")  # it can place no new points without a search index, and nobody asks it to
+        warnings.simplefilter("ignore")  # that it cannot place new points without a search index
         umap = _imported_umap()
         itself = np.arange(len(start), dtype=np.int32)[:, None]
         k = min(n_neighbors - 1, neighbours.k)  # umap-learn counts the point itself
@@ -324,17 +324,18 @@ def umap_map(
             min_dist=min_dist,
             init=start.astype(np.float32),
             precomputed_knn=(indices, distances),
-            force_approximation_algorithm=True,  # else it ignores the ready neighbours of small data
+            force_approximation_algorithm=True,  # otherwise it ignores the ready neighbours of small data
             random_state=seed,
             n_jobs=-1 if seed is None else 1,
         )
-        return np.asarray(model.fit_transform(start), dtype=np.float32)  # of the data it only wants the number
+        return np.asarray(model.fit_transform(start), dtype=np.float32)  # of the data it only uses the number of rows
 
 
 def _imported_umap() -> Any:
-    """UMAP, which compiles itself with numba: that keeps the outcome beside its code or in HOME, and fails where it can
-    write to neither, as in a container. There a temporary folder takes it, also where there is no HOME: numba would
-    make a folder called `~`."""
+    """UMAP, with a temporary folder for numba's cache if numba can write neither beside UMAP's code nor to HOME.
+
+    It would fail then, as in a container; without a HOME it would make a folder called `~`.
+    """
     settings: Any = importlib.import_module("numba").config
     if settings.CACHE_DIR or has_home():
         try:
@@ -345,12 +346,12 @@ def _imported_umap() -> Any:
     settings.CACHE_DIR = tempfile.mkdtemp(prefix="numba-")
     atexit.register(shutil.rmtree, settings.CACHE_DIR, ignore_errors=True)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("umap", "pynndescent")]:
-        del sys.modules[name]  # what was loaded before the failure
+        del sys.modules[name]  # loaded before the failure
     return importlib.import_module("umap")
 
 
 def place_rest(unit: Vectors, rest: Ints, projected: Vectors, coords: Coords, k: int = 5) -> Coords:
-    """Place rows that were not projected: at the mean of their k nearest projected vectors, the nearer the heavier.
+    """Place rows that were not projected at the mean of their k nearest projected vectors, weighted by nearness.
 
     :param unit: all unit vectors; `rest` are the rows to place.
     :param projected: the unit vectors that were projected, to `coords`.
@@ -370,7 +371,7 @@ def place_rest(unit: Vectors, rest: Ints, projected: Vectors, coords: Coords, k:
 
 
 def _search_index(vectors: Vectors, measure: Literal["IP", "L2"], probes: int) -> Any:
-    """Exact for few vectors; for many an inverted file: a point's place on a picture need not be exact."""
+    """Exact for few vectors, an inverted file for many: positions on a picture need not be exact."""
     import faiss
 
     n, dim = vectors.shape
@@ -386,7 +387,7 @@ def _search_index(vectors: Vectors, measure: Literal["IP", "L2"], probes: int) -
 
 
 def aligned(coords: Coords, onto: Coords) -> Coords:
-    """Turn, mirror, scale and shift a map so that its points lie as near as they can to `onto` (Procrustes)."""
+    """Turn, mirror, scale and shift a map as near as possible to `onto` (Procrustes)."""
     here, there = coords.mean(axis=0), onto.mean(axis=0)
     left, sizes, right = np.linalg.svd((coords - here).T @ (onto - there))
     scale = sizes.sum() / max(float(((coords - here) ** 2).sum()), 1e-12)
@@ -397,7 +398,7 @@ def aligned(coords: Coords, onto: Coords) -> Coords:
 
 
 def map_quality(unit: Vectors, neighbours: Neighbours, coords: Coords, seed: int) -> MapQuality:
-    """Judge a map on up to 5,000 of its points: trustworthiness within them, neighbours kept among all points."""
+    """Judge a map on up to 5,000 of its points: trustworthiness within the sample, neighbours kept among all points."""
     n = len(unit)
     k = min(MAP_NEIGHBOURS, neighbours.k, (n - 1) // 2)
     if k < 1:
@@ -412,13 +413,11 @@ def _near_on_map(coords: Coords, rows: Ints, k: int) -> Ints:
     from scipy.spatial import cKDTree
 
     found = cKDTree(coords).query(coords[rows], k + 1, workers=-1)[1]
-    others = found != rows[:, None]
-    others[others.all(axis=1), -1] = False
-    return found[others].reshape(len(found), k)
+    return found[_others_than(rows, found)].reshape(len(found), k)
 
 
 def trustworthiness(unit: Vectors, coords: Coords, k: int) -> float:
-    """Trustworthiness of a map (Venna and Kaski 2001), as scikit-learn's, without its n × n table of ranks."""
+    """Trustworthiness of a map (Venna and Kaski 2001), equal to scikit-learn's, without its n × n table of ranks."""
     n = len(unit)
     near = _near_on_map(coords, np.arange(n), k)
     penalty = 0
@@ -436,40 +435,38 @@ def trustworthiness(unit: Vectors, coords: Coords, k: int) -> float:
 
 
 def fingerprint(unit: Vectors, *settings: object) -> str:
-    """A name for the outcome of a projection: equal vectors and settings give equal names."""
+    """A cache key: equal vectors and settings give equal keys."""
     digest = hashlib.sha256(np.ascontiguousarray(unit).data)
     digest.update(repr((unit.shape, *settings)).encode())
     return digest.hexdigest()[:32]
 
 
 class Cache:
-    """Arrays kept in a file beside the picture, so that another colour does not cost another t-SNE.
+    """Arrays kept in a file beside the picture: recolouring reuses cached maps.
 
     :param path: the file; None keeps nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._found = self._load() if path is not None and path.is_file() else {}
+        self._found: dict[str, NDArray[Any]] = {}
         self._used: dict[str, NDArray[Any]] = {}
-
-    def _load(self) -> dict[str, NDArray[Any]]:
-        assert self._path is not None
+        if path is None or not path.is_file():
+            return
         try:
-            with np.load(self._path, allow_pickle=False) as file:
-                return dict(file)
+            with np.load(path, allow_pickle=False) as file:
+                self._found = dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("%s is not readable (%s) and is made anew", self._path, error)
-            return {}
+            logger.warning("缓存无法读取 %s is not readable (%s); computing the maps again", path, error)
 
     def get(self, name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """The array of this name, made if it is not there."""
+        """The array of this name, computed if it is not cached."""
         if name not in self._used:
             self._used[name] = self._found[name] if name in self._found else make()
         return self._used[name]
 
     def save(self) -> None:
-        """Keep what was asked for since it was opened; the rest of the file is dropped."""
+        """Keep the arrays that were used since the file was opened; the others are dropped."""
         if self._path is None or self._used.keys() == self._found.keys():
             return
         with written_whole(self._path) as new, open(new, "wb") as file:

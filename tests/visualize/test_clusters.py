@@ -174,11 +174,11 @@ def equal_vectors(n: int, distinct: int) -> np.ndarray:
         ((9, 9), None, 9, "there are 9 labels; 9 vectors gave 8"),
     ],
 )
-def test_fewer_clusters_than_wanted_are_told_once(vectors, k, labels, why, caplog):
+def test_fewer_clusters_than_wanted_are_warned_of_once(vectors, k, labels, why, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         found = measure.find_clusters(equal_vectors(*vectors), k, labels, seed=0)
     assert found.why == why and why.endswith(f" {found.k}")
-    assert [record.getMessage() for record in caplog.records] == [f"k-means: {why}"]
+    assert [record.getMessage() for record in caplog.records] == [f"聚类 k-means: {why}"]
 
 
 def test_as_many_clusters_as_wanted_need_no_warning(caplog):

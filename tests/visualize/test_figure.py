@@ -1,4 +1,4 @@
-"""The picture's parts: colours that differ, fonts that hold the signs, names that do not overlap, density."""
+"""The picture's parts: distinct colours, fonts that hold the characters, names that do not overlap, density."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebr_lib.tables import columns_of
 from ebr_lib.visualize import figure as visualize_figure
 from ebr_lib.visualize import fonts, labels
 from ebr_lib.visualize import groups as visualize_groups
-from ebr_lib.visualize.groups import Groups, Panel
+from ebr_lib.visualize.groups import PALETTE, Groups, Panel
 
 CHINESE = "书籍热水器龘𠮷囧"
 
@@ -49,20 +49,16 @@ def holds_colour(pixels: np.ndarray, colour: str) -> int:
 def test_twenty_colours_stay_apart():
     from matplotlib.colors import to_rgb
 
-    rgb = np.array([to_rgb(c) for c in visualize_groups.palette(20)])
+    rgb = np.array([to_rgb(c) for c in PALETTE])
     gaps = np.linalg.norm(rgb[:, None] - rgb[None], axis=2)
     np.fill_diagonal(gaps, 9)
     assert gaps.min() > 0.15
     assert np.linalg.norm(rgb - 1, axis=1).min() > 0.4  # and from the paper
 
 
-def test_the_first_colours_do_not_depend_on_how_many_there_are():
-    assert visualize_groups.palette(5) == visualize_groups.palette(20)[:5]
-
-
 def test_labels_beyond_twenty_share_one_colour():
-    colours = groups_of(np.arange(25), [str(i) for i in range(25)]).colours
-    assert len(set(colours[:20])) == 20 and set(colours[20:]) == {visualize_groups.GREY}
+    groups = groups_of(np.arange(25), [str(i) for i in range(25)])
+    assert [groups.shade_colours[shade] for shade in groups.shades] == [*PALETTE, *[visualize_groups.GREY] * 5]
 
 
 # --- fonts --------------------------------------------------------------------------------------------------------
@@ -108,13 +104,15 @@ def test_a_font_file_can_be_wanted(bare_machine, monkeypatch):
     assert fonts.fonts_for("书籍", [packaged_font()])[1].startswith("Noto Sans CJK")
 
 
-def test_signs_that_no_font_holds_are_named_once_with_the_way_out(bare_machine, monkeypatch, tmp_path, caplog):
+def test_characters_that_no_font_holds_are_named_once_with_the_install_command(
+    bare_machine, monkeypatch, tmp_path, caplog
+):
     monkeypatch.setattr(fonts, "_packaged_families", list)
     groups = groups_of([0, 1] * 20, ["书籍", "热水器"])
     with caplog.at_level(logging.WARNING):
         drawn(tmp_path / "a.png", [Panel("t-SNE", points(40))], groups)
-    (said,) = caplog.records
-    assert "5 of the characters" in said.getMessage() and f"pip install {fonts.CJK_PIN}" in said.getMessage()
+    (record,) = caplog.records
+    assert "5 of the characters" in record.getMessage() and f"pip install {fonts.CJK_PIN}" in record.getMessage()
 
 
 # characters that Noto Sans CJK lacks, and Debian's package whose fonts hold them (looked up in the packages themselves)
@@ -131,7 +129,7 @@ def test_the_command_brings_what_is_missing(bare_machine, monkeypatch, caplog, s
     assert bool(caplog.records) == bool(package)
     caplog.clear()
     installed = {fonts.LATIN, "HanaMinB", "Symbola", "Noto Sans Thai"}
-    monkeypatch.setattr(fonts, "_known_families", lambda: installed)  # and still it is not to be found
+    monkeypatch.setattr(fonts, "_known_families", lambda: installed)  # and still no font has it
     with caplog.at_level(logging.WARNING):
         fonts.fonts_for(sign)
     assert "apt-get" not in caplog.text
@@ -142,8 +140,8 @@ def test_each_command_is_named_beside_its_characters(bare_machine, monkeypatch, 
     monkeypatch.setattr(fonts, "_packaged_families", list)
     with caplog.at_level(logging.WARNING):
         fonts.fonts_for("书籍 🦄")
-    (said,) = caplog.records
-    assert f"`pip install {fonts.CJK_PIN}` brings one for 书 (U+4E66), 籍 (U+7C4D); `apt-get" in said.getMessage()
+    (record,) = caplog.records
+    assert f"`pip install {fonts.CJK_PIN}` brings one for 书 (U+4E66), 籍 (U+7C4D); `apt-get" in record.getMessage()
 
 
 def packaged_font() -> str:
@@ -151,7 +149,7 @@ def packaged_font() -> str:
     return str(file.locate())
 
 
-def test_a_font_installed_since_is_found(monkeypatch, caplog):
+def test_a_newly_installed_font_is_found(monkeypatch, caplog):
     """Matplotlib keeps a list of the system's fonts and does not look for new ones."""
     from matplotlib import font_manager
 
@@ -165,17 +163,17 @@ def test_a_font_installed_since_is_found(monkeypatch, caplog):
     assert not caplog.records
 
 
-def test_a_font_file_that_cannot_be_used_is_told_once(tmp_path, bare_machine, caplog):
+def test_an_unusable_font_file_is_skipped_with_a_warning(tmp_path, bare_machine, caplog):
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
     with caplog.at_level(logging.WARNING):
         found = fonts.fonts_for("书籍", [str(broken)])
-    (said,) = caplog.records
-    assert "broken.ttf cannot be used" in said.getMessage() and found[1].startswith("Noto Sans CJK")
+    (record,) = caplog.records
+    assert "broken.ttf cannot be used" in record.getMessage() and found[1].startswith("Noto Sans CJK")
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("Non-scalable fonts are not supported"), RuntimeError("FT2")])
-def test_a_font_of_bitmaps_is_told_once(tmp_path, monkeypatch, bare_machine, caplog, error):
+def test_a_font_of_bitmaps_is_skipped_with_a_warning(tmp_path, monkeypatch, bare_machine, caplog, error):
     from matplotlib.font_manager import fontManager
 
     add = fontManager.addfont
@@ -192,7 +190,7 @@ def test_a_font_of_bitmaps_is_told_once(tmp_path, monkeypatch, bare_machine, cap
     assert sum("emoji.ttf cannot be used" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_fonts_that_are_not_here(tmp_path):
+def test_absent_fonts(tmp_path):
     assert fonts.absent_fonts(["No Such Font", fonts.LATIN, "nowhere.ttf", packaged_font()]) == [
         "No Such Font", "nowhere.ttf",
     ]  # fmt: skip
@@ -221,7 +219,7 @@ def test_a_small_label_is_not_buried(tmp_path):
     coords = points(5030) * 0.3
     pixels = drawn(tmp_path / "a.png", [Panel("map", coords)], groups_of(codes, ["large", "small"]))
     alone = drawn(tmp_path / "b.png", [Panel("map", coords)], groups_of(np.where(codes, 1, -1), ["large", "small"]))
-    small = visualize_groups.palette(2)[1]
+    small = PALETTE[1]
     assert holds_colour(pixels, small) > 0.2 * holds_colour(alone, small) > 0
 
 
@@ -241,7 +239,7 @@ def test_equal_vectors_of_two_labels_both_show(tmp_path):
     spot = np.zeros((40, 2), np.float32)
     pixels = drawn(tmp_path / "a.png", [Panel("map", spot)], groups_of([0, 1] * 20, [" ", " "]))
     legend = 90  # pixels of a dot in the legend, at most
-    for colour in visualize_groups.palette(2):
+    for colour in PALETTE[:2]:
         assert holds_colour(pixels[:, :1000], colour) > legend
 
 
@@ -263,7 +261,7 @@ def test_other_labels_are_drawn_by_their_size_like_any(tmp_path):
     coords[few >= 20] *= 0.1
     coords[few == 0] *= 0.05
     pixels = drawn(tmp_path / "c.png", [Panel("map", coords)], groups_of(few, [f"label {i}" for i in range(2000)]))
-    assert holds_colour(pixels[:, :1050], visualize_groups.palette(1)[0]) > 200
+    assert holds_colour(pixels[:, :1050], PALETTE[0]) > 200
 
 
 def test_other_labels_weigh_as_one_where_density_is_drawn(monkeypatch):
@@ -275,9 +273,9 @@ def test_other_labels_weigh_as_one_where_density_is_drawn(monkeypatch):
     mixed = image[image[..., 3] > 0][0, :3]
     from matplotlib.colors import to_rgb
 
-    large, grey = np.array(to_rgb(visualize_groups.palette(20)[0])), np.array(to_rgb(visualize_groups.GREY))
+    large, grey = np.array(to_rgb(PALETTE[0])), np.array(to_rgb(visualize_groups.GREY))
     weights = np.sqrt([500, 480])  # rows of each over the root of the rows of each
-    others = [np.array(to_rgb(c)) for c in visualize_groups.palette(20)[1:]]
+    others = [np.array(to_rgb(c)) for c in PALETTE[1:]]
     expected = (weights[0] * large + weights[1] * grey + sum(others)) / (weights.sum() + 19)
     np.testing.assert_allclose(mixed, expected, atol=1e-6)
 
@@ -295,7 +293,7 @@ def test_density_is_drawn_above_a_number_of_points(tmp_path, monkeypatch):
     ink = 1 - pixels[150:1000, 50:1000].min(axis=2)
     y, x = np.unravel_index(np.argsort(ink.ravel())[-200:], ink.shape)
     densest = pixels[150:1000, 50:1000][int(np.median(y)), int(np.median(x))]
-    large, small = (np.abs(densest - to_rgb(c)).sum() for c in visualize_groups.palette(2))
+    large, small = (np.abs(densest - to_rgb(c)).sum() for c in PALETTE[:2])
     assert small < large  # the small label shows where it is
     assert np.quantile(ink[ink > 0.05], 0.95) > 2 * np.quantile(ink[ink > 0.05], 0.2)  # more points, more ink
 
@@ -347,7 +345,7 @@ def test_a_name_does_not_hide_a_tight_cluster(tmp_path, n):
     codes = np.concatenate([np.repeat([0, 1, 2], n), [-1, -1]])
     panels = [Panel("map", islands.astype(np.float32))]
     named = drawn(tmp_path / "a.png", panels, groups_of(codes, ["热水器 water heaters"] * 3))
-    for colour in visualize_groups.palette(3):
+    for colour in PALETTE[:3]:
         nameless = drawn(tmp_path / "b.png", panels, groups_of(codes, [" "] * 3))
         assert holds_colour(named, colour) > 0.9 * holds_colour(nameless, colour) > 100
 
@@ -365,7 +363,7 @@ def test_no_name_hides_a_fifth_of_any_label():
         assert np.bincount(codes[under], minlength=6).max() <= 0.2 * 50
 
 
-def test_a_large_cluster_bears_its_name_in_its_middle():
+def test_the_name_of_a_large_cluster_is_in_its_middle():
     coords = points(5000)
     (axes,) = visualize_figure._composed(
         [Panel("map", coords)], groups_of([0] * 5000, ["shoes"]), "title", "caption"
@@ -374,7 +372,7 @@ def test_a_large_cluster_bears_its_name_in_its_middle():
     assert np.abs(text.get_position()).max() < 1
 
 
-def test_a_name_lies_on_an_island_and_not_between_two():
+def test_a_name_is_on_an_island_and_not_between_two():
     """The point nearest to the median of both is a stray one."""
     islands = np.concatenate([points(300) * 0.3 + [-5, 0], points(260, 1) * 0.3 + [5, 0], [[0, 0]]])
     x, y = labels._medoid(islands.astype(np.float32))
@@ -402,7 +400,7 @@ def test_dollars_and_markup_in_labels_are_letters(tmp_path):
 
 
 def boxes_of(made) -> tuple[list, list]:
-    """What stands on a figure, in pixels: its maps, and the texts that are not on a map."""
+    """The boxes on a figure, in pixels: its maps, and the texts outside them."""
     renderer = made.canvas.get_renderer()
     return [axes.get_window_extent() for axes in made.axes], [text.get_window_extent(renderer) for text in made.texts]
 
@@ -411,7 +409,7 @@ LONG_CAPTION = "All of the many vectors were projected. " * 12 + "\n" + "第二�
 
 
 @pytest.mark.parametrize("maps", [1, 2, 4])
-def test_no_text_lies_over_a_map_or_beyond_the_picture(maps, cjk):
+def test_no_text_covers_a_map_or_leaves_the_picture(maps, cjk):
     """However long the caption, the title, the labels and the notes are."""
     panels = [Panel(f"map {i}", points(30, i), "trustworthiness 0.123, neighbours kept 45.6%") for i in range(maps)]
     groups = groups_of(np.arange(30) % 3, ["W" * 60, "热水器" * 30, "MMMM WWWW " * 9])
@@ -444,6 +442,6 @@ def test_lines_break_at_spaces_and_inside_chinese():
     assert "".join(lines).replace(" ", "") == "somewordsand" + "长" * 30 + "more"
 
 
-def test_lines_that_are_there_stay_lines():
+def test_existing_line_breaks_stay():
     assert visualize_figure.wrapped("one two\nthree four", 9) == "one two\nthree\nfour"
     assert visualize_figure.wrapped("\u3000书籍\n" + "长" * 6, 8).split("\n")[1:] == ["长" * 4, "长" * 2]

@@ -1,4 +1,4 @@
-"""The stage end to end on small files: what it writes, what each knob does, and data that are no picture book."""
+"""The stage end to end on small files: what it writes, what each knob does, and odd data."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def nearest(x, rows, k=10) -> np.ndarray:
 # --- what it writes -----------------------------------------------------------------------------------------------
 
 
-def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
+def test_everything_is_written_and_the_numbers_are_right(see, no_maps, caplog):
     with caplog.at_level(logging.INFO, logger="ebr_lib"):
         result = see(method="both", explorer=True)
     assert result.picture.read_bytes()[:4] == b"\x89PNG"
@@ -127,7 +127,7 @@ def test_everything_is_written_and_the_numbers_are_right(see, tmp_path, caplog):
     assert "data:image/png;base64," in shown and "scatter.html" in shown and "热水器" in shown
 
 
-def test_what_is_wrong_with_the_vectors_is_reported_first(see, no_maps):
+def test_the_health_of_the_vectors_comes_first(see, no_maps):
     assert see().tables["numbers"]["number"].tolist()[:5] == [
         "shortest vector",
         "longest vector",
@@ -142,9 +142,8 @@ def test_every_number_has_a_meaning_and_a_direction(see, no_maps):
         assert entry["meaning"] and entry["better"] in ("higher", "lower", "")
 
 
-@pytest.mark.parametrize("method", ["tsne", "umap"])
-def test_same_seed_same_pixels(see, method):
-    first, again, other = (see(cache=False, seed=seed, method=method).picture.read_bytes() for seed in (3, 3, 4))
+def test_same_seed_same_pixels(see):
+    first, again, other = (see(cache=False, seed=seed).picture.read_bytes() for seed in (3, 3, 4))
     assert first == again and first != other
 
 
@@ -232,11 +231,11 @@ def test_the_caption_says_what_is_drawn(see, tmp_path, no_maps, seen):
 
 @pytest.mark.usefixtures("no_maps")
 @pytest.mark.parametrize("n, k", [(3, 1), (5, 2), (20, 9), (60, 15)])
-def test_the_neighbours_that_a_map_is_judged_by_are_as_many_as_told(see, tmp_path, seen, n, k):
+def test_a_map_is_judged_by_as_many_neighbours_as_the_caption_says(see, tmp_path, seen, n, k):
     result = see(write(tmp_path / "few.txt", vectors(n)))
-    told = f"share of the {k} nearest in the original space that are among the {k} nearest on the map"
-    assert f"Neighbours kept: {told}." in seen["caption"]
-    assert result.numbers["meanings"]["neighbours kept"]["meaning"] == told
+    meaning = f"share of the {k} nearest in the original space that are among the {k} nearest on the map"
+    assert f"Neighbours kept: {meaning}." in seen["caption"]
+    assert result.numbers["meanings"]["neighbours kept"]["meaning"] == meaning
     assert result.numbers["maps"]["tsne"]["neighbours"] == k
     (panel,) = seen["panels"]
     gaps = np.linalg.norm(panel.coords[:, None] - panel.coords[None], axis=2)
@@ -246,7 +245,7 @@ def test_the_neighbours_that_a_map_is_judged_by_are_as_many_as_told(see, tmp_pat
     assert result.numbers["maps"]["tsne"]["neighbours_kept"] == pytest.approx(kept)
 
 
-def test_scores_that_lengths_would_change_say_that_there_are_none(see, tmp_path, no_maps):
+def test_scores_do_not_depend_on_lengths_and_say_so(see, tmp_path, no_maps):
     x = vectors()
     path = write(tmp_path / "long.txt", x * np.linspace(0.1, 9, 60, dtype=np.float32)[:, None])
     of_long, of_unit = (run.numbers["numbers"] for run in (see(path), see(write(tmp_path / "unit.txt", x))))
@@ -319,9 +318,9 @@ def test_clusters_are_given_or_as_many_as_labels(see, no_maps):
     assert "3 clusters (as many as labels)" in see().tables["clusters"].attrs["title"]
 
 
-@pytest.mark.parametrize("told, start", [(None, "第"), ("id", "0"), ("category", "书热s")])
-def test_text_column_is_what_the_tables_show(see, no_maps, told, start):
-    shown = see(text_column=told).tables["clusters"]["typical text"][0]
+@pytest.mark.parametrize("column, start", [(None, "第"), ("id", "0"), ("category", "书热s")])
+def test_tables_show_the_text_column(see, no_maps, column, start):
+    shown = see(text_column=column).tables["clusters"]["typical text"][0]
     assert shown[0] in start
 
 
@@ -329,8 +328,8 @@ def test_typical_texts_are_whole_in_the_file_and_short_on_the_screen(see, no_map
     texts = [f"第{i}条 " + "长" * 100 for i in range(60)]
     result = see(write(tmp_path / "long.txt", description=texts), clusters=3)
     tables = json.loads((tmp_path / "out" / "scatter.json").read_text(encoding="utf-8"))["tables"]
-    (told,) = [table for table in tables if table["title"].startswith("k-means")]
-    typical = [[row[name] for name in ("typical text", "second", "third")] for row in told["rows"]]
+    (clusters,) = [table for table in tables if table["title"].startswith("k-means")]
+    typical = [[row[name] for name in ("typical text", "second", "third")] for row in clusters["rows"]]
     assert len(typical) == 3 and all(len(set(row)) == 3 and set(row) <= set(texts) for row in typical)
     assert "长" * 20 not in as_text(result.tables["clusters"])
 
@@ -355,7 +354,7 @@ def test_explorer_can_be_left_out(see, no_maps):
     assert see(explorer=True).explorer.is_file()
 
 
-def test_fonts_that_somebody_named_and_are_not_here_are_told_once(see, no_maps, caplog):
+def test_absent_fonts_that_the_user_named_are_warned_of_once(see, no_maps, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         see()
         assert "chinese_fonts" not in caplog.text  # the default names the fonts of every system
@@ -373,7 +372,7 @@ def test_chinese_fonts_reach_the_picture(see, no_maps, monkeypatch):
     assert asked == [("My Font",)]
 
 
-def test_another_colour_does_not_draw_the_map_again(see, no_maps):
+def test_recolouring_reuses_the_cached_map(see, no_maps):
     see()
     see(label_column="id")
     assert len(no_maps) == 1
@@ -383,7 +382,7 @@ def test_another_colour_does_not_draw_the_map_again(see, no_maps):
     assert len(no_maps) == 3
 
 
-def test_another_colour_of_a_sample_does_not_draw_the_map_again(see, no_maps, seen, tmp_path):
+def test_recolouring_a_sample_reuses_the_cached_map(see, no_maps, seen, tmp_path):
     """The sample is by label; the next one is shown on the same rows, and the caption says by what they were chosen."""
     x = vectors()
     path = write(tmp_path / "two.txt", x, shop=["A"] * 50 + ["B"] * 10)
@@ -400,7 +399,7 @@ def test_another_colour_of_a_sample_does_not_draw_the_map_again(see, no_maps, se
 # --- before and after ---------------------------------------------------------------------------------------------
 
 
-def test_before_and_after_are_one_pair(see, tmp_path):
+def test_before_and_after_are_drawn_as_a_pair(see, tmp_path):
     before = write(tmp_path / "base.txt", vectors(apart=0.2))
     result = see(compare_path=before)
     table = result.tables["numbers"]
@@ -413,7 +412,7 @@ def test_before_and_after_are_one_pair(see, tmp_path):
     assert len(shares) == 10 and shares == sorted(shares) and shares[0] < 0.5
 
 
-def test_nothing_changed_reads_as_nothing(see, tmp_path, no_maps):
+def test_equal_files_show_no_change(see, tmp_path, no_maps):
     result = see(compare_path=write(tmp_path / "base.txt"))
     assert (result.tables["numbers"]["change"] == 0).all()
     assert "100% are still there" in result.tables["moved"].attrs["title"]
@@ -466,14 +465,14 @@ def test_of_equal_changes_the_farthest_comes_first(see, tmp_path, no_maps):
     assert rows_of(table["nearest after"]) == new[order, 0].tolist()
 
 
-def test_what_is_wrong_with_the_vectors_names_the_file(see, tmp_path, no_maps, caplog):
+def test_a_warning_about_vectors_names_the_file(see, tmp_path, no_maps, caplog):
     x = vectors()[np.arange(60) % 20]
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         see(compare_path=write(tmp_path / "base.txt", x))
     assert f"{tmp_path / 'base.txt'}: 40 of 60 vectors repeat another" in caplog.text
 
 
-def test_rows_in_another_order_are_not_compared(see, tmp_path, no_maps, caplog):
+def test_rows_in_another_order_are_refused(see, tmp_path, no_maps, caplog):
     order = np.random.default_rng(0).permutation(60)
     order[[0, 1]] = sorted(order[[0, 1]])
     columns = {"id": [f"{i:03}" for i in order], "description": [f"第{i}条 text" for i in order]}
@@ -549,7 +548,7 @@ def test_files_with_the_same_items_need_no_count(see, tmp_path, no_maps, seen):
     assert see().numbers["unmatched"] is None
 
 
-def test_unequal_files_want_an_id(see, tmp_path, no_maps):
+def test_unequal_files_need_an_id(see, tmp_path, no_maps):
     before = write(tmp_path / "base.txt", vectors(50))
     with pytest.raises(DataError, match=r"60 rows.*50.*id_column"):
         see(compare_path=before)
@@ -561,7 +560,7 @@ def test_unequal_files_want_an_id(see, tmp_path, no_maps):
         see(compare_path=other, id_column="id")
 
 
-def test_configs_that_cannot_be():
+def test_contradictory_configs_are_refused():
     with pytest.raises(ConfigError, match="id_column"):
         VisConfig(id_column="id")
     with pytest.raises(ConfigError, match="compare_path"):
@@ -584,16 +583,16 @@ def test_the_learning_rate_is_a_number_or_auto(flag, value):
     assert from_flags(VisConfig, {"tsne_learning_rate": flag}).tsne_learning_rate == value
 
 
-# --- data that are no picture book --------------------------------------------------------------------------------
+# --- odd data -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 5])
 def test_a_handful_of_points(see, tmp_path, n):
     result = see(write(tmp_path / "few.txt", vectors(n)), method="both", explorer=True)
     assert result.picture.is_file() and result.explorer.is_file() and result.numbers["rows"] == n
 
 
-@pytest.mark.parametrize("n, distinct", [(5, 5), (6, 6), (8, 8), (12, 12), (300, 6)])
+@pytest.mark.parametrize("n, distinct", [(6, 6), (12, 12), (300, 6)])
 def test_a_map_of_few_distinct_vectors_is_a_map(see, tmp_path, seen, n, distinct):
     from sklearn.manifold import trustworthiness
 
@@ -605,13 +604,13 @@ def test_a_map_of_few_distinct_vectors_is_a_map(see, tmp_path, seen, n, distinct
     assert trustworthiness(x[:distinct], panel.coords[:distinct], n_neighbors=k) > 0.7  # a dot's is 0.5
 
 
-def test_what_one_row_cannot_say_is_left_out(see, tmp_path, seen):
+def test_numbers_that_need_two_rows_are_left_out_for_one(see, tmp_path, seen):
     result = see(write(tmp_path / "one.txt", vectors(1)))
     assert not {"mean cosine", "pairs above 0.99", "k-means silhouette", "silhouette"} & set(numbers_of(result))
     assert result.numbers["health"]["mean_cosine"] is None and "silhouette" not in seen["caption"]
 
 
-def test_where_there_is_no_map_nothing_is_said_of_its_trust(see, tmp_path, seen):
+def test_a_map_without_neighbourhoods_has_no_trustworthiness(see, tmp_path, seen):
     result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 50, axis=0)), method="both")
     (panel,) = seen["panels"]  # two would be the same one
     assert panel.title == "PCA (too few distinct vectors)" and panel.note == "trustworthiness not measurable"
@@ -636,7 +635,7 @@ def test_a_label_called_empty_is_not_the_empty_one(see, tmp_path, no_maps):
     assert result.numbers["groups"]["sizes"] == {"((empty))": 20, "(empty)": 20, "x": 20}
 
 
-def test_perplexity_and_neighbours_are_lowered_with_a_message(see, tmp_path, no_maps, caplog):
+def test_perplexity_and_neighbours_are_lowered_with_a_warning(see, tmp_path, no_maps, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         see(write(tmp_path / "few.txt", vectors(12)), method="both")
     assert "perplexity 30 lowered" in caplog.text and "15 neighbours lowered to 11" in caplog.text
@@ -673,7 +672,7 @@ def test_duplicates_are_projected_once(see, tmp_path, monkeypatch, caplog):
     assert "40 of 60 vectors repeat another" in caplog.text
 
 
-def test_a_collapsed_model_is_said_first(see, tmp_path, caplog):
+def test_a_collapsed_model_is_warned_of(see, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="ebr_lib"):
         result = see(write(tmp_path / "same.txt", np.repeat(vectors(1), 60, axis=0)))
     assert "all 60 vectors are the same" in caplog.text
@@ -736,20 +735,20 @@ def test_nan_in_parquet_is_named_with_its_rows(see, tmp_path):
         see(parquet(tmp_path / "nan.parquet", x, category=["a"] * 60))
 
 
-def test_a_column_of_lists_is_no_label(see, tmp_path):
+def test_a_column_of_lists_cannot_be_the_label(see, tmp_path):
     path = parquet(tmp_path / "lists.parquet", vectors(), category=[["a", "b"]] * 60)
     with pytest.raises(DataError, match=r"lists.parquet: column category is list<.*string>"):
         see(path)
 
 
-def test_a_column_or_file_that_is_not_there(see, tmp_path):
+def test_a_missing_column_or_file(see, tmp_path):
     with pytest.raises(DataError, match=r"colour.*category"):
         see(label_column="colour")
     with pytest.raises(MissingError, match="nowhere"):
         see("nowhere.txt")
 
 
-def test_a_column_of_ids_is_called_one(see, monkeypatch, no_maps, caplog):
+def test_a_column_of_ids_is_recognised(see, monkeypatch, no_maps, caplog):
     from ebr_lib.visualize import run as visualize
 
     monkeypatch.setattr(visualize, "SCORED", 10)
@@ -781,7 +780,7 @@ def test_a_failed_run_leaves_the_old_picture(see, tmp_path, monkeypatch, no_maps
     from ebr_lib.visualize import figure as visualize_figure
 
     old = see().picture.read_bytes()
-    monkeypatch.setattr(visualize_figure, "_draw_words", lambda *_: 1 / 0)
+    monkeypatch.setattr(visualize_figure, "_draw_legend", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         see()
     assert [p.read_bytes() for p in tmp_path.glob("out/*.png")] == [old]
