@@ -97,7 +97,7 @@ def test_purity_by_hand():
 
 
 def test_small_labels_that_lie_together_are_pure():
-    """Of three rows a row's ten nearest cannot all be of its label; its two nearest can."""
+    """A label of three rows: ten neighbours cannot all have it, two can."""
     codes = np.repeat([0, 1], [3, 30])
     x = (np.eye(2, 8)[codes] + 0.05 * unit_vectors(33, 8)).astype(np.float32)
     near = np.argsort(-(x @ x.T) + 9 * np.eye(33), axis=1)[:, :10]

@@ -414,7 +414,7 @@ def test_no_text_covers_a_map_or_leaves_the_picture(maps, cjk):
     panels = [Panel(f"map {i}", points(30, i), "trustworthiness 0.123, neighbours kept 45.6%") for i in range(maps)]
     groups = groups_of(np.arange(30) % 3, ["W" * 60, "热水器" * 30, "MMMM WWWW " * 9])
     groups = Groups(groups.codes, groups.names, groups.counts, "a_column_with_a_very_long_name_WWWWWWWW")
-    made = visualize_figure._composed(panels, groups, "a_long_name_of_a_file" * 9 + ".txt", LONG_CAPTION)
+    made = visualize_figure._composed(panels, groups, "the_long_name_of_the_file" * 9 + ".txt", LONG_CAPTION)
     maps_drawn, texts = boxes_of(made)
     assert len(maps_drawn) == maps
     width, height = made.canvas.get_width_height()

@@ -76,7 +76,7 @@ def test_neighbours_are_at_most_all_others():
 
 
 def test_neighbours_never_name_the_row_itself():
-    x = np.repeat(unit_vectors(2), 40, axis=0)  # with so many equal products the row may not find itself
+    x = np.repeat(unit_vectors(2), 40, axis=0)  # among these equal products the row may not find itself
     found = projection.exact_neighbours(x, 5)
     assert (found.indices != np.arange(80)[:, None]).all()
 

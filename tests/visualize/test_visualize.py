@@ -765,10 +765,10 @@ def test_the_caption_says_how_many_rows_are_scored(see, tmp_path, monkeypatch, n
     monkeypatch.setattr(numbers, "SCORED", 2)
     path = write(tmp_path / "four.txt", category=["a"] * 30 + ["b"] * 20 + ["c"] * 6 + ["d"] * 4)
     found = numbers_of(see(path))
-    told = ", ".join(
+    shown = ", ".join(
         f"{name} {found[name]:.3f}" for name in ("same label @1", "same label @10", "chance", "silhouette")
     )
-    assert f"{told} (of 50 rows), k-means silhouette" in seen["caption"]
+    assert f"{shown} (of 50 rows), k-means silhouette" in seen["caption"]
     assert "10 rows have a smaller category than the largest 2 and are not scored." in seen["caption"]
     see(path, compare_path=write(tmp_path / "base.txt", vectors(seed=3)))
     assert seen["caption"].count(" → ") > 3 and seen["caption"].count("(of 50 rows)") == 1
