@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import sys
+import traceback
 from pathlib import Path
-from types import FrameType
 
 from ebr_lib.errors import ConfigError
 
@@ -39,13 +39,9 @@ def refuse_script_without_guard(what: str, instead: str) -> None:
 
 def _line_at_top_level(path: str) -> int | None:
     """The line that the script is running; None if the caller is not on its stack, as in a thread."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "<module>" and Path(code.co_filename).resolve() == Path(path).resolve():
-            return frame.f_lineno
-        frame = frame.f_back
-    return None
+    script = Path(path).resolve()
+    modules = ((frame.f_code, line) for frame, line in traceback.walk_stack(None) if frame.f_code.co_name == "<module>")
+    return next((line for code, line in modules if Path(code.co_filename).resolve() == script), None)
 
 
 def _is_guarded(path: str, line: int) -> bool:

@@ -77,13 +77,13 @@ def test_nan_is_an_error_that_names_the_texts(tiny_bert, tmp_path, monkeypatch, 
     model = load_model(with_nan_for("Q", tiny_bert, tmp_path / "nan"), device="cpu")
     texts = [f"row {i}" for i in range(150)] + ["a Q text"] + [f"more {i}" for i in range(150)]
     with pytest.raises(NotFiniteError, match=r"not finite \(NaN\) for 1 of 301 texts, such as 'a Q text'; ") as error:
-        Encoder(model, precision=dtype).encode(texts)
+        Encoder(model, precision=dtype, backend="torch").encode(texts)
     assert ("set precision to float32" in str(error.value)) == (dtype == "bfloat16")
 
 
 def test_vectors_of_the_packaged_model(minilm):
     model = load_model(str(minilm), device="cpu")
-    np.testing.assert_allclose(exact(model).encode(TEXTS), stock(model), atol=1e-5)
+    np.testing.assert_allclose(exact(model).encode(TEXTS[:7]), stock(model, TEXTS[:7]), atol=1e-5)
 
 
 def test_left_padding_is_kept(tiny_models):
