@@ -1,7 +1,7 @@
 """Encoding on a CPU: a model's transformer as an OpenVINO graph, compiled for this processor.
 
-The graph ends with the token states. Pooling and the modules after it stay torch's, in float32: they take no time, and
-a Dense layer or a prompt that is left out of the mean needs no case of its own.
+The graph ends with the token states. Pooling and the modules after it run on torch in float32: they take no time, and a
+Dense layer or a prompt outside of the mean needs no special case.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 class ConversionError(Exception):
-    """The model cannot be run by OpenVINO, or its vectors are others; the message says why."""
+    """OpenVINO cannot run the model, or gives other vectors; the message says why."""
 
 
 def compiled_transformer(model: SentenceTransformer, precision: Dtype) -> CompiledTransformer:
-    """The transformer of a model in float32, compiled and just compared with torch.
+    """Compile the transformer of a model in float32, and compare its vectors with torch's.
 
-    :raises ConversionError: OpenVINO cannot run it, or its vectors are others.
+    :raises ConversionError: OpenVINO cannot run it, or gives other vectors.
     """
     streams = _streams(model, precision)
-    # where a window of attention holds padding alone, this attention gives NaN in OpenVINO, the plain one does not
+    # in OpenVINO this attention gives NaN for a window of nothing but padding, plain attention does not
     for plain in (False, True):
         with attention(model, "eager") if plain else nullcontext():
             compiled = CompiledTransformer(model, precision, streams)
@@ -57,7 +57,7 @@ def compiled_transformer(model: SentenceTransformer, precision: Dtype) -> Compil
 
 
 def _streams(model: SentenceTransformer, precision: Dtype) -> int:
-    """Batches that are computed side by side: one per thread, which measured fastest.
+    """Batches computed in parallel: one per thread, which measured fastest.
 
     In bfloat16 a gated layer (Qwen, Llama) needs two threads: OpenVINO 2026.4 divides by half of a stream's threads,
     and on a processor with AMX the process ends there (SIGFPE).
@@ -80,12 +80,12 @@ def _core() -> Any:
 
 
 class CompiledTransformer:
-    """Token states of batches, computed side by side, a batch per stream."""
+    """Token states of batches, computed in parallel, one batch per stream."""
 
     def __init__(self, model: SentenceTransformer, precision: Dtype, streams: int) -> None:
         """Convert and compile the first module of a model, adapter included; its weights are shared, not copied.
 
-        :raises ConversionError: see there.
+        :raises ConversionError: OpenVINO cannot run it.
         """
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
@@ -97,16 +97,16 @@ class CompiledTransformer:
             self._compiled = _core().compile_model(graph, "CPU", settings)
         except Exception as error:  # tracing runs the model's own code: anything may come
             raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-        # one more than there are streams: the next batch waits there while the caller pools the last
+        # one more than streams: it holds the next batch while the caller pools the last one
         self._requests = [self._compiled.create_infer_request() for _ in range(streams + 1)]
 
     def states(self, batches: Iterable[Padded]) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
-        """Yield of each batch, in order, the token states (texts, length, width) and which places hold a token.
+        """Yield each batch's token states (texts, length, width), in order, and which places hold a token.
 
-        They are padded on the right, whatever the model's side: a causal model padded on the left has places that see
-        nothing, whose states are NaN in OpenVINO. A text's vector is the same.
+        Batches are padded on the right, whatever the model's side: a causal model padded on the left has places that
+        see nothing, whose states are NaN in OpenVINO. A text's vector is the same.
 
-        The states are valid until the next are asked for.
+        The states are valid until the next ones are requested.
         """
         free, running = list(self._requests), deque[Any]()
         try:
@@ -131,7 +131,7 @@ class CompiledTransformer:
 
 
 class _States(torch.nn.Module):
-    """The transformer with plain tensors in and out, as tracing wants it."""
+    """The transformer with plain tensors in and out, for tracing."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         super().__init__()
@@ -156,9 +156,9 @@ def _convert(model: SentenceTransformer) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ignore warnings of branches that tracing cannot follow (the probe finds out whether they matter).
+    """Ignore warnings of branches that tracing cannot follow; comparing the vectors shows whether they matter.
 
-    OpenVINO also sets the root logger to errors only, and leaves it so where a conversion fails.
+    OpenVINO also sets the root logger to errors only, and does not undo that if a conversion fails.
     """
     root = logging.getLogger()
     level, filters, handlers = root.level, root.filters[:], root.handlers[:]
@@ -172,14 +172,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _random_tokens(model: SentenceTransformer, lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids of texts of these lengths, or of as many tokens as the model takes, one after another; and the lengths."""
+    """Random ids of texts, one after another, and their lengths, which are cut to the model's."""
     sizes = np.minimum(lengths, model.max_seq_length or max(lengths))
     vocabulary = model[0].model.get_input_embeddings().num_embeddings
     return np.random.default_rng(0).integers(5, vocabulary, sizes.sum()), sizes
 
 
 def _largest_gap(model: SentenceTransformer, compiled: CompiledTransformer) -> float:
-    """How far a component of a unit vector is from torch's, over probe texts of many lengths."""
+    """Largest difference of a component of a unit vector to torch's, over probe texts of many lengths."""
     tokens, lengths = _random_tokens(model, PROBE_LENGTHS)
     filler = model.tokenizer.pad_token_id or 0
     ((states, seen),) = compiled.states([padded_batch(tokens, lengths, filler)])
