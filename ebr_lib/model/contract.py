@@ -253,7 +253,7 @@ def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool =
     modules = read_json(folder / "modules.json") or []
     patterns = ("*.safetensors", *SETUP_FILES)
     files = [file for pattern in patterns[0 if weights else 1 :] for file in folder.glob(pattern)]
-    for part in {module["path"] for module in modules if module["path"]}:
+    for part in dict.fromkeys(module["path"] for module in modules if module["path"]):
         files += [file for pattern in patterns for file in (folder / part).glob(pattern)]
     sha256 = sha256_of if with_place else _sha256_without_place
     return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
