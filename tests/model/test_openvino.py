@@ -28,7 +28,7 @@ TEXTS = [
     "my <pad> and <mask> are </s> text",
     *[f"row {i} " * (i % 9 + 1) for i in range(40)],
 ]
-KINDS = ("bert", "xlm-r", "mpnet", "modernbert", "qwen2", "kalm", "dense", "layernorm", "last_token", "no_pad")
+KINDS = ("bert", "xlm-r", "mpnet", "modernbert", "kalm", "dense", "last_token", "no_pad")
 
 bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bfloat16")
 
@@ -50,7 +50,7 @@ def test_vectors_are_the_library_s(tiny_models, kind):
 
 
 @bf16
-@pytest.mark.parametrize("kind", ["bert", "xlm-r", "modernbert", "kalm", "last_token"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "last_token"])
 def test_vectors_in_bfloat16_are_near(tiny_models, kind):
     model = load_tiny(tiny_models, kind)
     threads = torch.get_num_threads()
@@ -145,8 +145,7 @@ def test_a_gated_layer_with_one_thread_runs_on_torch_in_bfloat16(tiny_models, mo
     assert openvino._streams(model, "bfloat16") == 2
 
 
-def test_no_telemetry_is_sent(bert):
-    Encoder(bert, precision="float32", backend="openvino")
+def test_no_telemetry_is_sent():
     assert sys.modules["openvino_telemetry"] is None
     from openvino.tools.ovc.telemetry_utils import tm
 
