@@ -4,7 +4,7 @@
     python benchmarks/retrieval.py --data DIR --sets cmrc --multilingual MODEL    # Chinese
     python benchmarks/retrieval.py --data DIR --keep FOLDER                       # the reports stay there
 
-The sets and their splits are those of quality.py, and no test query stands in training: Cranfield's queries are split
+The sets and their splits are those of quality.py, and no test query is in training: Cranfield's queries are split
 2 in 3 for training (seed 0), CMRC's paragraphs in halves, banking77 has a test set. Fine-tuning and evaluation are the
 stages as a user calls them: one model trained with the defaults except the set's batch and length, then measured on
 the test queries with a 95 % bootstrap interval and a paired permutation test (Holm) for each difference to the base.

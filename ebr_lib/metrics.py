@@ -1,9 +1,9 @@
 """Retrieval measures, exact under ties: what a random order of equally scored documents gives on average.
 
-Recall, hit rate, MRR, nDCG and MAP as trec_eval computes them where no scores are equal; where some are, the
-expectation over all their orders (McSherry and Najork, "Computing Information Retrieval Performance Measures
-Efficiently in the Presence of Tied Scores", ECIR 2008). A scorer that gives every document the same score thus gets
-what chance gives, in whatever order the documents stand.
+Recall, hit rate, MRR, nDCG and MAP as trec_eval computes them if no scores are equal; if some are, the expectation
+over all their orders (McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
+Presence of Tied Scores", ECIR 2008). A scorer that gives every document the same score thus gets what chance gives, in
+whatever order the documents are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import Vectors
+from ebr_lib.arrays import Ints, Vectors, not_finite
 from ebr_lib.errors import DataError
 
 KS = (1, 5, 10, 50, 100)
@@ -29,13 +29,13 @@ Grades = Sequence[Mapping[int, int]]
 
 
 class Ranking:
-    """The best `depth` documents of each query, and all that ties at the end of that list can hide.
+    """The best `depth` documents of each query, and where each relevant document is among equal scores.
 
-    `ids` (-1 where there is none) and `scores` are queries × depth, best first. A document with score -inf counts as
-    not retrieved. Feed it with `add`, in any number of chunks; only one chunk of scores is in memory at a time.
+    `ids` (-1 for none) and `scores` are queries × depth, best first. A document with score -inf is not retrieved. Feed
+    it with `add`, in any number of chunks; only one chunk of scores is in memory at a time.
 
-    :param left_out: for each query, the documents that are not retrieved for it, whatever they score; none of them may
-        be relevant. Empty: no query leaves out any.
+    :param left_out: for each query, documents that are not retrieved for it, whatever their scores; none of them may be
+        relevant. Empty: no query leaves out any.
     """
 
     def __init__(self, relevant: Grades, depth: int = max(KS), left_out: Sequence[Collection[int]] = ()) -> None:
@@ -43,7 +43,7 @@ class Ranking:
         self.relevant = relevant
         self.ids = np.full((len(relevant), depth), -1, dtype=np.int64)
         self.scores = np.full((len(relevant), depth), -np.inf, dtype=np.float32)
-        self._last_tied = np.zeros(len(relevant), dtype=np.int64)  # documents that score what the last one listed does
+        self._last_tied = np.zeros(len(relevant), dtype=np.int64)  # documents with the score of the last one listed
         pairs = [(d, q, g) for q, grades in enumerate(relevant) for d, g in grades.items() if g > 0]
         table = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 3)
         self._documents, self._queries, self._grades = table.T
@@ -52,37 +52,33 @@ class Ranking:
         self._out_documents, self._out_queries = np.array(out, dtype=np.int64).reshape(-1, 2).T
 
     def add(self, scores: Scores, first_query: int, first_document: int) -> None:
-        """Take in a block of scores (queries × documents) whose corner stands at the two numbers given.
+        """Add a block of scores (queries × documents) that begins at these two numbers.
 
-        The block is the ranking's own from then on: the scores of documents that are left out are overwritten.
+        The block is changed: scores of documents that are left out become -inf.
         """
-        self._leave_out(scores, first_query, first_document)
-        self._note_relevant(scores, first_query, first_document)
+
+        def inside(queries: Ints, documents: Ints) -> tuple[Ints, tuple[Ints, Ints]]:
+            low, high = np.searchsorted(documents, (first_document, first_document + scores.shape[1]))
+            rows = queries[low:high] - first_query
+            here = low + np.flatnonzero((rows >= 0) & (rows < len(scores)))
+            return here, (queries[here] - first_query, documents[here] - first_document)
+
+        scores[inside(self._out_queries, self._out_documents)[1]] = -np.inf
+        here, places = inside(self._queries, self._documents)
+        self._scores[here] = scores[places]
         worst = self.scores[first_query : first_query + len(scores), -1]
         best = scores.max(axis=1)
         rows = np.flatnonzero((best >= worst) & (best > -np.inf))  # deep in a corpus few queries still change
         if rows.size:
             self._merge(rows + first_query, scores[rows], first_document)
 
-    def _leave_out(self, scores: Scores, first_query: int, first_document: int) -> None:
-        low, high = np.searchsorted(self._out_documents, (first_document, first_document + scores.shape[1]))
-        queries = self._out_queries[low:high] - first_query
-        here = np.flatnonzero((queries >= 0) & (queries < len(scores)))
-        scores[queries[here], self._out_documents[low + here] - first_document] = -np.inf
-
-    def _note_relevant(self, scores: Scores, first_query: int, first_document: int) -> None:
-        low, high = np.searchsorted(self._documents, (first_document, first_document + scores.shape[1]))
-        queries = self._queries[low:high] - first_query
-        here = np.flatnonzero((queries >= 0) & (queries < len(scores)))
-        self._scores[low + here] = scores[queries[here], self._documents[low + here] - first_document]
-
-    def _merge(self, queries: NDArray[np.int64], scores: Scores, first_document: int) -> None:
+    def _merge(self, queries: Ints, scores: Scores, first_document: int) -> None:
         old_ids, old_scores = self.ids[queries], self.scores[queries]
         take = min(self.depth, scores.shape[1])
         best = _best(scores, take)
         ids = np.hstack([old_ids, best + first_document])
         merged = np.hstack([old_scores, np.take_along_axis(scores, best, axis=1)])
-        # by score, then by number, so that the list shown does not hang on the size of the chunks
+        # by score, then by number, so that the list does not depend on the size of the chunks
         order = np.lexsort((ids, -merged), axis=1)[:, : self.depth]
         self.ids[queries] = np.take_along_axis(ids, order, axis=1)
         self.scores[queries] = np.take_along_axis(merged, order, axis=1)
@@ -94,7 +90,7 @@ class Ranking:
         self.ids[queries] = np.where(np.isneginf(self.scores[queries]), -1, self.ids[queries])
 
     def groups(self) -> Groups:
-        """Where the relevant documents stand: the block of equal scores that each lies in."""
+        """Where the relevant documents are: the group of equal scores that each is in."""
         found = self._scores > -np.inf
         query, score, grade = self._queries[found], self._scores[found], self._grades[found]
         listed = self.scores[query]
@@ -102,21 +98,21 @@ class Ranking:
         size = (listed == score[:, None]).sum(axis=1)
         at_end = score == listed[:, -1]
         size = np.where(at_end, self._last_tied[query], size)
-        inside = size > 0  # else it scores below the end of the list
+        inside = size > 0  # otherwise it scores below the end of the list
         return Groups(query[inside], grade[inside], above[inside], size[inside])
 
 
 @dataclass(frozen=True)
 class Groups:
-    """One entry a relevant document in reach: query, grade, how many documents score above it, how many the same."""
+    """One entry per relevant document in the list: query, grade, how many documents score above it, how many equal."""
 
-    query: NDArray[np.int64]
-    grade: NDArray[np.int64]
-    above: NDArray[np.int64]
-    size: NDArray[np.int64]
+    query: Ints
+    grade: Ints
+    above: Ints
+    size: Ints
 
-    def companions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each entry: relevant documents of its query in its own group, itself included, and in groups above."""
+    def companions(self) -> tuple[Ints, Ints]:
+        """For each entry: how many relevant documents of its query are in its group, itself included, and above it."""
         order = np.lexsort((self.above, self.query))
         query, above = self.query[order], self.above[order]
         new_query = np.r_[True, query[1:] != query[:-1]][: len(query)]
@@ -131,20 +127,20 @@ class Groups:
 
 
 def measure(ranking: Ranking, ks: Sequence[int] = KS) -> dict[str, Values]:
-    """Each measure, one value a query: `recall@k` and `hit@k` for every k, `mrr@10`, `ndcg@10`, `map@100`.
+    """Each measure, one value per query: `recall@k` and `hit@k` for every k, `mrr@10`, `ndcg@10`, `map@100`.
 
-    nDCG takes the grade as the gain, and 1 / log2(rank + 1) as the discount, as trec_eval does. A query without a
-    relevant document has NaN in all.
+    nDCG takes the grade as the gain and 1 / log2(rank + 1) as the discount, as trec_eval does. All measures of a query
+    without a relevant document are NaN.
 
-    :raises ValueError: the ranking is not as deep as the measures look.
+    :raises ValueError: the ranking is not deep enough for the measures.
     """
     if max(*ks, MAP_CUT) > ranking.depth:
-        raise ValueError(f"a ranking {ranking.depth} deep cannot tell about rank {max(*ks, MAP_CUT)}")
+        raise ValueError(f"a ranking {ranking.depth} deep has no rank {max(*ks, MAP_CUT)}")
     groups = ranking.groups()
     grades = [sorted((g for g in grades.values() if g > 0), reverse=True) for grades in ranking.relevant]
     count = np.array([len(g) for g in grades], dtype=np.float64)
     count[count == 0] = np.nan
-    values = {f"recall@{k}": _per_query(groups, _share_within(groups, k), len(count)) / count for k in ks}
+    values = {f"recall@{k}": _per_query(groups, _within(groups, k) / groups.size, len(count)) / count for k in ks}
     values |= {f"hit@{k}": _first(groups, k, np.ones(k), count) for k in ks}
     values[f"mrr@{MRR_CUT}"] = _first(groups, MRR_CUT, 1 / np.arange(1, MRR_CUT + 1), count)
     values[f"ndcg@{NDCG_CUT}"] = _ndcg(groups, grades, NDCG_CUT)
@@ -156,13 +152,9 @@ def _per_query(groups: Groups, values: Values, queries: int) -> Values:
     return np.bincount(groups.query, weights=values, minlength=queries).astype(np.float64, copy=False)
 
 
-def _within(groups: Groups, k: int) -> NDArray[np.int64]:
+def _within(groups: Groups, k: int) -> Ints:
     """How many places of each group lie among the first k."""
     return np.clip(k - groups.above, 0, groups.size)
-
-
-def _share_within(groups: Groups, k: int) -> Values:
-    return _within(groups, k).astype(np.float64) / groups.size
 
 
 def _ndcg(groups: Groups, grades: Sequence[Sequence[int]], k: int) -> Values:
@@ -178,8 +170,8 @@ def _ndcg(groups: Groups, grades: Sequence[Sequence[int]], k: int) -> Values:
 def _average_precision(groups: Groups, k: int, queries: int) -> Values:
     """Sum over relevant documents of the precision at their place, expected over the orders of their group.
 
-    At place i of a group of n with r relevant ones, A relevant and a documents above it:
-    (A + 1 + (i - 1)(r - 1)/(n - 1)) / (a + i), averaged over i, those beyond k counting nothing.
+    At place i of a group of n with r relevant ones, with A relevant and a documents above the group:
+    (A + 1 + (i - 1)(r - 1)/(n - 1)) / (a + i), averaged over i; places beyond k count as 0.
     """
     same, before = groups.companions()
     harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, k + 1))]
@@ -192,9 +184,9 @@ def _average_precision(groups: Groups, k: int, queries: int) -> Values:
 
 
 def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
-    """Expected worth of the first relevant document's rank, ranks beyond k being worth nothing.
+    """Expected worth of the first relevant document's rank; ranks beyond k are worth 0.
 
-    In a group of n with r relevant ones the first stands behind place i with probability
+    In a group of n with r relevant ones, the first is after place i with probability
     (n - r)/n · (n - r - 1)/(n - 1) · …, i factors.
     """
     same, before = groups.companions()
@@ -209,15 +201,15 @@ def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
         value += np.where(inside & (rank < k), (none_yet - left) * worth[np.minimum(rank, k - 1)], 0.0)
         none_yet = np.where(inside, left, 0.0)
     result = np.zeros(len(count))
-    result[query] = value  # the leading group's entries all hold the same value
+    result[query] = value  # equal for all entries of the leading group
     return np.where(np.isnan(count), np.nan, result)
 
 
 # --- from vectors -------------------------------------------------------------------------------------------------
 
 
-def _best(scores: Scores, take: int) -> NDArray[np.int64]:
-    """Columns of the best scores of each row, in any order; of those that tie for the last place, the first ones."""
+def _best(scores: Scores, take: int) -> Ints:
+    """Columns of the best scores of each row, in any order; of ties for the last place, the first columns."""
     best = np.argpartition(-scores, take - 1, axis=1)[:, :take]
     last = np.take_along_axis(scores, best, axis=1).min(axis=1, keepdims=True)
     for row in np.flatnonzero((scores >= last).sum(axis=1) > take):
@@ -226,7 +218,7 @@ def _best(scores: Scores, take: int) -> NDArray[np.int64]:
 
 
 def unit(vectors: Vectors) -> Vectors:
-    """Vectors scaled to length 1; zero vectors stay what they are."""
+    """Vectors scaled to length 1; zero vectors stay zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
 
 
@@ -240,11 +232,11 @@ def rank_vectors(
     """Rank documents by inner product, in bounded memory.
 
     :param queries: float32, queries × dimensions.
-    :param documents: float32, documents × dimensions, or such arrays one after the other (then the corpus need not
-        fit into memory).
+    :param documents: float32, documents × dimensions, or an iterable of such arrays (so that the corpus need not fit
+        into memory).
     :param relevant: for each query, document number to grade.
     :param left_out: for each query, documents that are not retrieved for it; see `Ranking`.
-    :raises DataError: a vector holds a value that is not finite: it would be near nothing, whatever its text.
+    :raises DataError: a vector holds a value that is not finite, so it would be near nothing, whatever its text.
     """
     ranking = Ranking(relevant, depth, left_out)
     _check_finite("query", queries, 0)
@@ -259,8 +251,7 @@ def rank_vectors(
 
 
 def _check_finite(kind: str, vectors: Vectors, first: int) -> None:
-    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(wrong):
+    if len(wrong := not_finite(vectors)):
         numbers = ", ".join(str(first + row) for row in wrong[:5])
         raise DataError(
             f"{len(wrong)} {kind} vectors hold values that are not finite (numbers {numbers}); encode again"
@@ -268,8 +259,8 @@ def _check_finite(kind: str, vectors: Vectors, first: int) -> None:
 
 
 def _chunks(documents: Vectors | Iterable[Vectors]) -> Iterator[tuple[Vectors, int]]:
-    """The documents in arrays of exactly `CHUNK` rows, and how many of these are documents: every product then has the
-    same shape and takes the same path through BLAS, so that equal vectors get equal scores to the last bit."""
+    """The documents in arrays of exactly `CHUNK` rows, and how many of these are documents. All products then have the
+    same shape and take the same path through BLAS, so equal vectors get equal scores to the last bit."""
     chunk, filled = np.empty((0, 0), np.float32), 0
     for array in [documents] if isinstance(documents, np.ndarray) else documents:
         chunk = chunk if chunk.size else np.zeros((CHUNK, array.shape[1]), np.float32)

@@ -28,7 +28,7 @@ def one(scores, relevant, **kw):
     return {name: float(value[0]) for name, value in measure(ranked(scores, [relevant], **kw), KS).items()}
 
 
-def test_by_hand():
+def test_measures_by_hand():
     # ranks: d2 (grade 2), d0, d3 (grade 1), d1
     got = one([0.8, 0.1, 0.9, 0.5], {2: 2, 3: 1})
     assert got["recall@1"] == 0.5 and got["recall@2"] == 0.5 and got["recall@3"] == 1
@@ -43,7 +43,7 @@ def test_a_relevant_document_beyond_the_list_counts_as_missed():
     assert set(deep.values()) == {0.0}
 
 
-def test_no_relevant_document_is_nan_and_unretrieved_is_zero():
+def test_query_without_relevant_document_is_nan_and_unretrieved_is_zero():
     assert all(math.isnan(v) for v in one([1, 2], {0: 0}).values())
     assert set(one([1, -np.inf], {1: 1}).values()) == {0.0}
 
@@ -71,7 +71,7 @@ def _plain(order, relevant):
     st.dictionaries(st.integers(0, 1), st.integers(1, 3), min_size=1),
     st.integers(1, 6),
 )
-def test_ties_are_the_mean_over_all_orders(scores, relevant, chunk):
+def test_ties_give_the_mean_over_all_orders(scores, relevant, chunk):
     orders = [
         p
         for p in itertools.permutations(range(len(scores)))
@@ -92,7 +92,7 @@ def test_ties_across_the_end_of_the_list():
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 103])
-def test_one_place_for_four_that_tie(chunk):
+def test_last_place_shared_by_four_ties_counts_a_quarter(chunk):
     scores = np.r_[np.arange(99) + 2, 1, 1, 1, 1]  # the last of a hundred places is one of four documents
     got = measure(ranked(scores, [{100: 1}], chunk=chunk), (100,))
     assert got["recall@100"][0] == pytest.approx(1 / 4)
@@ -100,7 +100,7 @@ def test_one_place_for_four_that_tie(chunk):
 
 
 @pytest.mark.parametrize("documents", [130, 1000, 8200])
-def test_a_constant_scorer_gets_what_chance_gives(documents):
+def test_constant_scorer_gets_what_chance_gives(documents):
     vector = np.random.default_rng(0).normal(size=48).astype(np.float32)
     queries, corpus = np.tile(vector, (3, 1)), np.tile(vector, (documents, 1))
     got = evaluate_vectors(queries, corpus, [{0: 1}, {documents - 1: 1}, {documents // 2: 1}])
@@ -137,7 +137,7 @@ def test_chunks_and_blocks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 150, 400])
-def test_the_list_is_that_of_a_full_sort(chunk):
+def test_list_equals_a_full_sort(chunk):
     rng = np.random.default_rng(4)
     scores = np.stack([rng.permutation(400) for _ in range(9)])
     got = ranked(scores, [{}] * 9, depth=20, chunk=chunk)
@@ -162,13 +162,13 @@ def test_a_relevant_document_that_was_never_scored_counts_as_missed():
     assert set(one([3, 2, 1], {7: 1}).values()) == {0.0}
 
 
-def test_the_measures_that_are_asked_for_by_default():
+def test_default_measures():
     ks = (1, 5, 10, 50, 100)
     wanted = [*(f"recall@{k}" for k in ks), *(f"hit@{k}" for k in ks), "mrr@10", "ndcg@10", "map@100"]
     assert list(measure(ranked(np.arange(3.0), [{0: 1}]))) == wanted
 
 
-def test_vectors_are_ranked_as_deep_as_told():
+def test_depth_limits_the_list():
     documents = np.array([[0.5], [0.25], [1.0]], dtype=np.float32)
     got = rank_vectors(np.ones((1, 1), dtype=np.float32), documents, [{}], depth=2)
     np.testing.assert_array_equal(got.ids, [[2, 0]])
@@ -200,7 +200,7 @@ def test_equals_trec_eval_without_ties():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 40])
-def test_what_is_left_out_is_as_if_it_were_not_there(chunk):
+def test_left_out_documents_change_the_ranking_as_if_missing(chunk):
     rng = np.random.default_rng(3)
     scores = rng.integers(0, 6, size=(9, 40)).astype(np.float32)  # many tie
     relevant = [{int(d): 1 for d in rng.choice(40, 3, replace=False)} for _ in scores]
@@ -219,7 +219,7 @@ def test_what_is_left_out_is_as_if_it_were_not_there(chunk):
             assert sorted(mine.tolist()) == sorted(vars(alone.groups())[name].tolist()) or name == "query"
 
 
-def test_vectors_that_are_not_finite_are_an_error_and_not_a_zero():
+def test_vectors_that_are_not_finite_are_refused():
     good, bad = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
     bad[1, 2] = np.nan
     with pytest.raises(DataError, match=r"1 query vectors hold values that are not finite \(numbers 1\)"):
@@ -228,6 +228,6 @@ def test_vectors_that_are_not_finite_are_an_error_and_not_a_zero():
         evaluate_vectors(good, iter([good, bad]), [{0: 1}] * 3)
 
 
-def test_asks_for_a_list_deep_enough():
+def test_too_short_a_list_is_refused():
     with pytest.raises(ValueError, match="10 deep"):
         measure(Ranking([{0: 1}], depth=10), (1,))

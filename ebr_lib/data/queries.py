@@ -26,22 +26,22 @@ ANSWERS = ("positive", "pos", "positives")
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 DOCUMENT_IDS = ("_id", "id", "doc_id", "docid")
 JSON = (".jsonl", ".json", ".ndjson")
-TABLES = (*JSON, PARQUET, ".orc", ".csv", ".tsv", ".txt")  # of two files of one name the first of these is taken
+TABLES = (*JSON, PARQUET, ".orc", ".csv", ".tsv", ".txt")  # if two files have one name, the first of these is read
 JUDGEMENTS = (*TABLES, ".qrels", ".trec")
 COMPRESSED = ("", ".gz", ".bz2", ".zst")
-PART = re.compile(r"(.+-)(\d+)(-of-(\d+).*)")  # a part of a table, as Hugging Face names it
+PART = re.compile(r"(.+-)(\d+)(-of-(\d+).*)")  # one of a table's files, as Hugging Face names them
 # names of a judgement's columns, without case, "-", "_" and spaces
 JUDGED_QUERY = ("queryid", "qid", "query", "topic")
 JUDGED_DOCUMENT = ("corpusid", "docid", "documentid", "did", "passageid", "pid", "itemid", "document", "doc")
 GRADE = ("score", "grade", "relevance", "rel", "label", "judgement", "judgment")
 USUAL = frozenset((*QUERY_TEXTS, *DOCUMENT_TEXTS, *ANSWERS, *QUERY_IDS, *DOCUMENT_IDS, *JUDGED_QUERY))
 DAMAGED = (ValueError, OSError, EOFError, zlib.error)  # UnicodeDecodeError is a ValueError
-MOST_LETTERS = 2**31 - 1  # of a field of CSV
+MOST_LETTERS = 2**31 - 1  # in a field of CSV
 Record = Mapping[str, Any]
 
 
 def plain_suffix(path: Path) -> str:
-    """The ending that says what a file holds: `.csv` of `test.csv.gz`."""
+    """The ending that names the format: `.csv` of `test.csv.gz`."""
     return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
 
 
@@ -51,14 +51,14 @@ def warn_of_blank_queries(path: Path, count: int) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a table of texts: JSON (an array, or one object a line), Parquet, ORC, or delimited text with a header row;
-    a file, all files of a folder, or all parts of `NAME-00000-of-00002.parquet`.
+    """Read a table of texts: JSON (an array, or one object per line), Parquet, ORC, or delimited text with a header
+    row; one file, all files of a folder, or all parts of `NAME-00000-of-00002.parquet`.
 
-    Delimited text is split by `\\001` where its header has one, and a quote is a letter there; by tabs in a `.tsv`,
-    where fields are quoted if all of the file can be read so; else it is CSV with quotes.
+    Delimited text is split at `\\001` if its header has one; a quote is then a plain character. A `.tsv` is split at
+    tabs, with quoted fields if the whole file can be read that way. All else is CSV with quotes.
 
     :raises MissingError: there is no such file.
-    :raises DataError: it cannot be read as such, or holds no row.
+    :raises DataError: it cannot be read, or has no rows.
     """
     records = [record for part in parts_of(path) for record in records_of_file(part)]
     if not records:
@@ -67,7 +67,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files of a table: those of a folder, all parts where the file is one of several, else the file alone."""
+    """The files of a table: those of a folder, all parts if the path is one of several, otherwise the file alone."""
     if path.is_dir():
         found = tables_in(path)
         found.log()
@@ -85,7 +85,7 @@ def parts_of(path: Path) -> list[Path]:
 def tables_in(folder: Path) -> FoundFiles:
     """The tables of a folder.
 
-    :raises MissingError: it holds none.
+    :raises MissingError: it has none.
     """
     patterns = [f"*{ending}{packed}" for ending in JUDGEMENTS for packed in COMPRESSED]
     found = find_files(folder, patterns, "evaluation data")
@@ -97,7 +97,7 @@ def tables_in(folder: Path) -> FoundFiles:
 def records_of_file(path: Path) -> list[Record]:
     """The records of one file.
 
-    :raises DataError: it cannot be read as what its name says.
+    :raises DataError: it cannot be read in the format that its name says.
     """
     try:
         return list(_records(path))
@@ -117,35 +117,27 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def kind_in(path: Path) -> str:
-    """What a file holds; see `kind_of`."""
+    """Format of a file; see `kind_of`."""
     with readable(path):
         return kind_of(path)
 
 
 def letters_of(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a file, packed or not, as text."""
+    """Open a file, compressed or not, as text."""
     return io.TextIOWrapper(opened(path), encoding="utf-8-sig", newline=newline)
 
 
 def _json_records(path: Path) -> Iterator[Record]:
-    for line, row, _ in json_rows(path, _is_usual):
+    for line, row, _ in json_rows(path, lambda name: name in USUAL or plain_name(name) in USUAL):
         if isinstance(row, BadRowError):
             raise DataError(f"{path}, line {line}: {row}")
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {line}: wanted an object, found {type(row).__name__}")
         for column, value in row.items():
-            if half_character(_strings(value)) is not None:
+            values = value if isinstance(value, list) else [value]
+            if half_character(text for text in values if isinstance(text, str)) is not None:
                 raise DataError(f"{path}, line {line}: `{column}` holds {HALF_CHARACTER}")
         yield row
-
-
-def _is_usual(name: str) -> bool:
-    return name in USUAL or plain_name(name) in USUAL
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """The texts of a value: itself, or those of its list."""
-    yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
 
 
 def _delimited_records(path: Path) -> Iterator[Record]:
@@ -164,9 +156,9 @@ def _delimited_records(path: Path) -> Iterator[Record]:
 
 
 def split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of delimited text, each with the line it begins at; see `is_quoted`."""
+    """The rows of delimited text, each with the line at which it begins; see `is_quoted`."""
     unquoted: Any = {} if is_quoted(path, delimiter) else {"quoting": csv.QUOTE_NONE}
-    csv.field_size_limit(MOST_LETTERS)  # 131,072 by default: a long page is not a broken quote
+    csv.field_size_limit(MOST_LETTERS)  # a field may be longer than the default of 131,072
     line = 1
     with letters_of(path, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True, **unquoted)
@@ -183,7 +175,7 @@ def split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 def _hive_records(path: Path) -> Iterator[Record]:
     source = open_source(path, Layout())
     for row in read_rows(source, source.columns, Layout()):
-        if not row.raw.strip() or row.reason == HEADER_AGAIN:  # an empty last line; files that were joined
+        if not row.raw.strip() or row.reason == HEADER_AGAIN:  # an empty last line; a header inside joined files
             continue
         if row.reason:
             raise DataError(f"{path}: line {row.position.line}: {row.reason}")
@@ -197,27 +189,27 @@ def text_in(value: Any) -> str:
 
 
 def id_in(value: Any) -> str:
-    """An id as text; whole numbers that came as floats (pandas, of a column with nulls) are whole numbers."""
+    """An id as text; whole floats (as pandas makes them of a column with nulls) are written as whole numbers."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else text_in(value)
 
 
 def need_column(path: Path, records: Sequence[Record], name: str) -> None:
     """Make sure that a column is there.
 
-    :raises DataError: names the columns that are.
+    :raises DataError: it is not; the message names the columns that are.
     """
     if not any(name in record for record in records):
         raise DataError(f"{path}: no column {name}; its columns are {', '.join(records[0])}")
 
 
-def text_column(path: Path, records: Sequence[Record], told: str | None, usual: Sequence[str], knob: str) -> str:
-    """The column that holds the texts: the one that a knob names, or the first of the usual ones.
+def text_column(path: Path, records: Sequence[Record], name: str | None, usual: Sequence[str], knob: str) -> str:
+    """The column of the texts: `name`, which the knob gives, or the first of the usual ones.
 
     :raises DataError: it is not there.
     """
-    if told is not None:
-        need_column(path, records, told)
-        return told
+    if name is not None:
+        need_column(path, records, name)
+        return name
     found = next((name for name in usual if name in records[0]), None)
     if found is None:
         raise DataError(
@@ -227,9 +219,9 @@ def text_column(path: Path, records: Sequence[Record], told: str | None, usual: 
     return found
 
 
-def query_texts(path: Path, records: Sequence[Record], told: str | None) -> list[str]:
-    """The queries' texts; the empty text where a row has none."""
-    column = text_column(path, records, told, QUERY_TEXTS, "query_column")
+def query_texts(path: Path, records: Sequence[Record], name: str | None) -> list[str]:
+    """The queries' texts; empty for a row without one."""
+    column = text_column(path, records, name, QUERY_TEXTS, "query_column")
     texts = [text if isinstance(text := record.get(column), str) else "" for record in records]
     if all(map(is_blank, texts)):
         raise DataError(
@@ -239,7 +231,7 @@ def query_texts(path: Path, records: Sequence[Record], told: str | None) -> list
 
 
 def read_queries(path: Path, column: str | None) -> list[str]:
-    """The texts of a file of queries, equal ones once; blank ones are left out, and the log counts them."""
+    """The distinct texts of a file of queries; blank ones are left out and counted in the log."""
     texts = query_texts(path, read_records(path), column)
     kept = [text for text in texts if not is_blank(text)]
     if len(kept) < len(texts):

@@ -12,10 +12,10 @@ from ebr_lib.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read; None takes the first of the usual names that is there.
+    """Names of the columns to read; None takes the first of the usual names that the file has.
 
-    `id` is that of the documents, and of the queries where their file has it too. `label` says whether a query's answer
-    is one; "none" is no column.
+    `id` is the documents' column, and the queries' if their file has it too. `label` says whether an answer counts;
+    "none": no column says it.
     """
 
     query: str | None = None
@@ -25,10 +25,10 @@ class Columns:
 
 
 def read_ids(
-    path: Path, records: Sequence[Record], told: str | None, usual: Sequence[str], *, needed: bool
+    path: Path, records: Sequence[Record], name: str | None, usual: Sequence[str], *, needed: bool
 ) -> list[str]:
-    """The ids of a file's rows; their numbers where it has none and no judgement names them."""
-    column = told or next((name for name in usual if name in records[0]), None)
+    """The ids of a file's rows; row numbers if it has no column of ids and judgements do not need them."""
+    column = name or next((name for name in usual if name in records[0]), None)
     if column is None:
         if needed:
             raise no_ids(path, usual, list(records[0]))

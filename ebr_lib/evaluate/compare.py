@@ -1,4 +1,4 @@
-"""Is one contender better than another, query by query: interval, p-value, and the queries that changed most.
+"""Is one ranker better than another, query by query: interval, p-value, and the queries that changed most.
 
 Paired tests as recommended by Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for
 Information Retrieval Evaluation", CIKM 2007; Holm's correction over the measures of one pair.
@@ -13,14 +13,14 @@ import numpy as np
 
 from ebr_lib.metrics import Values
 
-BLOCK_NUMBERS = 1 << 24  # resampling draws a block of samples × queries at once, 8 bytes each: 128 MB
+BLOCK_NUMBERS = 1 << 24  # samples × queries drawn at once, 8 bytes each: 128 MB
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of `contender` less mean of `baseline` on one measure, with its 95 % bootstrap interval (percentiles).
+    """Mean of `contender` minus mean of `baseline` on one measure, with its 95 % bootstrap interval (percentiles).
 
-    `p` is the paired permutation test's two-sided p-value, `p_holm` the same corrected over the measures of the pair.
+    `p` is the two-sided p-value of the paired permutation test, `p_holm` the same corrected over the pair's measures.
     """
 
     baseline: str
@@ -35,9 +35,14 @@ class Difference:
     p_holm: float
 
     @property
-    def sure(self) -> bool:
-        """Whether it is told apart from chance, the number of measures being allowed for."""
+    def significant(self) -> bool:
+        """Significant at 5 % after Holm's correction."""
         return self.p_holm < 0.05
+
+    @property
+    def direction(self) -> str:
+        """A significant difference is "up" or "down", another one is ""."""
+        return "" if not self.significant else "up" if self.difference > 0 else "down"
 
 
 def compare(
@@ -49,26 +54,15 @@ def compare(
     resamples: int,
     seed: int,
 ) -> list[Difference]:
-    """Compare two contenders on every measure they share, a value a query each, in the same order."""
-    names = list(before)
-    deltas = np.stack([after[name] - before[name] for name in names], axis=1)
+    """Compare two rankers on every measure: one value per query, in the same order."""
+    deltas = np.stack([after[name] - before[name] for name in before], axis=1)
     low, high = _bootstrap(deltas, resamples, np.random.default_rng([seed, 0]))
     p = _permutation(deltas, resamples, np.random.default_rng([seed, 1]))
-    holm = holm_corrected(p)
+    means = [column.mean() for column in deltas.T]
+    numbers = np.stack([means, low, high, p, holm_corrected(p)], axis=1).tolist()
     return [
-        Difference(
-            baseline,
-            contender,
-            name,
-            float(before[name].mean()),
-            float(after[name].mean()),
-            float(deltas[:, i].mean()),
-            float(low[i]),
-            float(high[i]),
-            float(p[i]),
-            float(holm[i]),
-        )
-        for i, name in enumerate(names)
+        Difference(baseline, contender, name, float(before[name].mean()), float(after[name].mean()), *found)
+        for name, found in zip(before, numbers, strict=True)
     ]
 
 
@@ -87,7 +81,7 @@ def _bootstrap(deltas: Values, resamples: int, rng: np.random.Generator) -> tupl
 
 
 def _permutation(deltas: Values, resamples: int, rng: np.random.Generator) -> Values:
-    """Share of random sign flips whose mean difference is at least as large, the observed one counted in."""
+    """Share of random sign flips whose mean difference is at least as large, the observed one included."""
     observed = np.abs(deltas.sum(axis=0))
     as_large = np.ones(deltas.shape[1])
     for size in _blocks(resamples, len(deltas)):
@@ -106,7 +100,7 @@ def holm_corrected(p: Values) -> Values:
 
 
 def changed_most(before: Values, after: Values, most: int) -> tuple[list[int], list[int]]:
-    """The queries won and lost by most, the greatest change first; those that did not change are in neither list."""
+    """The queries won and lost by most, the largest change first; unchanged ones are in neither list."""
     delta = after - before
     order = np.argsort(-delta, kind="stable")
     won = [int(i) for i in order[:most] if delta[i] > 0]

@@ -1,4 +1,4 @@
-"""The documents that queries are searched in."""
+"""The documents among which queries search."""
 
 from __future__ import annotations
 
@@ -39,19 +39,22 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct documents: the id of the first with a text stands for all of them.
+    """Distinct documents: of equal texts, the first one's id is used for all.
 
-    `texts` is None where an embedding file keeps no text. `vectors` is that embedding file, `column` the one of its
-    columns that holds `texts`, and `first_rows` its rows that the documents stand for, in order. `blank` are the ids of
-    rows that are not documents: without text, or without a vector in an embedding file. `seen` says which documents
-    training has seen, where that is known. `untitled` holds those documents whose text without the title is a query.
+    :ivar texts: None if an embedding file has no text column.
+    :ivar number: document number by id.
+    :ivar number_of_text: document number by `text_keys`, so that texts are in memory once.
+    :ivar untitled: by `text_keys` of a query, the documents whose text without the title is that query.
+    :ivar vectors: the embedding file, `column` its column that holds `texts`, `first_rows` the row of each document.
+    :ivar blank: ids of rows that are not documents: without text, or without a vector in an embedding file.
+    :ivar seen: which documents training has seen, if that is known.
     """
 
     ids: list[str]
     texts: list[str] | None
     number: dict[str, int] = field(repr=False)
-    number_of_text: dict[int, int] = field(repr=False)  # by `text_keys`: the texts are held once
-    untitled: Mapping[int, frozenset[int]] = field(default_factory=dict, repr=False)  # documents by texts without title
+    number_of_text: dict[int, int] = field(repr=False)
+    untitled: Mapping[int, frozenset[int]] = field(default_factory=dict, repr=False)
     vectors: Path | None = None
     column: str | None = None
     first_rows: NDArray[np.int64] | None = None
@@ -62,12 +65,12 @@ class Corpus:
         return len(self.ids)
 
     def shown(self, document: int, most: int = 300) -> str:
-        """A document for people: its text, or its id where there is none."""
+        """A document for people: its text, or its id if there is no text."""
         text = self.texts[document] if self.texts else self.ids[document]
         return text if len(text) <= most else text[:most] + "…"
 
     def vector_batches(self) -> Iterator[NDArray[np.float32]]:
-        """The documents' vectors out of the embedding file, of length 1, a batch at a time."""
+        """The documents' vectors from the embedding file, scaled to length 1, a batch at a time."""
         assert self.vectors is not None and self.first_rows is not None
         for batch in (batch for batch in iter_embeddings(self.vectors, ()) if len(batch)):
             # both are sorted: documents are numbered in the order of their rows
@@ -83,7 +86,11 @@ def read_corpus(
     answers: Sequence[Sequence[str]] | None,
     trained: set[str],
 ) -> Corpus:
-    """The documents of a file; of the answers where there is none. Without answers, judgements name documents by id."""
+    """The documents of a file, or without one the queries' answers.
+
+    :param answers: texts that answer each query; None if judgements name documents by their ids.
+    :param trained: normalised texts of documents that training has seen.
+    """
     if path is None:
         texts = [text for text in dict.fromkeys(chain.from_iterable(answers or ())) if not is_blank(text)]
         return distinct_texts(None, [str(i) for i in range(len(texts))], texts, None, trained)
@@ -94,29 +101,43 @@ def read_corpus(
     except DataError as error:
         raise DataError(f"corpus {error}; an evaluation needs documents") from error
     column = text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
-    texts = [_titled(record, column) for record in records]
+    all_ids = read_ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
     flags = _seen_flags(path, records)
-    ids = read_ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
+    texts = [_titled(record, column) for record in records]
     rows = _with_text(path, column, texts)
+    ids = [all_ids[row] for row in rows]
     chosen = [flags[row] for row in rows] if flags else None
-    corpus = distinct_texts(path, [ids[row] for row in rows], [texts[row] for row in rows], chosen, trained)
-    plain = [text_in(records[row].get(column)) for row in rows]
-    untitled = _untitled(plain, [corpus.number[ids[row]] for row in rows], queries)
-    return replace(corpus, blank=frozenset(ids) - corpus.number.keys(), untitled=untitled)
-
-
-def _untitled(texts: Sequence[str], numbers: Sequence[int], queries: Sequence[str]) -> dict[int, frozenset[int]]:
-    """Documents by those of their texts that are a query."""
+    corpus = distinct_texts(path, ids, [texts[row] for row in rows], chosen, trained)
     asked = set(text_keys(queries).tolist())
-    found: dict[int, set[int]] = {}
-    for key, number in zip(text_keys(texts).tolist(), numbers, strict=True):
+    untitled: dict[int, set[int]] = {}
+    for key, id_ in zip(text_keys(text_in(records[row].get(column)) for row in rows).tolist(), ids, strict=True):
         if key in asked:
-            found.setdefault(key, set()).add(number)
-    return {key: frozenset(documents) for key, documents in found.items()}
+            untitled.setdefault(key, set()).add(corpus.number[id_])
+    return replace(
+        corpus,
+        blank=frozenset(all_ids) - corpus.number.keys(),
+        untitled={key: frozenset(documents) for key, documents in untitled.items()},
+    )
+
+
+def _titled(record: Record, column: str) -> str:
+    """A BEIR document is its title, a space, its text."""
+    text, title = record.get(column), record.get("title")
+    return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
+
+
+def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
+    """Which documents training has seen, if a column `seen` says it of all of them."""
+    if not any("seen" in record for record in records):
+        return None
+    values = [text_in(record.get("seen")).strip().casefold() for record in records]
+    if wrong := next((value for value in values if value not in SEEN), None):
+        logger.warning("%s: 未使用 column seen is not used: %r is neither true, false, 1 nor 0", path, wrong)
+    return [SEEN[value] for value in values] if all(value in SEEN for value in values) else None
 
 
 def _with_text(path: Path, column: str, texts: Sequence[str]) -> list[int]:
-    """The rows that have text; the others are not documents, as they get no vector in the inference stage."""
+    """The rows that have text; the others are not documents, just as they get no vector in the inference stage."""
     rows = [row for row, text in enumerate(texts) if not is_blank(text)]
     if not rows:
         raise DataError(
@@ -126,29 +147,9 @@ def _with_text(path: Path, column: str, texts: Sequence[str]) -> list[int]:
     if blank := len(texts) - len(rows):
         logger.warning(
             "语料: 无文本的文档已略过 left out: %d of %d documents have no text in column %s (%s)",
-            blank,
-            len(texts),
-            column,
-            path,
-        )
+            blank, len(texts), column, path,
+        )  # fmt: skip
     return rows
-
-
-def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
-    """Which documents training has seen, where a column `seen` says it of all of them."""
-    told = [text_in(record.get("seen")).strip().casefold() for record in records]
-    if not any("seen" in record for record in records):
-        return None
-    if wrong := next((value for value in told if value not in SEEN), None):
-        logger.warning("%s: column seen is not used: %r is neither true, false, 1 nor 0", path, wrong)
-    return [SEEN[value] for value in told] if all(value in SEEN for value in told) else None
-
-
-def _titled(record: Record, column: str) -> str:
-    """A BEIR document is its title, a space, its text."""
-    text = record.get(column)
-    title = record.get("title")
-    return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
 
 
 def distinct_texts(
@@ -156,6 +157,7 @@ def distinct_texts(
 ) -> Corpus:
     """The corpus of the distinct texts among rows.
 
+    :param flags: for each row, whether training has seen it; `trained` replaces them if it is not empty.
     :raises DataError: an id has two texts.
     """
     number_of_text: dict[int, int] = {}
@@ -168,20 +170,22 @@ def distinct_texts(
         if number.setdefault(id_, number_of_text[key]) != number_of_text[key]:
             raise id_twice(path or Path(), id_, ids.index(id_), row)
     seen = None
-    if flags:
+    if trained:
+        seen = [normalised(texts[row]) in trained for row in first]
+    elif flags:
         seen = [False] * len(first)
         for id_, flag in zip(ids, flags, strict=True):
             seen[number[id_]] |= flag
-    if trained:
-        seen = [normalised(texts[row]) in trained for row in first]
     return Corpus([ids[row] for row in first], [texts[row] for row in first], number, number_of_text, seen=seen)
+
+
+# --- embedding files ----------------------------------------------------------------------------------------------
 
 
 def _holds_vectors(path: Path) -> bool:
     manifest = read_manifest(path)
-    if ending_of(path) == NPY or (
-        manifest is not None and not (manifest.get("settings") or {}).get("output_header", True)
-    ):
+    has_header = not manifest or (manifest.get("settings") or {}).get("output_header", True)
+    if ending_of(path) == NPY or not has_header:
         return True
     if path.is_dir():
         vectors = manifest is not None or any(ending_of(file) == NPY for file in path.iterdir())
@@ -193,29 +197,31 @@ def _holds_vectors(path: Path) -> bool:
 
 
 def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_needed: bool) -> Corpus:
-    """The documents of an embedding file; rows without a vector are none."""
+    """The documents of an embedding file: its rows that have a vector and, if it has a text column, text."""
     found = list(next(iter_embeddings(path)).columns)
-    column = _encoded_column(path, columns.corpus, found)
+    encoded = Provenance.of(read_manifest(path) or {}).description_column
+    usual = (encoded,) if encoded else DOCUMENT_TEXTS
+    column = columns.corpus or next((name for name in usual if name in found), None)
     id_column = columns.id or next((name for name in DOCUMENT_IDS if name in found), None)
     if ids_needed and id_column is None:
         raise no_ids(path, DOCUMENT_IDS, found)
     wanted = [name for name in dict.fromkeys((column, id_column)) if name is not None]
-    for name in wanted:
-        if name not in found:
-            raise DataError(f"{path}: no column {name}; its columns are {', '.join(found) or 'none'}")
-    valid, kept = _without_vectors(path, wanted)
+    if missing := next((name for name in wanted if name not in found), None):
+        raise DataError(f"{path}: no column {missing}; its columns are {', '.join(found) or 'none'}")
+    valid, kept = _columns_of(path, wanted)
     rows = np.flatnonzero(valid)
     if not len(rows):
         raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
-    all_ids = [v or "" for v in kept[id_column]] if id_column else [str(row) for row in range(len(valid))]
+    all_ids = kept[id_column] if id_column else [str(row) for row in range(len(valid))]
     if id_column:
         check_ids(path, id_column, all_ids)
     if column:
-        _check_texts_have_vectors(path, column, kept[column], valid)
-        rows = rows[_with_text(path, column, [kept[column][row] or "" for row in rows])]
+        if encoded in (None, column):
+            _check_texts_have_vectors(path, kept[column], valid)
+        rows = rows[_with_text(path, column, [kept[column][row] for row in rows])]
     ids = [all_ids[row] for row in rows]
-    # where there is no text, each row is a document of its own
-    texts = [kept[column][row] or "" for row in rows] if column else ids
+    # without text, each row is a document of its own
+    texts = [kept[column][row] for row in rows] if column else ids
     if not column and len(set(ids)) < len(ids):
         (twice, _), *_ = Counter(ids).most_common(1)
         raise DataError(f"{path}: id {twice!r} is there more than once; name another column with id_column")
@@ -232,28 +238,19 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     )
 
 
-def _check_texts_have_vectors(path: Path, column: str, texts: Sequence[str | None], valid: Mask) -> None:
-    """Of the column that was encoded, rows without a vector have no text; else a model gave NaN for them."""
-    encoded = Provenance.of(read_manifest(path) or {}).description_column
-    lost = [i for i in np.flatnonzero(~valid).tolist() if not is_blank(texts[i] or "")]
-    if lost and encoded in (None, column):
-        shown = ", ".join(f"{(texts[i] or '')[:60]!r} (row {i})" for i in lost[:3])
-        raise DataError(f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again")
-
-
-def _encoded_column(path: Path, told: str | None, found: Sequence[str]) -> str | None:
-    """The column of the documents' texts: what is told, else the one that was encoded, where it was kept."""
-    encoded = Provenance.of(read_manifest(path) or {}).description_column
-    usual = (encoded,) if encoded else DOCUMENT_TEXTS
-    return told or next((name for name in usual if name in found), None)
-
-
-def _without_vectors(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str, list[str | None]]]:
-    """Which rows of an embedding file hold a vector, and the columns of all rows."""
+def _columns_of(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str, list[str]]]:
+    """Which rows of an embedding file have a vector, and the columns of all rows; null is the empty text."""
     valid: list[Mask] = []
-    kept: dict[str, list[str | None]] = {name: [] for name in columns}
+    kept: dict[str, list[str]] = {name: [] for name in columns}
     for batch in iter_embeddings(path, columns, keep_empty=True):
         valid.append(batch.valid)
         for name, values in batch.columns.items():
-            kept[name] += values
+            kept[name] += [value or "" for value in values]
     return np.concatenate(valid), kept
+
+
+def _check_texts_have_vectors(path: Path, texts: Sequence[str], valid: Mask) -> None:
+    """In the column that was encoded, only blank rows have no vector; for others a model gave NaN."""
+    if lost := [i for i in np.flatnonzero(~valid).tolist() if not is_blank(texts[i])]:
+        shown = ", ".join(f"{texts[i][:60]!r} (row {i})" for i in lost[:3])
+        raise DataError(f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again")

@@ -34,37 +34,8 @@ from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.logs import logger
 
 SHOWN_LEFT_OUT = 3
-
-
-def read_answers(path: Path, records: Sequence[Record], label_column: str | None) -> list[list[str]]:
-    """The texts that answer each query; none in rows whose label says that they do not."""
-    column = next((name for name in ANSWERS if name in records[0]), None)
-    if column is None:
-        raise DataError(
-            f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
-            f"file given as qrels_path; found {', '.join(records[0])}"
-        )
-    answers, refused = [], 0
-    for row, record in enumerate(records, 1):
-        texts = _texts_of(path, row, record.get(column))
-        try:
-            answer = not texts or is_positive_pair(record, len(texts), label_column)
-        except DataError as reason:
-            raise DataError(f"{path}: row {row}: {reason}") from None
-        refused += not answer
-        answers.append(texts if answer else [])
-    if refused:
-        logger.warning("标签为否的行不算答案 rows whose label says no are no answers: %d of %s", refused, path)
-    return answers
-
-
-def _texts_of(path: Path, row: int, value: Any) -> list[str]:
-    if value is None or value == "":
-        return []
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
-        raise DataError(f"{path}: row {row}: wanted an answer's text or a list of texts, found {value!r}")
-    return values
+Judgement = tuple[str, str, str, int]
+"""Its place in the file, query id, document id, grade."""
 
 
 @dataclass
@@ -72,7 +43,7 @@ class Judged:
     """Judgements of known documents, and counts of those left out.
 
     :ivar grades: for each row of the queries, document number to grade.
-    :ivar asked: rows with a relevant document in the judgements, be it known or not.
+    :ivar asked: rows with a relevant document in the judgements, whether the corpus has it or not.
     """
 
     grades: list[dict[int, int]]
@@ -81,7 +52,7 @@ class Judged:
     examples: list[str] = field(default_factory=list)
 
     def add(self, row: int, document: int, grade: int) -> None:
-        """Take a judgement; of several of one document the highest counts."""
+        """Add a judgement; of several for one document the highest counts."""
         self.grades[row][document] = max(grade, self.grades[row].get(document, grade))
 
     def answers(self, row: int) -> set[int]:
@@ -95,20 +66,54 @@ class Judged:
             self.examples.append(example)
 
     def check(self, path: Path, advice: str) -> None:
-        """Warn of what was left out; where that is everything, the files do not belong together."""
+        """Warn of what was left out.
+
+        :raises DataError: that is everything, so the files do not belong together.
+        """
         if not self.left_out:
             return
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in self.left_out.items())
-        said = f"{kinds} ({'; '.join(self.examples)}); {advice}"
+        reasons = f"{kinds} ({'; '.join(self.examples)}); {advice}"
         if not any(self.grades):
-            raise DataError(f"{path}: no judgement is of a known query and document: {said}")
-        logger.warning("%s: 部分标注已略过 left out: %s", path, said)
+            raise DataError(f"{path}: no judgement is of a known query and document: {reasons}")
+        logger.warning("%s: 部分标注已略过 left out: %s", path, reasons)
+
+
+# --- answers given as texts ---------------------------------------------------------------------------------------
+
+
+def read_answers(path: Path, records: Sequence[Record], label_column: str | None) -> list[list[str]]:
+    """The texts that answer each query; none in rows whose label says that they do not."""
+    column = next((name for name in ANSWERS if name in records[0]), None)
+    if column is None:
+        raise DataError(
+            f"{path}: no judgements: wanted a column {', '.join(ANSWERS)} with the texts that answer a query, or a "
+            f"file given as qrels_path; found {', '.join(records[0])}"
+        )
+    answers, refused = [], 0
+    for row, record in enumerate(records, 1):
+        value = record.get(column)
+        texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path}: row {row}: wanted an answer's text or a list of texts, found {value!r}")
+        try:
+            is_answer = not texts or is_positive_pair(record, len(texts), label_column)
+        except DataError as reason:
+            raise DataError(f"{path}: row {row}: {reason}") from None
+        refused += not is_answer
+        answers.append(texts if is_answer else [])
+    if refused:
+        logger.warning("标签为否的行不算答案 rows labelled as negative are not answers: %d of %s", refused, path)
+    return answers
 
 
 def judged_by_text(
     path: Path, texts: Sequence[str], first: Mapping[str, int], answers: Sequence[Sequence[str]], corpus: Corpus
 ) -> Judged:
-    """Equal queries share their answers, and only the first of them stays."""
+    """Equal queries share their answers, and only the first of them stays.
+
+    :param first: the first row of each normalised query text.
+    """
     judged = Judged([{} for _ in texts])
     for row, (text, group) in enumerate(zip(texts, answers, strict=True)):
         leader = first[normalised(text)]
@@ -122,10 +127,16 @@ def judged_by_text(
     return judged
 
 
+# --- judgements by id ---------------------------------------------------------------------------------------------
+
+
 def read_qrels(path: Path, rows: int, queries: Mapping[str, int], corpus: Corpus) -> Judged:
     """Read judgements: tables that name their columns, or BEIR's three (query, document, grade) or TREC's four.
 
     Judgements of unknown queries and documents, and of documents without text or vector, are counted and left out.
+
+    :param rows: how many rows the queries have.
+    :param queries: row by query id.
     """
     judged = Judged([{} for _ in range(rows)])
     for place, query, document, grade in _judgements(path, queries):
@@ -144,14 +155,13 @@ def read_qrels(path: Path, rows: int, queries: Mapping[str, int], corpus: Corpus
     return judged
 
 
-def _judgements(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
-    """Place, query, document and grade of each judgement."""
+def _judgements(path: Path, queries: Collection[str]) -> Iterator[Judgement]:
     for part in parts_of(path):
         is_table = plain_suffix(part) in JSON or kind_in(part) in COLUMNAR
         yield from _judgement_records(part) if is_table else _judgement_rows(part, queries)
 
 
-def _judgement_records(path: Path) -> Iterator[tuple[str, str, str, int]]:
+def _judgement_records(path: Path) -> Iterator[Judgement]:
     records = records_of_file(path)
     if records and all(isinstance(value, (dict, list)) for value in records[0].values()):
         yield from _nested_judgements(path, records)
@@ -162,7 +172,7 @@ def _judgement_records(path: Path) -> Iterator[tuple[str, str, str, int]]:
         yield f"row {number}", id_in(query), id_in(document), _grade(path, f"row {number}", grade, record)
 
 
-def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[tuple[str, str, str, int]]:
+def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[Judgement]:
     """Judgements as pytrec_eval takes them, `{query: {document: grade}}`; in a list of documents each is relevant."""
     for query, documents in chain.from_iterable(record.items() for record in records):
         place = f"query {query!r}"
@@ -173,7 +183,7 @@ def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[tuple[
             yield place, query, document, _grade(path, place, grade, {document: grade})
 
 
-def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[tuple[str, str, str, int]]:
+def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[Judgement]:
     chosen: Sequence[int] | None = None
     for number, (line, fields) in enumerate(_judgement_lines(path)):
         if number == 0 and _is_header(fields, queries):
@@ -186,7 +196,7 @@ def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[tuple[str,
 
 
 def _judgement_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line that is not blank, split at tabs, \\001, commas or blanks, as the first line is."""
+    """The fields of each line that is not blank, split at the mark of the first line: tab, \\001, comma or blank."""
     try:
         with letters_of(path) as file:
             head = file.readline()
@@ -199,20 +209,20 @@ def _judgement_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             return
         with letters_of(path) as file:
             yield from ((line, text.split()) for line, text in enumerate(file, 1) if text.strip())
+    except UserError:
+        raise
     except DAMAGED as error:
-        if isinstance(error, UserError):
-            raise
-        said = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
-        raise DataError(f"{path} {said}: {error}") from error
+        problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise DataError(f"{path} {problem}: {error}") from error
 
 
 def _is_header(fields: Sequence[str], queries: Collection[str]) -> bool:
-    """Whether a first line holds names: it names no query, and has no number."""
+    """A first line holds names if it names no query and has no number."""
     return fields[0].strip() not in queries and all(number_in(field) is None for field in fields)
 
 
 def _named_fields(path: Path, names: Sequence[str]) -> list[int] | None:
-    """The places of query, document and grade, where a header has names that say so; None takes them by their order."""
+    """The places of query, document and grade, if a header names them; None takes them by their order."""
     plain = {plain_name(name) for name in names}
     if plain.isdisjoint(JUDGED_QUERY) or plain.isdisjoint(JUDGED_DOCUMENT):
         return None
@@ -222,10 +232,9 @@ def _named_fields(path: Path, names: Sequence[str]) -> list[int] | None:
 def _judgement_columns(path: Path, found: Sequence[str]) -> list[str]:
     """Which of the columns are query, document and grade."""
     named = {plain_name(name): name for name in reversed(found)}
-    chosen = [
-        next((named[name] for name in usual if name in named), None) for usual in (JUDGED_QUERY, JUDGED_DOCUMENT, GRADE)
-    ]
-    missing = [name for name, column in zip(("query-id", "corpus-id", "score"), chosen, strict=True) if column is None]
+    wanted = {"query-id": JUDGED_QUERY, "corpus-id": JUDGED_DOCUMENT, "score": GRADE}
+    chosen = [next((named[name] for name in usual if name in named), None) for usual in wanted.values()]
+    missing = [name for name, column in zip(wanted, chosen, strict=True) if column is None]
     if missing:
         raise DataError(
             f"{path}: wanted columns query-id, corpus-id and score, found {', '.join(found) or 'none'}; "
@@ -235,7 +244,7 @@ def _judgement_columns(path: Path, found: Sequence[str]) -> list[str]:
 
 
 def _grade(path: Path, place: str, value: Any, shown: Any) -> int:
-    """A grade as a whole number, also where it is written 1.0 or true."""
+    """A grade as a whole number, also if it is written 1.0 or true."""
     number = number_in(value)
     if number is None or not number.is_integer():
         raise _wrong_judgement(path, place, shown)
@@ -250,7 +259,7 @@ def _wrong_judgement(path: Path, place: str, shown: Any) -> DataError:
 
 
 def number_in(value: Any) -> float | None:
-    """A value as a number; None if it is none."""
+    """A value as a number; None if it is not one."""
     try:
         return float(value)
     except (TypeError, ValueError):

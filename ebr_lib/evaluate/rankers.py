@@ -1,4 +1,4 @@
-"""Who is measured: embedding models, and BM25 as the floor that a dense model has to beat."""
+"""Who is measured: embedding models, and BM25 as the floor that they have to beat."""
 
 from __future__ import annotations
 
@@ -28,100 +28,102 @@ if TYPE_CHECKING:
 BM25_NAME, BM25_K1, BM25_B = "BM25", 1.5, 0.75
 _TOKEN = re.compile(r"\w+")
 
-
 How = Mapping[str, object]
-"""How a contender was used, for the report: prompts, precision and the like."""
+"""The settings of a ranker, for the report: prompts, precision and so on."""
 
 
-def check_model(recipe: EncoderSpec, corpus: Corpus, *, load: bool) -> bool:
-    """Whether the model's document vectors are stored, see `stored_vectors`; what cannot be measured is told here.
+def labels(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """Short, distinct labels for model names: as many of the path's last parts as distinguish them from each other and
+    from `taken`."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(part[-length:]) for part in parts]
+        if len(set(short)) == len(set(names)) and not set(short) & set(taken):
+            return short
+    return [f"./{name}" if name in taken else name for name in names]
 
-    :param load: load the model once to see that it can be.
+
+def check_model(spec: EncoderSpec, corpus: Corpus, *, load: bool) -> bool:
+    """Whether the model's document vectors are stored, see `stored_vectors`.
+
+    :param load: also load the model, to see that it loads.
     :raises MissingError: the model is not there.
-    :raises ModelError: it does not load, or not with so many tokens.
+    :raises ModelError: it does not load, or not with this length.
     :raises DataError: the corpus holds other vectors, and no texts.
     """
-    find_model(recipe.model_name)
+    find_model(spec.model_name)
     if load:
-        recipe.model("query")
-    return stored_vectors(recipe, corpus)
+        spec.model("query")
+    return stored_vectors(spec, corpus)
 
 
-def rank_with_model(recipe: EncoderSpec, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
-    """Rank a task's documents by the inner product of unit vectors.
+def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
+    """Rank a task's documents by the inner product of unit vectors, a batch of documents in memory at a time.
 
-    :param stored: read the documents' vectors from the embedding file that is the corpus, else encode their texts; of
-        either only a batch is in memory.
+    :param stored: read the documents' vectors from the embedding file that is the corpus; otherwise encode the texts.
+    :raises ConfigError: the stored vectors have other dimensions than the queries'.
     """
     corpus = task.corpus
     if stored:
         maker = Provenance.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
-        cut = recipe.truncate_dim or (maker.dimension if maker else None)
-        queries = replace(recipe, truncate_dim=cut).encoder("query")
-        vectors = _encode_queries(queries, task, corpus)
-        ranking = rank_vectors(vectors, corpus.vector_batches(), task.relevant, left_out=task.own)
-        return ranking, _how(queries, maker.prompt if maker else None, f"vectors of {corpus.vectors}")
-    queries, documents = recipe.encoder_pair()
-    vectors = queries.encode(task.queries)
-    ranking = rank_vectors(vectors, _encoded(documents, corpus, recipe.model_name), task.relevant, left_out=task.own)
-    return ranking, _how(queries, documents.prompt, "encoded")
-
-
-def _how(queries: Encoder, document_prompt: str | None, documents: str) -> How:
-    return {
+        cut = spec.truncate_dim or (maker.dimension if maker else None)
+        queries = replace(spec, truncate_dim=cut).encoder("query")
+        dim = next(corpus.vector_batches()).shape[1]
+        if dim != queries.dim:
+            raise ConfigError(
+                f"corpus {corpus.vectors} holds vectors of {dim} dimensions, the queries' have {queries.dim}; "
+                "set truncate_dim as it was in the inference run"
+            )
+        documents, prompt, source = corpus.vector_batches(), maker.prompt if maker else None, "vectors of"
+    else:
+        queries, encoder = spec.encoder_pair()
+        documents, prompt, source = _encoded(encoder, corpus, spec.model_name), encoder.prompt, "encoded"
+    ranking = rank_vectors(queries.encode(task.queries), documents, task.relevant, left_out=task.own)
+    return ranking, {
         "query prompt": queries.prompt,
-        "document prompt": "unknown" if document_prompt is None else document_prompt,
+        "document prompt": "unknown" if prompt is None else prompt,
         "precision": queries.precision,
         "backend": queries.backend,
         "max_seq_length": queries.model.max_seq_length,
         "dimensions": queries.dim,
-        "documents": documents,
+        "documents": f"{source} {corpus.vectors}" if stored else source,
     }
 
 
-def _encode_queries(encoder: Encoder, task: RetrievalTask, corpus: Corpus) -> NDArray[np.float32]:
-    dim = next(corpus.vector_batches()).shape[1] if corpus.vectors else encoder.dim
-    if dim != encoder.dim:
-        raise ConfigError(
-            f"corpus {corpus.vectors} holds vectors of {dim} dimensions, the queries' have {encoder.dim}; "
-            "set truncate_dim as it was in the inference run"
-        )
-    return encoder.encode(task.queries)
-
-
-def stored_vectors(recipe: EncoderSpec, corpus: Corpus) -> bool:
-    """Whether the corpus is an embedding file of this model, made as is wanted now; without a manifest that has to be
-    believed where there are no texts.
+def stored_vectors(spec: EncoderSpec, corpus: Corpus) -> bool:
+    """Whether the corpus is an embedding file of this model with these settings; without a manifest that is assumed
+    when there is no text.
 
     :raises DataError: it is not, and there are no texts to encode.
     """
     if corpus.vectors is None:
         return False
     maker = Provenance.of(read_manifest(corpus.vectors) or {})
-    told = {
-        "prompt": recipe.document_prompt,
-        "max_seq_length": recipe.max_seq_length,
-        "precision": None if recipe.precision == "auto" else recipe.precision,
-        "dimension": recipe.truncate_dim,
-        "description_column": corpus.column if maker.description_column else None,
-    }
     if maker.sha256 is None and corpus.texts is None:
-        logger.warning("%s has no manifest: taken to be vectors of %s", corpus.vectors, recipe.model_name)
+        logger.warning("%s 没有清单 has no manifest: assumed to be vectors of %s", corpus.vectors, spec.model_name)
         return True
-    wrong = [] if maker.weights & weights_of(recipe.model_name) else [f"made by {maker.said}"]
-    choice = check_remote_code(recipe.model_name, recipe.trust_remote_code)
-    if maker.trust_remote_code not in (None, choice):
-        wrong += maker.differences({"trust_remote_code": choice})
-    if not wrong and maker.sha256 and changed_files(maker, recipe.model_name):
-        wrong.append("its configs, tokenizer, pooling or .py files were others")
-    wrong += maker.differences(told)
+    wrong = [] if maker.weights & weights_of(spec.model_name) else [f"made by {maker.said}"]
+    code = check_remote_code(spec.model_name, spec.trust_remote_code)
+    if maker.trust_remote_code is not None:
+        wrong += maker.differences({"trust_remote_code": code})
+    if not wrong and maker.sha256 and changed_files(maker, spec.model_name):
+        wrong.append("its configs, tokenizer, pooling or .py files were different")
+    wrong += maker.differences({
+        "prompt": spec.document_prompt,
+        "max_seq_length": spec.max_seq_length,
+        "precision": None if spec.precision == "auto" else spec.precision,
+        "dimension": spec.truncate_dim,
+        "description_column": corpus.column if maker.description_column else None,
+    })  # fmt: skip
     if wrong and corpus.texts is None:
         raise DataError(
-            f"{corpus.vectors} holds vectors that are not those wanted of {recipe.model_name} ({'; '.join(wrong)}) "
-            "and no texts to encode; keep the text column in the inference run"
+            f"{corpus.vectors} holds other vectors than {spec.model_name} makes now ({'; '.join(wrong)}) and no "
+            "texts to encode; keep the text column in the inference run"
         )
     if wrong:
-        logger.info("%s: its texts are encoded for %s (%s)", corpus.vectors, recipe.model_name, "; ".join(wrong))
+        logger.info(
+            "%s: 重新编码文本 its texts are encoded for %s (%s)", corpus.vectors, spec.model_name, "; ".join(wrong)
+        )
     return not wrong
 
 
@@ -139,12 +141,6 @@ def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[NDArray[np
 # --- BM25 ---------------------------------------------------------------------------------------------------------
 
 
-def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
-    """Lower-case words, Chinese ones by jieba, without punctuation and stop words."""
-    words = (token for word in split_words(text.casefold()) for token in _TOKEN.findall(word))
-    return [word for word in words if word not in stopwords]
-
-
 def check_bm25(corpus: Corpus) -> None:
     """Check that there are texts.
 
@@ -154,42 +150,32 @@ def check_bm25(corpus: Corpus) -> None:
         raise DataError(f"{corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
 
 
-def rank_with_bm25(task: RetrievalTask) -> Ranking:
-    """Rank by BM25 (Lucene's form); a document that shares no word with the query is not retrieved.
+def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
+    """Lower-case words, Chinese ones by jieba, without punctuation and stop words."""
+    words = (token for word in split_words(text.casefold()) for token in _TOKEN.findall(word))
+    return [word for word in words if word not in stopwords]
 
-    :raises DataError: the corpus holds no texts.
-    """
+
+def rank_with_bm25(task: RetrievalTask) -> tuple[Ranking, How]:
+    """Rank by BM25 (Lucene's form); a document that shares no word with the query is not retrieved."""
     import bm25s
     from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN
     from tqdm.auto import tqdm
 
-    check_bm25(task.corpus)
     assert task.corpus.texts is not None
     stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
-    documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
     index = bm25s.BM25(k1=BM25_K1, b=BM25_B, method="lucene")
+    ranking, how = Ranking(task.relevant, left_out=task.own), {"k1": BM25_K1, "b": BM25_B}
+    # numbers, not texts: each word is in memory once, however often the corpus has it
     vocabulary: dict[str, int] = {}
-    # numbers, not texts: a word is held once, however often it stands in the corpus
+    documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
     words = [[vocabulary.setdefault(word, len(vocabulary)) for word in bm25_tokens(t, stopwords)] for t in documents]
-    ranking = Ranking(task.relevant, left_out=task.own)
     if not vocabulary:
-        return ranking
+        return ranking, how
     index.index((words, vocabulary), show_progress=False)
     del words
     for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
-        tokens = [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]
-        if tokens:
+        if tokens := [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]:
             scores = index.get_scores(tokens).astype(np.float32)
             ranking.add(np.where(scores > 0, scores, np.float32("-inf"))[None, :], number, 0)
-    return ranking
-
-
-def labels(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """Short, distinct labels for model names: the last part of the path, or as much of it as tells them apart and from
-    those that are taken."""
-    parts = [name.rstrip("/").split("/") for name in names]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        short = ["/".join(part[-length:]) for part in parts]
-        if len(set(short)) == len(set(names)) and not set(short) & set(taken):
-            return short
-    return [f"./{name}" if name in taken else name for name in names]
+    return ranking, how

@@ -1,17 +1,15 @@
-"""Extension stage: measure retrieval, contenders side by side, and say what the difference is worth."""
+"""Extension stage: measure rankers on the same queries, side by side, and what their differences are worth."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import numpy as np
 from pandas import DataFrame
 
 from ebr_lib.data.embeddings.files import files_of
@@ -22,20 +20,11 @@ from ebr_lib.evaluate.columns import Columns
 from ebr_lib.evaluate.compare import Difference, changed_most, compare
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.corpus import Corpus
-from ebr_lib.evaluate.rankers import (
-    BM25_B,
-    BM25_K1,
-    BM25_NAME,
-    How,
-    check_bm25,
-    check_model,
-    labels,
-    rank_with_bm25,
-    rank_with_model,
-)
+from ebr_lib.evaluate.rankers import BM25_NAME, How, check_bm25, check_model, labels, rank_with_bm25, rank_with_model
 from ebr_lib.evaluate.report import Duel, Example, Report, Slice
 from ebr_lib.evaluate.slices import query_slices
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
+from ebr_lib.evaluate.trec import QRELS_FILE, run_files, warn_of_earlier_runs, write_qrels, write_run
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
@@ -45,16 +34,16 @@ from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import TableRepr, as_text, html_link, make_table
 
 MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
-SHOWN_DOCUMENTS = 5  # an example shows so many of a query's relevant and retrieved documents
-CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE = "eval_config.yaml", "report.html", "report.json", "qrels.trec"
-RUN_ENDING = ".run.trec"
+SHOWN_DOCUMENTS = 5  # of a query's relevant and retrieved documents in an example
+CONFIG_FILE, HTML_FILE, JSON_FILE = "eval_config.yaml", "report.html", "report.json"
 
 
 @dataclass(frozen=True, repr=False)
 class EvalResult(TableRepr):
     """What an evaluation wrote and found.
 
-    `metrics` maps contender to measure to mean; `differences` holds every pair of contenders on every measure.
+    `metrics` maps ranker to measure to mean; `differences` has every pair of rankers on every measure.
+    `tables` has `measures`, the means with the differences from the first ranker, and `differences`.
     """
 
     report_html: Path
@@ -71,7 +60,9 @@ class EvalResult(TableRepr):
 
 
 @dataclass(frozen=True)
-class _Contender:
+class _Measured:
+    """How one ranker did: every measure has one value per query."""
+
     ranking: Ranking
     values: dict[str, Values]
     seconds: float
@@ -92,16 +83,17 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     """
     config = EvalConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
-    _check_own_code(config)
+    _check_remote_code(config)
     folder = make_folder(Path(config.output_dir))
     _check_apart(config, folder)
-    task, leaked = _read(config)
-    logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _said(task.facts()))
-    contenders = dict(_contenders(config, task))
-    _tell_of_other_runs(folder, contenders)
-    report = _report(config, task, contenders, task.facts() | leaked)
-    runs = _write(config, folder, task, contenders, report)
-    tables = _tables(report)
+    task, facts = _read_task(config)
+    logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _listed(facts))
+    measured = _rank(config, task)
+    warn_of_earlier_runs(folder, measured)
+    report = _report(config, task, measured, facts)
+    runs = _write(config, folder, task, measured, report)
+    differences = tuple(d for duel in report.duels for d in duel.differences)
+    tables = {"measures": _measures_table(report), "differences": DataFrame(map(asdict, differences))}
     logger.info("%s", as_text(tables["measures"]), extra=RESULT)
     logger.info("报告已保存: %s", folder / HTML_FILE)
     return EvalResult(
@@ -110,66 +102,104 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         runs=runs,
         qrels=folder / QRELS_FILE,
         metrics={name: dict(means) for name, means in report.means.items()},
-        differences=tuple(d for duel in report.duels for d in duel.differences),
-        facts=dict(report.facts),
+        differences=differences,
+        facts=facts,
         tables=tables,
     )
 
 
-def _check_own_code(config: EvalConfig) -> None:
-    """Refuse models that bring code nobody decided about, all at once, before the data is read."""
-    errors = []
+def _check_remote_code(config: EvalConfig) -> None:
+    """Refuse, before the data is read, models with code of their own that nobody has decided about."""
+    errors: list[UserError] = []
     for name in config.models:
         try:
             check_remote_code(name, config.trust_remote_code)
-        except MissingError:
-            pass  # said with what else is wrong, once the data is known
         except ModelError as error:
-            errors.append(str(error))
+            errors.append(error)
+        except MissingError:
+            pass  # reported with what else is wrong, once the data is known
+    _raise_all(errors)
+
+
+def _raise_all(errors: list[UserError]) -> None:
+    """Raise several errors as one."""
     if errors:
-        raise ModelError("\n".join(errors))
+        raise errors[0] if len(errors) == 1 else type(errors[0])("\n".join(map(str, errors)))
 
 
-def _said(facts: Mapping[str, Any]) -> str:
+def _check_apart(config: EvalConfig, folder: Path) -> None:
+    """Make sure that no file of the report is one that is read."""
+    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE)]
+    runs = run_files(folder, labels(config.models, [BM25_NAME]))
+    read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
+    corpus = files_of(config.corpus_path) if config.corpus_path else []
+    check_apart([*written, *runs.values()], [*read, *corpus])
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
 
 
-def _read(config: EvalConfig) -> tuple[RetrievalTask, dict[str, int]]:
-    """The task, and what of it training has had, where the training data is given."""
+# --- reading and ranking ------------------------------------------------------------------------------------------
+
+
+def _read_task(config: EvalConfig) -> tuple[RetrievalTask, dict[str, Any]]:
+    """The task with its counts, and how many of its queries are in the training data, if that is given."""
     sources = find_sources(config.data_path, config.queries_path, config.corpus_path, config.qrels_path)
     columns = Columns(config.query_column, config.corpus_column, config.id_column, config.label_column)
     if config.train_data_path is None:
-        return read_task(sources, columns, config.slice_columns, set(), config.leave_out_own), {}
+        task = read_task(sources, columns, config.slice_columns, set(), config.leave_out_own)
+        return task, task.facts()
     pairs = read_pairs(config.train_data_path, on_bad_row="skip", label_column=config.label_column)
-    trained = texts_of(expand(pairs))
-    task = read_task(sources, columns, config.slice_columns, trained, config.leave_out_own)
-    rows = {normalised(text) for pair in pairs for text in (pair.anchor, *pair.positives)}
-    leaked = sum(normalised(query) in rows for query in task.queries)
+    task = read_task(sources, columns, config.slice_columns, texts_of(expand(pairs)), config.leave_out_own)
+    trained = {normalised(text) for pair in pairs for text in (pair.anchor, *pair.positives)}
+    leaked = sum(normalised(query) in trained for query in task.queries)
     if leaked:
-        logger.warning("泄漏: %d queries of %d stand in the training data; they flatter", leaked, len(task.queries))
-    return task, {"queries_in_training": leaked}
+        logger.warning(
+            "泄漏 leak: %d of %d queries are in the training data; their values are too high", leaked, len(task.queries)
+        )
+    return task, task.facts() | {"queries_in_training": leaked}
 
 
-def _contenders(config: EvalConfig, task: RetrievalTask) -> Iterator[tuple[str, _Contender]]:
-    stored = _checked(config, task.corpus)
+def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
+    """Rank and measure: each model, then BM25."""
+    stored = _check_rankers(config, task.corpus)
     names = labels(config.models, [BM25_NAME] if config.bm25 else [])
-    for label, (recipe, is_stored) in zip(names, stored.items(), strict=True):
-        start = time.perf_counter()
-        yield label, _measured(*rank_with_model(recipe, task, is_stored), config, start)
+    rankers = {
+        name: partial(rank_with_model, spec, task, is_stored)
+        for name, (spec, is_stored) in zip(names, stored.items(), strict=True)
+    }
     if config.bm25:
+        rankers[BM25_NAME] = partial(rank_with_bm25, task)
+    measured = {}
+    for name, rank in rankers.items():
         start = time.perf_counter()
-        yield BM25_NAME, _measured(rank_with_bm25(task), {"k1": BM25_K1, "b": BM25_B}, config, start)
+        ranking, how = rank()
+        values = measure(ranking, config.ks)
+        measured[name] = _Measured(ranking, values, time.perf_counter() - start, how)
+    return measured
 
 
-def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool]:
-    """Each model's recipe, and whether its document vectors are stored; what cannot be measured is told of all
-    contenders at once, before any of them is ranked."""
+def _check_rankers(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool]:
+    """For each model, whether its document vectors are stored. Reports all rankers that cannot be measured at once,
+    before any of them ranks."""
     stored: dict[EncoderSpec, bool] = {}
     errors: list[UserError] = []
     for name in config.models:
-        recipe = _recipe(config, name)
+        spec = EncoderSpec(
+            model_name=name,
+            query_prompt=config.query_prompt,
+            document_prompt=config.document_prompt,
+            max_seq_length=config.max_seq_length,
+            truncate_dim=config.truncate_dim,
+            precision=config.precision,
+            backend=config.backend,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            on_changed_vectors=config.on_changed_vectors,
+        )
         try:
-            stored[recipe] = check_model(recipe, corpus, load=len(config.models) > 1)
+            stored[spec] = check_model(spec, corpus, load=len(config.models) > 1)
         except UserError as error:
             errors.append(error)
     try:
@@ -177,78 +207,51 @@ def _checked(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool]:
             check_bm25(corpus)
     except DataError as error:
         errors.append(error)
-    if errors:
-        raise errors[0] if len(errors) == 1 else type(errors[0])("\n".join(map(str, errors)))
+    _raise_all(errors)
     return stored
-
-
-def _recipe(config: EvalConfig, model_name: str) -> EncoderSpec:
-    return EncoderSpec(
-        model_name=model_name,
-        query_prompt=config.query_prompt,
-        document_prompt=config.document_prompt,
-        max_seq_length=config.max_seq_length,
-        truncate_dim=config.truncate_dim,
-        precision=config.precision,
-        backend=config.backend,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        on_changed_vectors=config.on_changed_vectors,
-    )
-
-
-def _measured(ranking: Ranking, how: How, config: EvalConfig, start: float) -> _Contender:
-    return _Contender(ranking, measure(ranking, config.ks), time.perf_counter() - start, how)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
 def _report(
-    config: EvalConfig, task: RetrievalTask, contenders: Mapping[str, _Contender], facts: Mapping[str, Any]
+    config: EvalConfig, task: RetrievalTask, measured: Mapping[str, _Measured], facts: Mapping[str, Any]
 ) -> Report:
-    names = list(contenders)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    parts = [
-        Slice(kind, value, int(mask.sum()), {name: c.means(mask) for name, c in contenders.items()})
-        for kind, groups in query_slices(task).items()
-        for value, mask in groups.items()
-    ]
+    names = list(measured)
+    # `data_path` is not read if the queries have a path of their own
+    places = (config.queries_path or config.data_path, config.corpus_path, config.qrels_path)
     return Report(
         title="Retrieval evaluation · 召回评估",
         facts=facts,
-        means={name: c.means() for name, c in contenders.items()},
-        duels=[_duel(config, task, a, b, contenders) for a, b in pairs],
-        slices=parts,
+        means={name: m.means() for name, m in measured.items()},
+        duels=[_duel(config, task, a, b, measured) for i, a in enumerate(names) for b in names[i + 1 :]],
+        slices=[
+            Slice(kind, value, int(mask.sum()), {name: m.means(mask) for name, m in measured.items()})
+            for kind, groups in query_slices(task).items()
+            for value, mask in groups.items()
+        ],
         slice_metrics=(f"recall@{max(config.ks)}", MAIN_METRIC),
-        measured={"data": _data_said(config), "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")},
-        how={name: c.how for name, c in contenders.items()},
+        measured={
+            "data": ", ".join(filter(None, places)),
+            "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        },
+        how={name: m.how for name, m in measured.items()},
     )
-
-
-def _data_said(config: EvalConfig) -> str:
-    """The paths that were given; `data_path` is not read where the queries have their own."""
-    places = [config.queries_path or config.data_path, config.corpus_path, config.qrels_path]
-    return ", ".join(place for place in places if place)
 
 
 def _duel(
-    config: EvalConfig, task: RetrievalTask, baseline: str, other: str, contenders: Mapping[str, _Contender]
+    config: EvalConfig, task: RetrievalTask, baseline: str, other: str, measured: Mapping[str, _Measured]
 ) -> Duel:
-    before, after = contenders[baseline], contenders[other]
+    before, after = measured[baseline], measured[other]
     differences = compare(baseline, other, before.values, after.values, resamples=config.resamples, seed=config.seed)
-    won, lost = changed_most(before.values[MAIN_METRIC], after.values[MAIN_METRIC], config.examples)
-    return Duel(
-        baseline,
-        other,
-        MAIN_METRIC,
-        differences,
-        [_example(task, query, before, after) for query in won],
-        [_example(task, query, before, after) for query in lost],
+    won, lost = (
+        [_example(task, query, before, after) for query in queries]
+        for queries in changed_most(before.values[MAIN_METRIC], after.values[MAIN_METRIC], config.examples)
     )
+    return Duel(baseline, other, MAIN_METRIC, differences, won, lost)
 
 
-def _example(task: RetrievalTask, query: int, before: _Contender, after: _Contender) -> Example:
+def _example(task: RetrievalTask, query: int, before: _Measured, after: _Measured) -> Example:
     relevant = {document for document, grade in task.relevant[query].items() if grade > 0}
 
     def retrieved(ranking: Ranking) -> list[tuple[str, bool]]:
@@ -265,85 +268,30 @@ def _example(task: RetrievalTask, query: int, before: _Contender, after: _Conten
     )
 
 
-def _tables(report: Report) -> dict[str, DataFrame]:
-    """`measures`: means of all contenders, and differences from the first; `differences`: of every pair."""
-    differences = DataFrame([asdict(d) for duel in report.duels for d in duel.differences])
-    return {"measures": _measures(report), "differences": differences}
-
-
-def _measures(report: Report) -> DataFrame:
-    """Means of all contenders; after each but the first, the interval of its difference."""
-    names = list(report.means)
-    first = {(d.contender, d.metric): d for duel in report.duels if duel.baseline == names[0] for d in duel.differences}
-    columns = ["指标 metric", names[0], *(cell for name in names[1:] for cell in (name, f"{name}: difference [95 %]"))]
-    rows = [
-        [metric, report.means[names[0]][metric]]
-        + [cell for name in names[1:] for cell in (report.means[name][metric], _interval(first[name, metric]))]
-        for metric in report.means[names[0]]
-    ]
-    return make_table(f"{report.title}: {_said(report.facts)}", columns, rows)
-
-
-def _interval(d: Difference) -> str:
-    return f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.sure else ''}"
-
-
-def _check_apart(config: EvalConfig, folder: Path) -> None:
-    """Make sure that no file of the report is one that is read."""
-    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE)]
-    runs = _run_files(folder, labels(config.models, [BM25_NAME]))
-    read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
-    corpus = files_of(config.corpus_path) if config.corpus_path else []
-    check_apart([*written, *runs.values()], [*read, *corpus])
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
+def _measures_table(report: Report) -> DataFrame:
+    """Means of all rankers; next to each but the first, the interval of its difference from the first."""
+    first, *others = report.means
+    columns: dict[str, Iterable[Any]] = {"指标 metric": report.means[first], first: report.means[first].values()}
+    for duel in report.duels[: len(others)]:  # the first ranker's come first
+        columns[duel.contender] = report.means[duel.contender].values()
+        columns[f"{duel.contender}: difference [95 %]"] = [
+            f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.significant else ''}"
+            for d in duel.differences
+        ]
+    rows = zip(*columns.values(), strict=True)
+    return make_table(f"{report.title}: {_listed(report.facts)}", list(columns), rows)
 
 
 def _write(
-    config: EvalConfig, folder: Path, task: RetrievalTask, contenders: Mapping[str, _Contender], report: Report
+    config: EvalConfig, folder: Path, task: RetrievalTask, measured: Mapping[str, _Measured], report: Report
 ) -> dict[str, Path]:
     with written_whole(folder / HTML_FILE) as new:
         new.write_text(report.html(), encoding="utf-8")
-    seconds = {name: round(c.seconds, 3) for name, c in contenders.items()}
+    seconds = {name: round(m.seconds, 3) for name, m in measured.items()}
     write_json(folder / JSON_FILE, {"config": config.to_dict(), "seconds": seconds} | asdict(report))
     config.save(folder / CONFIG_FILE)
-    _write_lines(folder / QRELS_FILE, _qrel_lines(task))
-    runs = _run_files(folder, contenders)
+    write_qrels(folder / QRELS_FILE, task)
+    runs = run_files(folder, measured)
     for name, path in runs.items():
-        _write_lines(path, _run_lines(task, contenders[name].ranking, _trec_ids([name])[0]))
+        write_run(path, task, measured[name].ranking, name)
     return runs
-
-
-def _run_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    return {name: folder / f"{name.replace('%', '%25').replace('/', '%2F')}{RUN_ENDING}" for name in names}
-
-
-def _tell_of_other_runs(folder: Path, names: Iterable[str]) -> None:
-    if others := sorted(set(folder.glob(f"*{RUN_ENDING}")) - set(_run_files(folder, names).values())):
-        shown = ", ".join(path.name for path in others)
-        logger.warning("%s: runs of an earlier evaluation stand there, too: %s", folder, shown)
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    with written_whole(path) as new, open(new, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-
-
-def _trec_ids(ids: Sequence[str]) -> list[str]:
-    """Ids as TREC's format can hold them: blanks become %20 and the like, all else stays as it is."""
-    return [re.sub(r"[\s%]", lambda found: quote(found[0]), id_) for id_ in ids]
-
-
-def _qrel_lines(task: RetrievalTask) -> Iterable[str]:
-    queries, documents = _trec_ids(task.query_ids), _trec_ids(task.corpus.ids)
-    for query, grades in zip(queries, task.relevant, strict=True):
-        yield from (f"{query} 0 {documents[document]} {grade}" for document, grade in grades.items())
-
-
-def _run_lines(task: RetrievalTask, ranking: Ranking, tag: str) -> Iterable[str]:
-    queries, documents = _trec_ids(task.query_ids), _trec_ids(task.corpus.ids)
-    for i, query in enumerate(queries):
-        found = np.flatnonzero(ranking.ids[i] >= 0)
-        for rank in found:
-            yield f"{query} Q0 {documents[ranking.ids[i, rank]]} {rank + 1} {ranking.scores[i, rank]:.9g} {tag}"

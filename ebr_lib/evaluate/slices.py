@@ -14,13 +14,12 @@ IN_TRAINING = "document in training"
 
 
 def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
-    """Groups of queries to look at apart: length, language, whether training saw an answer, and the kept columns.
+    """Groups of queries: by length, language, whether training saw an answer, and the kept columns.
 
-    A grouping that puts all into one group says nothing and is left out, but for that by what training saw.
+    A grouping with a single group is left out, except the one by what training saw.
     """
     slices = {"length": _by_length(task.queries), "language": _by_value([language_of(text) for text in task.queries])}
-    if task.corpus.seen is not None:
-        seen = task.corpus.seen
+    if (seen := task.corpus.seen) is not None:
         known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
         slices[IN_TRAINING] = _by_value(known)
     slices |= {name: _by_value(values) for name, values in task.query_columns.items()}

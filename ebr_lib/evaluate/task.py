@@ -1,4 +1,4 @@
-"""What an evaluation measures against: queries, documents and judgements, read from the shapes they come in.
+"""A retrieval task: queries, documents and judgements, in any of the usual layouts.
 
 Equal texts are one document, whatever their ids: whichever copy a model returns, it has found the text.
 """
@@ -36,8 +36,8 @@ QRELS_FOLDERS = ("qrels", "data")  # of BEIR, and of data sets whose judgements 
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of a task; `qrels` None means that the queries carry their answers as texts, `corpus` None that these
-    answers are the corpus."""
+    """The files of a task. Without `qrels` the queries have their answers as texts; without `corpus` these answers are
+    the corpus."""
 
     queries: Path
     corpus: Path | None
@@ -49,8 +49,8 @@ class RetrievalTask:
     """Queries that have at least one relevant document, and for each its documents' grades.
 
     :ivar own: for each query, the documents that are the query itself: neither relevant nor retrieved for it.
-    :ivar unjudged: queries without a relevant document in the judgements.
-    :ivar repeated: queries equal to one before, which has their answers.
+    :ivar unjudged: how many queries have no relevant document in the judgements.
+    :ivar repeated: how many queries equal an earlier one, which has their answers.
     :ivar left_out: what else was left out, by the name that the report shows; only counts above 0.
     """
 
@@ -66,20 +66,22 @@ class RetrievalTask:
 
     def facts(self) -> dict[str, int]:
         """Counts of the task, by the names that the report shows."""
-        merged = len(self.corpus.number) - len(self.corpus)
         return {
             "queries": len(self.queries),
             "queries_without_judgement": self.unjudged,
             "queries_repeated": self.repeated,
             "documents": len(self.corpus),
-            "documents_of_equal_text": merged,
+            "documents_of_equal_text": len(self.corpus.number) - len(self.corpus),
             "judgements": sum(map(len, self.relevant)),
             **self.left_out,
         }
 
 
+# --- finding the files --------------------------------------------------------------------------------------------
+
+
 def find_sources(data_path: str | None, queries: str | None, corpus: str | None, qrels: str | None) -> Sources:
-    """Find the files of a task; paths that are given win over what `data_path` holds.
+    """Find the files of a task; paths that are given replace what `data_path` holds.
 
     :param data_path: a fine-tuned model's folder (`heldout.jsonl`, `corpus.jsonl`), a BEIR folder (`corpus`, `queries`
         and `qrels/test`, each `.jsonl`, another table, or a folder of such), or a file of queries with their answers.
@@ -99,7 +101,7 @@ def find_sources(data_path: str | None, queries: str | None, corpus: str | None,
 
 
 def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
-    """The queries of a place, and its corpus and judgements where no others are given."""
+    """The queries of a place, and its corpus and judgements if no others are given."""
     if place.is_file():
         return Sources(place, corpus, qrels)
     corpus = corpus or _table_named("corpus", place, TABLES)
@@ -129,7 +131,7 @@ def _beir_qrels(place: Path) -> Path:
 
 
 def _split_in(folder: Path) -> Path:
-    """The judgements of a folder: those of the test split, or else the only ones."""
+    """The judgements of a folder: the test split, or the only one."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in there if not path.name.startswith(".") and plain_suffix(path) in JUDGEMENTS]
     splits = [path for path in files if not (part := PART.fullmatch(path.name)) or int(part[2]) == 0]
@@ -146,6 +148,9 @@ def _split_in(folder: Path) -> Path:
     return found
 
 
+# --- reading them -------------------------------------------------------------------------------------------------
+
+
 def read_task(
     sources: Sources,
     columns: Columns,
@@ -157,9 +162,9 @@ def read_task(
 
     :param slice_columns: columns of the query file to keep.
     :param trained: normalised texts of documents that training has seen; may be empty.
-    :param leave_out_own: which documents are the query itself: those of its text, and where judgements name documents
-        by ids that of its id too.
-    :raises DataError: a judged query without text, an empty corpus, an id of two texts or none, no judgements.
+    :param leave_out_own: which documents are the query itself: those of its text, and if judgements name documents by
+        their ids, the one of its id too.
+    :raises DataError: a judged query without text, an empty corpus, an id with two texts or none, no judgements.
     """
     records = read_records(sources.queries)
     texts = query_texts(sources.queries, records, columns.query)
@@ -176,15 +181,14 @@ def read_task(
         ids = [str(i) for i in range(len(records))]
         first = _first_rows(sources.queries, [normalised(text) for text in texts], texts)
         judged = judged_by_text(sources.queries, texts, first, answers or (), corpus)
-    blank = {i for i, text in enumerate(texts) if is_blank(text)}
-    _check_blank_queries(sources.queries, blank, judged)
+    blank = _blank_queries(sources.queries, texts, judged)
     own = _own_documents(corpus, texts, ids if sources.qrels else None, judged, leave_out_own)
     relevant = [
         {d: grade for d, grade in grades.items() if d not in out}
         for grades, out in zip(judged.grades, own, strict=True)
     ]
     kept = [i for i, grades in enumerate(relevant) if any(grade > 0 for grade in grades.values())]
-    left_out = judged.left_out + Counter(
+    left_out = judged.left_out + Counter(  # a sum of counters has only counts above 0
         queries_blank=len(blank),
         own_documents_left_out=sum(len(own[i]) for i in kept),
         own_judgements_left_out=sum(len(a) - len(b) for a, b in zip(judged.grades, relevant, strict=True)),
@@ -207,7 +211,7 @@ def read_task(
 
 
 def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[str, int]:
-    """The first row of each key; rows of one key must have equal texts."""
+    """The first row of each key; rows with the same key must have equal texts."""
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
         other = first.setdefault(key, row)
@@ -216,24 +220,41 @@ def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[s
     return first
 
 
-def _check_blank_queries(path: Path, blank: set[int], judged: Judged) -> None:
-    """A blank query without judgements is left out; one that is judged cannot be measured."""
+def _blank_queries(path: Path, texts: Sequence[str], judged: Judged) -> set[int]:
+    """The rows of blank queries. Without judgements they are left out; a judged one cannot be measured."""
+    blank = {i for i, text in enumerate(texts) if is_blank(text)}
     if asked := sorted(blank & judged.asked):
         rows = ", ".join(str(i + 1) for i in asked[:5])
         raise DataError(f"{path}: {len(asked)} judged queries without text (rows {rows}); remove or fill them")
     if blank:
         warn_of_blank_queries(path, len(blank))
+    return blank
+
+
+def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
+    counts = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
+    advice = (
+        ". The answers are the queries themselves, by text or id: to keep these, set leave_out_own: none"
+        if left_out.get("own_judgements_left_out")
+        else ""
+    )
+    return DataError(
+        f"{path}: no query has a relevant document; nothing to measure{f' ({counts})' if counts else ''}{advice}"
+    )
+
+
+# --- a query's own documents --------------------------------------------------------------------------------------
 
 
 def _own_documents(
     corpus: Corpus, texts: Sequence[str], ids: Sequence[str] | None, judged: Judged, leave_out_own: LeaveOutOwn
 ) -> list[frozenset[int]]:
-    """For each query, the documents that are the query itself: of its text, and of its id where there are ids."""
+    """For each query, the documents that are the query itself: of its text, and of its id if there are ids."""
     own: list[set[int]] = [set() for _ in texts]
     if leave_out_own != "none" and corpus.texts is None:
         logger.warning(
-            "%s 没有文本列，无法按文本略过查询自身 keeps no text: documents of a query's text are not left out; keep "
-            "the text column in the inference run",
+            "%s 没有文本列，无法按文本略过查询自身 has no text column, so documents equal to a query are not left out; "
+            "keep the text column in the inference run",
             corpus.vectors,
         )
     elif leave_out_own != "none":
@@ -248,7 +269,7 @@ def _own_documents(
                 own[i].add(document)
     if count := sum(bool(own[i]) for i in judged.asked):
         logger.info(
-            "查询自身不参与排序 own documents left out, as answers and as competitors: those of %d of %d queries",
+            "查询自身不参与排序 own documents are neither answers nor retrieved: those of %d of %d queries",
             count,
             len(judged.asked),
         )
@@ -262,33 +283,21 @@ def _own_documents(
 
 
 def _are_numbered_apart(of_id: Mapping[int, int], judged: Judged) -> bool:
-    """Whether equal ids do not mean the same thing: the documents of the queries' ids, of other texts, are the only
-    answers of most of these queries."""
+    """Do equal ids of a query and a document mean different things? Yes, if the documents with the queries' ids, of
+    other texts, are the only answers of most of these queries."""
     answers = sum(judged.answers(i) == {document} for i, document in of_id.items())
     if apart := 2 * answers > len(of_id):
         judged.left_out["answers_of_the_query_id_kept"] = answers
         logger.warning(
-            "查询与文档视为各自编号 queries and documents are taken as numbered apart: the document of a query's id is "
-            "its only answer, of another text, for %d of %d queries",
+            "查询与文档视为各自编号 queries and documents seem to be numbered apart: the document with a query's id, "
+            "of another text, is its only answer for %d of %d queries",
             answers,
             len(of_id),
         )
     elif of_id:
         logger.warning(
             "仅 ID 与查询相同的文档也已略过 documents left out for their id alone, of another text: %d; "
-            "where queries and documents are numbered apart, set leave_out_own: text",
+            "if queries and documents are numbered apart, set leave_out_own: text",
             len(of_id),
         )
     return apart
-
-
-def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
-    shown = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
-    advice = (
-        ". The answers are the queries themselves, by text or id: where these are meant, set leave_out_own: none"
-        if left_out.get("own_judgements_left_out")
-        else ""
-    )
-    return DataError(
-        f"{path}: no query has a relevant document; nothing to measure{f' ({shown})' if shown else ''}{advice}"
-    )

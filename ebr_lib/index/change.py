@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,89 +11,63 @@ from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import iter_embeddings
 from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import write_json
-from ebr_lib.index.build import RowsWriter, vector_batches
-from ebr_lib.index.faiss_tools import adding
-from ebr_lib.index.run import CONFIG_FILE, CURVE_FILE
-from ebr_lib.index.search import SearchIndex, as_texts, distinct_of, open_index
-from ebr_lib.index.store import (
-    MANIFEST_FILE,
-    ROW,
-    ROWS_FILE,
-    VECTORS_FILE,
-    changed_together,
-    locked,
-    read_rows,
-    save_vectors,
-    write_deleted,
-)
+from ebr_lib.index import store
+from ebr_lib.index.build import appending, vector_batches
+from ebr_lib.index.filters import as_texts
+from ebr_lib.index.search import SearchIndex, open_index
 from ebr_lib.logs import logger
-from ebr_lib.metrics import unit
 from ebr_lib.model.provenance import Provenance
 
 
 def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
-    """Add the rows of an embedding file to an index; returns how many it then has, hidden ones not counted.
+    """Add the rows of an embedding file to an index; returns how many it then has, without hidden ones.
 
-    The setting that was measured stays; build anew when the index has grown by much.
+    The measured setting stays; build the index again when it has grown by much.
 
     :raises ModelError: another model made the new vectors, or another prompt or length.
     :raises DataError: another dimension, or a kept column is missing.
     :raises MissingError: there is no index, or no embedding file, at its place.
     """
     folder = Path(index_dir)
-    open_index(folder)  # a place that holds none is not made one
-    with locked(folder):
+    open_index(folder)  # or `locked` would make a folder
+    with store.locked(folder):
         held = open_index(folder)
-        columns = held.rows.column_names[1:]
-        next(iter_embeddings(embedding_path, columns))  # report a missing file or column before the rest
+        next(iter_embeddings(embedding_path, held.rows.column_names[1:]))  # report a missing file or column first
         _check_same_maker(held, embedding_path)
-        with changed_together(folder) as new:
-            known = _add(held, embedding_path, new)
-        left = len(held.rows) + known.added - len(held.deleted)
-    if known.twice:
+        with store.changed_together(folder) as new:
+            _write_with_rows_of(embedding_path, held, new)
+            added = store.read_rows(new / store.ROWS_FILE).slice(len(held.rows))
+            known = held.known_among(added)
+    if known:
         logger.warning(
-            "%d of the new rows have an id (column %s) that stood in the index already: both are found, delete_rows "
-            "hides both", known.twice, held.manifest["id_column"],
+            "ID 已在索引中 ids in the index already: %d of the new rows (column %s); a search finds both, delete_rows "
+            "hides both", known, held.manifest["id_column"],
         )  # fmt: skip
-    return left
+    return len(held) + len(added)
 
 
-@dataclass(frozen=True)
-class _Added:
-    """Rows that were added, and how many have an id that the index had."""
-
-    added: int
-    twice: int
-
-
-def _add(held: SearchIndex, embedding_path: str | Path, folder: Path) -> _Added:
-    """Write an opened index with the rows of an embedding file behind its own to a folder."""
-    for name in (CONFIG_FILE, CURVE_FILE):
+def _write_with_rows_of(embedding_path: str | Path, held: SearchIndex, folder: Path) -> None:
+    """Write an opened index, with the rows of an embedding file after its own, to a folder."""
+    for name in (store.CONFIG_FILE, store.CURVE_FILE):
         if (place := held.folder / name).is_file():
             shutil.copyfile(place, folder / name)
-    columns, distinct, add = held.rows.column_names[1:], distinct_of(held), adding(held.index)
-    write_deleted(folder, held.deleted)
-    sidecar = RowsWriter(folder / ROWS_FILE, columns)
-    for part in held.rows.to_batches():
-        sidecar.add_batch(part)
-    first = held.rows.column(ROW)[-1].as_py() + 1  # row numbers go on, so that each stands for one row
-    for batch in vector_batches(embedding_path, columns, held.index.d, "the index"):
-        if len(batch):
-            vectors = unit(batch.vectors)
-            if (new := distinct.place(vectors)).any():
-                add(vectors[new])
-            sidecar.add(batch.rows + first, batch.columns)
-    sidecar.close()
-    rows = read_rows(folder / ROWS_FILE)
-    size = save_vectors(folder, held.index)
-    distinct.save(folder / VECTORS_FILE)
-    numbers = {"rows": len(rows), "vectors": int(held.index.ntotal), "index_bytes": size}
-    write_json(folder / MANIFEST_FILE, held.manifest | numbers)
-    return _Added(len(rows) - len(held.rows), held.known_among(rows.slice(len(held.rows))))
+    store.write_deleted(folder, held.deleted)
+    of_row, digests = store.read_distinct(store.place_of(held.folder, store.VECTORS_FILE))
+    unknown = (i.to_bytes(store.DIGEST) for i in range(len(digests), held.index.ntotal))  # equal to no digest
+    distinct = store.Distinct(of_row if len(of_row) else np.arange(len(held.rows)), [*digests, *unknown])
+    columns = held.rows.column_names[1:]
+    first = held.rows.column(store.ROW)[-1].as_py() + 1  # row numbers continue, so that each means one row
+    with appending(held.index, distinct, folder / store.ROWS_FILE, columns, held.rows.to_batches()) as append:
+        for batch in vector_batches(embedding_path, columns, held.index.d, "the index"):
+            append(batch, first)
+    size = store.save_vectors(folder, held.index)
+    distinct.save(folder / store.VECTORS_FILE)
+    numbers = {"rows": len(distinct.of_row), "vectors": int(held.index.ntotal), "index_bytes": size}
+    write_json(folder / store.MANIFEST_FILE, held.manifest | numbers)
 
 
 def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
-    """New rows must be made as the index's were; another precision is near enough."""
+    """New rows must have the model and settings of the index's; another precision is only warned about."""
     maker, new = Provenance.of(held.manifest), Provenance.of(read_manifest(embedding_path) or {})
     if maker.sha256 != new.sha256 and not maker.weights & new.weights:
         raise ModelError(
@@ -108,7 +81,7 @@ def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
             "encode the new rows with the index's settings"
         )
     if maker.precision and (wrong := maker.differences({"precision": new.precision})):
-        logger.warning("%s: another precision than the index's (%s)", embedding_path, wrong[0])
+        logger.warning("%s: 精度与索引不同 another precision than the index's (%s)", embedding_path, wrong[0])
 
 
 def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -> int:
@@ -116,21 +89,16 @@ def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -
 
     :param ids: one id or several.
     :param column: the kept column that holds the ids; None takes the index's `id_column`, else the row numbers.
-    :raises DataError: an id is in no row, or the column is not kept.
+    :raises DataError: no row has an id, or the column is not kept.
     """
-    folder, wanted = Path(index_dir), _ids(ids)
-    open_index(folder)
-    with locked(folder):
-        held = open_index(folder)
-        numbers = held.numbers_of(wanted, column or held.manifest["id_column"] or ROW)
-        deleted = np.union1d(held.deleted, numbers)
-        write_deleted(folder, deleted)
-    return len(held.rows) - len(deleted)
-
-
-def _ids(ids: object) -> list[str]:
-    """One id or several, as texts."""
-    found = as_texts(ids)
-    if None in found:
+    folder, found = Path(index_dir), as_texts(ids)
+    wanted = [text for text in found if text is not None]
+    if len(wanted) < len(found):
         raise ConfigError("ids: None is not an id; leave it out")
-    return [text for text in found if text is not None]
+    open_index(folder)  # or `locked` would make a folder
+    with store.locked(folder):
+        held = open_index(folder)
+        numbers = held.numbers_of(wanted, column or held.manifest["id_column"] or store.ROW)
+        deleted = np.union1d(held.deleted, numbers)
+        store.write_deleted(folder, deleted)
+    return len(held.rows) - len(deleted)

@@ -1,6 +1,6 @@
-"""What several parts of the index need of Faiss.
+"""Faiss, as several parts of the index use it.
 
-A GPU build of Faiss, where installed, trains cells, assigns vectors to them and searches exactly for the measurement;
+A GPU build of Faiss, if installed, trains cells, assigns vectors to them and searches exactly for the measurement;
 the index itself stays on the CPU, so that every machine can load it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.extras import require
 
-REFINE_FACTOR = 16.0  # candidates a result that compressed vectors hand to re-ranking
+REFINE_FACTOR = 16.0  # candidates per result that compressed vectors hand to re-ranking
 
 
 def load_faiss() -> Any:
@@ -46,7 +46,7 @@ class Plan:
 
 
 def searched_part(index: Any) -> Any:
-    """The part of an index that is searched first: behind its transforms, before re-ranking."""
+    """The part of an index that is searched first: after its transforms, before re-ranking."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
@@ -55,7 +55,7 @@ def searched_part(index: Any) -> Any:
 
 
 def comparable_vectors(index: Any) -> Any:
-    """The part of an index that holds every vector in one place: behind its transforms, its re-ranking, its graph."""
+    """The part of an index that holds every vector in one place: after its transforms, its re-ranking, its graph."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
@@ -73,8 +73,8 @@ def cells_of(index: Any) -> int:
 
 
 def adding(index: Any) -> Callable[[Vectors], None]:
-    """How unit vectors are added to the index: their cells are found on the GPUs, where Faiss has any and the index is
-    a plain inverted file."""
+    """A function that adds unit vectors to the index. It finds their cells on the GPUs, if Faiss has any and the index
+    is a plain inverted file."""
     faiss = load_faiss()
     if not (faiss.get_num_gpus() and isinstance(index, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer)):
         return index.add
@@ -90,18 +90,18 @@ def adding(index: Any) -> Callable[[Vectors], None]:
 
 
 def flat_of(index: Any) -> Any:
-    """The part of an index that holds the vectors as they are; None where there is none."""
+    """The part of an index that holds the vectors uncompressed, or None."""
     faiss = load_faiss()
     held = faiss.downcast_index(getattr(index, "storage", index))
     return held if isinstance(held, faiss.IndexFlat) else None
 
 
 @contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Run with so many Faiss threads; 0 leaves them as they are."""
+def one_thread() -> Iterator[None]:
+    """Let Faiss run in one thread."""
     faiss = load_faiss()
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(number or before)
+    faiss.omp_set_num_threads(1)
     try:
         yield
     finally:
@@ -124,7 +124,7 @@ def search_parameters(index: Any, knob: str | None, setting: int) -> Any:
 
 
 def transformed(index: Any, query: Vectors) -> Vectors:
-    """A query as the comparable part of an index wants it."""
+    """A query after the transforms of an index."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if not isinstance(index, faiss.IndexPreTransform):
@@ -146,6 +146,6 @@ def reconstructed(index: Any, ids: Ints) -> Vectors:
     """Vectors as the index holds them."""
     ivf = load_faiss().try_extract_index_ivf(index)
     if ivf is not None and ivf.direct_map.no():
-        ivf.make_direct_map()  # an inverted file cannot give back single vectors without it
+        ivf.make_direct_map()  # without it an inverted file cannot give back single vectors
     vectors: Vectors = index.reconstruct_batch(ids)
     return vectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,23 @@ from ebr_lib.index.faiss_tools import (
     cells_of,
     flat_of,
     load_faiss,
+    one_thread,
     reconstructed,
     search_parameters,
     searched_part,
-    threads,
 )
 from ebr_lib.metrics import CHUNK
 
-TRUTH_DEPTH = 100  # exact neighbours kept a query, so that those which tie with the k-th are known
+TRUTH_DEPTH = 100  # exact neighbours kept per query, so that ties with the k-th are known
 RECALL_AT = 10
-SAME_SCORE = 1e-6  # scores so near are a tie
+SAME_SCORE = 1e-6  # scores this close are a tie
 TIMED_QUERIES = 200
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting of the knob gives: recall@10 against exact search, latency of single queries in one thread
-    (milliseconds), and queries a second of one batch on all threads."""
+    """One setting of the knob: recall@10 against exact search, latency of single queries in one thread (milliseconds),
+    and queries per second of one batch on all threads."""
 
     setting: int
     recall: float
@@ -45,8 +45,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Truth:
-    """Queries with their exact neighbours: ids and scores, queries × depth. `own` are the ids of queries that stand in
-    the index themselves, and are left out of what they find; -1 else."""
+    """Queries with their exact neighbours: ids and scores, queries × depth.
+
+    :ivar own: ids of queries that are in the index, and are left out of what they find; -1 for others.
+    """
 
     queries: Vectors
     own: Ints
@@ -55,26 +57,23 @@ class Truth:
 
 
 def exact_neighbours(index: Any, batches: Iterable[Vectors], queries: Vectors, own: Ints) -> Truth:
-    """Search exactly, on GPUs where Faiss has any: in the vectors that the index itself holds, else in the batches."""
+    """Search exactly, on GPUs if Faiss has any: in the index's own vectors if it holds them uncompressed, otherwise in
+    the batches."""
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
-    flat = flat_of(index)
-    vectors = batches if flat is None else _stored(flat)
-    scores, ids = knn_ground_truth(queries, vectors, TRUTH_DEPTH + 1, load_faiss().METRIC_INNER_PRODUCT)
+    if (flat := flat_of(index)) is not None:
+        starts = range(0, flat.ntotal, CHUNK)
+        batches = (flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start)) for start in starts)
+    scores, ids = knn_ground_truth(queries, batches, TRUTH_DEPTH + 1, load_faiss().METRIC_INNER_PRODUCT)
     return Truth(queries, own, ids, np.where((ids < 0) | (ids == own[:, None]), np.float32("-inf"), scores))
-
-
-def _stored(flat: Any) -> Iterator[Vectors]:
-    for start in range(0, flat.ntotal, CHUNK):
-        yield flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start))
 
 
 def recall_of(found: Ints, truth: Truth, index: Any, among: int = RECALL_AT) -> float:
     """Mean share of the ten nearest rows that an index found; any row that scores as the tenth does is as good.
 
-    Where the index holds fewer than ten other rows, all of them are wanted.
+    If the index holds fewer than ten other rows, all of them are wanted.
 
-    :param among: how many of the rows found, best first, are looked at.
+    :param among: how many of the rows found, best first, count.
     """
     shares = []
     for i, own in enumerate(truth.own):
@@ -88,12 +87,12 @@ def recall_of(found: Ints, truth: Truth, index: Any, among: int = RECALL_AT) -> 
 
 
 def _hits(index: Any, query: Vectors, found: Ints, near: Ints, scores: Vectors) -> int:
-    """How many of the ids score as the tenth nearest does, or better."""
+    """How many of the ids score at least as the tenth nearest does."""
     tenth = np.argsort(-scores, kind="stable")[min(RECALL_AT, len(near)) - 1]
     good = scores >= scores[tenth] - SAME_SCORE
     hits = np.isin(found, near[good])
     if good.all() and index.ntotal > len(near) and not hits.all():
-        # more may tie with the tenth than the list holds: what is equal scores the same in the index, too
+        # more may tie with the tenth than the list holds; equal vectors have equal scores in the index, too
         held = reconstructed(index, np.r_[near[tenth], found]) @ query
         hits |= np.abs(held[1:] - held[0]) <= SAME_SCORE
     return int(hits.sum())
@@ -106,7 +105,7 @@ def measure_point(index: Any, truth: Truth, knob: str | None, setting: int) -> P
     _, found = index.search(truth.queries, RECALL_AT + 1, params=parameters)
     qps = len(truth.queries) / (time.perf_counter() - start)
     times = []
-    with threads(1):
+    with one_thread():
         for query in truth.queries[:TIMED_QUERIES]:
             start = time.perf_counter()
             index.search(query[None, :], RECALL_AT, params=parameters)
@@ -116,10 +115,8 @@ def measure_point(index: Any, truth: Truth, knob: str | None, setting: int) -> P
 
 
 def sweep(index: Any, truth: Truth, plan: Plan, target: float) -> tuple[list[Point], Point]:
-    """Measure settings, cheapest first, until the target is well passed; choose the first that reaches it.
-
-    Where none does, the last one, which is the most thorough, is chosen.
-    """
+    """Measure settings, cheapest first, until two reach the target; choose the first of them, or the last setting, the
+    most thorough, if none does."""
     from tqdm.auto import tqdm
 
     points: list[Point] = []
@@ -132,9 +129,9 @@ def sweep(index: Any, truth: Truth, plan: Plan, target: float) -> tuple[list[Poi
 
 
 def remedies(index: Any, truth: Truth, plan: Plan, target: float) -> list[tuple[str, float]]:
-    """Kinds that reach a recall which no setting of this one reaches, each with the recall that was measured for it.
+    """Kinds that reach a recall which no setting of this one reaches, each with its measured recall.
 
-    Re-ranking by whole vectors finds what is among the candidates of the most thorough search; Flat finds all.
+    Re-ranking by uncompressed vectors finds what is among the candidates of the most thorough search; Flat finds all.
     """
     found = [("Flat", 1.0)]
     if flat_of(searched_part(index)) is None and "RFlat" not in plan.factory:
@@ -146,7 +143,7 @@ def remedies(index: Any, truth: Truth, plan: Plan, target: float) -> list[tuple[
 
 
 def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, target: float) -> None:
-    """Recall against the median latency, one dot a setting, the chosen one filled."""
+    """Draw recall against median latency: one dot per setting, the chosen one filled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Extension stage: a Faiss index over an embedding file, measured; and searching it."""
+"""Extension stage: a Faiss index over an embedding file, measured."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.data.queries import read_queries
 from ebr_lib.errors import DataError
 from ebr_lib.files import check_apart, check_replaceable, make_folder, write_json
-from ebr_lib.index.build import Built, build_index, new_index, plan_index, size_of_file, trained_index
+from ebr_lib.index.build import Built, build_index, new_index, plan_index, sample_rows, size_of_file, trained_index
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.faiss_tools import Plan
 from ebr_lib.index.measure import Point, draw_curve, remedies, sweep
-from ebr_lib.index.search import query_encoder, query_recipe
-from ebr_lib.index.store import BUILDING, LOCK, MANIFEST_FILE, READ_FILES, READY, ROW, changed_together, locked
+from ebr_lib.index.search import query_encoder, query_spec
+from ebr_lib.index.store import CONFIG_FILE, CURVE_FILE, MANIFEST_FILE, OWN_FILES, ROW, changed_together, locked
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance
@@ -28,9 +26,6 @@ from ebr_lib.tables import TableRepr, make_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
-OWN_FILES = (*READ_FILES, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,43 +47,47 @@ class IndexResult(TableRepr):
 
 
 def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> IndexResult:
-    """Build an index over an embedding file, measure it, choose its setting; written to `output_dir` when whole.
+    """Build an index over an embedding file, measure it, choose its setting, and write it whole to `output_dir`.
 
     :param config: an IndexConfig, a dict of its knobs, or None for the defaults.
-    :raises ConfigError: a knob is unknown or out of range (all are listed), `kind` is no factory string, or
+    :raises ConfigError: a knob is unknown or out of range (all are listed), `kind` is not a factory string, or
         `output_dir` holds other files than an index.
     :raises DataError: the embedding file is broken, or the queries' model is not the one that made it.
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
     look_for_bases_in(config.base_model_path)
-    folder = Path(config.output_dir)
+    path, folder = config.embedding_path, Path(config.output_dir)
     make_folder(folder if folder.is_dir() else folder.parent)
     check_replaceable(folder, OWN_FILES.__contains__)
-    check_apart([folder], [*files_of(config.embedding_path), config.queries_path, config.presets])
-    made_by = read_manifest(config.embedding_path) or {}
-    rows, dim = size_of_file(config.embedding_path, made_by)
-    _check_columns(config.embedding_path, config.id_column)
+    check_apart([folder], [*files_of(path), config.queries_path, config.presets])
+    made_by = read_manifest(path) or {}
+    rows, dim = size_of_file(path, made_by)
+    _check_columns(path, config.id_column)
     if not made_by:
-        logger.warning("%s has no manifest: no search can check that its model made it", config.embedding_path)
+        logger.warning("%s 没有清单 has no manifest: no search can check that its model made it", path)
     with locked(folder):
         plan = plan_index(rows, dim, config.kind, config.compression)
         index = new_index(plan, dim, config.ef_construction)  # refuse unusable kinds before encoding the queries
-        real = _real_queries(config, made_by, dim)
-        plan, index = trained_index(config, plan, index, rows)
+        queries = _real_queries(config, made_by, dim)
+        is_auto, effort = config.kind == "auto", config.ef_construction
+        plan, index = trained_index(path, plan, index, rows, ef_construction=effort, is_auto=is_auto, seed=config.seed)
         logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
         with changed_together(folder) as new:
-            built = build_index(config, index, new, rows, real)
-            result = _measure(config, plan, built, new)
+            sample = sample_rows(rows, 0 if queries is not None else config.measure_queries, config.seed)
+            built = build_index(path, index, new, sample, queries)
+            points, chosen = _measure(built, plan, config.target_recall)
+            draw_curve(new / CURVE_FILE, plan, points, chosen, config.target_recall)
+            result = _result(config, plan, built, points, chosen)
             write_json(new / MANIFEST_FILE, _manifest(config, made_by, result, built))
             config.save(new / CONFIG_FILE)
     logger.info("%s", result, extra=RESULT)
-    logger.info("索引已保存: %s", result.folder)
+    logger.info("索引已保存: %s", folder)
     return result
 
 
 def _check_columns(path: str, id_column: str | None) -> None:
-    """What is wrong with the kept columns is told before anything is built."""
+    """Report what is wrong with the kept columns before anything is built."""
     if id_column is not None:
         next(iter_embeddings(path, [id_column]))
     if ROW in next(iter_embeddings(path)).columns:
@@ -96,14 +95,12 @@ def _check_columns(path: str, id_column: str | None) -> None:
 
 
 def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> Vectors | None:
-    """Vectors of the user's queries, a sample of them where there are many."""
+    """Vectors of the user's queries, of a sample if there are many."""
     if config.queries_path is None:
         return None
     texts = read_queries(Path(config.queries_path), config.query_column)
-    if len(texts) > config.measure_queries:
-        chosen = np.random.default_rng(config.seed).choice(len(texts), config.measure_queries, replace=False)
-        texts = [texts[i] for i in sorted(chosen)]
-    recipe = query_recipe(
+    texts = [texts[i] for i in sample_rows(len(texts), config.measure_queries, config.seed)]
+    spec = query_spec(
         made_by,
         dim,
         config.model_name,
@@ -111,38 +108,35 @@ def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> 
         trust_remote_code=config.trust_remote_code,
         on_changed_vectors=config.on_changed_vectors,
     )
-    return query_encoder(recipe, Provenance.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
+    return query_encoder(spec, Provenance.of(made_by), dim, str(config.embedding_path)).encode(texts, show_bar=True)
 
 
-def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> IndexResult:
-    points, chosen = sweep(built.index, built.truth, plan, config.target_recall)
-    if chosen.recall < config.target_recall:
-        better = remedies(built.index, built.truth, plan, config.target_recall)
+def _measure(built: Built, plan: Plan, target: float) -> tuple[list[Point], Point]:
+    """Measure settings and choose one; if none reaches the target, log the kinds that do."""
+    points, chosen = sweep(built.index, built.truth, plan, target)
+    if chosen.recall < target:
+        better = remedies(built.index, built.truth, plan, target)
         logger.warning(
             "召回不足: recall@10 %.4f is the best that %s gives here, target_recall is %.4f; "
             "以下 kind 实测可达到 (measured to reach it): %s",
-            chosen.recall, plan.factory, config.target_recall,
-            ", ".join(f"{kind} ({recall:.4f})" for kind, recall in better),
+            chosen.recall, plan.factory, target, ", ".join(f"{kind} ({recall:.4f})" for kind, recall in better),
         )  # fmt: skip
-    draw_curve(folder / CURVE_FILE, plan, points, chosen, config.target_recall)
-    size = built.bytes / built.index.ntotal
-    kind = "real queries" if config.queries_path else "vectors of the index, themselves left out"
-    count = f"{built.rows:,}" + (f" rows, {n:,} vectors" if (n := built.index.ntotal) < built.rows else "")
-    title = f"{plan.factory}, {count} × {built.index.d}: {size:,.0f} bytes per vector, built in "
-    title += f"{built.seconds:.1f} s; {len(built.truth.queries)} {kind}"
+    return points, chosen
+
+
+def _result(config: IndexConfig, plan: Plan, built: Built, points: list[Point], chosen: Point) -> IndexResult:
+    vectors, size = built.index.ntotal, built.bytes / built.index.ntotal
+    queries = "real queries" if config.queries_path else "vectors of the index, themselves left out"
+    count = f"{built.rows:,}" + (f" rows, {vectors:,} vectors" if vectors < built.rows else "")
+    title = (
+        f"{plan.factory}, {count} × {built.index.d}: {size:,.0f} bytes per vector, built in {built.seconds:.1f} s; "
+        f"{len(built.truth.queries)} {queries}"
+    )
+    columns = ("chosen", plan.knob or "compared", "recall@10", "p50 ms", "p95 ms", "p99 ms", "queries/s (batch)")
     rows = [
-        (
-            "→" if p is chosen else "",
-            p.setting if plan.knob else "all",
-            p.recall,
-            p.p50,
-            p.p95,
-            p.p99,
-            p.qps,
-        )
+        ("→" if p is chosen else "", p.setting if plan.knob else "all", p.recall, p.p50, p.p95, p.p99, p.qps)
         for p in points
     ]
-    columns = ("chosen", plan.knob or "compared", "recall@10", "p50 ms", "p95 ms", "p99 ms", "queries/s (batch)")
     return IndexResult(
         folder=Path(config.output_dir),
         kind=plan.factory,
@@ -153,8 +147,8 @@ def _measure(config: IndexConfig, plan: Plan, built: Built, folder: Path) -> Ind
         bytes_per_vector=size,
         points=tuple(points),
         chosen=chosen,
-        measured_on=kind,
         knob=plan.knob,
+        measured_on=queries,
         tables={"settings": make_table(title, columns, rows)},
     )
 

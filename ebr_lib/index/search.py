@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
+from ebr_lib.index import store
 from ebr_lib.index.config import SearchConfig
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
@@ -24,22 +25,7 @@ from ebr_lib.index.faiss_tools import (
     search_parameters,
     transformed,
 )
-from ebr_lib.index.store import (
-    DELETED_FILE,
-    DIGEST,
-    INDEX_FILE,
-    ROW,
-    ROWS_FILE,
-    VECTORS_FILE,
-    Distinct,
-    index_stamp,
-    place_of,
-    read_deleted,
-    read_distinct,
-    read_manifest,
-    read_rows,
-    read_vectors,
-)
+from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
@@ -56,8 +42,8 @@ if TYPE_CHECKING:
 class SearchResult(pd.DataFrame):
     """What a query found, best first: rank, score (cosine) and the kept columns, which are texts or null.
 
-    The index is the row number, as `delete_rows` takes it. `attrs` holds
-    `query` and `milliseconds`, which include the query's encoding.
+    The index is the row number, as `delete_rows` takes it. `attrs` has `query` and `milliseconds`, which include the
+    encoding of the query.
     """
 
     def __repr__(self) -> str:
@@ -67,10 +53,10 @@ class SearchResult(pd.DataFrame):
         return as_html(self)
 
 
-def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderSpec:
+def query_spec(manifest: Mapping[str, Any], dim: int, model_name: str | None, **knobs: Any) -> EncoderSpec:
     """How to encode queries for an index: with the model that made it, cut to its dimension.
 
-    Where the maker is not known nothing is cut: another dimension then most likely means another model.
+    If the model is not known nothing is cut: another dimension then most likely means another model.
     """
     maker = Provenance.of(manifest)
     moved = maker.path is None or not Path(maker.path).is_dir()
@@ -82,35 +68,34 @@ def query_recipe(manifest: Mapping[str, Any], dim: int, model_name: str | None, 
         max_seq_length=maker.max_seq_length,
         truncate_dim=dim if maker.sha256 else None,
         precision=cast(Asked, maker.precision) if maker.precision in get_args(Asked) else "auto",
-        backend="torch",  # converting a model takes longer than encoding some queries: the first answer comes sooner
+        backend="torch",  # converting a model takes longer than encoding a few queries
         **knobs,
     )
 
 
 @functools.lru_cache(maxsize=2)
-def query_encoder(recipe: EncoderSpec, maker: Provenance, dim: int, where: str) -> Encoder:
-    """The query encoder of an index; remembered, so that a search need not load the model again.
+def query_encoder(spec: EncoderSpec, maker: Provenance, dim: int, where: str) -> Encoder:
+    """The query encoder of an index, cached, so that the next search does not load the model again.
 
     :raises ModelError: the model is not the one that made the vectors, or has fewer dimensions.
     """
-    check_same_code(maker, recipe.model_name, recipe.trust_remote_code)
-    encoder = recipe.encoder("query")
-    found = weights_of(recipe.model_name)
+    check_same_code(maker, spec.model_name, spec.trust_remote_code)
+    encoder = spec.encoder("query")
+    found = weights_of(spec.model_name)
+    advice = "give the model that made them, or encode and index again with this one"
     if maker.sha256 is None:
-        logger.warning("%s: which model made these vectors is not known; taken to be %s", where, recipe.model_name)
+        logger.warning(
+            "%s: 未知由哪个模型生成 which model made these vectors is not known; assumed: %s", where, spec.model_name
+        )
     elif not maker.weights & found:
         raise ModelError(
             f"{where} holds vectors of model {maker.name} (weights sha256 {maker.sha256[:12]}…), but "
-            f"{recipe.model_name} has {', '.join(f'{sha[:12]}…' for sha in sorted(found)) or 'none'}: "
-            "their vectors cannot be compared; "
-            "give the model that made them, or encode and index again with this one"
+            f"{spec.model_name} has {', '.join(f'{sha[:12]}…' for sha in sorted(found)) or 'none'}: "
+            f"their vectors cannot be compared; {advice}"
         )
-    say_changed_files(maker, recipe.model_name, where, recipe.on_changed_vectors)
+    say_changed_files(maker, spec.model_name, where, spec.on_changed_vectors)
     if encoder.dim != dim:
-        raise ModelError(
-            f"{where} holds vectors of {dim} dimensions, {recipe.model_name} makes {encoder.dim}; "
-            "give the model that made them, or encode and index again with this one"
-        )
+        raise ModelError(f"{where} holds vectors of {dim} dimensions, {spec.model_name} makes {encoder.dim}; {advice}")
     return encoder
 
 
@@ -129,46 +114,52 @@ def search(
     """Find the k rows nearest to a query. Index and model stay loaded for the next search.
 
     :param index: an index folder, or an opened one (`open_index`).
-    :param where: filter on kept columns: column to the value, or values, allowed. Numbers stand for their texts, None
-        and NaN for null.
-    :param model_name: the model, where it is not at the place that the index remembers.
+    :param where: filter on kept columns: column to the allowed value or values. Numbers mean their texts, None and NaN
+        mean null.
+    :param model_name: the model, if it is not where the index's manifest says.
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
     :param on_changed_vectors: raise an error when the model is no longer what it was, or only warn.
-    :raises ConfigError: `k` is no whole number from 1, or `where` no mapping.
+    :raises ConfigError: `k` is not a whole number from 1, or `where` is not a mapping.
     :raises ModelError: the model is not the one that made the index's vectors.
-    :raises DataError: a blank query, a filter on a column that is not kept, an index that is not whole.
+    :raises DataError: a blank query, a filter on a column that is not kept, a damaged index.
     :raises MissingError: there is no index at this place.
     """
-    _check_query(query)
+    if not isinstance(query, str):
+        raise DataError(f"the query is {query!r}; wanted a text")
+    if not query.strip():
+        raise DataError("the query is blank; give some words")
+    check_unicode("the query", query)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
-    allowed = _allowed_values({} if where is None else where)
-    held = index if isinstance(index, SearchIndex) else opened(str(index), index_stamp(index))
+    allowed = allowed_values({} if where is None else where)
+    held = index if isinstance(index, SearchIndex) else opened(str(index), store.index_stamp(index))
     look_for_bases_in(base_model_path)
-    knobs = {
-        "query_prompt": query_prompt,
-        "trust_remote_code": trust_remote_code,
-        "on_changed_vectors": on_changed_vectors,
-    }
-    recipe = query_recipe(held.manifest, held.index.d, model_name, **knobs)
-    encoder = query_encoder(recipe, Provenance.of(held.manifest), held.index.d, str(held.folder))
+    spec = query_spec(
+        held.manifest,
+        held.index.d,
+        model_name,
+        query_prompt=query_prompt,
+        trust_remote_code=trust_remote_code,
+        on_changed_vectors=on_changed_vectors,
+    )
+    encoder = query_encoder(spec, Provenance.of(held.manifest), held.index.d, str(held.folder))
     start = time.perf_counter()
     vector = encoder.encode([query])[0]
     found = held.find(vector, int(k), allowed)
     milliseconds = 1000 * (time.perf_counter() - start)
-    names = _answer_names([ROW, *held.rows.column_names[1:]])
+    names = _answer_names([store.ROW, *held.rows.column_names[1:]])
     columns = ["rank", "score", *names.values()]
     rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
-    table = make_table(f"检索 search: {query}", columns, rows, width=SHOWN).set_index(names[ROW])
+    table = make_table(f"检索 search: {query}", columns, rows, width=SHOWN).set_index(names[store.ROW])
     result = SearchResult(table)
     result.attrs = table.attrs | {"query": query, "milliseconds": milliseconds}
     return result
 
 
 def _answer_names(columns: Sequence[str]) -> dict[str, str]:
-    """Names of the kept columns in an answer: one called as the answer's own rank or score has `_kept` behind it."""
+    """Names of the kept columns in an answer, which has a rank and a score of its own: `score` becomes `score_kept`."""
     names = {}
     for name in columns:
         shown = name
@@ -176,56 +167,6 @@ def _answer_names(columns: Sequence[str]) -> dict[str, str]:
             shown += "_kept"
         names[name] = shown
     return names
-
-
-def _check_query(query: object) -> None:
-    if not isinstance(query, str):
-        raise DataError(f"the query is {query!r}; wanted a text")
-    if not query.strip():
-        raise DataError("the query is blank; give some words")
-    _check_unicode("the query", query)
-
-
-def _check_unicode(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what} {text!r} holds half of a character ({text[error.start]!r}), which UTF-8 cannot write; it was "
-            "cut or decoded wrongly before it came here"
-        ) from error
-
-
-def _allowed_values(where: object) -> dict[str, list[str | None]]:
-    """A filter with its values as the kept columns hold them: texts, and None for null."""
-    if not isinstance(where, Mapping):
-        raise ConfigError(f"where: {where!r}; wanted column to value, such as {{'kind': 'a'}}")
-    allowed = {str(name): as_texts(values) for name, values in where.items()}
-    for name, values in allowed.items():
-        for value in values:
-            _check_unicode(f"where: the value of {name}", value or "")
-    return allowed
-
-
-def as_texts(values: object) -> list[str | None]:
-    """One value or several, as kept columns hold them; a text is one value, not its letters."""
-    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    if isinstance(values, np.ndarray) and not values.ndim:
-        several, values = False, values[()]
-    return [text for value in (cast(Iterable[object], values) if several else [values]) for text in _spelled(value)]
-
-
-def _spelled(value: object) -> list[str | None]:
-    """How a value can be written in a kept column: null as null, true in Hive's letters and in Python's."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value).__name__ in ("NAType", "NaTType") or (type(value) is float and np.isnan(value)):
-        return [None]
-    if isinstance(value, bool):
-        return [str(value).lower(), str(value)]
-    if isinstance(value, bytes | Mapping) or (isinstance(value, Iterable) and not isinstance(value, str)):
-        raise ConfigError(f"{value!r}; wanted a text, a number, a truth value or None, or a list of them")
-    return [str(value)]
 
 
 def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> SearchResult:
@@ -254,15 +195,18 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
 
 
 SHOWN = 100  # half-width columns of a kept text that a table shows
-EXACT_ROWS = 20_000  # of so few rows that a filter leaves, one by one is faster than a scan of all
-SPARE_ROWS = 100  # rows to look for at least, where some of them may be deleted
-TRIES, PAUSE = 3, 0.02  # of a reader, in seconds: as often as this a folder is read before its fault counts
+EXACT_ROWS = 20_000  # up to this many allowed rows, comparing them one by one is faster than scanning all
+SPARE_ROWS = 100  # rows to look for at least, if some may be deleted
+TRIES, PAUSE = 3, 0.02  # a reader reads a folder so often, with pauses in seconds, before it believes a fault
 
 
 @dataclass
 class SearchIndex:
-    """An opened index folder. `deleted` are the numbers of rows that are hidden; `of_row` has the number of each row's
-    vector, and is empty where no two rows share one."""
+    """An opened index folder.
+
+    :ivar deleted: numbers of hidden rows.
+    :ivar of_row: the number of each row's vector; empty if no two rows share one.
+    """
 
     folder: Path
     index: Any = field(repr=False)
@@ -277,17 +221,17 @@ class SearchIndex:
     def find(
         self, query: Vectors, k: int, where: Mapping[str, Sequence[str | None]]
     ) -> list[tuple[float, dict[str, Any]]]:
-        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first; rows with one vector in
-        their order.
+        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first; rows with the same
+        vector in their order.
 
-        :param where: column to the values allowed in it; None is null.
+        :param where: column to the allowed values; None is null.
         :raises DataError: the vector has another dimension, or a column is not kept.
         """
         if query.shape != (self.index.d,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
         allowed = self._allowed(where)
-        near = self._among if where else self._nearest
-        scores, ids = self._rows_of(*near(query, k, self._with_rows(allowed)), allowed, k)
+        search = self._nearest_of_allowed if where else self._nearest
+        scores, ids = self._rows_of(*search(query, k, self._with_rows(allowed)), allowed, k)
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
@@ -302,8 +246,7 @@ class SearchIndex:
             if name not in self.rows.column_names[1:]:
                 kept = ", ".join(self.rows.column_names[1:]) or "none"
                 raise DataError(f"{self.folder}: no column {name} to filter by; kept columns are {kept}")
-            mask = pc.is_in(self.rows.column(name), value_set=pa.array(values, pa.string()))
-            allowed &= mask.to_numpy()
+            allowed &= pc.is_in(self.rows.column(name), value_set=pa.array(values, pa.string())).to_numpy()
         return allowed
 
     def _with_rows(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -315,8 +258,8 @@ class SearchIndex:
         return some
 
     @functools.cached_property
-    def _sharing(self) -> tuple[Ints, Ints]:
-        """Rows in the order of their vectors, and where each vector's begin."""
+    def _rows_by_vector(self) -> tuple[Ints, Ints]:
+        """Rows in the order of their vectors, and where each vector's rows begin."""
         order = np.argsort(self.of_row, kind="stable")
         return order, np.searchsorted(self.of_row[order], np.arange(self.index.ntotal + 1))
 
@@ -324,46 +267,45 @@ class SearchIndex:
         """The first k rows that have the vectors and may be found."""
         if not len(self.of_row):
             return scores, ids
-        order, starts = self._sharing
+        order, starts = self._rows_by_vector
         rows = [sharing[allowed[sharing]][:k] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
         counts = [len(part) for part in rows]
         return np.repeat(scores, counts)[:k], np.concatenate([np.empty(0, np.int64), *rows])[:k]
 
-    def _among(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
-        """The k nearest of the allowed vectors, all of which are compared: where these lie far from the query, a graph
-        or a few cells would find too few of them, or others than the nearest."""
+    def _nearest(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
+        """The k nearest vectors by the index's own search, without those of deleted rows.
+
+        These are few as a rule, so look for more than k and leave them out; if too few vectors are left, or the cells
+        that were searched held too few, compare all.
+        """
+        wanted = min(max(2 * k, SPARE_ROWS) if len(self.deleted) else k, self.index.ntotal)
+        knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
+        setting = max(setting, wanted) if knob == "efSearch" else setting
+        scores, ids = _found(
+            *self.index.search(query[None, :], wanted, params=search_parameters(self.index, knob, setting))
+        )
+        scores, ids = scores[allowed[ids]][:k], ids[allowed[ids]][:k]
+        return (scores, ids) if len(ids) == min(k, allowed.sum()) else self._nearest_of_allowed(query, k, allowed)
+
+    def _nearest_of_allowed(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
+        """The k nearest of the allowed vectors, all of which are compared: if they lie far from the query, a graph or a
+        few cells would find too few of them, or not the nearest."""
         if allowed.sum() <= EXACT_ROWS:
-            return self._one_by_one(query, k, np.flatnonzero(allowed))
+            ids = np.flatnonzero(allowed)
+            if not len(ids):
+                return np.empty(0, np.float32), ids
+            scores = reconstructed(self.index, ids) @ query
+            order = np.argsort(-scores, kind="stable")[:k]
+            return scores[order], ids[order]
         part, wanted = comparable_vectors(self.index), transformed(self.index, query)
         bits = np.packbits(allowed, bitorder="little")  # must outlive the search
         selector = load_faiss().IDSelectorBitmap(bits)
-        return _there(*part.search(wanted[None, :], min(k, len(allowed)), params=of_all_cells(part, selector)))
-
-    def _one_by_one(self, query: Vectors, k: int, ids: Ints) -> tuple[Vectors, Ints]:
-        if not len(ids):
-            return np.empty(0, np.float32), ids
-        scores = reconstructed(self.index, ids) @ query
-        order = np.argsort(-scores, kind="stable")[:k]
-        return scores[order], ids[order]
-
-    def _nearest(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
-        """Deleted rows are few as a rule: look for more than is asked for and leave them out; where too few are left,
-        or the cells that were looked at held too few, compare all."""
-        scores, ids = self._approximately(query, max(2 * k, SPARE_ROWS) if len(self.deleted) else k)
-        scores, ids = scores[allowed[ids]][:k], ids[allowed[ids]][:k]
-        return (scores, ids) if len(ids) == min(k, allowed.sum()) else self._among(query, k, allowed)
-
-    def _approximately(self, query: Vectors, k: int) -> tuple[Vectors, Ints]:
-        knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
-        if knob == "efSearch":
-            setting = max(setting, k)
-        parameters = search_parameters(self.index, knob, setting)
-        return _there(*self.index.search(query[None, :], min(k, self.index.ntotal), params=parameters))
+        return _found(*part.search(wanted[None, :], min(k, len(allowed)), params=of_all_cells(part, selector)))
 
     def numbers_of(self, ids: Sequence[str], column: str) -> Ints:
         """Numbers of the rows that hold one of the ids.
 
-        :raises DataError: an id is in no row.
+        :raises DataError: no row has an id, or the column is not kept.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -371,14 +313,13 @@ class SearchIndex:
         if column not in self.rows.column_names:
             raise DataError(f"{self.folder}: no column {column}; kept are {', '.join(self.rows.column_names[1:])}")
         values = pc.cast(self.rows.column(column), pa.string())
-        unknown = set(ids) - set(values.to_pylist())
-        if unknown:
+        if unknown := set(ids) - set(values.to_pylist()):
             shown = ", ".join(sorted(unknown)[:5])
             raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
         return np.flatnonzero(pc.is_in(values, value_set=pa.array(list(ids), pa.string())).to_numpy())
 
     def known_among(self, added: pa.Table) -> int:
-        """How many added rows have an id that a row here, not hidden, has; 0 where no column is known to hold ids."""
+        """How many added rows have an id that a row here, not hidden, has; 0 if no column is known to hold ids."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -389,57 +330,50 @@ class SearchIndex:
         return int(pc.sum(known).as_py() or 0)
 
 
-def _there(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:
-    """What was found for one query; Faiss fills up with -1 where there is no more."""
-    found = ids[0] >= 0
-    return scores[0][found], ids[0][found]
+def _found(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:
+    """What one query found, without the -1 that Faiss fills up with."""
+    there = ids[0] >= 0
+    return scores[0][there], ids[0][there]
 
 
 def open_index(folder: str | Path) -> SearchIndex:
-    """Open an index folder, all files of it in one state, also while another process replaces them.
+    """Open an index folder, all its files in one state, even while another process replaces them.
 
-    :raises MissingError: it is none.
+    :raises MissingError: it is not an index folder.
     :raises DataError: a file of it was cut short or does not fit the others.
     """
     folder, failed = Path(folder), 0
     for _ in range(100):
-        before = index_stamp(folder)
+        before = store.index_stamp(folder)
         try:
             held = _open_once(folder)
         except (DataError, MissingError):
-            failed = failed + 1 if index_stamp(folder) == before else 0
+            failed = failed + 1 if store.index_stamp(folder) == before else 0
             if failed == TRIES:
                 raise
         else:
-            if index_stamp(folder) == before:
+            if store.index_stamp(folder) == before:
                 return held
         time.sleep(PAUSE)
     raise DataError(f"{folder} is being rewritten all the time; search when that is done")
 
 
 def _open_once(folder: Path) -> SearchIndex:
-    manifest = read_manifest(folder)
-    index = read_vectors(place_of(folder, INDEX_FILE), manifest["index_bytes"])
-    rows = read_rows(place_of(folder, ROWS_FILE))
-    of_row, _ = read_distinct(place_of(folder, VECTORS_FILE))
+    manifest = store.read_manifest(folder)
+    index = store.read_vectors(store.place_of(folder, store.INDEX_FILE), manifest["index_bytes"])
+    rows = store.read_rows(store.place_of(folder, store.ROWS_FILE))
+    of_row, _ = store.read_distinct(store.place_of(folder, store.VECTORS_FILE))
     vectors = manifest.get("vectors", manifest["rows"])
     if not (index.ntotal == vectors and len(rows) == manifest["rows"] and len(of_row) in (0, len(rows))):
         raise DataError(
             f"{folder}: {index.ntotal} vectors, {len(rows)} rows of columns, {manifest['rows']} in the manifest; "
             "build the index again"
         )
-    deleted = read_deleted(place_of(folder, DELETED_FILE), len(rows))
+    deleted = store.read_deleted(store.place_of(folder, store.DELETED_FILE), len(rows))
     return SearchIndex(folder, index, rows, manifest, deleted, of_row)
-
-
-def distinct_of(held: SearchIndex) -> Distinct:
-    """What the rows of an opened index share, to add rows to."""
-    of_row, digests = read_distinct(place_of(held.folder, VECTORS_FILE))
-    unknown = (i.to_bytes(DIGEST) for i in range(len(digests), held.index.ntotal))  # equal to no digest
-    return Distinct(of_row if len(of_row) else np.arange(len(held.rows)), [*digests, *unknown])
 
 
 @functools.lru_cache(maxsize=2)
 def opened(folder: str, stamp: tuple[tuple[int, ...], ...]) -> SearchIndex:
-    """`open_index`, remembered while the folder's files stay as they are (`index_stamp`)."""
+    """`open_index`, cached while the folder's files stay as they are (`index_stamp`)."""
     return open_index(folder)

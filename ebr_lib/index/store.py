@@ -1,8 +1,8 @@
-"""The folder of an index as several processes use it: one changes it at a time, and all files of it change together.
+"""The folder of an index, which several processes may use: one changes it at a time, and all its files change together.
 
-New files are written to `.building` in the folder. Its renaming to `.ready` is the moment at which they count: from
-then on each is read from there until it has been moved to its place, by the writer or, after a kill, by the next one.
-So the folder itself stays: it may be a link, a mount point or the current folder of somebody's shell.
+New files are written to `.building` in the folder. They count once that is renamed to `.ready`: from then on each is
+read from there until it has been moved to its place, by the writer or, after a kill, by the next one. The folder itself
+is never replaced: it may be a link, a mount point or the current folder of a shell.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow"
 VECTORS_FILE = "vectors.npz"
 READ_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, VECTORS_FILE)
 LOCK, BUILDING, READY = ".lock", ".building", ".ready"
+CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
+OWN_FILES = (*READ_FILES, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
 WAIT_SECONDS = 600.0
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against every other process that would change its index; it is made where missing.
+    """Lock a folder against other processes that would change its index; make it if it is missing.
 
     The system releases the lock of a process that ends, however it ends.
 
@@ -62,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
                 "when it is done, or give another folder"
             ) from error
     try:
-        make_folder(folder)  # whoever held it may have removed a folder that came to nothing
+        make_folder(folder)  # the process that held it may have removed it after a failed build
         settle(folder)
         with named_when_full(folder):
             yield
@@ -74,8 +76,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def changed_together(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write the files of an index to, all of `READ_FILES` at least; they replace those of `folder`
-    when the block ends well. The caller holds the lock."""
+    """Yield a folder for the files of an index, at least all of `READ_FILES`; they replace those of `folder` if the
+    block raises nothing. The caller holds the lock."""
     new = folder / BUILDING
     new.mkdir()
     try:
@@ -86,7 +88,7 @@ def changed_together(folder: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Finish or remove what a writer that was killed left in an index folder. The caller holds the lock."""
+    """Finish or remove what a killed writer left in an index folder. The caller holds the lock."""
     if (ready := folder / READY).is_dir():
         for place in ready.iterdir():
             os.replace(place, folder / place.name)
@@ -102,8 +104,7 @@ def place_of(folder: Path, name: str) -> Path:
 
 
 def index_stamp(folder: str | Path) -> tuple[tuple[int, ...], ...]:
-    """What tells one state of an index folder from another: of each file its inode, time and size; none where it is not
-    there."""
+    """Inode, time and size of each file: equal for equal states of an index folder. Empty for a missing file."""
     stamp: list[tuple[int, ...]] = []
     for name in READ_FILES:
         try:
@@ -114,35 +115,29 @@ def index_stamp(folder: str | Path) -> tuple[tuple[int, ...], ...]:
     return tuple(stamp)
 
 
-DIGEST = 16  # bytes that stand for a vector where equal ones are looked for
+DIGEST = 16  # bytes by which equal vectors are found
 ROW = "_row"  # sidecar column: number of the row in the embedding file
 
 
 class Distinct:
-    """Gives each row of an index the number of its vector. Equal vectors have one: many equal ones fill the lists of
-    a graph and hide all others, and cost memory for nothing.
+    """Gives each row of an index the number of its vector; equal vectors share one. Many equal vectors would fill the
+    lists of a graph, hide all others, and cost memory for nothing.
 
-    :ivar digests: of each vector, in order.
+    :param digests: of each vector, in order.
     """
 
     def __init__(self, of_row: Ints | None = None, digests: Sequence[bytes] = ()) -> None:
         self._of_row = [of_row if of_row is not None else np.empty(0, np.int64)]
-        self._first: list[NDArray[np.bool_]] = []
         self._numbers = {digest: i for i, digest in enumerate(digests)}
-        self.digests = list(digests)
 
     def place(self, vectors: Vectors) -> NDArray[np.bool_]:
         """Number the vectors of the next rows; returns which of them are new."""
-        numbers, first = [], []
-        for row in vectors + np.float32(0):  # -0.0 is 0.0
-            digest = hashlib.blake2b(row, digest_size=DIGEST).digest()
-            first.append(digest not in self._numbers)
-            numbers.append(self._numbers.setdefault(digest, len(self.digests)))
-            if first[-1]:
-                self.digests.append(digest)
-        self._of_row.append(np.array(numbers, np.int64))
-        self._first.append(np.array(first, bool))
-        return self._first[-1]
+        known = len(self._numbers)
+        rows = vectors + np.float32(0)  # -0.0 is 0.0
+        digests = (hashlib.blake2b(row, digest_size=DIGEST).digest() for row in rows)
+        numbers = np.array([self._numbers.setdefault(d, len(self._numbers)) for d in digests], np.int64)
+        self._of_row.append(numbers)
+        return _is_new(numbers, known)
 
     @property
     def of_row(self) -> Ints:
@@ -151,51 +146,51 @@ class Distinct:
 
     @property
     def first(self) -> NDArray[np.bool_]:
-        """Of the rows that were placed, which were the first with their vector."""
-        return np.concatenate([np.empty(0, bool), *self._first])
+        """Which rows are the first with their vector."""
+        return _is_new(self.of_row, 0)
 
     def save(self, path: Path) -> None:
-        """Write both; the numbers of rows only where they say something."""
+        """Write the digests, and the numbers of rows if some rows share a vector."""
         of_row = self.of_row
-        listed = of_row if len(of_row) > len(self.digests) else of_row[:0]
-        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, DIGEST)
+        listed = of_row if len(of_row) > len(self._numbers) else of_row[:0]
+        digests = np.frombuffer(b"".join(self._numbers), np.uint8).reshape(-1, DIGEST)
         with open(path, "wb") as file:
             np.savez(file, of_row=listed, digests=digests)
 
 
+def _is_new(numbers: Ints, known: int) -> NDArray[np.bool_]:
+    """Where a number is above all before it and at least `known`: new vectors are numbered in order."""
+    return np.diff(np.maximum.accumulate(np.r_[known - 1, numbers])) > 0
+
+
 def save_vectors(folder: Path, index: Any) -> int:
-    """Write the index file into a folder that is being written; returns its size in bytes."""
+    """Write the index file to a folder; returns its size in bytes."""
     place = folder / INDEX_FILE
     load_faiss().write_index(index, str(place))
     return place.stat().st_size
 
 
 def read_vectors(place: Path, size: int) -> Any:
-    """The index of a folder, checked to be whole."""
-    try:
-        found = place.stat().st_size
-    except FileNotFoundError:
-        found = 0
+    """The index of a folder.
+
+    :raises DataError: its file is damaged or of another size.
+    """
+    found = place.stat().st_size if place.exists() else 0
     if found != size:
         raise DataError(
             f"{place} holds {found:,} bytes, its manifest says {size:,}: it was cut short or replaced; build the index "
             "again"
         )
-    try:
+    with _complete(place):
         return load_faiss().read_index(str(place))
-    except RuntimeError as error:
-        raise DataError(f"{place} is not a complete Faiss index; build the index again") from error
 
 
 def read_distinct(path: Path) -> tuple[Ints, list[bytes]]:
-    """What `Distinct` saved; nothing for an index from before equal vectors were indexed once."""
+    """What `Distinct` saved; empty for an index of an earlier version, which indexed equal vectors twice."""
     if not path.is_file():
         return np.empty(0, np.int64), []
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["of_row"], [digest.tobytes() for digest in file["digests"]]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not complete ({error}); build the index again") from error
+    with _complete(path), np.load(path, allow_pickle=False) as file:
+        return file["of_row"], [digest.tobytes() for digest in file["digests"]]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -206,28 +201,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     place = place_of(folder, MANIFEST_FILE)
     try:
-        manifest: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        _ = manifest["index_bytes"], manifest["rows"], manifest["search"]["knob"], manifest["model"]
+        text = place.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingError(f"index {folder}: there is no {MANIFEST_FILE} in it; build the index first") from error
     except OSError as error:
         raise DataError(f"{place} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place} is no readable manifest ({error!r}); build the index again") from error
+    with _complete(place):
+        manifest: dict[str, Any] = json.loads(text)
+        _ = manifest["index_bytes"], manifest["rows"], manifest["search"]["knob"], manifest["model"]
     return manifest
 
 
 def read_rows(path: Path) -> pa.Table:
-    """The sidecar of an index, mapped into memory: a row an indexed vector.
+    """The kept columns of every indexed row, mapped into memory.
 
-    :raises DataError: the file is not whole.
+    :raises DataError: the file is damaged.
     """
     import pyarrow as pa
 
-    try:
+    with _complete(path):
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not whole ({error}); build the index again") from error
 
 
 def read_deleted(path: Path, rows: int) -> Ints:
@@ -237,15 +230,23 @@ def read_deleted(path: Path, rows: int) -> Ints:
     """
     if not path.is_file():
         return np.empty(0, np.int64)
-    try:
+    with _complete(path, "remove it to see every row, or build the index again"):
         deleted = np.load(path)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(
-            f"{path} is not whole ({error}); remove it to see every row, or build the index again"
-        ) from error
     if deleted.dtype != np.int64 or not ((deleted >= 0) & (deleted < rows)).all():
         raise DataError(f"{path} names rows that the index does not have; remove it to see every row, or build again")
     return deleted
+
+
+@contextlib.contextmanager
+def _complete(path: Path, advice: str = "build the index again") -> Iterator[None]:
+    """Name the file that cannot be read.
+
+    :raises DataError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not complete ({error!r}); {advice}") from error
 
 
 def write_deleted(folder: Path, numbers: Ints) -> None:

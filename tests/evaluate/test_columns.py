@@ -8,8 +8,6 @@ import pytest
 
 from ebr_lib import evaluate_retrieval
 from ebr_lib.errors import DataError
-from ebr_lib.evaluate import run as evaluate
-from ebr_lib.evaluate.config import EvalConfig
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_the_label_column_decides_which_training_rows_are_read(tmp_path):
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"anchor": "ask", "positive": "thing 1"}))
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "thing 1"}) + "\n" + json.dumps({"text": "other"}))
     config = {"data_path": str(tmp_path), "train_data_path": str(path), "label_column": "none"}
+    config |= {"models": [], "resamples": 100, "output_dir": str(tmp_path / "out")}
     with pytest.raises(DataError, match=r"`score` is 0\.5"):
-        evaluate._read(EvalConfig.resolve(config | {"label_column": None}))
-    task, _ = evaluate._read(EvalConfig.resolve(config))
-    assert task.queries
+        evaluate_retrieval(config | {"label_column": None})
+    assert evaluate_retrieval(config).facts["queries"] == 1

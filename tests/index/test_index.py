@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,14 @@ TEXTS = ["red running shoes", "透明手机壳", "steel frying pan", "warm wool 
 KINDS = ["shoes", "phone", "kitchen", "home", "kitchen", "bath"]
 
 
+@functools.cache
+def vectors_of(model: Path, texts: tuple[str, ...]) -> np.ndarray:
+    return EncoderSpec(str(model), backend="torch").encoder("document").encode(texts)
+
+
 def embedding_file(path: Path, model: Path, texts=TEXTS, kinds=KINDS, first=0) -> Path:
-    recipe = EncoderSpec(str(model))
-    vectors = recipe.encoder("document").encode(texts)
     columns = {"id": [f"p{i + first}" for i in range(len(texts))], "description": texts, "kind": kinds}
-    write_embeddings(path, columns, vectors)
+    write_embeddings(path, columns, vectors_of(model, tuple(texts)))
     identity = identify(str(model))
     made_by = {"name": identity.name, "path": identity.path, "sha256": identity.sha256}
     manifest_path(path).write_text(json.dumps({
@@ -43,15 +48,25 @@ def embeds(tmp_path, tiny_bert) -> Path:
     return embedding_file(tmp_path / "embeds.txt", tiny_bert)
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny_bert) -> Path:
+    place = tmp_path_factory.mktemp("built")
+    embeddings = embedding_file(place / "embeds.txt", tiny_bert)
+    return build(embeddings, place / "index", id_column="id").folder
+
+
 @pytest.fixture
-def folder(embeds, tmp_path) -> Path:
-    return build_faiss_index({
-        "embedding_path": str(embeds), "output_dir": str(tmp_path / "index"), "id_column": "id",
-    }).folder  # fmt: skip
+def folder(built, embeds, tmp_path) -> Path:
+    """An index of its own for each test, over `embeds`."""
+    return shutil.copytree(built, tmp_path / "index")
+
+
+def build(embeddings: Path, folder: Path, **knobs):
+    return build_faiss_index({"embedding_path": str(embeddings), "output_dir": str(folder)} | knobs)
 
 
 def test_build_and_search(embeds, tmp_path):
-    result = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")})
+    result = build(embeds, tmp_path / "index")
     assert (result.kind, result.rows, result.dimension) == ("Flat", 6, 32)
     assert result.chosen.recall == 1 and result.bytes_per_vector > 128
     assert (result.folder / "recall_latency.png").read_bytes()[:4] == b"\x89PNG"
@@ -64,7 +79,7 @@ def test_build_and_search(embeds, tmp_path):
     assert ebr_lib.search is search
 
 
-def test_filter_and_table(folder):
+def test_search_takes_filters_and_refuses_bad_arguments(folder):
     found = search(folder, "steel frying pan", 5, where={"kind": "kitchen"})
     assert found["kind"].tolist() == ["kitchen", "kitchen"]
     assert len(search(folder, "pan", 5, where={"kind": ["bath", "shoes"]})) == 2
@@ -91,14 +106,14 @@ def test_filter_and_table(folder):
             search(folder, "pan", k)
 
 
-def test_a_filter_finds_nulls_and_takes_numpy_s_and_pandas_values(tmp_path, tiny_bert, capsys):
+def test_filter_takes_nulls_and_values_of_numpy_and_pandas(tmp_path, tiny_bert, capsys):
     import pandas as pd
 
     place = tmp_path / "rated.npy"
     prices, cats = ["7", "7.0", "", None, "3.5", "1"], ["A", None, "B", "", "true", "True"]
-    vectors = EncoderSpec(str(tiny_bert)).encoder("document").encode(TEXTS)
+    vectors = vectors_of(tiny_bert, tuple(TEXTS))
     write_embeddings(place, {"id": list("012345"), "price": prices, "cat": cats}, vectors)
-    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    folder = build(place, tmp_path / "index").folder
 
     def ids(**where):
         found = search(folder, "pan", where=where, model_name=str(tiny_bert))
@@ -118,61 +133,61 @@ def test_a_filter_finds_nulls_and_takes_numpy_s_and_pandas_values(tmp_path, tiny
     assert "7.0" not in capsys.readouterr().out
 
 
-def test_kept_columns_do_not_hide_the_answer_s_own(tmp_path, tiny_bert):
+def test_kept_columns_named_rank_or_score_are_renamed_in_the_result(tmp_path, tiny_bert):
     place = tmp_path / "rated.npy"
-    vectors = EncoderSpec(str(tiny_bert)).encoder("document").encode(TEXTS)
+    vectors = vectors_of(tiny_bert, tuple(TEXTS))
     kept = {name: [f"{name} {i}" for i in range(6)] for name in ("score", "rank", "score_kept")}
     write_embeddings(place, kept, vectors)
-    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    folder = build(place, tmp_path / "index").folder
     found = search(folder, "warm wool blanket", 2, where={"score": ["score 3", "score 4"]}, model_name=str(tiny_bert))
     assert found["rank"].tolist() == [1, 2] and found["score"].iloc[0] == pytest.approx(1, abs=1e-5)
     assert list(found.columns) == ["rank", "score", "score_kept_kept", "rank_kept", "score_kept"]
     assert found.iloc[0, 2:].tolist() == ["score 3", "rank 3", "score_kept 3"]
 
 
-def test_a_column_with_the_name_of_the_row_numbers_is_refused(tmp_path):
+def test_kept_column_named_row_is_refused(tmp_path):
     place = tmp_path / "e.npy"
     write_embeddings(place, {"_row": ["a", "b"]}, np.eye(2, 8, dtype=np.float32))
     with pytest.raises(DataError, match="column _row is the index's own"):
-        build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")})
+        build(place, tmp_path / "index")
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF2,Flat"])
-def test_a_manifest_of_another_dimension_is_told(embeds, tmp_path, kind):
+def test_manifest_with_another_dimension_is_refused(embeds, tmp_path, kind):
     manifest = json.loads(manifest_path(embeds).read_text()) | {"dimension": 16}
     manifest_path(embeds).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="vectors of 32 dimensions, its manifest says 16"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index"), "kind": kind})
+        build(embeds, tmp_path / "index", kind=kind)
 
 
-def test_a_manifest_without_a_model_is_as_none(embeds, tmp_path, tiny_bert):
+def test_without_a_model_in_the_manifest_model_name_is_needed(embeds, tmp_path, tiny_bert):
     manifest = json.loads(manifest_path(embeds).read_text()) | {"model": None, "settings": None}
     manifest_path(embeds).write_text(json.dumps(manifest))
-    place = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
+    place = build(embeds, tmp_path / "index").folder
     with pytest.raises(ModelError, match="give model_name"):
         search(place, "pan")
     assert search(place, "warm wool blanket", model_name=str(tiny_bert))["id"].iloc[0] == "p3"
 
 
-def test_the_query_prompt_bites(folder):
+def test_query_prompt_changes_the_scores(folder):
     plain, prompted = search(folder, "pan"), search(folder, "pan", query_prompt="query: ")
     assert plain["score"].iloc[0] != prompted["score"].iloc[0]
 
 
-def test_another_model_is_refused(folder, tiny_models, tmp_path):
+def test_another_model_than_the_index_s_is_refused(folder, tiny_models, tmp_path):
     with pytest.raises(ModelError, match="their vectors cannot be compared"):
         search(folder, "pan", model_name=str(tiny_models("xlm-r")))
     queries = tmp_path / "q.jsonl"
     queries.write_text('{"text": "pan"}\n')
-    config = {"embedding_path": str(tmp_path / "embeds.txt"), "queries_path": str(queries)}
+    knobs = {"queries_path": str(queries), "model_name": str(tiny_models("xlm-r"))}
     with pytest.raises(ModelError, match="their vectors cannot be compared"):
-        build_faiss_index(config | {"model_name": str(tiny_models("xlm-r")), "output_dir": str(tmp_path / "other")})
+        build(tmp_path / "embeds.txt", tmp_path / "other", **knobs)
     assert not (tmp_path / "other").exists()
 
 
-def test_without_a_manifest_the_model_must_be_named(embeds, tmp_path, tiny_models, tiny_bert):
+def test_without_a_manifest_model_name_is_needed(embeds, tmp_path, tiny_models, tiny_bert):
     manifest_path(embeds).unlink()
-    place = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
+    place = build(embeds, tmp_path / "index").folder
     with pytest.raises(ModelError, match="give model_name"):
         search(place, "pan")
     assert search(place, "warm wool blanket", model_name=str(tiny_bert))["id"].iloc[0] == "p3"
@@ -181,33 +196,33 @@ def test_without_a_manifest_the_model_must_be_named(embeds, tmp_path, tiny_model
 def test_a_model_of_fewer_dimensions_is_refused(tmp_path, tiny_bert):
     place = tmp_path / "wide.npy"
     write_embeddings(place, {"id": ["a", "b"]}, np.eye(2, 48, dtype=np.float32))
-    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    folder = build(place, tmp_path / "index").folder
     with pytest.raises(ModelError, match=r"48 dimensions, .* makes 32"):
         search(folder, "pan", model_name=str(tiny_bert))
 
 
-def test_vectors_of_an_unknown_maker_are_not_matched_by_cutting(tmp_path, tiny_bert):
+def test_queries_are_not_cut_to_fit_vectors_of_an_unknown_model(tmp_path, tiny_bert):
     place = tmp_path / "narrow.npy"
     write_embeddings(place, {"id": ["a", "b"]}, np.eye(2, dtype=np.float32))
-    folder = build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "index")}).folder
+    folder = build(place, tmp_path / "index").folder
     with pytest.raises(ModelError, match=r"2 dimensions, .* makes 32"):
         search(folder, "pan", model_name=str(tiny_bert))
 
 
-def test_a_model_that_is_not_there_is_told_as_such(folder):
+def test_error_names_a_missing_model(folder):
     with pytest.raises(ModelError, match="no-such-model is not a folder here"):
         search(folder, "pan", model_name="no-such-model")
 
 
-def test_measured_on_real_queries(embeds, tmp_path):
+def test_recall_is_measured_on_given_queries(embeds, tmp_path):
     queries = tmp_path / "q.csv"
     queries.write_text("question,n\nfrying pan,1\nfrying pan,2\nwool,3\n")
-    config = {"embedding_path": str(embeds), "queries_path": str(queries), "output_dir": str(tmp_path / "index")}
-    assert "; 2 real queries" in build_faiss_index(config).tables["settings"].attrs["title"]
-    assert "; 1 real queries" in build_faiss_index(config | {"measure_queries": 1}).tables["settings"].attrs["title"]
+    for most in (2, 1):
+        built = build(embeds, tmp_path / "index", queries_path=str(queries), measure_queries=most)
+        assert f"; {most} real queries" in built.tables["settings"].attrs["title"]
 
 
-def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
+def test_rows_are_added_and_deleted(folder, tiny_bert, tmp_path, tiny_models):
     more = embedding_file(
         tmp_path / "more.parquet", tiny_bert, ["cast iron pan", "wool socks"], ["kitchen", "shoes"], 6
     )
@@ -237,11 +252,11 @@ def test_add_and_delete(folder, tiny_bert, tmp_path, tiny_models):
         delete_rows(folder, ["p2", None])
     assert delete_rows(folder, np.int64(7), "_row") == 4  # the numbers of added rows go on
     assert len(open_index(folder)) == 4
-    build_faiss_index({"preset": str(folder / "index_config.yaml")})
+    build_faiss_index({"preset": str(folder / "index_config.yaml"), "output_dir": str(folder)})
     assert len(open_index(folder)) == 6  # a build starts afresh
 
 
-def test_rows_made_with_other_settings_are_refused(tmp_path, tiny_bert, caplog):
+def test_new_rows_made_with_other_settings_are_refused(tmp_path, tiny_bert, caplog):
     made = {"prompt": "", "max_seq_length": 64, "precision": "float32"}
 
     def file(name, **settings):
@@ -250,8 +265,7 @@ def test_rows_made_with_other_settings_are_refused(tmp_path, tiny_bert, caplog):
         manifest_path(path).write_text(json.dumps(manifest | {"settings": made | settings}))
         return path
 
-    config = {"embedding_path": str(file("first.txt")), "output_dir": str(tmp_path / "index")}
-    folder = build_faiss_index(config).folder
+    folder = build(file("first.txt"), tmp_path / "index").folder
     with pytest.raises(ModelError, match=r"prompt '', not 'passage: '"):
         add_rows(folder, file("prompted.txt", prompt="passage: "))
     with pytest.raises(ModelError, match="max_seq_length 64, not 8"):
@@ -274,14 +288,13 @@ def query_adapter(tmp_path, tiny_bert) -> Path:
     return tmp_path / "adapter"
 
 
-def test_documents_of_a_query_only_adapter_are_its_base_s(tmp_path, tiny_bert, tiny_models, query_adapter):
+def test_query_only_adapter_and_its_base_share_document_vectors(tmp_path, tiny_bert, tiny_models, query_adapter):
     by_base, by_adapter = (
         embedding_file(tmp_path / "a.txt", tiny_bert),
         embedding_file(tmp_path / "b.txt", query_adapter),
     )
     for first, second in ((by_base, by_adapter), (by_adapter, by_base)):
-        config = {"embedding_path": str(first), "output_dir": str(tmp_path / "index")}
-        folder = build_faiss_index(config).folder
+        folder = build(first, tmp_path / "index").folder
         assert add_rows(folder, second) == 12
         assert len(search(folder, "pan", model_name=str(query_adapter)))
     with pytest.raises(ModelError, match="encode the new rows with the index's model"):
@@ -291,7 +304,7 @@ def test_documents_of_a_query_only_adapter_are_its_base_s(tmp_path, tiny_bert, t
 def test_queries_are_encoded_in_the_precision_of_the_index(embeds, tmp_path, monkeypatch):
     manifest = json.loads(manifest_path(embeds).read_text())
     manifest_path(embeds).write_text(json.dumps(manifest | {"settings": {"precision": "float32"}}))
-    folder = build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path / "index")}).folder
+    folder = build(embeds, tmp_path / "index").folder
     asked = []
     encoder = EncoderSpec.encoder
     monkeypatch.setattr(EncoderSpec, "encoder", lambda self, side: asked.append(self.precision) or encoder(self, side))
@@ -301,13 +314,13 @@ def test_queries_are_encoded_in_the_precision_of_the_index(embeds, tmp_path, mon
 
 def test_a_failed_build_loses_nothing(folder, tmp_path):
     before = (folder / "index.faiss").read_bytes()
-    config = {"embedding_path": str(tmp_path / "embeds.txt"), "output_dir": str(folder)}
-    with pytest.raises(ConfigError, match=r"dimensions \(could not parse index string nonsense\); use auto"):
-        build_faiss_index(config | {"kind": "nonsense"})
-    with pytest.raises(DataError, match="cannot train 64 cells"):
-        build_faiss_index(config | {"kind": "IVF64,Flat"})
-    with pytest.raises(DataError, match="sku"):
-        build_faiss_index(config | {"id_column": "sku"})
+    for error, reason, knobs in (
+        (ConfigError, r"dimensions \(could not parse index string nonsense\); use auto", {"kind": "nonsense"}),
+        (DataError, "cannot train 64 cells", {"kind": "IVF64,Flat"}),
+        (DataError, "sku", {"id_column": "sku"}),
+    ):
+        with pytest.raises(error, match=reason):
+            build(tmp_path / "embeds.txt", folder, **knobs)
     assert (folder / "index.faiss").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -323,51 +336,51 @@ def test_a_full_disk_names_the_folder_and_loses_nothing(folder, tiny_bert, tmp_p
     monkeypatch.setattr("faiss.write_index", full)
     for change in (
         lambda: add_rows(folder, more),
-        lambda: build_faiss_index({"embedding_path": str(more), "output_dir": str(folder)}),
+        lambda: build(more, folder),
     ):
         with pytest.raises(DataError, match=r"index: the disk is full \(No space left on device\); what was there"):
             change()
         assert index_stamp(folder) == before and not (folder / BUILDING).exists()
 
 
-def test_no_folder_with_other_files_is_replaced(embeds, tmp_path):
+def test_folder_with_other_files_is_not_replaced(embeds, tmp_path):
     with pytest.raises(ConfigError, match=r"holds other files \(embeds\.txt, embeds\.txt\.json"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(tmp_path)})
+        build(embeds, tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(embeds)})
+        build(embeds, embeds)
     with pytest.raises(ConfigError, match="cannot be made"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(embeds / "index")})
+        build(embeds, embeds / "index")
     assert embeds.is_file()
 
 
 @pytest.mark.parametrize("name", [".gitignore", ".git", ".env"])
-def test_hidden_files_are_others_too(folder, embeds, name):
+def test_folder_with_hidden_files_is_not_replaced(folder, embeds, name):
     (folder / name).write_text("mine")
     with pytest.raises(ConfigError, match=rf"holds other files \({name}\)"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+        build(embeds, folder)
     assert (folder / name).read_text() == "mine"
 
 
-def test_what_a_killed_run_left_in_the_folder_is_no_other_file(folder, embeds):
+def test_leftovers_of_a_killed_run_do_not_stop_a_build(folder, embeds):
     (folder / ".deleted.npy.4711.new").write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")
-    build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+    build(embeds, folder)
     (folder / ".notes.txt.4711.new").write_bytes(b"")
     with pytest.raises(ConfigError, match="holds other files"):
-        build_faiss_index({"embedding_path": str(embeds), "output_dir": str(folder)})
+        build(embeds, folder)
 
 
-def test_rows_without_any_vector_are_told_for_every_kind(tmp_path):
+def test_file_without_any_vector_is_refused_for_every_kind(tmp_path):
     place = tmp_path / "e.npy"
     write_embeddings(place, {"id": list("abcd")}, np.full((4, 8), np.nan, dtype=np.float32))
     manifest_path(place).write_text(json.dumps({"rows": {"written": 4}, "settings": {"dimension": 8}, "dimension": 8}))
     for kind in ("Flat", "IVF1,Flat"):
         with pytest.raises(DataError, match="holds no vectors"):
-            build_faiss_index({"embedding_path": str(place), "output_dir": str(tmp_path / "i"), "kind": kind})
+            build(place, tmp_path / "i", kind=kind)
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "rows.arrow", "manifest.json", "deleted.npy"])
-def test_a_truncated_file_is_named(folder, name):
+def test_error_names_a_truncated_file(folder, name):
     delete_rows(folder, "p1")
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
@@ -384,42 +397,40 @@ def test_a_truncated_file_is_named(folder, name):
         search(folder, "pan")
 
 
-def test_deleted_rows_of_another_index_are_noticed(folder):
+def test_deleted_rows_of_another_index_are_refused(folder):
     np.save(folder / "deleted.npy", np.array([6]))
     with pytest.raises(DataError, match=r"deleted\.npy names rows that the index does not have"):
         search(folder, "pan")
 
 
-def test_ids_that_stand_in_the_index_already_are_counted(folder, tiny_bert, tmp_path, caplog):
+def test_new_rows_with_known_ids_are_counted(folder, tiny_bert, tmp_path, caplog):
     delete_rows(folder, "p3")
     more = embedding_file(tmp_path / "more.txt", tiny_bert, TEXTS[:3], KINDS[:3], 2)
     assert add_rows(folder, more) == 8
-    assert "2 of the new rows have an id (column id) that stood in the index already" in caplog.text  # p2, p4
+    assert "ids in the index already: 2 of the new rows (column id)" in caplog.text  # p2, p4
 
 
-def test_rows_of_another_index_are_noticed(folder, tmp_path):
-    import shutil
-
+def test_rows_of_another_index_are_refused(folder, tmp_path):
     with open(tmp_path / "two.npy", "wb") as file:
         np.save(file, np.eye(2, 32, dtype=np.float32))
-    other = build_faiss_index({"embedding_path": str(tmp_path / "two.npy"), "output_dir": str(tmp_path / "o")}).folder
+    other = build(tmp_path / "two.npy", tmp_path / "o").folder
     shutil.copy(other / "rows.arrow", folder / "rows.arrow")
     with pytest.raises(DataError, match="6 vectors, 2 rows of columns"):
         search(folder, "pan")
 
 
-def test_knobs_bite(embeds, tmp_path):
-    rng = np.random.default_rng(0)
+def test_knobs_change_the_index(tmp_path):
     many = tmp_path / "many.npy"
-    np.save(many, rng.normal(size=(3000, 24)).astype(np.float32))
-    base = {"embedding_path": str(many), "output_dir": str(tmp_path / "i"), "kind": "HNSW8", "measure_queries": 100}
-    base |= {"target_recall": 0.999}
-    plain = build_faiss_index(base)
-    careful = build_faiss_index(base | {"ef_construction": 400})
-    assert careful.points[0].recall > plain.points[0].recall
-    eager = build_faiss_index(base | {"target_recall": 0.5})
-    assert eager.chosen.setting < plain.chosen.setting
-    other = build_faiss_index(base | {"seed": 7})
+    np.save(many, np.random.default_rng(0).normal(size=(2000, 24)).astype(np.float32))
+
+    def built(**knobs):
+        base = {"kind": "HNSW8", "measure_queries": 100, "target_recall": 0.999}
+        return build(many, tmp_path / "i", **base | knobs)
+
+    plain = built()
+    assert built(ef_construction=400).points[0].recall > plain.points[0].recall
+    assert built(target_recall=0.5).chosen.setting < plain.chosen.setting
+    other = built(seed=7)
     assert other.points[0].recall != plain.points[0].recall
     manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
     assert manifest["search"]["setting"] == other.chosen.setting
@@ -433,5 +444,5 @@ def test_command_line(folder, capsys, tmp_path):
     assert main(["search", "pan", "--index_dir", str(tmp_path / "none")]) == 2
     assert "build the index first" in capsys.readouterr().err
     assert main(["search", "pan", "--where", "kitchen"]) == 2
-    assert "wanted column=value" in capsys.readouterr().err
+    assert "use column=value" in capsys.readouterr().err
     assert main(["index", "--embedding_path", str(tmp_path / "none.txt")]) == 2

@@ -57,7 +57,7 @@ def axis_of(held) -> int:
     return axis
 
 
-def test_a_reader_meets_one_state_while_a_writer_replaces_it(folder, files):
+def test_reader_sees_one_state_while_a_writer_replaces_it(folder, files):
     stop = folder.with_name("stop")
     writer = SPAWN.Process(target=build_again_and_again, args=(folder, files, stop))
     writer.start()
@@ -77,7 +77,7 @@ def test_two_writers_lose_no_rows(folder, files):
     assert len(open_index(folder)) == 20 + 2 * 4 * 20
 
 
-def test_the_lock_of_a_killed_process_holds_nobody_up(folder, files, monkeypatch):
+def test_lock_of_a_killed_process_is_free(folder, files, monkeypatch):
     process = SPAWN.Process(target=hold_an_index_and_be_killed, args=(folder,))
     process.start()
     assert ended(process) == [-9]
@@ -85,7 +85,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(folder, files, monkeypatch
     assert delete_rows(folder, "0-0") == 19
 
 
-def test_waiting_is_said_and_ends(folder, files, monkeypatch, caplog):
+def test_waiting_for_the_lock_is_logged_and_ends(folder, files, monkeypatch, caplog):
     monkeypatch.setattr(index_store, "WAIT_SECONDS", 0.2)
     with index_store.locked(folder), caplog.at_level("INFO", "ebr_lib"):
         for change in (lambda: add_rows(folder, files[1]), lambda: delete_rows(folder, "0-0")):
@@ -95,7 +95,7 @@ def test_waiting_is_said_and_ends(folder, files, monkeypatch, caplog):
     assert len(open_index(folder)) == 20
 
 
-def test_what_a_kill_left_is_removed_or_finished(folder, files):
+def test_next_writer_removes_or_finishes_what_a_killed_one_left(folder, files):
     """Killed while it wrote: the old state holds. Killed while it moved in: the new one does, for readers at once."""
     (folder / index_store.BUILDING).mkdir()
     (folder / index_store.BUILDING / "index.faiss").write_bytes(b"half")
@@ -113,7 +113,7 @@ def test_what_a_kill_left_is_removed_or_finished(folder, files):
     assert axis_of(open_index(folder)) == 0 and len(open_index(folder)) == 20
 
 
-def test_a_build_that_fails_leaves_no_folder(files, tmp_path):
+def test_failed_build_leaves_no_folder(files, tmp_path):
     with pytest.raises(ConfigError, match="not a Faiss factory string"):
         build_faiss_index({"embedding_path": str(files[0]), "output_dir": str(tmp_path / "new"), "kind": "nonsense"})
     assert not (tmp_path / "new").exists()
@@ -143,7 +143,7 @@ def test_an_embedding_file_may_be_a_link(files, tmp_path):
     assert held.manifest["model"]["sha256"] == "0" and axis_of(held) == 1
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(files, tmp_path, monkeypatch):
+def test_unwritable_folder_is_refused_before_building(files, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -153,7 +153,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(files, tmp
         build(files[0], tmp_path / "index")
 
 
-def test_rows_equal_to_indexed_ones_are_added_to_their_vectors(folder, files, tmp_path):
+def test_added_rows_share_equal_vectors(folder, files, tmp_path):
     again = embedding_file(tmp_path / "again.npy", 0, 25)  # the first 20 are those of the index
     vectors = np.load(again)
     vectors[:20] = np.load(files[0])
@@ -171,7 +171,7 @@ def test_rows_equal_to_indexed_ones_are_added_to_their_vectors(folder, files, tm
     assert add_rows(folder, files[0]) == 64 and open_index(folder).index.ntotal == 21
 
 
-def test_an_index_from_before_equal_vectors_shared_one_still_opens(folder, files):
+def test_index_of_an_earlier_version_still_opens(folder, files):
     (folder / "vectors.npz").unlink()
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     del manifest["vectors"]
@@ -182,7 +182,7 @@ def test_an_index_from_before_equal_vectors_shared_one_still_opens(folder, files
     assert sorted(row["_row"] for _, row in held.find(held.index.reconstruct(3), 2, {})) == [3, 23]
 
 
-def test_equal_vectors_hide_no_others(tmp_path):
+def test_equal_vectors_do_not_hide_others(tmp_path):
     """A graph over a tenth of equal vectors found .8 of the others' neighbours."""
     vectors = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
     vectors[:2500:5] = vectors[0]
@@ -198,7 +198,7 @@ def test_equal_vectors_hide_no_others(tmp_path):
     assert np.mean(hits) / 10 >= 0.97
 
 
-def test_kind_auto_fits_the_vectors_that_differ(tmp_path, monkeypatch):
+def test_kind_auto_counts_different_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr("ebr_lib.index.build.FLAT_ROWS", 50)
     monkeypatch.setattr("ebr_lib.index.build.HNSW_ROWS", 100)
     np.save(tmp_path / "e.npy", np.eye(4, 16, dtype=np.float32).repeat(100, 0))
@@ -206,7 +206,7 @@ def test_kind_auto_fits_the_vectors_that_differ(tmp_path, monkeypatch):
     assert (built.kind, built.rows) == ("Flat", 400)
 
 
-def test_advice_names_kinds_that_reach_the_target(tmp_path, caplog):
+def test_warning_names_kinds_that_reach_the_target(tmp_path, caplog):
     np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(1000, 24)).astype(np.float32))
     base = {"embedding_path": str(tmp_path / "e.npy"), "output_dir": str(tmp_path / "i"), "measure_queries": 50}
     built = build_faiss_index(base | {"kind": "IVF8,SQ4"})

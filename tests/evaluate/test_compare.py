@@ -1,0 +1,36 @@
+"""Intervals, p-values, wins and losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ebr_lib.evaluate.compare import changed_most, compare, holm_corrected
+
+
+def test_interval_and_p_by_hand():
+    rng = np.random.default_rng(0)
+    delta = rng.normal(0.1, 0.3, 400)
+    none, shifted = {"m": np.zeros(400), "n": np.zeros(400)}, {"m": delta, "n": rng.permutation([-0.5, 0.5] * 200)}
+    m, n = compare("a", "b", none, shifted, resamples=2000, seed=1)
+    half = 1.96 * delta.std() / 20
+    assert (m.low, m.high) == pytest.approx((delta.mean() - half, delta.mean() + half), abs=0.004)
+    assert m.p == pytest.approx(1 / 2001) and n.p > 0.5
+    assert compare("a", "b", none, shifted, resamples=2000, seed=1) == [m, n]
+    assert compare("a", "b", none, shifted, resamples=2000, seed=2) != [m, n]
+    same = compare("a", "b", shifted, shifted, resamples=200, seed=1)[0]
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_permutation_is_exact_in_the_limit():
+    # 3 wins of equal size: 2 of 8 sign patterns are as large
+    d = compare("a", "b", {"m": np.zeros(3)}, {"m": np.ones(3)}, resamples=20000, seed=0)[0]
+    assert d.p == pytest.approx(0.25, abs=0.01)
+
+
+def test_holm():
+    np.testing.assert_allclose(holm_corrected(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+
+
+def test_changed_most():
+    assert changed_most(np.array([0, 1, 0.5, 0.2]), np.array([1, 0, 0.5, 0.3]), 5) == ([0, 3], [1])
