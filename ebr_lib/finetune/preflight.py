@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,31 +64,27 @@ def preflight(trainer: EbrTrainer) -> Preflight:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         reset_peak()
-        longest = _training_seconds(trainer, rows)
+        longest = _batch_seconds(trainer, trainer.train_dataset, rows)
         peak = peak_memory_mb()
         costliest = _work(
             _tokens(trainer, trainer.train_dataset, rows), range(len(rows)), _rows_at_once(trainer, len(rows))
         )
-        batch = _average_seconds(trainer, _training_seconds, trainer.train_dataset, (costliest, longest))
+        batch = _average_seconds(trainer, trainer.train_dataset, (costliest, longest))
         evaluation = 0.0
         if trainer.eval_dataset is not None:
             with evaluating(trainer.model):
-                evaluation = _average_seconds(trainer, _evaluation_seconds, trainer.eval_dataset)
+                evaluation = _average_seconds(trainer, trainer.eval_dataset)
     trainer.forget_trial()
     return Preflight(batch, evaluation, _checkpoint_seconds(trainer), longest, peak)
 
 
-def _training_seconds(trainer: EbrTrainer, rows: Sequence[int]) -> float:
+def _batch_seconds(trainer: EbrTrainer, dataset: Dataset, rows: Sequence[int]) -> float:
     start = _now()
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-    trainer.training_step(trainer.model, batch)
-    return _now() - start
-
-
-def _evaluation_seconds(trainer: EbrTrainer, rows: Sequence[int]) -> float:
-    start = _now()
-    batch = trainer.data_collator([trainer.eval_dataset[row] for row in rows])
-    trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    batch = trainer.data_collator([dataset[row] for row in rows])
+    if dataset is trainer.train_dataset:
+        trainer.training_step(trainer.model, batch)
+    else:
+        trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
     return _now() - start
 
 
@@ -101,12 +97,7 @@ def _checkpoint_seconds(trainer: EbrTrainer) -> float:
     return time.perf_counter() - start
 
 
-def _average_seconds(
-    trainer: EbrTrainer,
-    seconds_of: Callable[[EbrTrainer, Sequence[int]], float],
-    dataset: Dataset,
-    costliest: tuple[float, float] | None = None,
-) -> float:
+def _average_seconds(trainer: EbrTrainer, dataset: Dataset, costliest: tuple[float, float] | None = None) -> float:
     """Seconds of an average batch: of batches drawn at random, those with nearly the mean number of tokens are run.
 
     With a few very long texts no batch is near the mean; it is then interpolated between the batches that were run and
@@ -118,7 +109,7 @@ def _average_seconds(
     batches = [range(start, start + size) for start in range(0, len(rows) - size + 1, size)] or [range(len(rows))]
     work = np.array([_work(tokens, batch, step) for batch in batches])
     nearest = np.abs(work - work.mean()).argsort(kind="stable")[:TIMED_BATCHES].tolist()
-    seconds = float(np.mean([seconds_of(trainer, rows[batches[i]].tolist()) for i in nearest]))
+    seconds = float(np.mean([_batch_seconds(trainer, dataset, rows[batches[i]].tolist()) for i in nearest]))
     mean, run = float(work.mean()), float(work[nearest].mean())
     if costliest and costliest[0] > run:
         seconds += (mean - run) / (costliest[0] - run) * max(costliest[1] - seconds, 0.0)

@@ -138,7 +138,7 @@ def _read(config: FinetuneConfig, paths: Paths) -> Rows:
 
 
 def _what_decides(config: FinetuneConfig, rows: Rows, base: ModelIdentity) -> dict[str, Any]:
-    """All that decides a run's result: knobs, and the contents of data and models, wherever they lie."""
+    """All that decides a run's result: knobs, and the contents of data and models, wherever they are."""
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     return run | {
         "data_sha256": rows.sha256,

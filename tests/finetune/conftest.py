@@ -88,6 +88,7 @@ def trained(tiny_bert, pairs, tmp_path_factory):
             "eval_ratio": 0.25,
             "prompt": {"anchor": "query: ", "positive": "passage: "},
             "merge_adapter": True,
+            "backend": "torch",
         }
     )
 

@@ -76,13 +76,16 @@ def click_log(rows: int, documents: int, seed: int = 0) -> list[TrainingRow]:
     return [*log, TrainingRow("item 1", "ITEM 1")]
 
 
-@pytest.mark.parametrize("margin", [None, 0.0, 0.05, 0.9])
-@pytest.mark.parametrize(("first_rank", "last_rank"), [(1, 5), (1, 1), (4, 12), (3, 10_000)])
-@pytest.mark.parametrize("cells", [1, 700, 1 << 22])
-def test_mined_documents_are_in_the_window_and_below_the_margin(monkeypatch, first_rank, last_rank, margin, cells):
-    monkeypatch.setattr(mining, "_CELLS", cells)  # one anchor at a time, some, or all
+WINDOWS = [(1, 5), (1, 1), (4, 12), (3, 10_000)]
+CASES = [(1 << 22, window, margin) for window in WINDOWS for margin in (None, 0.0, 0.05, 0.9)]
+CASES += [(700, window, 0.05) for window in WINDOWS] + [(1, (4, 12), 0.05)]  # some anchors at a time, or one
+
+
+@pytest.mark.parametrize(("cells", "ranks", "margin"), CASES)
+def test_mined_documents_are_in_the_window_and_below_the_margin(monkeypatch, cells, ranks, margin):
+    monkeypatch.setattr(mining, "_CELLS", cells)
     rows = click_log(60, 25)
-    window = {"count": 3, "first_rank": first_rank, "last_rank": last_rank, "margin": margin}
+    window = {"count": 3, "first_rank": ranks[0], "last_rank": ranks[1], "margin": margin}
     mined = mine(rows, **window)
     wanted = by_brute_force(rows, **window)
     assert found(rows, mined) == wanted

@@ -83,7 +83,7 @@ def test_the_estimate_counts_what_a_run_does(settings, monkeypatch, knobs):
 
 @pytest.mark.parametrize(("packed", "mini"), [(False, None), (True, None), (False, 2)])
 @pytest.mark.parametrize("longer", [0.0, 0.01, 0.2], ids="{:.0%}".format)
-def test_the_average_batch_is_not_the_longest(tiny_bert, longer, packed, mini):
+def test_the_average_batch_is_not_the_longest(tiny_bert, monkeypatch, longer, packed, mini):
     """A share of the texts has 100 words, the others 5: what all batches of an epoch take, known to a factor of 1.3."""
     rng = np.random.default_rng(1)
     words = np.where(rng.random(3000) < longer, 100, 5)
@@ -95,15 +95,16 @@ def test_the_average_batch_is_not_the_longest(tiny_bert, longer, packed, mini):
     args = SimpleNamespace(train_batch_size=8, eval_batch_size=8)
     trainer = SimpleNamespace(model=model, loss=loss, train_dataset=dataset, args=args)
 
-    def seconds_of(trainer, rows) -> float:
+    def seconds_of(trainer, dataset, rows) -> float:
         step = 1 if packed else mini or len(rows)
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         return 0.5 + sum(len(part) * (words[part].max() + 4) for part in parts) / 100
 
     longest = longest_rows(dataset, model.tokenizer, 8)
     costliest = preflight._work(preflight._tokens(trainer, dataset, longest), range(8), 1 if packed else mini or 8)
-    found = preflight._average_seconds(trainer, seconds_of, dataset, (costliest, seconds_of(trainer, longest)))
-    truth = np.mean([seconds_of(trainer, list(range(start, start + 8))) for start in range(0, 3000, 8)])
+    monkeypatch.setattr(preflight, "_batch_seconds", seconds_of)
+    found = preflight._average_seconds(trainer, dataset, (costliest, seconds_of(trainer, dataset, longest)))
+    truth = np.mean([seconds_of(trainer, dataset, list(range(start, start + 8))) for start in range(0, 3000, 8)])
     assert truth / 1.3 < found < truth * 1.3
 
 
