@@ -15,7 +15,7 @@ from ebr_lib.data.containers import opened, readable
 from ebr_lib.errors import DataError
 
 IsColumn = Callable[[str], bool]
-"""Whether the reader of the rows knows a column, by its name."""
+"""Whether a column of that name is one that is read."""
 
 UTF8_ADVICE = "save the file as UTF-8 (from GBK: iconv -f GB18030 -t UTF-8)"
 _CHUNK = 1 << 20

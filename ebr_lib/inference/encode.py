@@ -108,7 +108,7 @@ def _move_rejects(job: Job, outcome: Outcome) -> None:
 
 
 def clean_up(job: Job) -> None:
-    """Remove the work folder when the manifest is in its place; the state first, as the rest is void without it."""
+    """Remove the work folder when the manifest is in its place; the state first, as the rest is useless without it."""
     (job.folder / STATE_FILE).unlink()
     shutil.rmtree(job.folder)
 

@@ -77,8 +77,8 @@ def read_windows(job: Job, store: Store, encoder: TextEncoder, progress: Progres
 class _Builder:
     """Collects rows until a window is full.
 
-    The first windows are small, so that encoding begins while the next is read and tokenised; how many rows a window
-    may hold follows from the rows before it.
+    The first windows are small, so that encoding begins while the next is read and tokenised; the limit of a window
+    follows from the number of rows before it.
     """
 
     def __init__(self, job: Job, rows_before: int) -> None:

@@ -262,7 +262,7 @@ def file_of(folder: Path, ending: str, vectors: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_a_value_that_is_no_number_is_named_by_its_row_in_the_file(tmp_path: Path, ending: str, monkeypatch):
+def test_a_value_that_is_not_a_number_is_named_by_its_row_in_the_file(tmp_path: Path, ending: str, monkeypatch):
     in_batches(monkeypatch, 2, 1)
     vectors = np.ones((9, 3), dtype=np.float32)
     vectors[7, 1] = np.inf
@@ -273,7 +273,9 @@ def test_a_value_that_is_no_number_is_named_by_its_row_in_the_file(tmp_path: Pat
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
 @pytest.mark.parametrize(("wrong", "named"), [(1, "1;"), (5, "1, 2, 3, 4, 5;"), (6, "1, 2, 3, 4, 5 and 1 more;")])
-def test_rows_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Path, ending: str, wrong: int, named: str):
+def test_rows_with_values_that_are_not_numbers_are_named_up_to_five(
+    tmp_path: Path, ending: str, wrong: int, named: str
+):
     vectors = np.ones((9, 3), dtype=np.float32)
     vectors[1 : 1 + wrong, 1] = -np.inf
     path = file_of(tmp_path, ending, vectors)
@@ -282,7 +284,7 @@ def test_rows_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("wrong", "more"), [(1, ""), (3, ""), (5, ""), (6, " and 1 rows more")])
-def test_rows_of_text_with_values_that_are_no_numbers_are_named_up_to_five(tmp_path: Path, wrong: int, more: str):
+def test_rows_of_text_with_values_that_are_not_numbers_are_named_up_to_five(tmp_path: Path, wrong: int, more: str):
     path = tmp_path / "e.txt"
     path.write_bytes(b"vector\n1 2\n" + b"nan x\n" * wrong + b"3 4\n")
     named = ", ".join(rf"b'nan' in row {row} \(line {row + 2}\)" for row in range(1, 1 + min(5, wrong)))

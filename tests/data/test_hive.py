@@ -103,7 +103,7 @@ def test_one_bad_byte_does_not_turn_utf8_into_gb18030(tmp_path: Path):
     assert rows[2].raw == b"3\x01\xc4\xe3"
 
 
-def test_a_row_that_ends_within_a_character_is_no_utf8(tmp_path: Path):
+def test_a_row_that_ends_within_a_character_is_not_utf8(tmp_path: Path):
     rows = rows_of(written(tmp_path, b"id\x01text\n1\x01\xe8\x8b\xb9\n2\x01\xe8\x8b\n"), ["text"])
     assert [row.reason for row in rows] == ["", "not utf-8: column text"]
     # two bytes that begin a character of UTF-8, and are one of GB18030
@@ -228,7 +228,7 @@ def test_healing_joins_what_a_newline_broke(tmp_path: Path):
     assert sum(bool(row.reason) for row in rows_of(path, ["id"])) == 6
 
 
-def test_healing_joins_two_lines_and_the_last_ones_of_a_file(tmp_path: Path):
+def test_healing_joins_two_lines_also_at_the_end(tmp_path: Path):
     path = written(tmp_path, b"id\x01text\x01x\n1\x01a\nb\x01c\n2\x01d\ne\x01f")
     rows = rows_of(path, ["id", "text", "x"], heal=True)
     assert [row.values for row in rows] == [[b"1", b"a b", b"c"], [b"2", b"d e", b"f"]]
@@ -404,7 +404,7 @@ def test_parquet_input(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "string", "dictionary"])
-def test_a_parquet_value_that_is_no_utf8_costs_its_row(tmp_path: Path, kind: str):
+def test_a_parquet_value_that_is_not_utf8_costs_its_row(tmp_path: Path, kind: str):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

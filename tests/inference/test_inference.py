@@ -279,7 +279,7 @@ def test_a_healed_row_that_is_rejected_is_reported_as_it_was(tmp_path: Path, enc
     assert result.rejects.read_bytes().endswith(b"\x01blank text\x011\x01 \n \x01x\n")
 
 
-def test_a_file_whose_name_is_no_utf8_is_spelled(tmp_path: Path, encoder: FakeEncoder):
+def test_a_file_whose_name_is_not_utf8_is_spelled(tmp_path: Path, encoder: FakeEncoder):
     catalogue(tmp_path, ["1\x01a\x01x", "lost"]).rename(tmp_path / "in" / os.fsdecode(b"\xc4\xe3.csv"))
     result = run(tmp_path)
     assert json.loads(result.manifest.read_text())["inputs"][0]["path"] == "\\xc4\\xe3.csv"
@@ -839,7 +839,7 @@ def lose(folder: Path, lost: int, empty: int = 0, name: str = "a.csv", raw: str 
 
 
 def test_a_run_that_loses_more_than_allowed_fails_and_leaves_the_output(tmp_path: Path, encoder: FakeEncoder):
-    lose(tmp_path, 5, empty=60)  # rows without a text are no loss, nor is an empty line
+    lose(tmp_path, 5, empty=60)  # rows without a text are not losses, nor is an empty line
     knobs = {"max_rejected_share": 0.05}
     before = run(tmp_path, **knobs).output.read_bytes()
     files = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}

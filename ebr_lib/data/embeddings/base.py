@@ -229,7 +229,7 @@ def sync(file: IO[bytes]) -> int:
 
 
 def is_plain(value: bytes | None) -> bool:
-    """Whether delimited text can hold a value: it has no `\\001` or newline, and is not what stands for null."""
+    """Whether delimited text can hold a value: it has no `\\001` or newline, and is not the null `\\N`."""
     return value is None or not (DELIMITER in value or b"\n" in value or value == NULL)
 
 
