@@ -43,9 +43,10 @@ def main(model: str, backend: str, texts_path: str, vectors_path: str) -> None:
     for turn, _ in enumerate(sys.stdin):
         start = time.perf_counter()
         vectors = encoder.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
-        print(time.perf_counter() - start, flush=True)
+        seconds = time.perf_counter() - start
         if turn == 0:
             np.save(vectors_path, vectors[:4096])
+        print(seconds, flush=True)
 
 
 if __name__ == "__main__":
