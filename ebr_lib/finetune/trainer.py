@@ -112,7 +112,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     :param anchors: the number of each row's anchor, shape (rows,); balanced batches keep equal ones apart.
     :param documents: the number of each row's document, shape (rows,); balanced batches spread equal ones.
     :param measure: held-out metrics of a model, for evaluations; None evaluates the loss alone.
-    :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 is no limit.
+    :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 means unlimited.
     :ivar measured: the held-out metrics by step.
     """
 

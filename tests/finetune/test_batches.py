@@ -187,7 +187,7 @@ def test_epochs_differ_and_repeat():
 
 
 def test_every_row_visits_the_last_batch():
-    """A short last batch is no fixed place: over epochs it holds any row, and drop_last drops any."""
+    """The short last batch is drawn again each epoch: over epochs it holds any row, and drop_last drops any."""
     sampler = BalancedBatchSampler(np.arange(50) % 25, np.arange(50), batch_size=16, drop_last=True)
     left_out = set()
     for epoch in range(200):

@@ -409,7 +409,7 @@ def test_one_nan_loss_is_one_entry_of_the_log(settings, monkeypatch):
 
 
 def full_above(rows: int, monkeypatch, in_training: bool = True) -> None:
-    """Memory holds so many rows; a step that does not fit leaves half a gradient behind, as a real one does."""
+    """Memory holds `rows` rows; a step that does not fit leaves half a gradient, as a real one does."""
     forward = ContrastiveLoss.forward
 
     def tight(self, features, labels):
