@@ -103,7 +103,8 @@ def _refuse_inner(path: Path, kind: str) -> None:
         head = file.read(HEAD_BYTES)
     if (inner := _kind(head, path, len(head))) != TEXT:
         raise _refusal(path, inner, "unpack it once", kind)
-    _refuse(path, head, len(head) + 1, kind)
+    ended = len(head) < HEAD_BYTES
+    _refuse(path, head, len(head) if ended else len(head) + 1, kind)
 
 
 def _hadoop_codec(head: bytes, size: int) -> str:

@@ -128,6 +128,13 @@ def test_text_is_never_taken_for_a_container(tmp_path: Path):
             assert containers.kind_of(path) == containers.TEXT, text
 
 
+def test_short_text_within_gzip_is_not_taken_for_snappy(tmp_path: Path):
+    """Its 24 bytes begin as raw snappy of 44 could, and end too early for that."""
+    path = tmp_path / "x.csv"
+    path.write_bytes(gzip.compress(b",\\\n3\x01\xe3\x80\x80\x01\n\x0b\n\\N\x01ok\x01\\N\n\xc2\x85"))
+    assert containers.kind_of(path) == containers.GZIP
+
+
 def test_orc_is_read_by_its_bytes_and_from_any_row_on(tmp_path: Path):
     path = tmp_path / "000000_0"
     table = pa.table({"id": list(range(5000)), "text": [None, "苹果", ""] * 1666 + ["x", "y"], "tags": [["t"]] * 5000})
