@@ -75,8 +75,10 @@ def make_contract(
 
 def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, contract: Contract) -> None:
     """Save adapter, tokenizer, pooling, prompts and contract as a folder that sentence-transformers loads too."""
-    inner = model.transformers_model
-    inner.peft_config[ADAPTER_NAME].base_model_name_or_path = find_model(base.base_model)
+    config = model.transformers_model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path = find_model(base.base_model)
+    if isinstance(config.target_modules, set):  # written in the order of this process's hashes, it differs between runs
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), create_model_card=False)
     contract.save(folder)
 

@@ -131,7 +131,8 @@ class Store:
         self.dim, self._first, self._row_bytes = dim, first, (dim + 1) * 4
         (self.kept,) = self._database.execute("SELECT count(*) FROM seen").fetchone()
         self._next = self.kept
-        self._vectors = os.open(self._folder / self.VECTORS, os.O_RDWR | os.O_CREAT, 0o644)
+        binary = getattr(os, "O_BINARY", 0)  # of Windows, which else changes line ends
+        self._vectors = os.open(self._folder / self.VECTORS, os.O_RDWR | os.O_CREAT | binary, 0o644)
         os.ftruncate(self._vectors, self.kept * self._row_bytes)
 
     def number(self, digests: Sequence[bytes]) -> tuple[list[int], int]:

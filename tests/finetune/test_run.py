@@ -53,6 +53,12 @@ def test_the_folder_is_complete(trained):
     assert trained.steps == 3 * -(-trained.train_rows // 8)
 
 
+def test_equal_runs_write_equal_adapter_configs(trained):
+    """The adapted modules are a set: unsorted, their order would depend on the process."""
+    names = json.loads((Path(trained.model_path) / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 3 and names == sorted(names)
+
+
 def test_training_lowers_the_loss(trained):
     losses = [entry["loss"] for entry in log_of(trained) if "loss" in entry]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
