@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 import zlib
@@ -15,7 +14,7 @@ from ebr_lib.data.containers import COLUMNAR, kind_of, opened, readable
 from ebr_lib.data.embeddings.base import PARQUET
 from ebr_lib.data.finder import FoundFiles, find_files
 from ebr_lib.data.hive import HEADER_AGAIN, Layout, open_source, read_rows
-from ebr_lib.data.records import BadRowError, is_quoted, json_rows
+from ebr_lib.data.records import BadRowError, csv_rows, is_quoted, json_rows
 from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank
 from ebr_lib.errors import DataError, MissingError, UserError
 from ebr_lib.logs import logger
@@ -156,20 +155,10 @@ def _delimited_records(path: Path) -> Iterator[Record]:
 
 
 def split_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of delimited text, each with the line at which it begins; see `is_quoted`."""
-    unquoted: Any = {} if is_quoted(path, delimiter) else {"quoting": csv.QUOTE_NONE}
-    csv.field_size_limit(MOST_LETTERS)  # a field may be longer than the default of 131,072
-    line = 1
+    """The rows of delimited text, each with the line where it begins; see `is_quoted`."""
     with letters_of(path, newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True, **unquoted)
-        try:
-            for row in rows:
-                yield line, row
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{path}: line {line}: a quote that is not closed, or a letter after one ({error})"
-            ) from error
+        quoted = is_quoted(path, delimiter)
+        yield from csv_rows(file, f"{path}:", delimiter, quoted=quoted, most_letters=MOST_LETTERS)
 
 
 def _hive_records(path: Path) -> Iterator[Record]:

@@ -423,20 +423,32 @@ def _holds_rows(cells: list[str], delimiter: str) -> bool:
 
 def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The rows of delimited text, each with the line where it begins, without empty lines."""
-    csv.field_size_limit(_MOST_LETTERS)
     with opened(file) as raw, _letters(raw) as stream:
-        unquoted: Any = {} if quoted else {"quoting": csv.QUOTE_NONE}
-        rows = csv.reader(stream, delimiter=delimiter, strict=True, **unquoted)
-        line = 1
-        try:
-            for cells in rows:
-                if cells:
-                    yield line, cells
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{file}, line {line}: a quote that is not closed, or text after a closing one ({error})"
-            ) from error
+        rows = csv_rows(stream, f"{file},", delimiter, quoted=quoted, most_letters=_MOST_LETTERS)
+        yield from ((line, cells) for line, cells in rows if cells)
+
+
+def csv_rows(
+    stream: IO[str], where: str, delimiter: str, *, quoted: bool, most_letters: int
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows of delimited text, empty ones too, each with the line where it begins.
+
+    :param where: the file, as an error names it before the line.
+    :param most_letters: of a field.
+    :raises DataError: a quote is not closed, or text follows a closing one.
+    """
+    csv.field_size_limit(most_letters)
+    unquoted: Any = {} if quoted else {"quoting": csv.QUOTE_NONE}
+    rows = csv.reader(stream, delimiter=delimiter, strict=True, **unquoted)
+    line = 1
+    try:
+        for cells in rows:
+            yield line, cells
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{where} line {line}: a quote that is not closed, or text after a closing one ({error})"
+        ) from error
 
 
 def _letters(raw: IO[bytes]) -> TextIO:
