@@ -43,6 +43,8 @@ KINDS = {
 }
 """How messages name the types of parameters."""
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 class NotebookError(RuntimeError):
     """A cell failed with an error that is not a `UserError`; the executed copy is kept up to that cell."""
@@ -283,10 +285,14 @@ def _assigned(source: str) -> dict[str, Any]:
 
 
 def _settle_bars(notebook: NotebookNode) -> None:
-    """Keep the last state of each progress bar: with every update the copy would have megabytes."""
+    """Keep the last state of each text bar, since all updates would be megabytes, and no widgets.
+
+    A widget lives in its kernel, which has ended: in the copy it would be an error, or a bar at 0 %.
+    """
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _joined(cell.outputs)
+            cell.outputs = _joined([shown for shown in cell.outputs if WIDGET not in shown.get("data", {})])
             for shown in cell.outputs:
                 if shown.output_type == "stream":
                     shown.text = re.sub(r"[^\n]*\r(?!\n)", "", shown.text)

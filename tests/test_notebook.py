@@ -182,3 +182,15 @@ def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
     assert any("base64" in o.data.get("text/html", "") or "image/png" in o.data for o in outputs if "data" in o)
     assert str(executed) in headline(executed)
     assert len(headline(executed)) < 20_000
+
+
+def test_widgets_do_not_stay_in_the_executed_copy(tmp_path):
+    """Their kernel has ended: what is left of a bar would be an error, or 0 %."""
+    bar = (
+        "from IPython.display import display\n"
+        "display({'application/vnd.jupyter.widget-view+json': {'model_id': 'a'}, 'text/plain': '0%'}, raw=True)\n"
+        "print('encoded')"
+    )
+    run_notebook(small_notebook(tmp_path, "x = 1", bar), tmp_path / "out.ipynb")
+    (shown,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
+    assert shown.text == "encoded\n"
