@@ -203,7 +203,8 @@ _worker: TextEncoder | None = None  # of a process that encodes; nowhere else
 def _start(spec: EncoderSpec, threads: int) -> EncoderFacts:
     """Load the model. (Not as the pool's initializer, whose exceptions do not come back.)"""
     global _worker  # noqa: PLW0603 - what a process of a pool keeps between its tasks
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: it ends, and the parent reports
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a job in the background does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: it ends, and the parent reports
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 

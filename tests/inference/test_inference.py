@@ -594,7 +594,8 @@ def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path
 
 # Its processes have no model and no torch, and so start fast; they encode until they are ended.
 PARENT = """
-import contextlib, multiprocessing, sys, threading, types
+import contextlib, multiprocessing, signal, sys, threading, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would have it ignored
 sys.modules["torch"] = torch = types.ModuleType("torch")
 torch.set_num_threads, torch.cuda = abs, types.SimpleNamespace(device_count=lambda: 0)
 from ebr_lib.inference import local
