@@ -1,16 +1,23 @@
 """How good the fine-tuned model is, beside what the library's loss and samplers give; prints Markdown tables.
 
-    python benchmarks/quality.py --data DIR               # clicks64 clicks256 intents cranfield, three seeds
+    python benchmarks/quality.py --data DIR               # all sets except cmrc, three seeds
     python benchmarks/quality.py --data DIR --sets cmrc --multilingual MODEL
+    python benchmarks/quality.py --data DIR --results FILE --contenders "ours, defaults"    # in pieces
     python benchmarks/quality.py --data DIR --quick       # few rows, one seed: to see that it runs
 
 Equal pairs, steps, batch, rank and learning rate. All contenders run in our trainer, whose loss is the library's to
 rounding (see training.py for the gap), so that a table takes minutes: "random batches" is MultipleNegativesRankingLoss
 with the library's default sampler, "no duplicates" the same with its NO_DUPLICATES. The first seed of "random batches"
-is trained with the library's own trainer too.
+is trained with the library's own trainer too, and so is its GISTEmbedLoss, whose guide is the untrained model.
+
+Queries that choose something (a strength of the adapter) are other ones than those trained on and those reported; only
+contenders that choose get them. `--results` keeps every single result as a line, and skips those that it has.
+`seconds` is the training alone. `guard` is nDCG@10 on a search of another kind: what the model forgets.
 
 clicks64, clicks256: banking77 as a click log. Anchor = the customer's text, positive = the intent's name; 77 documents
 answer 4,096 queries, in batches of 64 (one epoch) or 256 (two). The test texts search the 77 names.
+wrong30: clicks64 with a wrong name in 30 % of the pairs, those that choose included. tenth: 409 pairs, five epochs.
+shop: the sample data of this project, in batches of 32, three epochs; its held-out queries search all its documents.
 intents: two texts of one intent are a pair; the test texts search the training texts.
 cmrc: Chinese questions search paragraphs; paragraphs are split in halves for training and test.
 cranfield: queries search abstracts; queries are split, 2 in 3 for training.
@@ -24,8 +31,9 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,9 +49,13 @@ Pairs = list[tuple[str, str]]
 RANDOM, NO_DUPLICATES, OURS = "random batches", "no duplicates", "ours, defaults"
 SCALE_ONLY, BATCHES_ONLY = "random batches, rsLoRA", "ours, without rsLoRA"
 MASK_ONLY, LIBRARY = "random batches, known positives masked", "random batches, the library's own trainer, one seed"
+GIST, UNTRAINED = "GISTEmbedLoss, the library's own trainer, one seed", "untrained"
+ONE_SEED = (LIBRARY, GIST)
+FOUND = ("temperature", "strength")  # what a run finds by itself
 STOCK = {"balanced_batches": False, "mask_known_positives": False, "use_rslora": False}
 CONTENDERS: dict[str, dict[str, Any]] = {
     LIBRARY: {},
+    GIST: {},
     RANDOM: STOCK,
     NO_DUPLICATES: STOCK,
     MASK_ONLY: STOCK | {"mask_known_positives": True},
@@ -54,15 +66,29 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Set:
-    """Pairs to train on, and a search to judge by: the documents that answer each test query."""
+class Search:
+    """Queries, documents, and the numbers of the documents that answer each query."""
 
-    pairs: Pairs
     queries: list[str]
     documents: list[str]
     answers: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Set:
+    """Pairs to train on, others to choose by, and two searches to judge by: of the task, and of another kind."""
+
+    pairs: Pairs
+    choosing: Pairs
+    search: Search
+    guard: Search
     knobs: Mapping[str, Any]
     measures: tuple[str, ...]
+
+    def shortened(self) -> Set:
+        """Few rows, to see that it runs."""
+        search = replace(self.search, queries=self.search.queries[:50], answers=self.search.answers[:50])
+        return replace(self, pairs=self.pairs[:128], choosing=self.choosing[:32], search=search)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -73,25 +99,45 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--knob", nargs="*", default=[], metavar="NAME=VALUE", help="a further contender: ours with …")
     parser.add_argument("--multilingual", help="model of the Chinese set")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines: a result each, not measured again")
     parser.add_argument("--quick", action="store_true", help="few rows, one seed, two contenders")
     args = parser.parse_args(words)
     if "cmrc" in args.sets and not args.multilingual:
         parser.error("the set cmrc is Chinese: give the folder of a model that knows it with --multilingual")
     names = [RANDOM, OURS] if args.quick else args.contenders
-    contenders = {name: CONTENDERS[name] for name in names}
+    contenders = {UNTRAINED: {}} | {name: CONTENDERS[name] for name in names}
     if args.knob:
         contenders["ours, " + " ".join(args.knob)] = {
             name: json.loads(value) for name, value in (knob.split("=", 1) for knob in args.knob)
         }
+    results = Results(args.results)
     for name in args.sets:
         task = SETS[name](args.data)
+        task = task.shortened() if args.quick else task
         model = args.multilingual if name == "cmrc" else "all-MiniLM-L6-v2"
-        if args.quick:
-            task = Set(
-                task.pairs[:128], task.queries[:50], task.documents, task.answers[:50], task.knobs, task.measures
-            )
-        print(f"\n{name}: {len(task.pairs)} pairs, {len(task.queries)} test queries, {len(task.documents)} documents")
-        report(task, model, contenders, 1 if args.quick else args.seeds)
+        rows, search = len(task.pairs), task.search
+        print(f"\n{name}: {rows} pairs, {len(search.queries)} test queries, {len(search.documents)} documents")
+        report(name, task, model, contenders, seeds=1 if args.quick else args.seeds, results=results)
+
+
+class Results:
+    """Every single result, as a line of a file that is added to at once; without a file, in memory."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **run: Any) -> dict[str, Any] | None:
+        """The result of this run: set, contender, seed, knobs, pairs."""
+        return next((row for row in self.rows if all(row[name] == value for name, value in run.items())), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append(row)
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return row
 
 
 # --- sets ---------------------------------------------------------------------------------------------------------
@@ -103,19 +149,33 @@ def banking(data: Path, part: str) -> Pairs:
         return [(row["text"], row["category"]) for row in csv.DictReader(file)]
 
 
-def clicks(data: Path, batch: int, epochs: int) -> Set:
+def clicks(data: Path, batch: int, epochs: int, pairs: int = 4096, wrong: float = 0.0) -> Set:
+    """A tenth as many pairs as train choose; `wrong` is the share of all of them with another intent's name."""
     rows = [(text, intent.replace("_", " ")) for text, intent in banking(data, "train")]
     random.Random(0).shuffle(rows)
     names = sorted({intent for _, intent in rows})
-    test = [(text, intent.replace("_", " ")) for text, intent in banking(data, "test")]
+    draw = random.Random(1)
+    spoilt = [
+        (text, draw.choice([other for other in names if other != intent]) if draw.random() < wrong else intent)
+        for text, intent in rows
+    ]
     return Set(
-        rows[:4096],
-        [text for text, _ in test],
-        names,
-        [[names.index(intent)] for _, intent in test],
+        spoilt[:pairs],
+        spoilt[4096 : 4096 + pairs // 10],
+        of_names(data),
+        shop_search(),
         {"contrastive_batch_size": 0, "train_batch_size": batch, "num_epochs": epochs},
         ("hit@1", "mrr@10"),
     )
+
+
+def of_names(data: Path, queries: int | None = None) -> Search:
+    """The test texts search the names of the intents."""
+    test = [(text, intent.replace("_", " ")) for text, intent in banking(data, "test")]
+    names = sorted({intent for _, intent in test})
+    random.Random(0).shuffle(test)
+    test = test[:queries]
+    return Search([text for text, _ in test], names, [[names.index(intent)] for _, intent in test])
 
 
 def intents(data: Path) -> Set:
@@ -125,34 +185,64 @@ def intents(data: Path) -> Set:
     by_intent: dict[str, list[int]] = {}
     for number, (_, intent) in enumerate(train):
         by_intent.setdefault(intent, []).append(number)
+    pairs = banking_pairs(data)
+    answers = [by_intent[intent] for _, intent in test]
     return Set(
-        banking_pairs(data)[:4096],
-        [text for text, _ in test],
-        [text for text, _ in train],
-        [by_intent[intent] for _, intent in test],
+        pairs[:4096],
+        pairs[4096:4505],
+        Search([text for text, _ in test], [text for text, _ in train], answers),
+        shop_search(),
         {"train_batch_size": 64},
         ("ndcg@10", "hit@1"),
     )
 
 
+def shop_pairs(name: str) -> Pairs:
+    lines = (HERE.parent / "train_text" / name).read_text(encoding="utf-8").splitlines()
+    return [(row["anchor"], row["positive"]) for row in map(json.loads, lines)]
+
+
+def shop_search() -> Search:
+    """The sample shop's held-out queries search all its documents."""
+    queries: dict[str, list[str]] = {}
+    for anchor, positive in shop_pairs("heldout/queries.jsonl"):
+        queries.setdefault(anchor, []).append(positive)
+    trained = [positive for _, positive in shop_pairs("queries.jsonl")]
+    documents = list(dict.fromkeys([text for texts in queries.values() for text in texts] + trained))
+    return Search(list(queries), documents, [[documents.index(text) for text in texts] for texts in queries.values()])
+
+
+def shop(data: Path) -> Set:
+    rows = shop_pairs("queries.jsonl")
+    random.Random(0).shuffle(rows)
+    knobs = {"train_batch_size": 32, "num_epochs": 3}
+    return Set(rows[64:], rows[:64], shop_search(), of_names(data, 500), knobs, ("ndcg@10", "hit@1"))
+
+
 def cmrc(data: Path) -> Set:
+    """Half of the paragraphs are trained on; of the others, a quarter chooses and the rest is reported."""
     articles = json.loads((data / "cmrc2018" / "trial.json").read_text(encoding="utf-8"))["data"]
     asked = [(p["context"], [qa["question"] for qa in p["qas"]]) for a in articles for p in a["paragraphs"]]
     random.Random(0).shuffle(asked)
-    half = len(asked) // 2
-    pairs = [(question, text) for text, questions in asked[:half] for question in questions]
-    test = [(question, number) for number, (_, qs) in enumerate(asked) if number >= half for question in qs]
+    half, test = len(asked) // 2, len(asked) * 5 // 8
+
+    def pairs(paragraphs: Iterable[tuple[str, list[str]]]) -> Pairs:
+        return [(question, text) for text, questions in paragraphs for question in questions]
+
+    queries = [(question, number) for number, (_, qs) in enumerate(asked) if number >= test for question in qs]
     return Set(
-        pairs,
-        [question for question, _ in test],
-        [text for text, _ in asked],
-        [[number] for _, number in test],
+        pairs(asked[:half]),
+        pairs(asked[half:test]),
+        Search([question for question, _ in queries], [text for text, _ in asked], [[n] for _, n in queries]),
+        shop_search(),
         {"train_batch_size": 32, "prompt": {"anchor": "query: ", "positive": "passage: "}, "max_seq_length": 256},
         ("mrr@10", "hit@1"),
     )
 
 
 def cranfield(data: Path) -> Set:
+    """Of the queries, 6 in 10 are trained on, 1 chooses, 3 are reported."""
+
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (data / "cranfield" / name).read_text(encoding="utf-8").splitlines()]
 
@@ -166,14 +256,17 @@ def cranfield(data: Path) -> Set:
     texts = [" ".join(row["text"].split()) or row["title"] for row in documents]
     judged = [row for row in queries if str(row["id"]) in answers]
     random.Random(0).shuffle(judged)
-    cut = 2 * len(judged) // 3
-    pairs = [(row["text"], texts[number]) for row in judged[:cut] for number in answers[str(row["id"])]]
-    test = judged[cut:]
+    trained, chosen = 6 * len(judged) // 10, 7 * len(judged) // 10
+
+    def pairs(rows: Iterable[dict[str, Any]]) -> Pairs:
+        return [(row["text"], texts[number]) for row in rows for number in answers[str(row["id"])]]
+
+    test = judged[chosen:]
     return Set(
-        pairs,
-        [row["text"] for row in test],
-        texts,
-        [answers[str(row["id"])] for row in test],
+        pairs(judged[:trained]),
+        pairs(judged[trained:chosen]),
+        Search([row["text"] for row in test], texts, [answers[str(row["id"])] for row in test]),
+        shop_search(),
         {"train_batch_size": 32, "max_seq_length": 256},
         ("ndcg@10", "hit@1"),
     )
@@ -182,7 +275,10 @@ def cranfield(data: Path) -> Set:
 SETS: dict[str, Callable[[Path], Set]] = {
     "clicks64": lambda data: clicks(data, 64, 1),
     "clicks256": lambda data: clicks(data, 256, 2),
+    "wrong30": lambda data: clicks(data, 64, 1, wrong=0.3),
+    "tenth": lambda data: clicks(data, 64, 5, pairs=409),
     "intents": intents,
+    "shop": shop,
     "cmrc": cmrc,
     "cranfield": cranfield,
 }
@@ -191,11 +287,21 @@ SETS: dict[str, Callable[[Path], Set]] = {
 # --- training and judging -----------------------------------------------------------------------------------------
 
 
-def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: str) -> str:
-    """Where a model fine-tuned on the set's pairs was saved."""
+@dataclass(frozen=True)
+class Trained:
+    """A fine-tuned model, the seconds that it took, and what the run found by itself."""
+
+    folder: str
+    seconds: float
+    found: Mapping[str, Any]
+
+
+def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: str) -> Trained:
+    """Fine-tune on the set's pairs; a run that chooses something gets the pairs for it."""
     from training import DECAY, LEARNING_RATE, RANK, write_pairs
 
     from ebr_lib import train_sentence_transformer
+    from ebr_lib.finetune.config import FinetuneConfig
 
     config = {
         "model_name": model,
@@ -209,11 +315,17 @@ def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: 
         "weight_decay": DECAY,
         "bf16": True,
         "seed": seed,
+        **task.knobs,
+        **knobs,
     }
-    return train_sentence_transformer(config | dict(task.knobs) | dict(knobs)).model_path
+    if getattr(FinetuneConfig.resolve(config), "adapter_strength", 1) == "auto":
+        config["eval_data_path"] = write_pairs(Path(folder) / "choosing.jsonl", task.choosing)
+    result = train_sentence_transformer(config)
+    found = {name: value for name in FOUND if (value := getattr(result, name, None)) is not None}
+    return Trained(result.model_path, result.seconds, found)
 
 
-def without_duplicates(run: Callable[[], str]) -> str:
+def without_duplicates(run: Callable[[], Trained]) -> Trained:
     """Run with the library's own NO_DUPLICATES batches in our trainer."""
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
@@ -232,21 +344,19 @@ def without_duplicates(run: Callable[[], str]) -> str:
         setup.EbrTrainer = kept  # type: ignore[misc]
 
 
-def judged(task: Set, model: str) -> dict[str, float]:
-    """Means over the test queries; equal scores do not occur."""
+def judged(search: Search, model: Any, given: Mapping[str, str]) -> dict[str, float]:
+    """Means over the queries, with the model's prompts or those given; equal scores do not occur."""
     from ebr_lib.model.encoder import Encoder
-    from ebr_lib.model.loading import load_model, prompt_of
+    from ebr_lib.model.loading import prompt_of
 
-    loaded = load_model(model, max_seq_length=int(task.knobs.get("max_seq_length", 128)), merged=True)
-    given = task.knobs.get("prompt", {})
     queries, documents = (
-        Encoder(loaded, prompt=prompt_of(loaded, side) or given.get(column, ""), precision="auto").encode(texts)
-        for side, column, texts in (("query", "anchor", task.queries), ("document", "positive", task.documents))
+        Encoder(model, prompt=prompt_of(model, side) or given.get(column, ""), precision="auto").encode(texts)
+        for side, column, texts in (("query", "anchor", search.queries), ("document", "positive", search.documents))
     )
     ranked = np.argsort(-(queries @ documents.T), axis=1)[:, :10]
-    hits = np.array([np.isin(row, answers) for row, answers in zip(ranked, task.answers, strict=True)])
+    hits = np.array([np.isin(row, answers) for row, answers in zip(ranked, search.answers, strict=True)])
     discount = 1 / np.log2(np.arange(2, 12))
-    ideal = np.array([discount[: len(answers)].sum() for answers in task.answers])
+    ideal = np.array([discount[: len(answers)].sum() for answers in search.answers])
     first = np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0)
     return {
         "hit@1": float(hits[:, 0].mean()),
@@ -255,47 +365,77 @@ def judged(task: Set, model: str) -> dict[str, float]:
     }
 
 
-def by_the_library(task: Set, model: str, seed: int, folder: str) -> str:
-    """Where a model trained by the library's own trainer, in float32, was saved."""
-    from training import Job, stock_trainer, write_pairs
+def judged_twice(task: Set, model: str) -> dict[str, float]:
+    """The measures of the task's search, and the nDCG@10 of the other one."""
+    from ebr_lib.model.loading import load_model
+
+    loaded = load_model(model, max_seq_length=int(task.knobs.get("max_seq_length", 128)), merged=True)
+    prompts = task.knobs.get("prompt", {})
+    return judged(task.search, loaded, prompts) | {"guard": judged(task.guard, loaded, prompts)["ndcg@10"]}
+
+
+def by_the_library(task: Set, model: str, contender: str, seed: int, folder: str) -> Trained:
+    """A model trained by the library's own trainer, in float32."""
+    from training import TEMPERATURE, Job, stock_trainer, write_pairs
 
     from ebr_lib.model.adapters import merge_adapter
+    from ebr_lib.model.loading import load_model
+
+    def gist(trained: Any) -> Any:
+        from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+
+        guide = load_model(model, max_seq_length=job.max_seq_length)
+        return GISTEmbedLoss(trained, guide, temperature=TEMPERATURE)
 
     pairs = write_pairs(Path(folder) / "pairs.jsonl", task.pairs)
     knobs = task.knobs
     job = Job(model, pairs, knobs["train_batch_size"], 0.1, knobs.get("max_seq_length", 128), seed)
-    trainer = stock_trainer(job, folder, epochs=knobs.get("num_epochs", 1))
+    loss = gist if contender == GIST else None
+    trainer = stock_trainer(job, folder, epochs=knobs.get("num_epochs", 1), make_loss=loss, prompts=knobs.get("prompt"))
+    start = time.perf_counter()
     trainer.train()
+    seconds = time.perf_counter() - start
     merge_adapter(trainer.model)
     trainer.model.save_pretrained(f"{folder}/merged")
-    return f"{folder}/merged"
+    return Trained(f"{folder}/merged", seconds, {})
 
 
-def report(task: Set, model: str, contenders: Mapping[str, Mapping[str, Any]], seeds: int) -> None:
-    """Print a row a contender, as it is known."""
-    print("\n| contender | " + " | ".join(task.measures) + " |\n| --- |" + " ---: |" * len(task.measures))
-    print(row("untrained", task.measures, [judged(task, model)]), flush=True)
-    for name, knobs in contenders.items():
-        found = [score(task, model, name, knobs, seed) for seed in range(1 if name == LIBRARY else seeds)]
-        print(row(name, task.measures, found), flush=True)
+def report(
+    name: str, task: Set, model: str, contenders: Mapping[str, Mapping[str, Any]], *, seeds: int, results: Results
+) -> None:
+    """Print a row per contender, as soon as it is known."""
+    columns = (*task.measures, "guard", "seconds", *FOUND)
+    print("\n| contender | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
+    for contender, knobs in contenders.items():
+        once = contender in (UNTRAINED, *ONE_SEED)
+        found = []
+        for seed in range(1 if once else seeds):
+            run = {"set": name, "contender": contender, "seed": seed, "knobs": knobs, "pairs": len(task.pairs)}
+            found.append(results.find(**run) or results.add(run | score(task, model, contender, knobs, seed)))
+        print(row(contender, columns, found), flush=True)
 
 
-def score(task: Set, model: str, contender: str, knobs: Mapping[str, Any], seed: int) -> dict[str, float]:
+def score(task: Set, model: str, contender: str, knobs: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Train one contender with one seed, and judge it."""
+    if contender == UNTRAINED:
+        return judged_twice(task, model)
     with tempfile.TemporaryDirectory() as folder:
-        if contender == LIBRARY:
-            return judged(task, by_the_library(task, model, seed, folder))
-        run = partial(trained, task, model, knobs, seed, folder)
-        return judged(task, without_duplicates(run) if contender == NO_DUPLICATES else run())
+        if contender in ONE_SEED:
+            run = by_the_library(task, model, contender, seed, folder)
+        else:
+            ours = partial(trained, task, model, knobs, seed, folder)
+            run = without_duplicates(ours) if contender == NO_DUPLICATES else ours()
+        return judged_twice(task, run.folder) | {"seconds": run.seconds} | run.found
 
 
-def row(name: str, measures: Sequence[str], found: Sequence[Mapping[str, float]]) -> str:
+def row(name: str, columns: Sequence[str], found: Sequence[Mapping[str, Any]]) -> str:
     """Mean ± standard deviation over the seeds."""
     cells = []
-    for measure in measures:
-        values = [scores[measure] for scores in found]
-        spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{mean(values):.4f}{spread}")
+    for column in columns:
+        values = [scores[column] for scores in found if column in scores]
+        digits = 0 if column == "seconds" else 4
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 

@@ -77,7 +77,7 @@ PARTS = {
     "million": Part("Evaluation against a million documents", "index.py --million", "", always=False),
     "quality": Part(
         "Quality",
-        "quality.py --data DIR --sets clicks64 clicks256 intents cranfield",
+        "quality.py --data DIR --sets clicks64 clicks256 wrong30 tenth intents shop cranfield",
         "--quick --sets clicks64",
         always=False,
     ),

@@ -19,7 +19,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -185,9 +185,17 @@ def unsloth_model(job: Job) -> Any:
 
 
 def stock_trainer(
-    job: Job, folder: str, *, bf16: bool = False, epochs: int = 1, build: Callable[[Job], Any] = stock_model
+    job: Job,
+    folder: str,
+    *,
+    bf16: bool = False,
+    epochs: int = 1,
+    build: Callable[[Job], Any] = stock_model,
+    make_loss: Callable[[Any], Any] | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> Any:
-    """The library's trainer and loss on the same pairs, in the same order, with the same adapter."""
+    """The library's trainer and loss (or another of its losses) on the same pairs, in the same order, with the same
+    adapter."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -210,9 +218,10 @@ def stock_trainer(
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        prompts=dict(prompts) if prompts else None,
         seed=job.seed,
     )
-    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    loss = make_loss(model) if make_loss else MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), loss=loss)
     trainer.remove_callback(PrinterCallback)
     return trainer

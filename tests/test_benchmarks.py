@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import contest
+import quality
 import run
 
 
@@ -80,3 +81,29 @@ def test_every_part_gives_its_script_options_that_it_knows(script: str):
     ]
     options = {word for command in commands for word in command if word.startswith("--")}
     assert options <= set(shown.replace(",", " ").replace("[", " ").replace("]", " ").split())
+
+
+def test_a_measured_result_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch, capfd):
+    measured = []
+
+    def score(task, model, contender, knobs, seed):
+        measured.append((contender, seed))
+        return {"hit@1": 0.5 + seed / 10, "guard": 0.25, "seconds": 3.0}
+
+    monkeypatch.setattr(quality, "score", score)
+    search = quality.Search([], [], [])
+    task = quality.Set([("a", "b")], [], search, search, {}, ("hit@1",))
+    file = tmp_path / "results.jsonl"
+    for seeds in (1, 2):  # the second call measures what the first did not
+        quality.report("set", task, "model", {"ours": {"lora_r": 2}}, seeds=seeds, results=quality.Results(file))
+    quality.report("set", task, "model", {"ours": {"lora_r": 4}}, seeds=1, results=quality.Results(file))
+    assert measured == [("ours", 0), ("ours", 1), ("ours", 0)]
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 3
+    assert "| ours | 0.5500 ± 0.0707 | 0.2500 ± 0.0000 | 3 ± 0 |  |  |" in capfd.readouterr().out
+
+
+def test_what_chooses_is_neither_trained_on_nor_reported(monkeypatch):
+    monkeypatch.setattr(quality, "of_names", lambda data, queries: None)
+    shop = quality.shop(Path())
+    assert len(shop.pairs) + len(shop.choosing) == 640
+    assert not {anchor for anchor, _ in shop.choosing} & {*shop.search.queries, *(anchor for anchor, _ in shop.pairs)}
