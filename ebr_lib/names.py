@@ -16,6 +16,9 @@ Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]
 METRICS = get_args(Metric)
 """Measured on the held-out anchors."""
 
+EvalMetric = Literal["ndcg@10", "mrr@10", "map@100", "recall@1", "recall@5", "recall@10", "recall@50", "recall@100"]
+"""Of the evaluation stage: which one decides."""
+
 LeaveOutOwn = Literal["text_and_id", "text", "none"]
 """Which documents count as the query itself, and so neither as its answers nor as competitors."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # pictures that a notebook shows by itself
 SHORT = 24  # half-width columns: a notebook would break longer texts into lines, and these need not be
+LARGEST_PAGE = 2 << 20  # bytes of a page that is shown in a notebook, whose file would hold it
 LONGEST = 200  # characters of either end of a text that `squeezed` looks at
 _NUMBER = re.compile(r"([+-]?\d[\d.,]*(?=[ %]|$)|$)")
 
@@ -107,6 +108,32 @@ def html_link(path: Path) -> str:
     """A paragraph that opens a file from a notebook of the folder in which the program runs."""
     link = html.escape(os.path.relpath(path), quote=True)
     return f'<p><a href="{link}" target="_blank">{link}</a></p>'
+
+
+def html_verdict(sentence: str, notes: Iterable[str] = (), of: str = "") -> str:
+    """A result in one sentence, what it is about before it, and below it what speaks against it."""
+    head = f"<small>{html.escape(of)}</small><br>" if of else ""
+    below = "".join(f'<p style="margin:.2em 0">⚠ {html.escape(note)}</p>' for note in notes)
+    return f'<p style="margin:.4em 0">{head}<b style="font-size:1.15em">{html.escape(sentence)}</b></p>{below}'
+
+
+def html_page(path: Path, name: str, height: int = 600) -> str:
+    """A link to a page, and the page itself, folded, in a frame that needs no server: JupyterLab's own viewer shows a
+    linked page without its scripts, and VS Code opens no link from a notebook.
+
+    A notebook that is not trusted drops the frame; a page too large for a notebook is only linked.
+    """
+    if not path.is_file() or path.stat().st_size > LARGEST_PAGE:
+        return html_link(path)
+    page = html.escape(path.read_text(encoding="utf-8"), quote=True)
+    # without the notebook's origin, so that a page that holds users' texts reaches nothing of it
+    allowed = 'sandbox="allow-scripts allow-downloads allow-popups" allow="clipboard-write; fullscreen"'
+    frame = f'<iframe {allowed} style="width:100%;height:{height}px;border:0" srcdoc="{page}"></iframe>'
+    note = "空白时请信任该 notebook blank? trust the notebook, or open the file"
+    return (
+        f"<details><summary>{html.escape(name)} · 点击展开 open here</summary><small>{note}</small>{frame}</details>"
+        f"{html_link(path)}"
+    )
 
 
 def html_picture(path: Path, alt: str) -> str:

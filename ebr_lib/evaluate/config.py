@@ -28,7 +28,7 @@ from ebr_lib.knobs.fields import (
     Positive,
     Seed,
 )
-from ebr_lib.names import Asked, Backend, Choice, LeaveOutOwn, OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, EvalMetric, LeaveOutOwn, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ class EvalConfig(Config):
     backend: Backend = knob("auto", *BACKEND)
     device: str | None = knob(None, *DEVICE)
     # measures and report
+    primary_metric: EvalMetric = knob(
+        "ndcg@10",
+        "Measure that decides whether a model is better; the others are reported beside it, corrected for their number.",
+        "用于判定是否更好的指标；其余指标并列给出，并按指标个数校正。",
+    )
     ks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = knob(
         [1, 5, 10, 50, 100], "Cutoffs k for recall@k and hit rate@k.", "召回率与命中率的截断位置 k。"
     )
@@ -127,8 +132,8 @@ class EvalConfig(Config):
     seed: Seed = knob(42, "Random seed of intervals and tests.", "置信区间与检验的随机种子。")
     output_dir: Place = knob(
         "./evaluation",
-        "Output folder: report.html, report.json, and the rankings and judgements in TREC format.",
-        "输出目录：report.html、report.json 以及 TREC 格式的排序结果与标注。",
+        "Output folder: report.html, report.json, queries.csv, and the rankings and judgements in TREC format.",
+        "输出目录：report.html、report.json、queries.csv 以及 TREC 格式的排序结果与标注。",
     )
 
     def conflicts(self) -> Iterator[str]:
@@ -138,5 +143,8 @@ class EvalConfig(Config):
             yield "set data_path or queries_path"
         if not self.ks:
             yield "ks is empty: give at least one cutoff"
+        kind, _, k = self.primary_metric.partition("@")
+        if kind == "recall" and int(k) not in self.ks:
+            yield f"primary_metric: {self.primary_metric} is not measured; add {k} to ks"
         if len(set(self.models)) != len(self.models):
             yield "models: a name occurs twice"

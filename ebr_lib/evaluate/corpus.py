@@ -32,6 +32,7 @@ from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
 from ebr_lib.model.provenance import Provenance
 
+TITLE = "title"
 SEEN = {"true": True, "1": True, "false": False, "0": False}
 
 Mask = NDArray[np.bool_]
@@ -46,6 +47,7 @@ class Corpus:
     :ivar number_of_text: document number by `text_keys`, so that texts are in memory once.
     :ivar untitled: by `text_keys` of a query, the documents whose text without the title is that query.
     :ivar vectors: the embedding file, `column` its column that holds `texts`, `first_rows` the row of each document.
+    :ivar titles: of each document, if there is a column `title` beside the text.
     :ivar blank: ids of rows that are not documents: without text, or without a vector in an embedding file.
     :ivar seen: which documents training has seen, if that is known.
     """
@@ -58,16 +60,18 @@ class Corpus:
     vectors: Path | None = None
     column: str | None = None
     first_rows: NDArray[np.int64] | None = None
+    titles: Sequence[str] | None = field(default=None, repr=False)
     blank: frozenset[str] = frozenset()
     seen: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def shown(self, document: int, most: int = 300) -> str:
-        """A document for people: its text, or its id if there is no text."""
-        text = self.texts[document] if self.texts else self.ids[document]
-        return text if len(text) <= most else text[:most] + "…"
+    def shown(self, document: int, most: int = 300) -> tuple[str, str]:
+        """Title and text of a document for people; both empty if there are only ids."""
+        title = self.titles[document] if self.titles else ""
+        text = (self.texts[document] if self.texts else "").removeprefix(title).strip()
+        return title, text if len(text) <= most else text[:most] + "…"
 
     def vector_batches(self) -> Iterator[NDArray[np.float32]]:
         """The documents' vectors from the embedding file, scaled to length 1, a batch at a time."""
@@ -113,16 +117,23 @@ def read_corpus(
     for key, id_ in zip(text_keys(text_in(records[row].get(column)) for row in rows).tolist(), ids, strict=True):
         if key in asked:
             untitled.setdefault(key, set()).add(corpus.number[id_])
+    title_of = {all_ids[row]: text_in(records[row].get(TITLE)) for row in rows} if TITLE in records[0] else {}
     return replace(
         corpus,
+        titles=_titles(corpus, column, title_of),
         blank=frozenset(all_ids) - corpus.number.keys(),
         untitled={key: frozenset(documents) for key, documents in untitled.items()},
     )
 
 
+def _titles(corpus: Corpus, column: str | None, title_of: Mapping[str, str]) -> Sequence[str] | None:
+    """The titles by document, unless there are none or they are the texts themselves."""
+    return [title_of[id_] for id_ in corpus.ids] if title_of and column != TITLE else None
+
+
 def _titled(record: Record, column: str) -> str:
     """A BEIR document is its title, a space, its text."""
-    text, title = record.get(column), record.get("title")
+    text, title = record.get(column), record.get(TITLE)
     return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
 
 
@@ -208,7 +219,8 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     wanted = [name for name in dict.fromkeys((column, id_column)) if name is not None]
     if missing := next((name for name in wanted if name not in found), None):
         raise DataError(f"{path}: no column {missing}; its columns are {', '.join(found) or 'none'}")
-    valid, kept = _columns_of(path, wanted)
+    titled = TITLE in found and column != TITLE
+    valid, kept = _columns_of(path, list(dict.fromkeys([*wanted, *([TITLE] if titled else [])])))
     rows = np.flatnonzero(valid)
     if not len(rows):
         raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
@@ -227,10 +239,12 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
         raise DataError(f"{path}: id {twice!r} is there more than once; name another column with id_column")
     corpus = distinct_texts(path, ids, texts, None, trained)
     place = dict(zip(reversed(ids), reversed(rows.tolist()), strict=True))  # the first row of an id
+    title_of = {id_: kept[TITLE][place[id_]] for id_ in corpus.ids} if titled else {}
     logger.info("语料: %s (corpus: %d distinct documents of %d rows)", path, len(corpus), len(rows))
     return replace(
         corpus,
         texts=corpus.texts if column else None,
+        titles=_titles(corpus, column, title_of),
         vectors=path,
         column=column,
         first_rows=np.array([place[id_] for id_ in corpus.ids], dtype=np.int64),

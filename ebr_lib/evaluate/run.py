@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pandas import DataFrame
 
 from ebr_lib.data.embeddings.files import files_of
@@ -17,23 +18,25 @@ from ebr_lib.data.pairs import expand, read_pairs, texts_of
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError, MissingError, ModelError, UserError
 from ebr_lib.evaluate.columns import Columns
-from ebr_lib.evaluate.compare import Difference, changed_most, compare
+from ebr_lib.evaluate.compare import Difference, bootstrap, changed_most, compare
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.corpus import Corpus
+from ebr_lib.evaluate.per_query import QUERIES_TABLE, query_table, write_query_table
 from ebr_lib.evaluate.rankers import BM25_NAME, How, check_bm25, check_model, labels, rank_with_bm25, rank_with_model
-from ebr_lib.evaluate.report import Duel, Example, Report, Slice
-from ebr_lib.evaluate.slices import query_slices
+from ebr_lib.evaluate.report import Document, Duel, Example, Report, Slice
+from ebr_lib.evaluate.slices import IN_TRAINING, UNSEEN, Slices, query_slices
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
 from ebr_lib.evaluate.trec import QRELS_FILE, run_files, warn_of_earlier_runs, write_qrels, write_run
+from ebr_lib.evaluate.verdict import Change, Verdict, verdict_on
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.tables import TableRepr, as_text, html_link, make_table
+from ebr_lib.tables import TableRepr, as_html, as_text, html_page, html_verdict, make_table
 
-MAIN_METRIC = "ndcg@10"  # by which queries are won and lost
+FEWEST = 10  # queries of a slice for which an interval is given
 SHOWN_DOCUMENTS = 5  # of a query's relevant and retrieved documents in an example
 CONFIG_FILE, HTML_FILE, JSON_FILE = "eval_config.yaml", "report.html", "report.json"
 
@@ -42,21 +45,39 @@ CONFIG_FILE, HTML_FILE, JSON_FILE = "eval_config.yaml", "report.html", "report.j
 class EvalResult(TableRepr):
     """What an evaluation wrote and found.
 
-    `metrics` maps ranker to measure to mean; `differences` has every pair of rankers on every measure.
-    `tables` has `measures`, the means with the differences from the first ranker, and `differences`.
+    `verdicts` say which models are better; `metrics` maps ranker to measure to mean; `differences` has all compared
+    pairs of rankers on every measure. `tables` has `measures`, the means with the differences from the first ranker,
+    `differences`, and `queries`: one row per query, as in `queries_csv`.
     """
 
     report_html: Path
     report_json: Path
+    queries_csv: Path
     runs: dict[str, Path]
     qrels: Path
+    verdicts: dict[str, Verdict]
     metrics: dict[str, dict[str, float]]
     differences: tuple[Difference, ...]
     facts: dict[str, Any]
     tables: dict[str, DataFrame] = field(compare=False)
 
+    def __repr__(self) -> str:
+        return "\n".join([*verdict_lines(self.verdicts), super().__repr__()])
+
     def _repr_html_(self) -> str:
-        return super()._repr_html_() + html_link(self.report_html)
+        verdicts = [html_verdict(verdict.sentence, verdict.notes, of) for of, verdict in self.verdicts.items()]
+        measures = self.tables["measures"]
+        rest = f"<details><summary>全部指标 all measures</summary>{as_html(measures)}</details>"
+        return "".join([*verdicts, as_html(measures.head(1)), rest, html_page(self.report_html, "报告 report")])
+
+
+def verdict_lines(verdicts: Mapping[str, Verdict]) -> list[str]:
+    """The verdicts for a terminal: a sentence per pair, and the notes below it."""
+    return [
+        line
+        for pair, verdict in verdicts.items()
+        for line in (f"{pair}: {verdict.sentence}", *(f"  ! {note}" for note in verdict.notes))
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,17 +111,31 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _listed(facts))
     measured = _rank(config, task)
     warn_of_earlier_runs(folder, measured)
-    report = _report(config, task, measured, facts)
+    slices = query_slices(task)
+    report = _report(config, task, measured, facts, slices)
+    values = {name: m.values[config.primary_metric] for name, m in measured.items()}
+    rankings = {name: m.ranking for name, m in measured.items()}
+    queries = query_table(task, slices, config.primary_metric, values, rankings)
     runs = _write(config, folder, task, measured, report)
+    write_query_table(folder / QUERIES_TABLE, queries)
     differences = tuple(d for duel in report.duels for d in duel.differences)
-    tables = {"measures": _measures_table(report), "differences": DataFrame(map(asdict, differences))}
+    verdicts = {f"{d.contender} 对 against {d.baseline}": d.verdict for d in report.duels if d.verdict}
+    tables = {
+        "measures": _measures_table(report),
+        "differences": DataFrame(map(asdict, differences)),
+        "queries": queries,
+    }
     logger.info("%s", as_text(tables["measures"]), extra=RESULT)
-    logger.info("报告已保存: %s", folder / HTML_FILE)
+    for line in verdict_lines(verdicts):
+        logger.info("%s", line, extra=RESULT)
+    logger.info("报告已保存 report: %s", folder / HTML_FILE)
     return EvalResult(
         report_html=folder / HTML_FILE,
         report_json=folder / JSON_FILE,
+        queries_csv=folder / QUERIES_TABLE,
         runs=runs,
         qrels=folder / QRELS_FILE,
+        verdicts=verdicts,
         metrics={name: dict(means) for name, means in report.means.items()},
         differences=differences,
         facts=facts,
@@ -129,7 +164,7 @@ def _raise_all(errors: list[UserError]) -> None:
 
 def _check_apart(config: EvalConfig, folder: Path) -> None:
     """Make sure that no file of the report is one that is read."""
-    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QRELS_FILE)]
+    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QUERIES_TABLE, QRELS_FILE)]
     runs = run_files(folder, labels(config.models, [BM25_NAME]))
     read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
     corpus = files_of(config.corpus_path) if config.corpus_path else []
@@ -215,22 +250,29 @@ def _check_rankers(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool
 
 
 def _report(
-    config: EvalConfig, task: RetrievalTask, measured: Mapping[str, _Measured], facts: Mapping[str, Any]
+    config: EvalConfig,
+    task: RetrievalTask,
+    measured: Mapping[str, _Measured],
+    facts: Mapping[str, Any],
+    slices: Slices,
 ) -> Report:
-    names = list(measured)
     # `data_path` is not read if the queries have a path of their own
     places = (config.queries_path or config.data_path, config.corpus_path, config.qrels_path)
+    decided = _decided(measured)
+    compared = _slices(config, decided, measured, slices)
+    unseen = next((s for s in compared if (s.kind, s.value) == (IN_TRAINING, UNSEEN)), None)
+    bm25 = measured[BM25_NAME].means() if BM25_NAME in measured and len(measured) > 2 else None
+    duels = [_duel(config, task, a, b, measured) for a, b in [*decided, *_side_notes(measured, decided)]]
+    for i, duel in enumerate(duels[: len(decided)]):
+        verdict = verdict_on(duel.differences[0], unseen.changes[duel.contender] if unseen else None, bm25)
+        duels[i] = replace(duel, verdict=verdict)
     return Report(
         title="Retrieval evaluation · 召回评估",
+        primary=config.primary_metric,
         facts=facts,
         means={name: m.means() for name, m in measured.items()},
-        duels=[_duel(config, task, a, b, measured) for i, a in enumerate(names) for b in names[i + 1 :]],
-        slices=[
-            Slice(kind, value, int(mask.sum()), {name: m.means(mask) for name, m in measured.items()})
-            for kind, groups in query_slices(task).items()
-            for value, mask in groups.items()
-        ],
-        slice_metrics=(f"recall@{max(config.ks)}", MAIN_METRIC),
+        duels=duels,
+        slices=compared,
         measured={
             "data": ", ".join(filter(None, places)),
             "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -239,45 +281,100 @@ def _report(
     )
 
 
+def _decided(measured: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs that get a verdict: each model against the first one, or a single model against BM25."""
+    first, *others = names = [name for name in measured if name != BM25_NAME] or [BM25_NAME]
+    pairs = [(first, other) for other in others]
+    return pairs or [(BM25_NAME, name) for name in names if BM25_NAME in measured and name != BM25_NAME]
+
+
+def _side_notes(measured: Iterable[str], decided: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The other pairs; BM25 is the one that is compared with."""
+    names = sorted(measured, key=lambda name: name != BM25_NAME)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return [pair for pair in pairs if pair not in decided]
+
+
+def _slices(
+    config: EvalConfig, decided: Sequence[tuple[str, str]], measured: Mapping[str, _Measured], slices: Slices
+) -> list[Slice]:
+    values = {name: m.values[config.primary_metric] for name, m in measured.items()}
+    return [
+        Slice(
+            kind,
+            value,
+            queries=int(mask.sum()),
+            means={name: m.means(mask) for name, m in measured.items()},
+            changes={b: _change((values[b] - values[a])[mask], config) for a, b in decided},
+        )
+        for kind, groups in slices.items()
+        for value, mask in groups.items()
+    ]
+
+
+def _change(deltas: Values, config: EvalConfig) -> Change:
+    if len(deltas) < FEWEST:
+        return Change(float(deltas.mean()), None, None)
+    low, high = bootstrap(deltas[:, None], config.resamples, np.random.default_rng([config.seed, 0]))
+    return Change(float(deltas.mean()), float(low[0]), float(high[0]))
+
+
 def _duel(
     config: EvalConfig, task: RetrievalTask, baseline: str, other: str, measured: Mapping[str, _Measured]
 ) -> Duel:
-    before, after = measured[baseline], measured[other]
-    differences = compare(baseline, other, before.values, after.values, resamples=config.resamples, seed=config.seed)
-    won, lost = (
-        [_example(task, query, before, after) for query in queries]
-        for queries in changed_most(before.values[MAIN_METRIC], after.values[MAIN_METRIC], config.examples)
+    before, after, metric = measured[baseline], measured[other], config.primary_metric
+    differences = compare(
+        baseline,
+        other,
+        before.values,
+        after.values,
+        primary=metric,
+        resamples=config.resamples,
+        seed=config.seed,
     )
-    return Duel(baseline, other, MAIN_METRIC, differences, won, lost)
+    won, lost = (
+        [_example(task, query, before, after, metric) for query in queries]
+        for queries in changed_most(before.values[metric], after.values[metric], config.examples)
+    )
+    return Duel(baseline, other, metric, differences, won, lost)
 
 
-def _example(task: RetrievalTask, query: int, before: _Measured, after: _Measured) -> Example:
+def _example(task: RetrievalTask, query: int, before: _Measured, after: _Measured, metric: str) -> Example:
     relevant = {document for document, grade in task.relevant[query].items() if grade > 0}
 
-    def retrieved(ranking: Ranking) -> list[tuple[str, bool]]:
-        documents = [int(d) for d in ranking.ids[query, :SHOWN_DOCUMENTS] if d >= 0]
-        return [(task.corpus.shown(d), d in relevant) for d in documents]
+    def shown(documents: Iterable[int]) -> list[Document]:
+        return [Document(task.corpus.ids[d], *task.corpus.shown(d), d in relevant) for d in documents]
+
+    def retrieved(ranking: Ranking) -> list[Document]:
+        return shown(int(d) for d in ranking.ids[query, :SHOWN_DOCUMENTS] if d >= 0)
 
     return Example(
+        id=task.query_ids[query],
         query=task.queries[query],
-        before=float(before.values[MAIN_METRIC][query]),
-        after=float(after.values[MAIN_METRIC][query]),
-        wanted=[task.corpus.shown(d) for d in sorted(relevant)[:SHOWN_DOCUMENTS]],
+        before=float(before.values[metric][query]),
+        after=float(after.values[metric][query]),
+        wanted=shown(sorted(relevant)[:SHOWN_DOCUMENTS]),
         retrieved_before=retrieved(before.ranking),
         retrieved_after=retrieved(after.ranking),
     )
 
 
 def _measures_table(report: Report) -> DataFrame:
-    """Means of all rankers; next to each but the first, the interval of its difference from the first."""
-    first, *others = report.means
-    columns: dict[str, Iterable[Any]] = {"指标 metric": report.means[first], first: report.means[first].values()}
-    for duel in report.duels[: len(others)]:  # the first ranker's come first
-        columns[duel.contender] = report.means[duel.contender].values()
-        columns[f"{duel.contender}: difference [95 %]"] = [
-            f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.significant else ''}"
-            for d in duel.differences
-        ]
+    """Means of all rankers, the measure that decides first; beside a contender's, its difference from the baseline."""
+    of = {duel.contender: duel for duel in report.duels if duel.verdict}
+    same = [{d.metric for d in duel.differences if d.same_as} for duel in report.duels]
+    repeated = set.intersection(*same) if same else set()
+    names = [report.primary, *next(iter(report.means.values()))]
+    names = [name for name in dict.fromkeys(names) if name not in repeated]
+    columns: dict[str, Iterable[Any]] = {"指标 metric": names}
+    for ranker, means in report.means.items():
+        columns[ranker] = [means[name] for name in names]
+        if ranker in of:
+            found = {d.metric: d for d in of[ranker].differences}
+            columns[f"{ranker}: difference [95 %]"] = [
+                f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.significant else ''}"
+                for d in map(found.__getitem__, names)
+            ]
     rows = zip(*columns.values(), strict=True)
     return make_table(f"{report.title}: {_listed(report.facts)}", list(columns), rows)
 

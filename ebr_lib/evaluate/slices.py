@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,17 +10,20 @@ from ebr_lib.data.text import language_of, split_words
 from ebr_lib.evaluate.corpus import Mask
 from ebr_lib.evaluate.task import RetrievalTask
 
-IN_TRAINING = "document in training"
+IN_TRAINING, SEEN, UNSEEN = "document in training", "seen", "unseen"
+
+Slices = Mapping[str, Mapping[str, Mask]]
+"""Grouping to value to which queries have it."""
 
 
-def query_slices(task: RetrievalTask) -> dict[str, dict[str, Mask]]:
+def query_slices(task: RetrievalTask) -> Slices:
     """Groups of queries: by length, language, whether training saw an answer, and the kept columns.
 
     A grouping with a single group is left out, except the one by what training saw.
     """
     slices = {"length": _by_length(task.queries), "language": _by_value([language_of(text) for text in task.queries])}
     if (seen := task.corpus.seen) is not None:
-        known = ["seen" if any(seen[d] for d, g in grades.items() if g > 0) else "unseen" for grades in task.relevant]
+        known = [SEEN if any(seen[d] for d, g in grades.items() if g > 0) else UNSEEN for grades in task.relevant]
         slices[IN_TRAINING] = _by_value(known)
     slices |= {name: _by_value(values) for name, values in task.query_columns.items()}
     return {name: groups for name, groups in slices.items() if len(groups) > 1 or name == IN_TRAINING}

@@ -12,20 +12,36 @@ def test_interval_and_p_by_hand():
     rng = np.random.default_rng(0)
     delta = rng.normal(0.1, 0.3, 400)
     none, shifted = {"m": np.zeros(400), "n": np.zeros(400)}, {"m": delta, "n": rng.permutation([-0.5, 0.5] * 200)}
-    m, n = compare("a", "b", none, shifted, resamples=2000, seed=1)
+    m, n = compare("a", "b", none, shifted, primary="m", resamples=2000, seed=1)
     half = 1.96 * delta.std() / 20
     assert (m.low, m.high) == pytest.approx((delta.mean() - half, delta.mean() + half), abs=0.004)
     assert m.p == pytest.approx(1 / 2001) and n.p > 0.5
-    assert compare("a", "b", none, shifted, resamples=2000, seed=1) == [m, n]
-    assert compare("a", "b", none, shifted, resamples=2000, seed=2) != [m, n]
-    same = compare("a", "b", shifted, shifted, resamples=200, seed=1)[0]
+    assert compare("a", "b", none, shifted, primary="m", resamples=2000, seed=1) == [m, n]
+    assert compare("a", "b", none, shifted, primary="m", resamples=2000, seed=2) != [m, n]
+    same = compare("a", "b", shifted, shifted, primary="m", resamples=200, seed=1)[0]
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
 def test_permutation_is_exact_in_the_limit():
     # 3 wins of equal size: 2 of 8 sign patterns are as large
-    d = compare("a", "b", {"m": np.zeros(3)}, {"m": np.ones(3)}, resamples=20000, seed=0)[0]
+    d = compare("a", "b", {"m": np.zeros(3)}, {"m": np.ones(3)}, primary="m", resamples=20000, seed=0)[0]
     assert d.p == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_measure_that_decides_is_not_corrected_and_repeated_measures_do_not_count():
+    rng = np.random.default_rng(0)
+    deltas = {name: rng.normal(0.03, 0.2, 200) for name in ("a", "b", "c")}
+    after = deltas | {"a again": deltas["a"]}
+    d = {
+        d.metric: d
+        for d in compare("x", "y", {n: np.zeros(200) for n in after}, after, primary="c", resamples=500, seed=1)
+    }
+    assert list(d) == ["c", "a", "b", "a again"]  # the one that decides comes first
+    assert d["c"].p_holm == d["c"].p
+    assert [d["a"].p_holm, d["b"].p_holm] == holm_corrected(np.array([d["a"].p, d["b"].p])).tolist()
+    assert d["a again"].same_as == "a" and d["a again"].p_holm == d["a"].p_holm
+    counted = deltas["a"] > 0
+    assert (d["a"].won, d["a"].lost, d["a"].equal) == (counted.sum(), (~counted).sum(), 0)
 
 
 def test_holm():

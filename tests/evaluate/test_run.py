@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ebr_lib.cli import main
@@ -47,7 +48,8 @@ def test_result_compares_all_rankers(result):
     assert list(result.metrics) == ["tiny-bert", "tiny-xlm-r", "BM25"]
     assert result.metrics["BM25"]["mrr@10"] == 1  # each query shares a word with its document
     pairs = {(d.baseline, d.contender) for d in result.differences}
-    assert pairs == {("tiny-bert", "tiny-xlm-r"), ("tiny-bert", "BM25"), ("tiny-xlm-r", "BM25")}
+    assert pairs == {("tiny-bert", "tiny-xlm-r"), ("BM25", "tiny-bert"), ("BM25", "tiny-xlm-r")}
+    assert list(result.verdicts) == ["tiny-xlm-r 对 against tiny-bert"]  # BM25 is a floor, not a contender
     report = json.loads(result.report_json.read_text())
     assert report["means"] == result.metrics and report["facts"]["queries"] == 3
     assert EvalConfig.resolve({"preset": str(result.report_json.with_name("eval_config.yaml"))}).resamples == 100
@@ -56,13 +58,27 @@ def test_result_compares_all_rankers(result):
 
 def test_tables_have_means_and_differences(result):
     measures, differences = result.tables["measures"], result.tables["differences"]
-    assert measures["BM25"].tolist() == list(result.metrics["BM25"].values())
+    names = measures["指标 metric"].tolist()
+    assert names[0] == "ndcg@10" and {"recall@1", "map@100"} < set(names) < set(result.metrics["BM25"])
+    assert measures["BM25"].tolist() == [result.metrics["BM25"][name] for name in names]
     assert measures.columns.tolist() == [
-        "指标 metric", "tiny-bert", "tiny-xlm-r", "tiny-xlm-r: difference [95 %]", "BM25", "BM25: difference [95 %]",
+        "指标 metric", "tiny-bert", "tiny-xlm-r", "tiny-xlm-r: difference [95 %]", "BM25",
     ]  # fmt: skip
     assert differences["p_holm"].tolist() == [d.p_holm for d in result.differences]
-    d = next(d for d in result.differences if (d.baseline, d.contender) == ("tiny-bert", "BM25"))
-    assert measures["BM25: difference [95 %]"][0].startswith(f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]")
+    d = result.differences[0]
+    assert (d.baseline, d.contender, d.metric) == ("tiny-bert", "tiny-xlm-r", "ndcg@10")
+    assert measures.iloc[0, 3].startswith(f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]")
+    assert d.won + d.lost + d.equal == result.facts["queries"]
+
+
+def test_queries_csv_has_a_row_per_query_that_excel_reads(result):
+    assert result.queries_csv.read_bytes().startswith(b"\xef\xbb\xbf")  # without it Excel misreads Chinese
+    table = pd.read_csv(result.queries_csv)
+    assert table["query_id"].tolist() == ["q0", "q1", "q2"] and table["answers"].tolist() == ["d0", "d1", "d2 | d5"]
+    assert table["BM25: ndcg@10"].mean() == pytest.approx(result.metrics["BM25"]["ndcg@10"])
+    assert table["BM25: first answer at"].tolist() == [1, 1, 1]
+    run = [line.split() for line in result.runs["tiny-bert"].read_text().splitlines()]
+    assert table["tiny-bert: top document"].tolist() == [line[2] for line in run if line[3] == "1"]
 
 
 def test_page_needs_no_network_and_escapes_texts(result):
@@ -246,9 +262,25 @@ def test_report_knobs_take_effect(beir, evaluate, tiny_bert):
     assert {part["kind"] for part in plain["slices"]} >= {"city", "language"}
     assert "city" not in {part["kind"] for part in none["slices"]}
     (duel,), (without,), (more,) = plain["duels"], none["duels"], other["duels"]
+    assert duel["baseline"] == "BM25"
     assert (duel["won"] or duel["lost"]) and not (without["won"] or without["lost"])
     assert [d["low"] for d in duel["differences"]] != [d["low"] for d in without["differences"]]
     assert [d["p"] for d in duel["differences"]] != [d["p"] for d in more["differences"]]
+
+
+def test_another_measure_may_decide(beir, evaluate, tiny_models):
+    models = (tiny_models("bert"), tiny_models("xlm-r"))
+    result = evaluate(*models, data_path=beir, primary_metric="recall@5")
+    assert result.differences[0].metric == "recall@5"
+    (verdict,) = result.verdicts.values()
+    assert "recall@5" in verdict.sentence and "only 3 queries" in verdict.notes[-1]
+    with pytest.raises(ConfigError, match="recall@5 is not measured; add 5 to ks"):
+        evaluate(*models, data_path=beir, primary_metric="recall@5", ks=[1])
+
+
+def test_one_model_is_judged_against_bm25(beir, evaluate, tiny_bert):
+    ((pair, verdict),) = evaluate(tiny_bert, bm25=True, data_path=beir, truncate_dim=1).verdicts.items()
+    assert pair == "tiny-bert 对 against BM25" and not any("below BM25" in note for note in verdict.notes)
 
 
 def test_modelling_code_runs_only_when_allowed(beir, evaluate, tiny_models):
