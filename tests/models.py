@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     ModernBertConfig,
     MPNetConfig,
@@ -214,6 +215,19 @@ def build_tiny_kalm(folder: Path, *, hidden: int = 32) -> Path:
         architectures=["TinyKalmModel"],
         auto_map={"AutoConfig": "tiny_kalm.TinyKalmConfig", "AutoModel": "tiny_kalm.TinyKalmModel"},
     )
+    return folder
+
+
+def build_tiny_reranker(folder: Path, *, kind: str = "bert", labels: int = 1, seed: int = 0) -> Path:
+    """Save a tiny cross-encoder as transformers does, with logits that tell pairs apart."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = _config(kind, len(tokenizer), 32, 2)
+    config.num_labels = labels
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -115,7 +115,7 @@ def load_model(
     else:
         base = where if contract.merged else base_place(name, where, contract)
     adapted = base != where
-    _fetch_configs(base)
+    fetch_configs(base)
     check_remote_code(name, trust_remote_code)
     model = _load(
         base if adapted else name,
@@ -135,7 +135,7 @@ def load_model(
         except ModelError as error:
             raise ModelError(f"model {name}: {error}") from error
         except LOAD_ERRORS as error:
-            raise _load_error(name, where, error) from error
+            raise load_error(name, where, error) from error
         if contract is not None:
             model.max_seq_length = contract.max_seq_length
             fit_length(model, None, name)
@@ -159,7 +159,7 @@ def _base_of_adapter_alone(where: str) -> str | None:
     return find_model(base) if base else None
 
 
-def _fetch_configs(where: str) -> None:
+def fetch_configs(where: str) -> None:
     """Download the configs and .py files of a model that is not on this machine, to read them before its weights."""
     if local_folder(where) is not None:
         return
@@ -169,7 +169,7 @@ def _fetch_configs(where: str) -> None:
     try:
         snapshot_download(where, allow_patterns=["*.json", "*.py"])
     except (OSError, ValueError) as error:
-        raise _load_error(where, where, error) from error
+        raise load_error(where, where, error) from error
 
 
 def _load(
@@ -198,7 +198,7 @@ def _load(
     except ModelError:
         raise
     except LOAD_ERRORS as error:
-        raise _load_error(name, where, error, choice) from error
+        raise load_error(name, where, error, choice) from error
     check_loaded(name, model, choice)
     if trainable:
         refuse_two_towers(model, name)
@@ -229,7 +229,8 @@ def _read_texts_only(model: SentenceTransformer) -> None:
             module.modality_config, module.input_formatter.supported_modalities = kept, list(kept)
 
 
-def _load_error(name: str, where: str, error: Exception, choice: Choice = False) -> ModelError:
+def load_error(name: str, where: str, error: Exception, choice: Choice = False) -> ModelError:
+    """What to do about an error that the libraries raised while they loaded a model."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     is_folder = Path(where).is_dir()
     if choice == "ignore" and ("trust_remote_code" in str(error) or "does not recognize" in str(error)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # files that may have an auto_map, and its entries that loading a model for texts reads
 CONFIG_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 ENTRIES = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer")
+HEAD = "AutoModelForSequenceClassification"  # what loading a reranker reads instead of AutoModel
 LIBRARY = "sentence_transformers."  # modules of any other package are the model's own code
 PACKAGE_OF_OWN_CODE = "transformers_modules."  # where transformers imports a model's own code to
 
@@ -51,9 +52,9 @@ class OwnCode:
         return f"{self.entry} {self.reference} in {self.asked_by}"
 
 
-def own_code(folder: Path) -> tuple[OwnCode, ...]:
+def own_code(folder: Path, entries: Collection[str] = ENTRIES) -> tuple[OwnCode, ...]:
     """The classes of its own that a model's folder asks for; reads JSON files only."""
-    return tuple(code for part, asked in module_folders(folder) for code in (*asked, *_code_of_part(part)))
+    return tuple(code for part, asked in module_folders(folder) for code in (*asked, *_code_of_part(part, entries)))
 
 
 def module_folders(folder: Path) -> Iterator[tuple[Path, tuple[OwnCode, ...]]]:
@@ -74,7 +75,7 @@ def _foreign(file: Path, entry: str, reference: str, known: str) -> tuple[OwnCod
     return () if not reference or reference.startswith(known) else (OwnCode(str(file), entry, reference),)
 
 
-def _code_of_part(part: Path) -> Iterator[OwnCode]:
+def _code_of_part(part: Path, entries: Collection[str]) -> Iterator[OwnCode]:
     for name in CONFIG_FILES:
         values = as_mapping(read_json(part / name))
         auto_map = values.get("auto_map")
@@ -82,7 +83,7 @@ def _code_of_part(part: Path) -> Iterator[OwnCode]:
             auto_map = {"AutoTokenizer": auto_map}
         for entry, reference in as_mapping(auto_map).items():
             classes = reference if isinstance(reference, list) else [reference]  # a tokenizer's: slow and fast
-            if entry in ENTRIES and (named := ", ".join(str(c) for c in classes if c)):
+            if entry in entries and (named := ", ".join(str(c) for c in classes if c)):
                 yield OwnCode(str(part / name), entry, named)
     function = as_mapping(read_json(part / "config.json")).get("activation_function")
     if isinstance(function, str) and "." in function:  # a Dense module's; a transformer's names no package
