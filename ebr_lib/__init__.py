@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ebr_lib.inference.config import InferenceConfig
     from ebr_lib.inference.run import run_batch_inference
     from ebr_lib.logs import show_logs
+    from ebr_lib.verify.config import VerifyConfig
+    from ebr_lib.verify.run import verify_endpoint
     from ebr_lib.visualize.config import VisConfig
     from ebr_lib.visualize.run import visualize_embeddings
 
@@ -41,6 +43,8 @@ _HOMES = {
     "EvalConfig": "evaluate.config",
     "IndexConfig": "index.config",
     "SearchConfig": "index.config",
+    "verify_endpoint": "verify.run",
+    "VerifyConfig": "verify.config",
     "check_configs": "config",
     "show_logs": "logs",
 }
@@ -51,6 +55,7 @@ __all__ = [
     "IndexConfig",
     "InferenceConfig",
     "SearchConfig",
+    "VerifyConfig",
     "VisConfig",
     "add_rows",
     "build_faiss_index",
@@ -61,6 +66,7 @@ __all__ = [
     "search",
     "show_logs",
     "train_sentence_transformer",
+    "verify_endpoint",
     "visualize_embeddings",
 ]
 

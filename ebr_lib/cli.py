@@ -20,6 +20,7 @@ from ebr_lib.knobs.checks import Config
 from ebr_lib.knobs.flags import add_flags, from_flags, unknown_flag
 from ebr_lib.knobs.tables import knob_table
 from ebr_lib.logs import print_anything, show_logs
+from ebr_lib.verify.config import VerifyConfig
 from ebr_lib.visualize.config import VisConfig
 
 
@@ -40,6 +41,7 @@ STAGES = {
     "evaluate": Stage(EvalConfig, "ebr_lib.evaluate.run", "evaluate_retrieval"),
     "index": Stage(IndexConfig, "ebr_lib.index.run", "build_faiss_index"),
     "search": Stage(SearchConfig, "ebr_lib.index.search", "run_search", positional="query"),
+    "verify": Stage(VerifyConfig, "ebr_lib.verify.run", "run_verify", positional="target"),
 }
 
 
@@ -47,7 +49,7 @@ def _add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     parser.description = STAGES[name].config.__doc__
     add_flags(parser, STAGES[name].config)
     if (positional := STAGES[name].positional) is not None:
-        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help="text to search for")
+        parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{positional}")
     parser.set_defaults(stage=name, stage_config=STAGES[name].config, run=_run_stage)
 
 

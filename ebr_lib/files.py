@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebr_lib.errors import ConfigError, DataError, UserError
+from ebr_lib.errors import ConfigError, DataError, MissingError, UserError
 
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?:(?P<machine>[^.]*)-)?(?P<process>\d+)\.(?P<kind>new|old)")
 """Names of unfinished files of `written_whole`, and of folders that it is replacing."""
@@ -212,6 +212,23 @@ def sha256_of(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_token(path: str | None) -> str | None:
+    """The token in a file; None without one.
+
+    :raises MissingError: there is no such file.
+    :raises ConfigError: it is empty, or holds anything that a header cannot.
+    """
+    if path is None:
+        return None
+    place = Path(path)
+    if not place.is_file():
+        raise MissingError(f"token_file {path}: there is no such file")
+    token = place.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"token_file {path}: wanted one word of ASCII letters, digits and signs")
+    return token
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -2,8 +2,8 @@
 
 The shop has the folders that the docs name, with a few rows each, and tiny models for all-MiniLM-L6-v2 and KaLM. The
 commands of README, from training to a search, run first; each other command starts from what they leave. Not run: those
-under a comment that says they need a download, a GPU or a cluster (`test_docs` parses them), and `make test`, which
-runs this. A notebook's cells run in this process, without a kernel.
+under a comment that says they need a download, a GPU, a cluster or a server (`test_docs` parses them), and `make test`,
+which runs this. A notebook's cells run in this process, without a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ebr_lib.model import openvino
 from ebr_lib.model.openvino import ConversionError
 from tests.test_docs import CHINESE, GUIDES, ROOT, blocks
 
-NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|下载|集群)")
+NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|server|下载|集群|服务)")
 TRAIN_ROWS, HELDOUT_ROWS, ITEMS = 12, 6, 20
 
 

@@ -145,7 +145,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_knob(stage, monkeypatch):
     monkeypatch.setenv("USERPROFILE", "/home/me")
     kind = STAGES[stage].config
     places = [f.name for f in dataclasses.fields(kind) if re.search("_(path|dir)$|model_name|^models$", f.name)]
-    assert len(places) > 2
+    assert len(places) > 1
     for name in places:
         given = ["~/a.png", "b"] if name == "models" else "~/a.png"
         value = getattr(kind.resolve({name: given}), name)

@@ -62,3 +62,7 @@ QUERY_PROMPT = (
     "Prompt prepended to every query; null uses the model's own.",
     "加在每个查询前的提示词；null 使用模型训练时的提示词。",
 )
+TOKEN_FILE = (
+    "File with the token that requests carry (`Authorization: Bearer …`), read when it starts; null means none.",
+    "存放访问令牌的文件（请求头 `Authorization: Bearer …`），启动时读取；null 表示不用令牌。",
+)

@@ -72,7 +72,7 @@ def _streams(model: SentenceTransformer, precision: Dtype) -> int:
 
 
 @functools.cache
-def _core() -> Any:
+def core() -> Any:
     """The one core of this process: a process that made many of them died of a segmentation fault some time later."""
     import openvino
 
@@ -94,7 +94,7 @@ class CompiledTransformer:
         }
         try:
             graph = _convert(model)
-            self._compiled = _core().compile_model(graph, "CPU", settings)
+            self._compiled = core().compile_model(graph, "CPU", settings)
         except Exception as error:  # tracing runs the model's own code: anything may come
             raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         # one more than streams: it holds the next batch while the caller pools the last one

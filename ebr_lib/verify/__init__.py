@@ -1,0 +1,1 @@
+"""Extension stage: whether an endpoint gives the trained model's vectors."""
