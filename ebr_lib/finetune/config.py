@@ -105,10 +105,11 @@ class FinetuneConfig(Config):
         False, "Also save a merged model as `<model>-merged/`.", "另存一份合并后的完整模型 `<模型名>-merged/`。"
     )
     # loss
-    temperature: MoreThanZero = knob(
-        0.05,
-        "Temperature that cosines are divided by; 0.05 is a scale of 20.",
-        "温度：余弦相似度除以该值；0.05 即放大 20 倍。",
+    temperature: Literal["auto"] | MoreThanZero = knob(
+        "auto",
+        "Temperature that cosines are divided by; 0.05 is a scale of 20. auto takes the one, from 0.01 to 0.1, at which "
+        "the model's own loss on a sample of the training pairs is smallest before training.",
+        "温度：余弦相似度除以该值；0.05 即放大 20 倍。auto 在 0.01 到 0.1 之间选取训练前模型在部分训练样本上损失最小的温度。",
     )
     contrastive_batch_size: Count = knob(
         0,

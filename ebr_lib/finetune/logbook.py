@@ -121,11 +121,11 @@ class RunFacts:
         )
 
 
-def causes_of_nan(learning_rate: float, temperature: float, fp16: bool) -> list[str]:
+def causes_of_nan(learning_rate: float, temperature: float | str, fp16: bool) -> list[str]:
     """Causes of numbers too large for their type, and what to do."""
     causes = [
         f"学习率 / learning_rate {learning_rate:g}: lower it",
-        f"温度 / temperature {temperature:g}: raise it",
+        f"温度 / temperature {temperature}: raise it",
     ]
     return [*causes, "半精度 / fp16: train in bf16, or in neither"] if fp16 else causes
 

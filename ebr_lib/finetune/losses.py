@@ -113,6 +113,15 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             loss = self.calculate_loss(self._in_parts(trained, step), labels)
         return self._components(loss) if self._in_training else loss
 
+    def vectors_of(self, sentence_features: Iterable[Features], rows: int) -> list[list[Tensor]]:
+        """Vectors of the columns of a batch of `rows`, as `calculate_loss` takes them, without gradients."""
+        columns = list(sentence_features)
+        trained = columns[:1] if self.query_only else columns
+        step = self.rows_at_once(rows)
+        with torch.no_grad():
+            vectors = [[column] for column in self._embed(trained)] if step == rows else self._in_parts(trained, step)
+        return vectors + ([[column] for column in self._frozen(columns[1:])] if self.query_only else [])
+
     def rows_at_once(self, rows: int) -> int:
         """Rows of a batch that are embedded at a time."""
         limits = [rows, self.mini_batch_size, None if self._in_training else self.eval_mini_batch_size]

@@ -15,6 +15,7 @@ from ebr_lib.model.provenance import ModelIdentity
 ADAPTER_SUFFIX, MERGED_SUFFIX, CHECKPOINTS_SUFFIX = "-peft-lora", "-merged", "-checkpoints"
 CONFIG_FILE, LOG_FILE, CURVE_FILE = "finetune_config.yaml", "training_log.jsonl", "loss_curve.png"
 MINED_FILE = "mined_negatives.jsonl"
+FOUND_FILE = "found.json"  # among the checkpoints: what a run found before it trained
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,10 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     fp16 = precision.dtype == "float16"
     watch = setup.make_watch(config, report, model, fp16=fp16)
     trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16)
-    resume = config.resume_from_checkpoint == "auto"
-    seconds = _train(trainer, paths, _what_decides(config, rows, base), resume=resume, measuring=measuring)
+    checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base))
+    config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
+    watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
+    seconds = _train(trainer, paths, checkpoint, measuring=measuring)
     _check_end(model, paths, watch.causes_of_nan)
     after = trainer.measured_best or setup.measure(config, rows.task, model)
     result = FinetuneResult(
@@ -148,18 +150,22 @@ def _what_decides(config: FinetuneConfig, rows: Rows, base: ModelIdentity) -> di
     }
 
 
-def _train(trainer: EbrTrainer, paths: Paths, run: Mapping[str, Any], *, resume: bool, measuring: float) -> float:
+def _find_checkpoint(config: FinetuneConfig, paths: Paths, run: Mapping[str, Any]) -> str | None:
+    """The checkpoint to resume from; one process tidies up, all resume from the same place."""
+    from ebr_lib.finetune.checkpoints import find_checkpoint
+
+    resume = config.resume_from_checkpoint == "auto"
+    return from_first_process(find_checkpoint(paths.checkpoints, run, resume=resume) if is_first_process() else None)
+
+
+def _train(trainer: EbrTrainer, paths: Paths, checkpoint: str | None, *, measuring: float) -> float:
     """Train, from a checkpoint if there is one to resume from; restore the best weights; return the seconds.
 
     :param measuring: seconds that it takes to measure the model.
     """
-    from ebr_lib.finetune.checkpoints import find_checkpoint
     from ebr_lib.finetune.preflight import log_preflight
     from ebr_lib.finetune.speed import fast_training
 
-    # one process tidies up, all resume from the same place
-    found = find_checkpoint(paths.checkpoints, run, resume=resume) if is_first_process() else None
-    checkpoint = from_first_process(found)
     start = time.perf_counter()
     with fast_training(trainer.model), named_when_full(paths.checkpoints):
         log_preflight(trainer, measuring)

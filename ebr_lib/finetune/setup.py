@@ -6,6 +6,7 @@ The config goes no further than here and `run`: the parts take plain arguments.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import make_datasets
@@ -25,10 +27,11 @@ from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_o
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
-from ebr_lib.finetune.paths import LOG_FILE, Paths
+from ebr_lib.finetune.paths import FOUND_FILE, LOG_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
 from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import (
@@ -297,7 +300,12 @@ def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTran
         learning_rate=config.learning_rate,
         trainable_parameters=trainable_counts(model)[0],
     )
-    return LossWatch(facts, causes_of_nan(config.learning_rate, config.temperature, fp16))
+    return LossWatch(facts, causes_of_nan_in(config, fp16=fp16))
+
+
+def causes_of_nan_in(config: FinetuneConfig, *, fp16: bool) -> list[str]:
+    """What may make this run's numbers too large."""
+    return causes_of_nan(config.learning_rate, config.temperature, fp16)
 
 
 def make_trainer(
@@ -323,7 +331,7 @@ def make_trainer(
     packs = config.packed_rows and world_size() == 1
     loss = ContrastiveLoss(
         model,
-        temperature=config.temperature,
+        temperature=UNKNOWN if config.temperature == "auto" else config.temperature,
         label_smoothing=config.label_smoothing,
         l1=config.l1_regularization,
         matryoshka_dims=config.matryoshka_dims,
@@ -381,3 +389,33 @@ def make_trainer(
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
     )
+
+
+def settle_temperature(config: FinetuneConfig, trainer: EbrTrainer, paths: Paths, *, resumed: bool) -> FinetuneConfig:
+    """The config with a number for the temperature, which the loss then has too; a resumed run keeps the one it had."""
+    if config.temperature != "auto":
+        return config
+    note = paths.checkpoints / FOUND_FILE
+    if resumed and note.is_file():
+        temperature = float(json.loads(note.read_text(encoding="utf-8"))["temperature"])
+        logger.info("温度 temperature: %g (auto, as the interrupted run found it)", temperature)
+    else:
+        temperature = from_first_process(_search_temperature(trainer))
+        if is_first_process():
+            write_json(note, {"temperature": temperature})
+    trainer.loss.temperature = temperature
+    return dataclasses.replace(config, temperature=temperature)
+
+
+def _search_temperature(trainer: EbrTrainer) -> float:
+    sample = trainer.embedded_sample(PAIRS)
+    temperature, losses = best_temperature(trainer.loss, sample)
+    logger.info(
+        "温度 temperature: %g (auto: 训练前损失最小 smallest loss before training, %.4f on %d pairs; at %g it is %.4f)",
+        temperature,
+        losses[temperature],
+        sum(len(labels) for _, labels in sample),
+        UNKNOWN,
+        losses[UNKNOWN],
+    )
+    return temperature

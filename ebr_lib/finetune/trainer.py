@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,23 @@ class EbrTrainer(SentenceTransformerTrainer):
         is_train = dataset is self.train_dataset
         epoch_cell = self._noisy.epoch if self._noisy and is_train else None
         return EpochBatches(batches, epoch_cell, world_size(), self._answer_each_other)
+
+    def embedded_sample(self, pairs: int) -> list[tuple[list[list[Tensor]], Tensor]]:
+        """Vectors and labels of the first training batches, of about `pairs` pairs, without noise, dropout, gradients.
+
+        Every process embeds as many batches. The random state is as before afterwards.
+        """
+        size, data = self.args.train_batch_size, self.train_dataset
+        first, step = int(os.environ.get("RANK", "0")), world_size()
+        generator = torch.Generator().manual_seed(self.args.seed)
+        with torch.random.fork_rng(devices=[]), evaluating(self.model):
+            batches = self.get_batch_sampler(data, size, False, generator=generator, seed=self.args.seed)
+            taken = islice(batches, first, max(1, pairs // (size * step)) * step, step)
+            return [self._embedded([data[row] for row in rows]) for rows in taken]
+
+    def _embedded(self, rows: Sequence[dict[str, Any]]) -> tuple[list[list[Tensor]], Tensor]:
+        features, labels = self.collect_features(self._prepare_inputs(self.data_collator(rows)))
+        return self.loss.vectors_of(features, len(labels)), labels
 
     def _answer_each_other(self, one: int, other: int) -> bool:
         if self.loss.known_positives is None:

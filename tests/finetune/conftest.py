@@ -54,6 +54,7 @@ def settings(tiny_bert, pairs, tmp_path, monkeypatch) -> dict:
         "lora_alpha": 8,
         "learning_rate": 2e-3,
         "eval_ratio": 0.25,
+        "temperature": 0.05,
         "backend": "torch",  # converting a model takes as long as such a training
     }
 
