@@ -1,8 +1,11 @@
-"""The configs of all stages, checked together."""
+"""The configs of all stages, checked together: against each other, and against the files that they name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -11,12 +14,13 @@ from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.logs import logger
 from ebr_lib.visualize.config import VisConfig
 
 
 @dataclass(frozen=True)
 class Configs:
-    """Checked configs of a workflow; a notebook shows them as tables."""
+    """Checked configs of a workflow; a notebook shows them as tables. `on`: the stages whose files were checked."""
 
     finetune: FinetuneConfig
     inference: InferenceConfig
@@ -24,19 +28,31 @@ class Configs:
     evaluate: EvalConfig
     index: IndexConfig
     given: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        files = f"，以及文件、模型与列名 with the files, models and columns of {', '.join(self.on)}" if self.on else ""
+        return f"参数检查通过 checked: {', '.join(self.given)}{files}"
 
     def _repr_html_(self) -> str:
-        return "".join(getattr(self, stage.name)._repr_html_() for stage in fields(self) if stage.name in self.given)
+        tables = [
+            f"<details><summary>{name}</summary>{getattr(self, name)._repr_html_()}</details>" for name in self.given
+        ]
+        return f"<p><b>{self!r}</b></p>{''.join(tables)}"
 
 
-def check_configs(**given: Mapping[str, Any]) -> Configs:
+def check_configs(*, run: Mapping[str, Any] | None = None, **given: Mapping[str, Any]) -> Configs:
     """Resolve the configs of all stages, and list all their errors at once.
 
+    For stages that are switched on, files, models, columns and what earlier stages hand over are checked too. Data is
+    read in part only, and no model is loaded.
+
+    :param run: which stages are switched on, by name; None checks no files.
     :param given: a dict of knobs per stage: finetune, inference, visualize, evaluate, index. Others get their defaults.
-    :raises ConfigError: any knob of any stage is unknown or out of range.
+    :raises ConfigError: any knob of any stage is unknown or out of range, or a file, model or column is not there.
     """
-    kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name != "given"}
-    if unknown := sorted(set(given) - set(kinds)):
+    kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name not in ("given", "on")}
+    if unknown := sorted({*given, *(run or ())} - set(kinds)):
         raise ConfigError(f"check_configs: no stage {', '.join(unknown)}; stages are {', '.join(kinds)}")
     resolved, errors = {}, []
     for stage, kind in kinds.items():
@@ -44,6 +60,32 @@ def check_configs(**given: Mapping[str, Any]) -> Configs:
             resolved[stage] = kind.resolve(given.get(stage))
         except (ConfigError, MissingError) as error:
             errors.append(str(error))
+    on = tuple(stage for stage in kinds if run and run.get(stage))
+    if run:
+        errors += _check_files({stage: resolved[stage] for stage in on if stage in resolved})
     if errors:
         raise ConfigError("\n".join(errors))
-    return Configs(**resolved, given=tuple(given))
+    return Configs(**resolved, given=tuple(given), on=on)
+
+
+def _check_files(configs: Mapping[str, Any]) -> Iterator[str]:
+    """A text per stage with what is wrong with its files, in the order in which they run."""
+    from ebr_lib.model.handover import Handover
+
+    handover = Handover()
+    for stage, config in configs.items():
+        check = importlib.import_module(f"ebr_lib.{stage}.check").check
+        with _quiet():  # the stage itself logs which files it reads
+            errors = list(check(config, handover))
+        if errors:
+            yield "\n".join([f"{stage}:", *(f"  - {error}" for error in errors)])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

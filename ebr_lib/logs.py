@@ -7,6 +7,8 @@ import logging
 import sys
 import warnings
 
+from ebr_lib.live import notebook_shell, watch_failed_cells
+
 logger = logging.getLogger("ebr_lib")
 RESULT = {"is_result": True}
 """`extra` of a line with a stage's result, which a notebook shows by itself."""
@@ -21,13 +23,12 @@ class _BarSafe(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def _in_notebook() -> bool:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
-
-
 def _is_news(record: logging.LogRecord) -> bool:
-    return not (hasattr(record, "is_result") and _in_notebook())
+    return not (hasattr(record, "is_result") and notebook_shell())
+
+
+def _no_loss_type(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("`loss_type=")
 
 
 def print_anything() -> None:
@@ -47,6 +48,9 @@ def show_logs(level: int = logging.INFO) -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     # peft warns about a base whose config.json is in a module's folder; no vocabulary is changed here
     warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # transformers warns about a field of its own configs, once per process
+    logging.getLogger("transformers.modeling_utils").addFilter(_no_loss_type)
+    watch_failed_cells()
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()
         handler.addFilter(_is_news)

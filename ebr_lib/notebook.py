@@ -6,7 +6,6 @@ import ast
 import asyncio
 import atexit
 import contextlib
-import difflib
 import os
 import re
 import signal
@@ -30,6 +29,7 @@ from ebr_lib import errors
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import check_apart, check_output_file, has_home, written_whole
 from ebr_lib.knobs.presets import read_yaml
+from ebr_lib.names import did_you_mean
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 LIBRARY = Path(__file__).parent.parent
@@ -245,8 +245,7 @@ def inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
 def _wrong(name: str, value: Any, known: Mapping[str, Any]) -> str | None:
     """What is wrong with a parameter: an unknown name, or a type other than that of the cell's value."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = f"; did you mean {near[0]}?" if near else "."
+        meant = did_you_mean(name, known) or "."
         return f"{name}: the parameters cell does not set it{meant} It sets {', '.join(sorted(known))}"
     held = known[name]
     if isinstance(held, float):

@@ -10,11 +10,17 @@ import pytest
 
 from ebr_lib.logs import RESULT, logger, show_logs
 
+EVENTS = SimpleNamespace(callbacks={"post_run_cell": []}, register=lambda *_: None)
+
 
 @pytest.fixture
 def place(monkeypatch, request):
     """Where the library runs: "terminal", "IPython" (a terminal, too), or "notebook"."""
-    shells = {"terminal": None, "IPython": SimpleNamespace(), "notebook": SimpleNamespace(kernel=object())}
+    shells = {
+        "terminal": None,
+        "IPython": SimpleNamespace(),
+        "notebook": SimpleNamespace(kernel=object(), events=EVENTS),
+    }
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shells[request.param]))
     before = logger.handlers[:], logger.propagate, logger.level
     logger.handlers.clear()

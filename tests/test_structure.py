@@ -17,7 +17,7 @@ LIBRARY = ROOT / "ebr_lib"
 STAGES = {stage.module.split(".")[1] for stage in cli.STAGES.values()}
 ENTRIES = {"", "__main__", "cli", "notebook", "config"}
 PARTS = {"model", "data"}
-GROUND = {"metrics", "files", "errors", "extras", "logs", "tables", "names", "arrays", "knobs"}
+GROUND = {"metrics", "files", "errors", "extras", "logs", "tables", "names", "arrays", "knobs", "live"}
 FLOORS = [GROUND, PARTS, STAGES, ENTRIES]
 """Lowest first: a higher floor may import a lower one."""
 

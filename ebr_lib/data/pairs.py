@@ -161,7 +161,7 @@ def read_pairs(
     :raises MissingError: a path is not there, or a folder has nothing to read.
     :raises DataError: bad rows (with `error`), a file that is broken or of another kind, or no rows at all.
     """
-    files = list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
+    files = find_pair_files(path)
     reading = _Reading(label_column)
     rows = {file: _read_file(file, reading) for file in files}
     _say_files(rows)
@@ -173,6 +173,14 @@ def read_pairs(
 
 
 _WANTED = "`anchor` and `positive` (or `query` and `pos`), optional `negative`"
+
+
+def find_pair_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `read_pairs` reads, each once.
+
+    :raises MissingError: a path is not there, or a folder has nothing to read.
+    """
+    return list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
 
 
 def _listed(path: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ebr_lib.errors import ModelError
+from ebr_lib.errors import Interrupted, ModelError
 from ebr_lib.files import named_when_full, written_whole
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, save_heldout, save_rows
@@ -174,10 +174,9 @@ def _train(trainer: EbrTrainer, paths: Paths, checkpoint: str | None, *, measuri
         finally:
             trainer.stop.put_handlers_back()
     if trainer.stop.received:
-        logger.warning(
-            "已中断 interrupted; go on with resume_from_checkpoint: auto (checkpoints in %s)", paths.checkpoints
-        )
-        raise KeyboardInterrupt
+        advice = f"go on with resume_from_checkpoint: auto (checkpoints in {paths.checkpoints})"
+        logger.warning("已中断 interrupted; %s", advice)
+        raise Interrupted(advice)
     trainer.restore_best()
     return time.perf_counter() - start
 

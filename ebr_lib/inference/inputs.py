@@ -19,6 +19,7 @@ from ebr_lib.files import sha256_of
 from ebr_lib.inference.hints import HINT_ROWS, Reject, likely_knobs
 from ebr_lib.inference.job import SKIPPED, work_folder
 from ebr_lib.logs import logger
+from ebr_lib.names import did_you_mean
 
 SAMPLED_BYTES, SAMPLED_ROWS = 1 << 24, 100_000  # input of this size is sampled first; rows of the sample
 
@@ -90,7 +91,10 @@ def need_columns(source: Source, wanted: Sequence[str], delimiter: bytes) -> Non
     missing = [name for name in wanted if name not in source.columns and name not in source.partitions]
     if missing:
         found = ", ".join(column[:40] for column in [*source.columns, *source.partitions][:20])
-        raise DataError(f"{source.path}: no column {', '.join(missing)}; found {found}{_way_out(source, delimiter)}")
+        near = did_you_mean(missing[0], [*source.columns, *source.partitions])
+        raise DataError(
+            f"{source.path}: no column {', '.join(missing)}{near or ';'} found {found}{_way_out(source, delimiter)}"
+        )
     if source.kind in COLUMNAR:
         own = [name for name in wanted if name in source.columns]
         try:

@@ -73,8 +73,8 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     check_apart([output, manifest_path(output), _config_path(output), rejects_path(output)], [config.presets])
     (check_output_folder if config.engine == "ray" else check_output_file)(output)
     check_remote_code(config.model_name, config.trust_remote_code)
-    found = find_inputs(config.data_path, config.file_patterns, output, _written_beside(output))
-    layout = _layout(config)
+    found = find_inputs(config.data_path, config.file_patterns, output, written_beside(output))
+    layout = layout_of(config)
     sources = open_inputs(found, layout, [config.description_column, *config.output_columns], config.output_columns)
     kept = kept_columns(sources, config.output_columns, config.output_path, layout)
     wanted = [*kept, config.description_column]
@@ -110,12 +110,13 @@ def _config_path(output: Path) -> Path:
     return Path(f"{output}.yaml")
 
 
-def _written_beside(output: Path) -> list[Path]:
+def written_beside(output: Path) -> list[Path]:
     """The output and all that the stage writes beside it."""
     return [place(output) for place in (Path, ids_path, manifest_path, _config_path, work_folder, rejects_path)]
 
 
-def _layout(config: InferenceConfig) -> Layout:
+def layout_of(config: InferenceConfig) -> Layout:
+    """How the input is written."""
     return Layout(
         delimiter=delimiter_byte(config.delimiter),
         columns=config.columns or None,

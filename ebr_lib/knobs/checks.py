@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ebr_lib.errors import ConfigError
 from ebr_lib.files import written_whole
 from ebr_lib.knobs.presets import PRESET_KEY, read_preset
+from ebr_lib.names import did_you_mean
 
 
 def knob(default: Any, help: str, zh: str, *, split: bool = True) -> Any:
@@ -93,7 +93,9 @@ class Config:
         """
         if isinstance(given, cls):
             return given
-        values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+        if not (given is None or isinstance(given, Mapping)):
+            raise ConfigError(f"{cls.__name__}: wanted a dict of knobs, found {given!r}")
+        values: dict[str, Any] = dict(given or {})
         named = values.pop(PRESET_KEY, ())
         layers = [*presets, *([named] if isinstance(named, str | Path) else named)]
         merged: dict[str, Any] = {}
@@ -144,8 +146,7 @@ class Config:
 
 def unknown_name(name: str, names: Sequence[str]) -> str:
     """Error for an unknown knob name, with the nearest known one."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"{name}: unknown; did you mean {near[0]}?" if near else f"{name}: unknown"
+    return f"{name}: unknown{did_you_mean(name, names)}"
 
 
 def _listed(config_class: type[Config], errors: Sequence[str]) -> str:

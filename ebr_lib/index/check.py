@@ -1,0 +1,26 @@
+"""Check the embedding file and the queries of an index before any stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ebr_lib.data.queries import read_queries
+from ebr_lib.index.config import IndexConfig
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.handover import Handover, check_columns, check_paths, errors_of
+
+
+def check(config: IndexConfig, before: Handover) -> Iterator[str]:
+    """Yield what is wrong."""
+    look_for_bases_in(config.base_model_path)
+    errors: list[str] = []
+    found = before.columns_of("embedding_path", config.embedding_path, errors)
+    yield from errors
+    yield from check_columns({"id_column": config.id_column}, found, config.embedding_path)
+    missing = list(check_paths(queries_path=config.queries_path))
+    yield from missing
+    if (path := config.queries_path) and not missing:
+        yield from errors_of(lambda: read_queries(Path(path), config.query_column))
+    if config.model_name:
+        yield from before.check_model("model_name", config.model_name)

@@ -1,0 +1,40 @@
+"""Check the catalogue and the model before any stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ebr_lib.files import followed
+from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.inference.inputs import find_inputs, kept_columns, open_inputs
+from ebr_lib.inference.run import layout_of, written_beside
+from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.handover import Handover, check_paths, errors_of
+
+
+def check(config: InferenceConfig, before: Handover) -> Iterator[str]:
+    """Yield what is wrong; add the columns that will be kept to what is handed over."""
+    look_for_bases_in(config.base_model_path)
+    yield from before.check_model("model_name", config.model_name)
+    output = Path(config.output_path).expanduser().resolve()
+    before.columns[output] = config.output_columns  # so that other stages report their own mistakes
+    if missing := list(check_paths(data_path=config.data_path)):
+        yield from missing
+        return
+
+    def read() -> None:
+        before.columns[output] = _kept(config)
+
+    yield from errors_of(read)
+
+
+def _kept(config: InferenceConfig) -> Sequence[str]:
+    """The columns that the output will keep.
+
+    :raises DataError: the catalogue has no files, or not the columns.
+    """
+    output, layout = followed(Path(config.output_path)), layout_of(config)
+    found = find_inputs(config.data_path, config.file_patterns, output, written_beside(output))
+    sources = open_inputs(found, layout, [config.description_column, *config.output_columns], config.output_columns)
+    return kept_columns(sources, config.output_columns, config.output_path, layout)
