@@ -1,9 +1,9 @@
 """Training pairs: what the rows of a file mean.
 
 A row has `anchor` (or `query`), `positive` (`positives`, `pos`), maybe `negative` (`negatives`, `neg`, `negative_1` …).
-Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. FlagEmbedding's and
-KaLM's other keys (`prompt`, `type`, `pos_scores`, `neg_scores`, `id` …) are ignored, and the log names the columns
-that were not used. `records` reads the rows.
+Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. A row's `prompt`, as
+FlagEmbedding and KaLM write it, replaces the prompt of its anchor. Other keys (`type`, `pos_scores`, `neg_scores`,
+`id` …) are ignored, and the log names the columns that were not used. `records` reads the rows.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _ALIASES = {
     "negative": ("negative", "negatives", "neg", "negative_passages", "negative_messages", "rejected_response"),
 }
 _MEANING = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+_EXTRAS = ("prompt",)  # what a row says besides its texts
 _NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 # two texts without a direction: a pair only where a label calls it one
 _SIDES = {
@@ -71,22 +72,27 @@ _SHOWN_FILES = 20
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row of a training file: its texts, and its place (`line` counts from 1)."""
+    """One row of a training file: its texts, its place (`line` counts from 1), and its anchor's own prompt, if any."""
 
     anchor: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
     file: str = ""
     line: int = 0
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """One example of the contrastive loss: an anchor, one of its positives, and its hard negatives (any number)."""
+    """One example of the contrastive loss: an anchor, one of its positives, and its hard negatives (any number).
+
+    :ivar prompt: the anchor's own prompt; None leaves it to the model's.
+    """
 
     anchor: str
     positive: str
     negatives: tuple[str, ...] = ()
+    prompt: str | None = None
 
 
 def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
@@ -100,7 +106,9 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
     Each positive is thus seen once per epoch. Rows of the same anchor are known positives of each other: the loss masks
     them, and `BalancedBatchSampler` keeps them in different batches where it can.
     """
-    return [TrainingRow(pair.anchor, positive, pair.negatives) for pair in pairs for positive in pair.positives]
+    return [
+        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt) for pair in pairs for positive in pair.positives
+    ]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -243,14 +251,14 @@ def _read_file(file: Path, reading: _Reading) -> int:
     for line, value, raw in raw_rows(file, reading.is_column):
         count += 1
         try:
-            anchor, positives, negatives = _texts_of(value, reading)
+            pair = _pair_of(value, reading, str(file), line)
         except BadRowError as reason:
             row = raw or json.dumps(value, ensure_ascii=False, default=str)
             reading.bad.append({"file": str(file), "line": line, "reason": str(reason), "row": row})
         except _DegreeError as reason:
             raise DataError(f"{file}, line {line}: {reason}") from None
         else:
-            reading.pairs.append(Pair(anchor, positives, negatives, str(file), line))
+            reading.pairs.append(pair)
     return count
 
 
@@ -284,7 +292,7 @@ def _write_rejects(bad: Sequence[dict[str, Any]], place: Path) -> None:
 
 
 def _is_column(name: str) -> bool:
-    known = name in _MEANING or name.casefold() in _SIDES or name in _MEDIA
+    known = name in _MEANING or name.casefold() in _SIDES or name in _MEDIA or name in _EXTRAS
     return known or bool(_NUMBERED_NEGATIVE.fullmatch(name))
 
 
@@ -295,8 +303,8 @@ def _is_label(name: str) -> bool:
     return bool(words) and not of_documents and (words[-1] in _LABEL_WORDS or "_".join(words) in _LABEL_WORDS)
 
 
-def _texts_of(value: Any, reading: _Reading) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The anchor, positives and negatives of one decoded row; columns that are not used are noted."""
+def _pair_of(value: Any, reading: _Reading, file: str, line: int) -> Pair:
+    """The texts of one decoded row, and what it says besides; columns that are not used are noted."""
     if isinstance(value, BadRowError):
         raise value
     if not isinstance(value, dict):
@@ -315,7 +323,13 @@ def _texts_of(value: Any, reading: _Reading) -> tuple[str, tuple[str, ...], tupl
     negatives = [text for column in sources for text in _optional_texts(column, value[column])]
     for column in reading.labels_of(value):
         _check_label(column, value.get(column), len(positives), len(negatives))
-    return anchor, tuple(positives), tuple(negatives)
+    return Pair(anchor, tuple(positives), tuple(negatives), file, line, _prompt_of(value))
+
+
+def _prompt_of(row: Mapping[str, Any]) -> str | None:
+    """The prompt of the row's anchor; blank and null count as none, as in tables."""
+    prompt = row.get("prompt")
+    return None if _is_nothing(prompt) else _text("prompt", prompt)
 
 
 def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
@@ -335,7 +349,7 @@ def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
         columns |= sides
         others = [key for key in others if key not in sides.values()]
     for key in others:
-        if key.strip() and not reading.is_label(key) and not _NUMBERED_NEGATIVE.fullmatch(key):
+        if key.strip() and key not in _EXTRAS and not reading.is_label(key) and not _NUMBERED_NEGATIVE.fullmatch(key):
             reading.note_unused(key, row[key])
     return columns
 

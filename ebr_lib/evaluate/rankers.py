@@ -78,9 +78,12 @@ def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tup
     else:
         queries, encoder = spec.encoder_pair()
         documents, prompt, source = _encoded(encoder, corpus, spec.model_name), encoder.prompt, "encoded"
-    ranking = rank_vectors(queries.encode(task.queries), documents, task.relevant, left_out=task.own)
+    own = task.query_prompts if spec.query_prompt is None else ()
+    vectors = queries.encode_each(task.queries, own or [None] * len(task.queries))
+    ranking = rank_vectors(vectors, documents, task.relevant, left_out=task.own)
+    several = dict.fromkeys(queries.prompt if prompt is None else prompt for prompt in own) or [queries.prompt]
     return ranking, {
-        "query prompt": queries.prompt,
+        "query prompt": " | ".join(several),
         "document prompt": "unknown" if prompt is None else prompt,
         "precision": queries.precision,
         "backend": queries.backend,

@@ -16,6 +16,7 @@ from ebr_lib.data.queries import (
     PART,
     QUERY_IDS,
     TABLES,
+    Record,
     need_column,
     plain_suffix,
     query_texts,
@@ -51,6 +52,7 @@ class RetrievalTask:
     :ivar own: for each query, the documents that are the query itself: neither relevant nor retrieved for it.
     :ivar unjudged: how many queries have no relevant document in the judgements.
     :ivar repeated: how many queries equal an earlier one, which has their answers.
+    :ivar query_prompts: each query's own prompt, from the column `prompt`; None where it has none.
     :ivar left_out: what else was left out, by the name that the report shows; only counts above 0.
     """
 
@@ -62,6 +64,7 @@ class RetrievalTask:
     unjudged: int
     repeated: int = 0
     own: Sequence[frozenset[int]] = ()
+    query_prompts: Sequence[str | None] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def facts(self) -> dict[str, int]:
@@ -206,8 +209,15 @@ def read_task(
         unjudged=len(records) - len(judged.asked | blank) - repeated,
         repeated=repeated,
         own=[own[i] for i in kept],
+        query_prompts=[_own_prompt(records[i]) for i in kept],
         left_out=left_out,
     )
+
+
+def _own_prompt(record: Record) -> str | None:
+    """The prompt that a query brings along, as training pairs may; a blank one counts as none."""
+    prompt = record.get("prompt")
+    return prompt if isinstance(prompt, str) and not is_blank(prompt) else None
 
 
 def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[str, int]:

@@ -105,6 +105,7 @@ class Datasets:
     :ivar width: negatives per row.
     :ivar eval_batch: rows that a process compares in evaluation.
     :ivar counted: the rows that the evaluation loss is averaged over.
+    :ivar prompts: each row's own prompt, by its number; None where it has none.
     """
 
     train: Dataset
@@ -114,6 +115,7 @@ class Datasets:
     width: int
     eval_batch: int
     counted: HeldoutRows
+    prompts: Sequence[str | None]
 
 
 def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int) -> Datasets:
@@ -140,6 +142,7 @@ def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], 
         width=width,
         eval_batch=eval_batch,
         counted=HeldoutRows(len(rows), len(held_out) / batches),
+        prompts=[row.prompt for row in (*rows, *held_out)],
     )
 
 
@@ -180,6 +183,22 @@ class NoisyCollator:
                 for row in rows
             ]
         )
+
+
+class PromptCollator:
+    """Puts each anchor's own prompt before it; the noise has been added then, and never touches a prompt.
+
+    :param prompts: of each row, by its number.
+    """
+
+    def __init__(self, collate: Callable[[Any], dict[str, Any]], prompts: Sequence[str]) -> None:
+        self.collate = collate
+        self.prompts = prompts
+        self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows."""
+        return self.collate([{**row, "anchor": self.prompts[row["label"]] + row["anchor"]} for row in rows])
 
 
 class EpochBatches(Sampler[list[int]]):

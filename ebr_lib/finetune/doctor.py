@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 100
 SAMPLE = 50_000
-_TOP_DOCUMENTS = 5
+_TOP_DOCUMENTS = _TOP_PROMPTS = 5
 _SAMPLED_BATCHES = 100
 LANGUAGES = ("Chinese", "English", "mixed", "other")
 
@@ -64,6 +65,7 @@ class DoctorReport:
     :ivar without_negatives: share of the rows, 0 to 1, without a negative in a balanced batch once known positives are
         masked: their loss is 0.
     :ivar largest_anchor: the most frequent anchor and its number of rows.
+    :ivar prompts: the most frequent prompts that rows bring along, and their number of rows.
     :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
     :ivar advice: what to do, in Chinese followed by English.
     """
@@ -88,6 +90,7 @@ class DoctorReport:
     without_negatives: float
     largest_anchor: tuple[str, int]
     masks: bool
+    prompts: tuple[tuple[str, int], ...] = ()
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -155,6 +158,7 @@ def examine(
         false_negatives_balanced=masked,
         without_negatives=without_negatives if masks else 0.0,
         masks=masks,
+        prompts=tuple(Counter(row.prompt for row in rows if row.prompt is not None).most_common(_TOP_PROMPTS)),
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
     return _with_advice(report)
@@ -199,23 +203,21 @@ def _tokens(
     rows: Sequence[TrainingRow], lengths_of: LengthsOf, limit: int, prompts: Mapping[str, str]
 ) -> tuple[ColumnTokens, ...]:
     columns = {
-        "anchor": [row.anchor for row in rows],
-        "positive": [row.positive for row in rows],
-        "negative": [text for row in rows for text in row.negatives],
+        "anchor": [(prompts.get("anchor", "") if row.prompt is None else row.prompt) + row.anchor for row in rows],
+        "positive": [prompts.get("positive", "") + row.positive for row in rows],
+        "negative": [prompts.get("negative", "") + text for row in rows for text in row.negatives],
     }
     return tuple(
-        _column_tokens(column, _lengths(texts, prompts.get(column, ""), lengths_of), limit)
-        for column, texts in columns.items()
-        if texts
+        _column_tokens(column, _lengths(texts, lengths_of), limit) for column, texts in columns.items() if texts
     )
 
 
-def _lengths(texts: Sequence[str], prompt: str, lengths_of: LengthsOf) -> NDArray[np.int64]:
+def _lengths(texts: Sequence[str], lengths_of: LengthsOf) -> NDArray[np.int64]:
     from tqdm.auto import tqdm
 
     different, place = np.unique(np.array(texts, dtype=object), return_inverse=True)
     starts = tqdm(range(0, len(different), 1000), desc="data doctor: tokens", disable=len(different) < 10_000)
-    parts = [lengths_of([prompt + text for text in different[start : start + 1000]]) for start in starts]
+    parts = [lengths_of(different[start : start + 1000].tolist()) for start in starts]
     return np.concatenate(parts)[place]
 
 
@@ -267,6 +269,8 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     table += [(f"语言 language: {name}", "", _percent(share, 1)) for name, share in report.languages.items() if share]
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
+    for text, count in report.prompts:
+        table.append((f"自带提示词 own prompt: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
     for text, count in report.popular:
         table.append((f"热门文档 popular: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
     for name, value in (

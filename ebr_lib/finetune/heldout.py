@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,7 @@ class HeldoutTask:
 
     `seen`: whether a training row has the text of one of the query's documents, in any column. `own`: documents equal
     to the query, neither its answers nor competitors. `without_answer` counts the anchors with no other answer, which
-    are not measured.
+    are not measured. `prompts`: the own prompts of queries that have one.
     """
 
     queries: tuple[str, ...]
@@ -39,6 +40,7 @@ class HeldoutTask:
     seen: tuple[bool, ...]
     own: tuple[frozenset[int], ...] = ()
     without_answer: int = 0
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
         """Each metric of `METRICS`, one value per query."""
@@ -53,7 +55,7 @@ class HeldoutTask:
         self, model: SentenceTransformer, query_only: bool = False, backend: Backend = "auto"
     ) -> GroupMeans:
         """Means of a model's metrics; with `query_only` documents are encoded without the adapter."""
-        return self.means(self.measure(*encoders_of(model, query_only, backend=backend)))
+        return self.means(self.measure(*encoders_of(model, query_only, backend=backend, own_prompts=self.prompts)))
 
     def means(self, values: Mapping[str, Floats]) -> GroupMeans:
         """Means over all queries, over those whose documents training has seen, and over the others."""
@@ -68,11 +70,18 @@ class HeldoutTask:
 
 
 def encoders_of(
-    model: SentenceTransformer, query_only: bool, *, backend: Backend = "auto", show_bar: bool = False
+    model: SentenceTransformer,
+    query_only: bool,
+    *,
+    backend: Backend = "auto",
+    show_bar: bool = False,
+    own_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Encode, Encode]:
     """Functions that encode queries and documents, each with its prompt; `query_only` encodes documents with the base.
 
     Both use the weights as they are at the first call.
+
+    :param own_prompts: query to its own prompt, for queries that have one.
     """
     from ebr_lib.finetune.losses import base_model_only
     from ebr_lib.model.encoder import Encoder
@@ -83,7 +92,7 @@ def encoders_of(
         return Encoder(model, prompt=prompt_of(model, "query"), backend=backend)
 
     def encode_queries(texts: Sequence[str]) -> Vectors:
-        return of_queries().encode(texts, show_bar)
+        return of_queries().encode_each(texts, [own_prompts.get(text) for text in texts], show_bar)
 
     def encode_documents(texts: Sequence[str]) -> Vectors:
         prompt = prompt_of(model, "document")
@@ -103,6 +112,7 @@ def build_task(
     seed: int,
     *,
     leave_out_own: bool = True,
+    own_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> HeldoutTask:
     """Make the task from held-out (anchor, positive) pairs.
 
@@ -112,6 +122,7 @@ def build_task(
     :param corpus_size: number of documents; those of the held-out pairs are always in, even beyond it.
     :param seed: seed of the sample.
     :param leave_out_own: a document equal to the anchor is neither its answer nor a competitor.
+    :param own_prompts: anchor to its own prompt, for those that have one.
     """
     answers: dict[str, set[str]] = {}
     anchors: dict[str, str] = {}
@@ -136,4 +147,5 @@ def build_task(
         seen=tuple(any(key in seen for key in answers[query] - own[query]) for query in measured),
         own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
         without_answer=len(anchors) - len(measured),
+        prompts=own_prompts,
     )

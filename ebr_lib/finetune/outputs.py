@@ -14,6 +14,7 @@ from ebr_lib.data.text import normalised
 from ebr_lib.finetune.doctor import DoctorReport
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE
+from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, METRICS
 from ebr_lib.tables import TableRepr, html_picture, make_table
@@ -72,7 +73,9 @@ def save_heldout(rows: Rows, folder: Path) -> None:
     answers: dict[str, list[str]] = {}
     for row in rows.heldout:
         answers.setdefault(row.anchor, []).append(row.positive)
-    _write_lines(folder / HELDOUT_FILE, ({"anchor": anchor, "positive": texts} for anchor, texts in answers.items()))
+    own = own_prompts(rows.heldout)
+    lines = (_as_pair(anchor, texts, own.get(anchor)) for anchor, texts in answers.items())
+    _write_lines(folder / HELDOUT_FILE, lines)
     # the documents of the held-out measure first, in its order: evaluation then encodes the same batches, to the bit
     measured = rows.task.documents if rows.task else ()
     texts = dict.fromkeys((*measured, *(row.positive for row in (*rows.train, *rows.heldout))))
@@ -82,8 +85,12 @@ def save_heldout(rows: Rows, folder: Path) -> None:
 
 def save_rows(rows: Sequence[TrainingRow], path: Path) -> None:
     """Save training rows as training data."""
-    lines = ({"anchor": row.anchor, "positive": row.positive, "negative": list(row.negatives)} for row in rows)
+    lines = (_as_pair(row.anchor, row.positive, row.prompt) | {"negative": list(row.negatives)} for row in rows)
     _write_lines(path, lines)
+
+
+def _as_pair(anchor: str, positive: str | list[str], prompt: str | None) -> dict[str, Any]:
+    return {"anchor": anchor, "positive": positive} | ({} if prompt is None else {"prompt": prompt})
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from ebr_lib.data.pairs import Pair, TrainingRow, expand, read_pairs, warn_of_he
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
+from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.split import near_duplicate_groups, split_pairs
 from ebr_lib.logs import logger
 from ebr_lib.names import OnBadRow
@@ -67,7 +68,15 @@ def read_rows(
     task = None
     if heldout_rows:
         answers = [(row.anchor, row.positive) for row in heldout_rows]
-        task = build_task(answers, train_rows, normalised, eval_corpus_size, seed, leave_out_own=leave_out_own)
+        task = build_task(
+            answers,
+            train_rows,
+            normalised,
+            eval_corpus_size,
+            seed,
+            leave_out_own=leave_out_own,
+            own_prompts=own_prompts(heldout_rows),
+        )
         _report_own_documents(task)
     return Rows(train_rows, heldout_rows, task, _sha256(train_rows, heldout_rows))
 
@@ -124,5 +133,5 @@ def warn_of_leaks(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
 def _sha256(*sets: Sequence[TrainingRow]) -> str:
     digest = hashlib.sha256(repr([len(rows) for rows in sets]).encode())
     for row in chain(*sets):
-        digest.update(repr((row.anchor, row.positive, row.negatives)).encode("utf-8", "surrogatepass"))
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -78,6 +78,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     paths.check_base(base)
     config = setup.keep_adapter_settings(config, model)
     setup.check_against_data(config, rows, model)
+    setup.use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)
     config = setup.ensure_negatives(config, rows.train)
     batching = setup.Batching.of(config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
 from ebr_lib.finetune.paths import FOUND_FILE, LOG_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
+from ebr_lib.finetune.prompts import own_prompts, query_prompt
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
@@ -95,6 +96,24 @@ def make_model(config: FinetuneConfig, precision: Precision) -> SentenceTransfor
     share = 100 * trained / total
     logger.info("可训练参数: %s / %s (%.2f%%) trainable parameters", f"{trained:,}", f"{total:,}", share)
     return model
+
+
+def use_own_prompts(rows: Rows, model: SentenceTransformer, prompt: str | Mapping[str, str] | None) -> None:
+    """Make the rows' own prompt the model's, where they have one, or the most frequent of several.
+
+    :param prompt: what the user gave.
+    :raises ModelError: the model's pooling leaves a batch's one prompt out, and the rows have several.
+    """
+    given = isinstance(prompt, str) or "anchor" in (prompt or ())
+    chosen = query_prompt(rows.train, prompt_of(model, "query"), given=given)
+    if chosen != prompt_of(model, "query"):
+        model.prompts["query"] = chosen
+    several = {row.prompt for row in (*rows.train, *rows.heldout)} - {None, chosen}
+    if several and not all(getattr(module, "include_prompt", True) for module in model):
+        raise ModelError(
+            f"rows have several prompts, such as {sorted(map(str, several))[0]!r}, and this model's pooling leaves the "
+            "prompt's tokens out, for which a batch needs one; train on one prompt"
+        )
 
 
 def _load(config: FinetuneConfig, dtype: torch.dtype) -> SentenceTransformer:
@@ -205,7 +224,13 @@ def with_mined_negatives(config: FinetuneConfig, rows: Rows, model: SentenceTran
 def _mine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> Sequence[TrainingRow]:
     mined = mine_hard_negatives(
         rows,
-        *encoders_of(model, config.adapter_side == "query", backend=config.backend, show_bar=True),
+        *encoders_of(
+            model,
+            config.adapter_side == "query",
+            backend=config.backend,
+            show_bar=True,
+            own_prompts=own_prompts(rows),
+        ),
         count=config.mine_hard_negatives,
         first_rank=config.mining_rank_min,
         last_rank=config.mining_rank_max,
@@ -322,6 +347,10 @@ def make_trainer(
     data = make_datasets(rows.train, rows.heldout, batching.compared, config.seed)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
+    anchor_prompts = None
+    if set(data.prompts) - {None, prompts["anchor"]}:
+        anchor_prompts = [prompts["anchor"] if own is None else own for own in data.prompts]
+        prompts["anchor"] = ""
     prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
 
     def known_positives(labels: Tensor) -> Tensor:
@@ -386,6 +415,7 @@ def make_trainer(
         measure=partial(measure, config, rows.task) if rows.task else None,
         noise=noise,
         noise_columns=config.noise_apply_to_fields,
+        anchor_prompts=anchor_prompts,
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
     )

@@ -26,7 +26,7 @@ from transformers import trainer as library_trainer
 from ebr_lib.errors import ModelError, NotFiniteError
 from ebr_lib.finetune.batches import BalancedBatchSampler
 from ebr_lib.finetune.callbacks import KeepBest, SaveAfterEvaluation, StopOnNaN, StopOnSignal, TrainingBar, all_finite
-from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator
+from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator, PromptCollator
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
@@ -114,6 +114,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     :param anchors: the number of each row's anchor, shape (rows,); balanced batches keep equal ones apart.
     :param documents: the number of each row's document, shape (rows,); balanced batches spread equal ones.
     :param measure: held-out metrics of a model, for evaluations; None evaluates the loss alone.
+    :param anchor_prompts: the prompt of each row's anchor, by the row's number; None leaves prompts to the arguments.
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 means unlimited.
     :ivar measured: the held-out metrics by step.
     """
@@ -130,6 +131,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         measure: Callable[[SentenceTransformer], GroupMeans] | None = None,
         noise: Noise | None = None,
         noise_columns: Sequence[str] = (),
+        anchor_prompts: Sequence[str] | None = None,
         memory_limit_mb: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -139,6 +141,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.memory_limit_mb = memory_limit_mb
         self._measure, self.measured = measure, dict[int, GroupMeans]()
         super().__init__(**kwargs)
+        if anchor_prompts is not None:
+            self.data_collator = PromptCollator(self.data_collator, anchor_prompts)
         self.evaluator = self._evaluate_heldout if measure else None
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight bypass it
         self.loss.autocast = self.accelerator.autocast

@@ -229,6 +229,18 @@ class Encoder:
             raise NotFiniteError(self._not_finite_message([texts[i] for i in wrong], len(texts)))
         return vectors
 
+    def encode_each(self, texts: Sequence[str], prompts: Sequence[str | None], show_bar: bool = False) -> Vectors:
+        """Like `encode`, with a prompt for each text; None is the encoder's own."""
+        given = np.array([self.prompt if prompt is None else prompt for prompt in prompts], dtype=object)
+        groups = dict.fromkeys(given.tolist())
+        if groups.keys() <= {self.prompt}:
+            return self.encode(texts, show_bar)
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        for prompt in groups:
+            places = np.flatnonzero(given == prompt).tolist()
+            vectors[places] = self.with_prompt(prompt).encode([texts[place] for place in places], show_bar)
+        return vectors
+
     def _not_finite_message(self, wrong: Sequence[str], total: int) -> str:
         """Name texts whose vectors are not finite when encoded alone: in a batch, texts beside them may be hit too."""
         found, count = broken_alone(

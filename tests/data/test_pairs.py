@@ -296,13 +296,25 @@ def test_sentence_pairs_are_read_by_their_labels(tmp_path, names):
 
 def test_unused_columns_are_logged(tmp_path, caplog):
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"query": "q", "pos": ["p"], "prompt": "x", "type": "y", "half \ud83d": 1}))
+    file.write_text(json.dumps({"query": "q", "pos": ["p"], "prompt": "x", "id": 1, "type": "y", "half \ud83d": 1}))
     with caplog.at_level("INFO", "ebr_lib"):
         read_pairs(file)
-    assert caplog.messages[1:] == ["未使用的列 columns not used: prompt, type, half \\ud83d"]
+    assert caplog.messages[1:] == ["未使用的列 columns not used: id, type, half \\ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("Find it: ", "Find it: "), (" ", None), (None, None), ("", None)], ids=repr
+)
+def test_a_row_s_prompt_is_read(tmp_path, value, wanted):
+    rows = pd.DataFrame([{"query": "q", "pos": ["p", "r"], "prompt": value}])
+    rows.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    rows.to_parquet(tmp_path / "a.parquet")
+    for file in ("a.jsonl", "a.parquet"):
+        assert [row.prompt for row in expand(read_pairs(tmp_path / file))] == [wanted] * 2
 
 
 BAD = [
+    ('{"anchor": "a", "positive": "b", "prompt": ["find it"]}', "`prompt`: wanted a text, found a list"),
     ('{"anchor": "a"}', "no `positive` column; found 'anchor': rename the column"),
     ('{"anchor": "a", "positve": "b"}', "rename `positve` to `positive`"),
     ('{"Query": "a", "pos": "b"}', "rename `Query` to `anchor`"),

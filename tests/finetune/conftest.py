@@ -189,6 +189,7 @@ def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     rows = _read(config, paths)
     model = setup.make_model(config, setup.pick_precision(config))
     config = setup.keep_adapter_settings(config, model)
+    setup.use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)
     config = setup.ensure_negatives(config, rows.train)
     watch = LossWatch(RunFacts(1000, 1000, 1000, 0.0, 1e-4, 1), [])
