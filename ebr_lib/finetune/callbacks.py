@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,30 @@ def _epoch_is_over(state: Any) -> bool:
     return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
 
 
+class MeasureFirst(TrainerCallback):
+    """Logs the measures of the model before its first step, where the curve begins."""
+
+    def __init__(self, log_measures: Callable[[], None]) -> None:
+        self.log_measures = log_measures
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, unless the run is resumed."""
+        if state.global_step == 0:
+            self.log_measures()
+
+
+class EvaluationLines(TrainerCallback):
+    """One line in the log per evaluation."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Log the held-out loss, and two of the metrics if they are measured."""
+        if "eval_loss" not in logs or not state.is_world_process_zero:
+            return
+        found = {name: logs.get(f"eval_{name}") for name in ("loss", "ndcg@10", "recall@10")}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+        logger.info("评估 evaluation: step %d of %d: held-out %s", state.global_step, state.max_steps, shown)
+
+
 class TrainingBar(TrainerCallback):
     """One progress bar for the whole run, with the last loss."""
 
@@ -200,7 +224,9 @@ class TrainingBar(TrainerCallback):
         from tqdm.auto import tqdm
 
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step")
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="训练 training", unit="step", leave=False
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""

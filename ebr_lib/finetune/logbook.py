@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ebr_lib.finetune.doctor import FEW_ROWS
 from ebr_lib.logs import logger
-from ebr_lib.names import FULL_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
+from ebr_lib.names import FULL_PRESET, LOWER_IS_BETTER, SMALL_DATA_PRESET, STRONG_PRESET
 
 
 class JsonLinesLog(TrainerCallback):
@@ -55,8 +55,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def draw_curve(log: Path, picture: Path, metric: str) -> None:
-    """Draw training loss, held-out loss and held-out metric over the steps."""
+def draw_curve(log: Path, picture: Path, metric: str, *, threshold: float = 0.0) -> None:
+    """Draw training loss, held-out loss and held-out metric over the steps, and mark the step whose weights are kept.
+
+    :param threshold: the smallest improvement that counted.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -73,13 +76,25 @@ def draw_curve(log: Path, picture: Path, metric: str) -> None:
             left.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     left.set(xlabel="step", ylabel="loss", title="Training")
     left.grid(alpha=0.3)
-    right_points = [(e["step"], e[f"eval_{metric}"]) for e in entries if isinstance(e.get(f"eval_{metric}"), float)]
-    if right_points and metric != "loss":
+    evaluated = [(e["step"], e[f"eval_{metric}"]) for e in entries if isinstance(e.get(f"eval_{metric}"), float)]
+    if evaluated and metric != LOWER_IS_BETTER:
         right = left.twinx()
-        right.plot(*zip(*right_points, strict=True), "s-", color="tab:green", label=f"held-out {metric}", markersize=4)
+        right.plot(*zip(*evaluated, strict=True), "s-", color="tab:green", label=f"held-out {metric}", markersize=4)
         right.set_ylabel(metric)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    if (best := best_step(evaluated, metric, threshold)) is not None:
+        left.axvline(best, color="0.4", linestyle=":", label=f"best step {best}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(picture)
+
+
+def best_step(evaluated: Sequence[tuple[int, float]], metric: str, threshold: float) -> int | None:
+    """The step whose weights `KeepBest` keeps, from (step, value); step 0 is before training, and never kept."""
+    sign = -1 if metric == LOWER_IS_BETTER else 1
+    step, best = None, -math.inf
+    for at, value in evaluated:
+        if at and sign * value - best > threshold:
+            step, best = at, sign * value
+    return step
 
 
 def _compared(entry: Mapping[str, Any]) -> Any:

@@ -148,7 +148,7 @@ def estimated_seconds(trainer: EbrTrainer, found: Preflight, measuring: float) -
         return training
     evaluations = -(-steps // args.eval_steps) if args.eval_steps else ends
     losses = found.evaluation * count_steps(len(trainer.eval_dataset), args.eval_batch_size, 1, 1)
-    return training + evaluations * (measuring + losses)
+    return training + losses + evaluations * (measuring + losses)  # the first loss is that before any step
 
 
 def longest_rows(dataset: Dataset, tokenizer: Any, count: int) -> list[int]:

@@ -89,6 +89,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     fp16 = precision.dtype == "float16"
     watch = setup.make_watch(config, report, model, fp16=fp16)
     trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16)
+    trainer.first_means = before or None
     checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base))
     config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
     watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
@@ -221,7 +222,9 @@ def _save(
         saving.save_adapter(model, folder, base, contract)
         config.save(folder / CONFIG_FILE)
         shutil.copy(paths.checkpoints / LOG_FILE, folder / LOG_FILE)
-        logbook.draw_curve(folder / LOG_FILE, folder / CURVE_FILE, config.best_metric)
+        logbook.draw_curve(
+            folder / LOG_FILE, folder / CURVE_FILE, config.best_metric, threshold=config.early_stopping_threshold
+        )
         save_heldout(rows, folder)
         if config.mine_hard_negatives:
             save_rows(rows.train, folder / MINED_FILE)

@@ -20,12 +20,20 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
 from transformers import trainer as library_trainer
 
 from ebr_lib.errors import ModelError, NotFiniteError
 from ebr_lib.finetune.batches import BalancedBatchSampler
-from ebr_lib.finetune.callbacks import KeepBest, SaveAfterEvaluation, StopOnNaN, StopOnSignal, TrainingBar, all_finite
+from ebr_lib.finetune.callbacks import (
+    EvaluationLines,
+    KeepBest,
+    MeasureFirst,
+    SaveAfterEvaluation,
+    StopOnNaN,
+    StopOnSignal,
+    TrainingBar,
+    all_finite,
+)
 from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator, PromptCollator
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
@@ -117,6 +125,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     :param anchor_prompts: the prompt of each row's anchor, by the row's number; None leaves prompts to the arguments.
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 means unlimited.
     :ivar measured: the held-out metrics by step.
+    :ivar first_means: those of the model before training, if they are known; otherwise they are measured.
     """
 
     loss: ContrastiveLoss
@@ -140,6 +149,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         self._noisy: NoisyCollator | None = None
         self.memory_limit_mb = memory_limit_mb
         self._measure, self.measured = measure, dict[int, GroupMeans]()
+        self.first_means: GroupMeans | None = None
         super().__init__(**kwargs)
         if anchor_prompts is not None:
             self.data_collator = PromptCollator(self.data_collator, anchor_prompts)
@@ -151,13 +161,27 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.add_callback(SaveAfterEvaluation())
         self.nan = StopOnNaN(self.loss.weights)
         self.add_callback(self.nan)
-        self._one_bar()
+        self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(TrainingBar())
+        self.add_callback(EvaluationLines())
+        self.add_callback(MeasureFirst(self._log_first))
 
-    def _one_bar(self) -> None:
-        """Replace the library's progress bar by ours, except a notebook's, which has a table of the evaluations."""
-        bar = self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
-        has_table = self.evaluator is not None and not isinstance(bar, ProgressCallback)
-        self.add_callback(bar if has_table else TrainingBar())
+    def _log_first(self) -> None:
+        """Log the held-out loss and metrics of the model as it is; neither the best weights nor the run notice it."""
+        if self.eval_dataset is None:
+            return
+        evaluator, self.evaluator = self.evaluator, None
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            batches = self.get_eval_dataloader()
+            found = self.evaluation_loop(batches, "before training", prediction_loss_only=True).metrics or {}
+        self.evaluator = evaluator
+        self.forget_trial()
+        logs = {"eval_loss": found["eval_loss"]}
+        if self._measure:
+            means = self.first_means or self._measure(self.model)
+            logs |= {f"eval_{name}": value for name, value in means["all"].items()}
+        self.log(logs)
 
     def _evaluate_heldout(self, model: SentenceTransformer, **where: Any) -> dict[str, float]:
         assert self._measure is not None

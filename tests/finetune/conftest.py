@@ -43,7 +43,7 @@ def pairs(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(tiny_bert, pairs, tmp_path, monkeypatch) -> dict:
     """A short training, whose curve is not drawn: that took a third of its time, and `trained` has one."""
-    monkeypatch.setattr(logbook, "draw_curve", lambda log, picture, metric: None)
+    monkeypatch.setattr(logbook, "draw_curve", lambda log, picture, metric, **_: None)
     return {
         "model_name": str(tiny_bert),
         "data_path": str(pairs),

@@ -314,13 +314,13 @@ def test_held_out_rows_change_no_training(settings, tmp_path):
 
 def test_evaluations_come_every_eval_steps(settings):
     log = step(settings, eval_steps=2, num_epochs=2).log
-    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4, 6, 8, 10]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 2, 4, 6, 8, 10]
 
 
 def test_the_threshold_decides_what_counts_as_better(settings):
     knobs = {"num_epochs": 4, "early_stopping_patience": 1, "best_metric": "loss"}
-    assert len(step(settings, **knobs).values("eval_loss")) == 4  # it falls every epoch
-    assert len(step(settings, **knobs, early_stopping_threshold=100.0).values("eval_loss")) == 2
+    assert len(step(settings, **knobs).values("eval_loss")) == 1 + 4  # it falls every epoch
+    assert len(step(settings, **knobs, early_stopping_threshold=100.0).values("eval_loss")) == 1 + 2
 
 
 def test_evaluation_embeds_no_more_than_its_batch_size_and_compares_the_same(settings, monkeypatch):
@@ -353,23 +353,29 @@ def test_the_best_weights_come_back_bit_for_bit(settings, monkeypatch):
     assert torch.equal(found, seen.weights[10])
 
 
-@pytest.mark.parametrize(("eval_ratio", "bars"), [(0.25, ["table"]), (0.0, ["ours"])])
-def test_a_notebook_has_one_bar(settings, monkeypatch, eval_ratio, bars):
-    """The library's own where that has a table of evaluations, else ours."""
+def test_a_notebook_has_one_bar_and_a_line_per_evaluation(settings, monkeypatch, caplog):
+    """The library's table in a notebook would be a second bar, and its numbers would be in no terminal."""
     from transformers.utils import notebook
 
-    seen = []
-    write = notebook.NotebookTrainingTracker.write_line
-    begin = training.TrainingBar.on_train_begin
     monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
-    monkeypatch.setattr(
-        notebook.NotebookTrainingTracker, "write_line", lambda *given: seen.append("table") or write(*given)
-    )
-    monkeypatch.setattr(
-        training.TrainingBar, "on_train_begin", lambda *given, **more: seen.append("ours") or begin(*given, **more)
-    )
-    step(settings, eval_ratio=eval_ratio)
-    assert seen == bars
+    monkeypatch.setattr(notebook.NotebookTrainingTracker, "write_line", lambda *given: pytest.fail("a table"))
+    with caplog.at_level("INFO", logger="ebr_lib"):
+        seen = step(settings, num_epochs=2)
+    lines = [message for message in caplog.messages if message.startswith("评估 evaluation: ")]
+    losses = [entry["eval_loss"] for entry in seen.log if "eval_loss" in entry]
+    assert [f"held-out loss {loss:.4f}" in line for loss, line in zip(losses, lines, strict=True)] == [True] * 3
+
+
+def test_the_model_is_measured_before_its_first_step_which_does_not_notice(settings, monkeypatch):
+    """The log begins with the loss of the untrained model; batches, dropout and best weights are as without it."""
+    seen = step(settings, num_epochs=2)
+    first = next(entry for entry in seen.log if "eval_loss" in entry)
+    assert first["step"] == 0 and {"eval_loss", "eval_ndcg@10"} < first.keys()
+    monkeypatch.setattr(training.EbrTrainer, "_log_first", lambda self: None)
+    unmeasured = step(settings, num_epochs=2)
+    assert same(seen.adapter, unmeasured.adapter)
+    assert seen.values("loss") == unmeasured.values("loss")
+    assert seen.values("eval_loss")[1:] == unmeasured.values("eval_loss")
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------
@@ -385,7 +391,7 @@ def test_good_weights_before_nan_are_restored(settings):
 
     knobs = {"best_metric": "loss", "eval_steps": 2}
     seen = step(settings, change=lambda trainer: trainer.add_callback(Spoil()), **knobs)
-    assert [entry["step"] for entry in seen.log if "eval_loss" in entry] == [2]
+    assert [entry["step"] for entry in seen.log if "eval_loss" in entry] == [0, 2]
     assert seen.steps == 4  # the first that shows it is the last
     seen.trainer.restore_best()
     found = torch.cat([weight.detach().flatten() for weight in seen.trainer.loss.weights])
