@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.data.bm25 import K1, B, Bm25
 from ebr_lib.data.embeddings.base import read_manifest
-from ebr_lib.data.text import split_words
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.evaluate.task import RetrievalTask
@@ -25,8 +24,7 @@ from ebr_lib.model.spec import EncoderSpec
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
-BM25_NAME, BM25_K1, BM25_B = "BM25", 1.5, 0.75
-_TOKEN = re.compile(r"\w+")
+BM25_NAME = "BM25"
 
 How = Mapping[str, object]
 """The settings of a ranker, for the report: prompts, precision and so on."""
@@ -153,32 +151,14 @@ def check_bm25(corpus: Corpus) -> None:
         raise DataError(f"{corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
 
 
-def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
-    """Lower-case words, Chinese ones by jieba, without punctuation and stop words."""
-    words = (token for word in split_words(text.casefold()) for token in _TOKEN.findall(word))
-    return [word for word in words if word not in stopwords]
-
-
 def rank_with_bm25(task: RetrievalTask) -> tuple[Ranking, How]:
-    """Rank by BM25 (Lucene's form); a document that shares no word with the query is not retrieved."""
-    import bm25s
-    from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN
+    """Rank by BM25; a document that shares no word with the query is not retrieved."""
     from tqdm.auto import tqdm
 
     assert task.corpus.texts is not None
-    stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
-    index = bm25s.BM25(k1=BM25_K1, b=BM25_B, method="lucene")
-    ranking, how = Ranking(task.relevant, left_out=task.own), {"k1": BM25_K1, "b": BM25_B}
-    # numbers, not texts: each word is in memory once, however often the corpus has it
-    vocabulary: dict[str, int] = {}
-    documents = tqdm(task.corpus.texts, desc="BM25", unit="doc", delay=2, leave=False)
-    words = [[vocabulary.setdefault(word, len(vocabulary)) for word in bm25_tokens(t, stopwords)] for t in documents]
-    if not vocabulary:
-        return ranking, how
-    index.index((words, vocabulary), show_progress=False)
-    del words
+    index = Bm25(task.corpus.texts)
+    ranking = Ranking(task.relevant, left_out=task.own)
     for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
-        if tokens := [token for token in bm25_tokens(query, stopwords) if token in index.vocab_dict]:
-            scores = index.get_scores(tokens).astype(np.float32)
-            ranking.add(np.where(scores > 0, scores, np.float32("-inf"))[None, :], number, 0)
-    return ranking, how
+        if (scores := index.scores(query)) is not None:
+            ranking.add(scores[None, :], number, 0)
+    return ranking, {"k1": K1, "b": B}

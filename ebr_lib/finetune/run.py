@@ -214,6 +214,7 @@ def _save(
 ) -> None:
     """Save the model, and beside it all that explains it; remove the checkpoints once everything is in place."""
     from ebr_lib.finetune import logbook, saving
+    from ebr_lib.model.merged import save_merged
 
     contract = saving.make_contract(
         model, base, adapter_side=config.adapter_side, matryoshka_dims=config.matryoshka_dims
@@ -233,9 +234,7 @@ def _save(
         (folder / "README.md").write_text(card, encoding="utf-8")
     if config.merge_adapter:
         with written_whole(paths.merged) as folder:
-            saving.save_merged(
-                result.model_path, folder, trust_remote_code=base.trust_remote_code, device=model.device.type
-            )
+            save_merged(result.model_path, folder, trust_remote_code=base.trust_remote_code, device=model.device.type)
     shutil.rmtree(paths.checkpoints)
 
 

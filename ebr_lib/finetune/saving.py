@@ -1,4 +1,4 @@
-"""Saving a trained model: a complete sentence-transformers folder with contract and card, and a merged model."""
+"""Saving a trained model: a complete sentence-transformers folder with contract and card."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ebr_lib.errors import ModelError
-from ebr_lib.logs import logger
-from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights, merge_adapter
+from ebr_lib.model.adapters import ADAPTER_NAME, adapter_weights
 from ebr_lib.model.contract import (
     PROBES,
     Contract,
@@ -23,13 +21,9 @@ from ebr_lib.model.contract import (
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.provenance import ModelIdentity
-from ebr_lib.model.remote_code import forget_own_code, own_code
-from ebr_lib.names import Choice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-MERGED_TOLERANCE = 1e-3  # float32 stays below 1e-6, bfloat16 weights round the product
 
 
 def is_finite(model: SentenceTransformer) -> bool:
@@ -81,41 +75,6 @@ def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, 
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), create_model_card=False)
     contract.save(folder)
-
-
-def save_merged(adapter_folder: str, folder: Path, *, trust_remote_code: Choice, device: str) -> float:
-    """Merge a saved adapter into its base, save the whole model, reload it and compare.
-
-    The base's own code is saved too if it runs. If it is ignored, the merged model no longer asks for it: its weights
-    were trained in the library's class.
-
-    :returns: the largest difference of a vector component between adapter and merged model.
-    :raises ModelError: the reloaded model's vectors are not the adapter's, or it lacks the base's code.
-    """
-    import dataclasses
-
-    from ebr_lib.model.contract import read_contract
-
-    model = load_model(adapter_folder, trust_remote_code=trust_remote_code, device=device)
-    before = np.asarray(probe_vectors(model, ""))
-    contract = read_contract(adapter_folder)
-    assert contract is not None
-    merge_adapter(model)
-    model.save_pretrained(str(folder), create_model_card=False)
-    if trust_remote_code == "ignore":
-        forget_own_code(folder)
-    own = trust_remote_code is True
-    if own and not own_code(folder):
-        raise ModelError(
-            f"the merged model {folder.name} would lack the code of {contract.base_model}; it was not kept"
-        )
-    dataclasses.replace(contract, merged=True, trust_remote_code=own).save(folder)
-    reloaded = load_model(str(folder), trust_remote_code=own, device=device)
-    difference = float(np.abs(np.asarray(probe_vectors(reloaded, "")) - before).max())
-    logger.info("合并后与适配器的最大差异 largest difference merged to adapter: %.2g", difference)
-    if difference > MERGED_TOLERANCE:
-        raise ModelError(f"the merged model's vectors differ from the adapter's by {difference:.2g}; it was not kept")
-    return difference
 
 
 def model_card(

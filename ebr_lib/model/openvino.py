@@ -146,12 +146,17 @@ def _convert(model: SentenceTransformer) -> Any:
     import openvino
 
     shape, kind = openvino.PartialShape([-1, -1]), openvino.Type.i64
-    ids, seen = padded_batch(*_random_tokens(model, (3, 7)), model.tokenizer.pad_token_id or 0)
-    example = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(seen.astype(np.int64))}
+    example = example_input(model)
     with torch.no_grad(), evaluating(model), _quiet():
         return openvino.convert_model(
             _States(model[0]), example_input=example, input=[(name, shape, kind) for name in example]
         )
+
+
+def example_input(model: SentenceTransformer) -> dict[str, Tensor]:
+    """Ids and mask of two texts of random tokens, one of them padded, to trace a model with."""
+    ids, seen = padded_batch(*_random_tokens(model, (3, 7)), model.tokenizer.pad_token_id or 0)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(seen.astype(np.int64))}
 
 
 @contextmanager

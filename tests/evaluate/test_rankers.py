@@ -13,7 +13,7 @@ from ebr_lib.data.embeddings.base import manifest_path
 from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.evaluate.corpus import Corpus
-from ebr_lib.evaluate.rankers import bm25_tokens, labels, rank_with_bm25, stored_vectors
+from ebr_lib.evaluate.rankers import labels, rank_with_bm25, stored_vectors
 from ebr_lib.evaluate.task import RetrievalTask
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.spec import EncoderSpec
@@ -25,11 +25,6 @@ def test_labels():
     assert labels(["./m/one/", "two"]) == ["one", "two"]
     assert labels(["m/BM25", "two"], ["BM25"]) == ["m/BM25", "two"]
     assert labels(["BM25"], ["BM25"]) == ["./BM25"]
-
-
-def test_bm25_tokens_in_both_languages():
-    assert bm25_tokens("The RED shoes, of 2024!", frozenset({"the", "of"})) == ["red", "shoes", "2024"]
-    assert bm25_tokens("透明手机壳，很快", frozenset()) == ["透明", "手机", "壳", "很快"]
 
 
 def test_bm25_memory_does_not_grow_with_repeated_words():

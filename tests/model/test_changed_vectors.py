@@ -17,6 +17,7 @@ from ebr_lib.finetune.run import train_sentence_transformer
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.inference.run import run_batch_inference
+from ebr_lib.model import merged
 from ebr_lib.model.contract import CONTRACT_FILE, UNKNOWN_CAUSE, read_contract
 from ebr_lib.model.loading import load_model
 from tests.models import adapted, bring_own_code, build_tiny, edit_json
@@ -31,7 +32,7 @@ def originals(tiny_bert, tmp_path_factory) -> Path:
     shutil.copytree(tiny_bert, root / "base")
     adapted(root / "base", root / "adapter")
     (root / "merged").mkdir()
-    saving.save_merged(str(root / "adapter"), root / "merged", trust_remote_code=False, device="cpu")
+    merged.save_merged(str(root / "adapter"), root / "merged", trust_remote_code=False, device="cpu")
     return root
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.finetune import saving
+from ebr_lib.model import merged
 from ebr_lib.model.contract import CONTRACT_FILE, read_contract, weights_sha256
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.packaged import find_model, local_folder, model_label, packaged_model
@@ -139,9 +140,9 @@ def test_weights_in_several_files_have_one_sha256(tmp_path):
 
 
 def test_a_merged_model_with_other_vectors_is_not_kept(copied, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "MERGED_TOLERANCE", -1.0)
+    monkeypatch.setattr(merged, "MERGED_TOLERANCE", -1.0)
     with pytest.raises(ModelError, match="differ from the adapter's by"):
-        saving.save_merged(str(copied), tmp_path / "merged", trust_remote_code=False, device="cpu")
+        merged.save_merged(str(copied), tmp_path / "merged", trust_remote_code=False, device="cpu")
 
 
 # --- names --------------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from ebr_lib.cli import main
 from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.errors import DataError, ModelError
 from ebr_lib.evaluate.run import evaluate_retrieval
-from ebr_lib.finetune import saving
 from ebr_lib.finetune.run import train_sentence_transformer
 from ebr_lib.index.change import add_rows
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.inference.ray_cluster import RayEngine
 from ebr_lib.inference.run import run_batch_inference
+from ebr_lib.model import merged
 from ebr_lib.model.contract import CONTRACT_FILE, read_contract
 from ebr_lib.model.loading import check_remote_code, load_model
 from ebr_lib.model.remote_code import OwnCode, decide, own_code
@@ -300,7 +300,7 @@ def test_a_merged_model_carries_its_code_or_asks_for_none(adapters, tmp_path):
     for choice, folder in adapters.items():
         place = tmp_path / str(choice)
         place.mkdir()
-        saving.save_merged(str(folder), place, trust_remote_code=choice, device="cpu")
+        merged.save_merged(str(folder), place, trust_remote_code=choice, device="cpu")
         wanted = load_model(str(folder), trust_remote_code=choice, device="cpu").encode(TEXTS)
         assert read_contract(place).trust_remote_code is (choice is True)
         assert (place / "modeling.py").is_file() is (choice is True)
@@ -311,9 +311,9 @@ def test_a_merged_model_carries_its_code_or_asks_for_none(adapters, tmp_path):
 
 
 def test_a_merged_model_without_its_code_is_not_kept(adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "own_code", lambda folder: ())
+    monkeypatch.setattr(merged, "own_code", lambda folder: ())
     with pytest.raises(ModelError, match="would lack the code of"):
-        saving.save_merged(str(adapters[True]), tmp_path, trust_remote_code=True, device="cpu")
+        merged.save_merged(str(adapters[True]), tmp_path, trust_remote_code=True, device="cpu")
 
 
 # --- stages -------------------------------------------------------------------------------------------------------

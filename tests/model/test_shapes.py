@@ -15,11 +15,11 @@ from transformers.utils.logging import warning_once
 
 from ebr_lib.errors import ModelError
 from ebr_lib.finetune.losses import base_model_only
-from ebr_lib.finetune.saving import save_merged
 from ebr_lib.model import adapters, shapes
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, add_lora, read_adapter
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.merged import save_merged
 from ebr_lib.model.positions import position_limit
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.shapes import give_pad_token, prompts_by_side

@@ -1,0 +1,33 @@
+"""BM25: its tokens, and its scores against the formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ebr_lib.data.bm25 import K1, B, Bm25, bm25_tokens
+
+
+def test_bm25_tokens_in_both_languages():
+    assert bm25_tokens("The RED shoes, of 2024!", frozenset({"the", "of"})) == ["red", "shoes", "2024"]
+    assert bm25_tokens("透明手机壳，很快", frozenset()) == ["透明", "手机", "壳", "很快"]
+
+
+def test_scores_are_those_of_the_formula():
+    texts = ["red shoes for running", "red red blanket", "透明手机壳"]
+    scores = Bm25(texts).scores("red shoes")
+    lengths = [3, 3, 3]  # without the stop word
+
+    def term(containing: int, count: int, length: int) -> float:
+        idf = math.log(1 + (len(texts) - containing + 0.5) / (containing + 0.5))
+        return idf * count / (count + K1 * (1 - B + B * length / (sum(lengths) / len(lengths))))
+
+    assert scores[0] == pytest.approx(term(2, 1, 3) + term(1, 1, 3), rel=1e-5)
+    assert scores[1] == pytest.approx(term(2, 2, 3), rel=1e-5)
+    assert scores[2] == float("-inf")
+
+
+def test_nothing_is_found_for_words_that_no_text_has():
+    assert Bm25(["red shoes"]).scores("毯子") is None
+    assert Bm25(["", "the"]).scores("the") is None
