@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ebr_lib.config import check_configs
     from ebr_lib.evaluate.config import EvalConfig
     from ebr_lib.evaluate.run import evaluate_retrieval
+    from ebr_lib.export.config import ExportConfig
+    from ebr_lib.export.run import export_model
     from ebr_lib.finetune.config import FinetuneConfig
     from ebr_lib.finetune.run import train_sentence_transformer
     from ebr_lib.index.change import add_rows, delete_rows
@@ -43,7 +45,9 @@ _HOMES = {
     "EvalConfig": "evaluate.config",
     "IndexConfig": "index.config",
     "SearchConfig": "index.config",
+    "export_model": "export.run",
     "verify_endpoint": "verify.run",
+    "ExportConfig": "export.config",
     "VerifyConfig": "verify.config",
     "check_configs": "config",
     "show_logs": "logs",
@@ -51,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "EvalConfig",
+    "ExportConfig",
     "FinetuneConfig",
     "IndexConfig",
     "InferenceConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "check_configs",
     "delete_rows",
     "evaluate_retrieval",
+    "export_model",
     "run_batch_inference",
     "search",
     "show_logs",

@@ -12,6 +12,7 @@ from pathlib import Path
 from ebr_lib import __version__
 from ebr_lib.errors import ConfigError, UserError
 from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.export.config import ExportConfig
 from ebr_lib.extras import require
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.index.config import IndexConfig, SearchConfig
@@ -41,6 +42,7 @@ STAGES = {
     "evaluate": Stage(EvalConfig, "ebr_lib.evaluate.run", "evaluate_retrieval"),
     "index": Stage(IndexConfig, "ebr_lib.index.run", "build_faiss_index"),
     "search": Stage(SearchConfig, "ebr_lib.index.search", "run_search", positional="query"),
+    "export": Stage(ExportConfig, "ebr_lib.export.run", "export_model"),
     "verify": Stage(VerifyConfig, "ebr_lib.verify.run", "run_verify", positional="target"),
 }
 

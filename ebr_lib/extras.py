@@ -10,6 +10,7 @@ from ebr_lib.errors import NotInstalledError
 EXTRAS = {
     "index": ("faiss",),
     "view": ("faiss", "sklearn", "umap", "openTSNE", "threadpoolctl"),
+    "onnx": ("onnx", "onnxscript"),
     "notebook": ("nbclient", "nbformat", "ipykernel"),
 }
 """Extra in pyproject.toml to the modules that it installs."""

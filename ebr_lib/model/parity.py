@@ -209,13 +209,15 @@ class _Search:
     def causes(self) -> Iterator[str]:
         """Short texts show weights, prompt, pooling and special tokens; long ones, in that setup, the cut."""
         changes, rest = self._fit(list(SHORT), Setup(), list(self._changes()), 2)
+        if changes is None:  # a very short length cuts these as well
+            changes, rest = self._fit(list(SHORT), Setup(), list(self._cuts()), 1)
         yield from (change.cause for change in changes or ())
         if changes is None:
             yield "unknown (no usual mistake gives these vectors): other weights, another tokenizer, or another model"
             return
         setup = replace(Setup(), **{change.field: change.value for change in changes})
         if long := [kind for kind in self.given if kind not in SHORT]:
-            cut, rest_of_long = self._fit(long, setup, list(self._cuts(setup)), 1)
+            cut, rest_of_long = self._fit(long, setup, list(self._cuts()), 1)
             yield from (change.cause for change in cut or ())
             if cut is None:
                 yield "truncation (long texts alone differ, at no usual length or side)"
@@ -271,7 +273,7 @@ class _Search:
             yield Change("ending", "added", "end-of-text token added (the model was trained without this one)")
             yield Change("ending", "bare", "special tokens missing (texts are tokenised without any)")
 
-    def _cuts(self, setup: Setup) -> Iterator[Change]:
+    def _cuts(self) -> Iterator[Change]:
         model = self.trained.encoder.model
         own, limit = model.max_seq_length, position_limit(model)
         if not isinstance(own, int) or not hasattr(model.tokenizer, "truncation_side"):

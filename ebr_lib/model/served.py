@@ -78,7 +78,7 @@ def served_folder(folder: Path, kind: str | None = None) -> Encode:
     :param kind: "openvino" or "onnx" for its graph; None takes the weights, or without any the first graph there is.
     :raises ModelError: it does not load.
     """
-    graph = next((folder / place for name, place in GRAPHS.items() if name == kind), None) or _only_graph(folder)
+    graph = folder / GRAPHS[kind] if kind in GRAPHS else _only_graph(folder)
     if graph is not None:
         return _Graph(folder, graph)
     from sentence_transformers import SentenceTransformer

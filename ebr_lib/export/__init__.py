@@ -1,0 +1,1 @@
+"""Extension stage: a trained model as one folder for other engines."""
