@@ -51,8 +51,16 @@ SCALE_ONLY, BATCHES_ONLY = "random batches, rsLoRA", "ours, without rsLoRA"
 MASK_ONLY, LIBRARY = "random batches, known positives masked", "random batches, the library's own trainer, one seed"
 GIST, UNTRAINED = "GISTEmbedLoss, the library's own trainer, one seed", "untrained"
 ONE_SEED = (LIBRARY, GIST)
-FOUND = ("temperature", "strength")  # what a run finds by itself
-STOCK = {"balanced_batches": False, "mask_known_positives": False, "use_rslora": False}
+FOUND = ("temperature", "adapter_strength")  # what a run finds by itself
+FIXED = "ours, temperature 0.05, adapter_strength 1"
+TEMPERATURE_ONLY, STRENGTH_ONLY = "ours, temperature auto, adapter_strength 1", "ours, temperature 0.05, strength auto"
+STOCK = {
+    "balanced_batches": False,
+    "mask_known_positives": False,
+    "use_rslora": False,
+    "temperature": 0.05,
+    "adapter_strength": 1,
+}
 CONTENDERS: dict[str, dict[str, Any]] = {
     LIBRARY: {},
     GIST: {},
@@ -60,7 +68,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     NO_DUPLICATES: STOCK,
     MASK_ONLY: STOCK | {"mask_known_positives": True},
     SCALE_ONLY: STOCK | {"use_rslora": True},
-    BATCHES_ONLY: {"use_rslora": False},
+    BATCHES_ONLY: {"use_rslora": False, "temperature": 0.05, "adapter_strength": 1},
+    FIXED: {"temperature": 0.05, "adapter_strength": 1},
+    TEMPERATURE_ONLY: {"adapter_strength": 1},
+    STRENGTH_ONLY: {"temperature": 0.05},
     OURS: {},
 }
 

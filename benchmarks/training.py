@@ -264,6 +264,7 @@ def ours(job: Job, **knobs: Any) -> Run:
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": DECAY,
                 "temperature": TEMPERATURE,
+                "adapter_strength": 1,
                 "train_batch_size": job.batch_size,
                 "balanced_batches": False,
                 "seed": job.seed,

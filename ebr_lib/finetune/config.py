@@ -111,6 +111,14 @@ class FinetuneConfig(Config):
         "the model's own loss on a sample of the training pairs is smallest before training.",
         "温度：余弦相似度除以该值；0.05 即放大 20 倍。auto 在 0.01 到 0.1 之间选取训练前模型在部分训练样本上损失最小的温度。",
     )
+    adapter_strength: Literal["auto"] | Share = knob(
+        "auto",
+        "Share of the adapter that is saved: 1 as it was trained, 0 none of it. auto measures 0, 0.25, 0.5, 0.75 and 1 on "
+        "one half of the held-out queries, saves the best by `best_metric` (nDCG@10 for loss), and reports on the other "
+        "half; with fewer than 100 held-out queries, 1 unless it is worse than 0.",
+        "保存适配器的多大比例：1 为训练所得，0 为完全不用。auto 在一半验证查询上测 0、0.25、0.5、0.75、1，按 `best_metric`（为 loss 时按 nDCG@10）"
+        "保存最好的，另一半用于报告；验证查询不足 100 条时取 1，除非它比 0 差。",
+    )
     contrastive_batch_size: Count = knob(
         0,
         "Pairs per contrastive batch, embedded `train_batch_size` at a time (GradCache); 0 means `train_batch_size`.",

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebr_lib.arrays import Encode, Floats, Vectors
 from ebr_lib.names import METRICS
@@ -53,14 +54,18 @@ class HeldoutTask:
 
     def measure_model(
         self, model: SentenceTransformer, query_only: bool = False, backend: Backend = "auto"
-    ) -> GroupMeans:
-        """Means of a model's metrics; with `query_only` documents are encoded without the adapter."""
-        return self.means(self.measure(*encoders_of(model, query_only, backend=backend, own_prompts=self.prompts)))
+    ) -> dict[str, Floats]:
+        """A model's metrics, one value per query; with `query_only` documents are encoded without the adapter."""
+        return self.measure(*encoders_of(model, query_only, backend=backend, own_prompts=self.prompts))
 
-    def means(self, values: Mapping[str, Floats]) -> GroupMeans:
-        """Means over all queries, over those whose documents training has seen, and over the others."""
+    def means(self, values: Mapping[str, Floats], among: NDArray[np.bool_] | None = None) -> GroupMeans:
+        """Means over all queries, over those whose documents training has seen, and over the others.
+
+        :param among: the queries that count, shape (queries,); None counts all.
+        """
         seen = np.asarray(self.seen, dtype=bool)
-        groups = {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}
+        counted = np.ones_like(seen) if among is None else among
+        groups = {"all": counted, "seen": seen & counted, "unseen": ~seen & counted}
         return {
             group: {"queries": int(chosen.sum())}
             | {name: float(value[chosen].mean()) for name, value in values.items()}

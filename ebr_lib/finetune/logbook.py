@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import TrainerCallback
 
 from ebr_lib.finetune.doctor import FEW_ROWS
 from ebr_lib.logs import logger
 from ebr_lib.names import FULL_PRESET, LOWER_IS_BETTER, SMALL_DATA_PRESET, STRONG_PRESET
+
+if TYPE_CHECKING:
+    from ebr_lib.finetune.outputs import FinetuneResult
 
 
 class JsonLinesLog(TrainerCallback):
@@ -38,6 +41,13 @@ class JsonLinesLog(TrainerCallback):
         entry = {"step": state.global_step, **logs, **bad}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(entry))
+
+
+def log_result(path: Path, result: FinetuneResult) -> None:
+    """Append what was saved, and what it measures."""
+    names = ("temperature", "adapter_strength", "before", "after")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line({"step": result.steps} | {name: getattr(result, name) for name in names}))
 
 
 def _line(entry: Mapping[str, Any]) -> str:

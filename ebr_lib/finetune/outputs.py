@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
-from ebr_lib.finetune.doctor import DoctorReport
+from ebr_lib.finetune.doctor import FEW_ROWS, DoctorReport
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE
 from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.rows import Rows
-from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, METRICS
+from ebr_lib.finetune.strength import metric_to_choose_by
+from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, METRICS, SMALL_DATA_PRESET
 from ebr_lib.tables import TableRepr, html_picture, make_table
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from pandas import DataFrame
+
+NEARLY_ALL = 0.9
+"""A mean metric above which most queries are answered in the first place."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +34,9 @@ class FinetuneResult(TableRepr):
     """What a run wrote and measured.
 
     `before` and `after` map "all", "seen" and "unseen" (documents that training saw or not) to metric means over the
-    held-out anchors; both are empty when nothing was held out. `seconds` is the training alone.
+    held-out anchors that nothing was chosen by; both are empty when nothing was held out. `temperature` and
+    `adapter_strength` are those of the saved model. `seconds` is the training alone. `verdict` says why the model may
+    not be better than before, and is empty if it is.
     """
 
     model_path: str
@@ -38,17 +46,22 @@ class FinetuneResult(TableRepr):
     trainable_parameters: int
     steps: int
     seconds: float
+    temperature: float
+    adapter_strength: float
     before: GroupMeans
     after: GroupMeans
+    verdict: str
     doctor: DoctorReport = field(repr=False)
     tables: dict[str, DataFrame] = field(compare=False)
 
     def __repr__(self) -> str:
         curve = Path(self.model_path) / CURVE_FILE
-        return f"{super().__repr__()}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
+        said = f"\n{self.verdict}" if self.verdict else ""
+        return f"{super().__repr__()}{said}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
 
     def _repr_html_(self) -> str:
-        model = f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
+        model = f"<p>{html.escape(self.verdict)}</p>" if self.verdict else ""
+        model += f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
         return super()._repr_html_() + model + html_picture(Path(self.model_path) / CURVE_FILE, "loss curve")
 
 
@@ -68,10 +81,39 @@ def before_after(before: GroupMeans, after: GroupMeans) -> DataFrame:
     return make_table("微调前后 before and after, on the held-out anchors", columns, rows)
 
 
-def save_heldout(rows: Rows, folder: Path) -> None:
-    """Save the held-out anchors, and every document of the data, for the evaluation stage."""
+def verdict(before: GroupMeans, after: GroupMeans, strength: float, best_metric: str, train_rows: int) -> str:
+    """Why the model may be no better than before; empty if it is better, or was not measured."""
+    metric = metric_to_choose_by(best_metric)
+    if not before or (strength and after["all"][metric] > before["all"][metric]):
+        return ""
+    was, now = before["all"][metric], after["all"][metric]
+    if was >= NEARLY_ALL:
+        why = f"{metric} was {was:.4f} before training, which leaves little to learn"
+    elif train_rows < FEW_ROWS:
+        why = f"{train_rows} training rows are few (try {SMALL_DATA_PRESET})"
+    else:
+        why = "the pairs may be noisy, or teach other things than the held-out queries ask; read some of both"
+    if not strength:
+        return (
+            "微调没有帮助，保存的模型与训练前相同 fine-tuning did not help, so the saved model gives the vectors from "
+            f"before training (adapter_strength 0): {why}"
+        )
+    return f"没有超过训练前的模型 no better than before: {metric} {was:.4f} before, {now:.4f} after: {why}"
+
+
+def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None = None) -> None:
+    """Save the held-out anchors that nothing was chosen by, and every document of the data, for the evaluation stage.
+
+    :param reporting: which queries of the held-out task those are; None is all.
+    """
     answers: dict[str, list[str]] = {}
+    chosen_by: set[str] = set()
+    if rows.task and reporting is not None:
+        reports = zip(rows.task.queries, reporting, strict=True)
+        chosen_by = {normalised(query) for query, report in reports if not report}
     for row in rows.heldout:
+        if normalised(row.anchor) in chosen_by:
+            continue
         answers.setdefault(row.anchor, []).append(row.positive)
     own = own_prompts(rows.heldout)
     lines = (_as_pair(anchor, texts, own.get(anchor)) for anchor, texts in answers.items())
@@ -103,6 +145,8 @@ def card_facts(result: FinetuneResult, data_path: str | Sequence[str]) -> dict[s
     return {
         "data": f"{places} ({result.train_rows} rows; {result.heldout_rows} held out)",
         "steps": f"{result.steps} in {result.seconds:.0f} s",
+        "temperature": f"{result.temperature:g}",
+        "strength of the adapter": f"{result.adapter_strength:g}",
         "trainable parameters": f"{result.trainable_parameters:,}",
         "settings": f"`{CONFIG_FILE}`, itself a preset that repeats the run",
         "log": f"`{LOG_FILE}`, `{CURVE_FILE}`",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.errors import Interrupted, ModelError
 from ebr_lib.files import named_when_full, written_whole
 from ebr_lib.finetune.config import FinetuneConfig
-from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, save_heldout, save_rows
+from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, save_heldout, save_rows, verdict
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE, MINED_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.rows import Rows, read_rows
@@ -22,13 +22,13 @@ from ebr_lib.model.contract import PROBES
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.main_guard import refuse_script_without_guard
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify
-from ebr_lib.names import LOWER_IS_BETTER, SMALL_DATA_PRESET
 from ebr_lib.tables import as_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from ebr_lib.finetune.heldout import GroupMeans
     from ebr_lib.finetune.trainer import EbrTrainer
 
 # Knobs that a resumed run may change: where, how often, how to go on. Data and models are compared by their contents.
@@ -84,18 +84,23 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     batching = setup.Batching.of(config)
     report = setup.examine_rows(config, batching, rows.train, model)
     start = time.perf_counter()
-    before = setup.measure(config, rows.task, model)
+    first = setup.measure(config, rows.task, model)
     measuring = time.perf_counter() - start
     fp16 = precision.dtype == "float16"
     watch = setup.make_watch(config, report, model, fp16=fp16)
-    trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16)
-    trainer.first_means = before or None
+    halves = setup.halves_to_measure(config, rows.task) if rows.task else None
+    trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16, halves=halves)
+    trainer.first_means = rows.task.means(first, halves.choosing) if rows.task and halves else None
     checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base))
     config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
     watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
     seconds = _train(trainer, paths, checkpoint, measuring=measuring)
     _check_end(model, paths, watch.causes_of_nan)
-    after = trainer.measured_best or setup.measure(config, rows.task, model)
+    settled = setup.settle_strength(config, trainer, rows.task, halves, first=first)
+    before, after = settled.before, settled.after
+    tables = {"before_after": before_after(before, after), "data": report.table}
+    if settled.table is not None:
+        tables["strengths"] = settled.table
     result = FinetuneResult(
         model_path=str(paths.adapter),
         merged_path=str(paths.merged) if config.merge_adapter else None,
@@ -104,15 +109,21 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         trainable_parameters=sum(weight.numel() for weight in trainer.loss.weights),
         steps=trainer.state.global_step,
         seconds=seconds,
+        temperature=float(config.temperature),
+        adapter_strength=settled.strength,
         before=before,
         after=after,
         doctor=report,
-        tables={"before_after": before_after(before, after), "data": report.table},
+        verdict=verdict(before, after, settled.strength, config.best_metric, len(rows.train)),
+        tables=tables,
     )
     if trainer.is_world_process_zero():
-        _save(config, rows, model, base, paths=paths, result=result)
-        logger.info("%s", as_text(result.tables["before_after"]), extra=RESULT)
-        _warn_if_not_better(config.best_metric, before, after)
+        _save(config, rows, model, base, paths=paths, result=result, reporting=halves.reporting if halves else None)
+        for name in ("strengths", "before_after"):
+            if name in tables:
+                logger.info("%s", as_text(tables[name]), extra=RESULT)
+        if result.verdict:
+            logger.warning("%s", result.verdict)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result
 
@@ -211,6 +222,7 @@ def _save(
     *,
     paths: Paths,
     result: FinetuneResult,
+    reporting: NDArray[np.bool_] | None,
 ) -> None:
     """Save the model, and beside it all that explains it; remove the checkpoints once everything is in place."""
     from ebr_lib.finetune import logbook, saving
@@ -223,28 +235,18 @@ def _save(
         saving.save_adapter(model, folder, base, contract)
         config.save(folder / CONFIG_FILE)
         shutil.copy(paths.checkpoints / LOG_FILE, folder / LOG_FILE)
+        logbook.log_result(folder / LOG_FILE, result)
         logbook.draw_curve(
             folder / LOG_FILE, folder / CURVE_FILE, config.best_metric, threshold=config.early_stopping_threshold
         )
-        save_heldout(rows, folder)
+        save_heldout(rows, folder, reporting)
         if config.mine_hard_negatives:
             save_rows(rows.train, folder / MINED_FILE)
-        tables = {"Before and after": as_text(result.tables["before_after"]), "Data": as_text(result.tables["data"])}
+        titles = {"before_after": "Before and after", "strengths": "Strengths of the adapter", "data": "Data"}
+        tables = {title: as_text(result.tables[name]) for name, title in titles.items() if name in result.tables}
         card = saving.model_card(result.model_path, base, contract, card_facts(result, config.data_path), tables)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if config.merge_adapter:
         with written_whole(paths.merged) as folder:
             save_merged(result.model_path, folder, trust_remote_code=base.trust_remote_code, device=model.device.type)
     shutil.rmtree(paths.checkpoints)
-
-
-def _warn_if_not_better(best_metric: str, before: GroupMeans, after: GroupMeans) -> None:
-    metric = best_metric if best_metric != LOWER_IS_BETTER else "ndcg@10"
-    if before and after["all"][metric] <= before["all"][metric]:
-        logger.warning(
-            "没有超过基座模型 no better than the base model: %s %.4f before, %.4f after; see the data table above, and "
-            f"try {SMALL_DATA_PRESET} or more data",
-            metric,
-            before["all"][metric],
-            after["all"][metric],
-        )

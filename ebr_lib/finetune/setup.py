@@ -32,6 +32,16 @@ from ebr_lib.finetune.processes import from_first_process, is_first_process, tra
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.strength import (
+    Halves,
+    Values,
+    at_strength,
+    best_strength,
+    halves_of,
+    metric_to_choose_by,
+    strengths_table,
+    whole,
+)
 from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
 from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
 from ebr_lib.logs import logger
@@ -53,6 +63,7 @@ from ebr_lib.names import LOWER_IS_BETTER
 from ebr_lib.tables import as_text
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from sentence_transformers import SentenceTransformer
 
 SIDES: dict[str, Side] = {"anchor": "query", "positive": "document"}
@@ -184,12 +195,24 @@ def as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTra
     return served
 
 
-def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
-    """Means of the held-out metrics; nothing where nothing is held out."""
+def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> Values:
+    """Held-out metrics per query; nothing where nothing is held out."""
     if task is None:
         return {}
     query_only = config.adapter_side == "query"
     return task.measure_model(as_served(config, model), query_only=query_only, backend=config.backend)
+
+
+def halves_to_measure(config: FinetuneConfig, task: HeldoutTask) -> Halves:
+    """The queries that choose, and those that report."""
+    halves = halves_of(task, config.seed) if config.adapter_strength == "auto" else whole(task)
+    if halves.split:
+        logger.info(
+            "验证查询分两半 held-out queries: %d choose the best step and the adapter's strength, %d report",
+            halves.choosing.sum(),
+            halves.reporting.sum(),
+        )
+    return halves
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -342,8 +365,12 @@ def make_trainer(
     paths: Paths,
     watch: LossWatch,
     fp16: bool,
+    halves: Halves | None = None,
 ) -> EbrTrainer:
-    """The trainer of a run, ready to train."""
+    """The trainer of a run, ready to train.
+
+    :param halves: which held-out queries evaluations count; None counts all.
+    """
     data = make_datasets(rows.train, rows.heldout, batching.compared, config.seed)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
@@ -412,7 +439,7 @@ def make_trainer(
         anchors=data.all_known.anchors,
         documents=data.all_known.documents,
         balanced=config.balanced_batches,
-        measure=partial(measure, config, rows.task) if rows.task else None,
+        measure=partial(_measured_means, config, rows.task, halves) if rows.task else None,
         noise=noise,
         noise_columns=config.noise_apply_to_fields,
         anchor_prompts=anchor_prompts,
@@ -449,3 +476,59 @@ def _search_temperature(trainer: EbrTrainer) -> float:
         losses[UNKNOWN],
     )
     return temperature
+
+
+def _measured_means(
+    config: FinetuneConfig, task: HeldoutTask, halves: Halves | None, model: SentenceTransformer
+) -> GroupMeans:
+    return task.means(measure(config, task, model), halves.choosing if halves else None)
+
+
+# --- the strength of the adapter ----------------------------------------------------------------------------------
+
+
+class Settled(NamedTuple):
+    """The strength that is saved, the means of the queries that report (empty where nothing is held out), and all
+    strengths that were measured."""
+
+    strength: float
+    before: GroupMeans
+    after: GroupMeans
+    table: DataFrame | None = None
+
+
+def settle_strength(
+    config: FinetuneConfig,
+    trainer: EbrTrainer,
+    task: HeldoutTask | None,
+    halves: Halves | None,
+    *,
+    first: Values,
+) -> Settled:
+    """Apply the trained adapter as strongly as `adapter_strength` says, or as the held-out queries choose.
+
+    :param first: what the model measured when training began.
+    """
+    model, start, end = trainer.model, trainer.start, adapter_weights(trainer.model)
+    before = task.means(first, halves.reporting) if task and halves else {}
+    if config.adapter_strength != "auto" or task is None or halves is None:
+        strength = 1.0 if config.adapter_strength == "auto" else float(config.adapter_strength)
+        if strength != 1:
+            set_adapter_weights(model, at_strength(start, end, strength))
+        best = trainer.measured_best if strength == 1 else None
+        return Settled(strength, before, best or (task.means(measure(config, task, model)) if task else {}))
+    found = {0.0: first}
+    for strength in halves.strengths[1:]:
+        set_adapter_weights(model, at_strength(start, end, strength))
+        found[strength] = measure(config, task, model)
+    means = {
+        strength: (task.means(values, halves.choosing), task.means(values, halves.reporting))
+        for strength, values in found.items()
+    }
+    metric = metric_to_choose_by(config.best_metric)
+    chosen = from_first_process(best_strength({strength: both[0]["all"][metric] for strength, both in means.items()}))
+    set_adapter_weights(model, at_strength(start, end, chosen))
+    logger.info(
+        "适配器强度 adapter strength: %g (best %s of %d held-out queries)", chosen, metric, halves.choosing.sum()
+    )
+    return Settled(chosen, before, means[chosen][1], strengths_table(chosen, halves, means))

@@ -41,7 +41,7 @@ from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
 from ebr_lib.finetune.processes import training_device, world_size
 from ebr_lib.finetune.schedulers import NO_WARM_UP, scheduler_extras
 from ebr_lib.logs import logger
-from ebr_lib.model.adapters import read_adapter, set_adapter_weights
+from ebr_lib.model.adapters import adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.model.attention import attention, evaluating
 from ebr_lib.model.packing import plain_is_faster
 from ebr_lib.names import LOW_MEMORY_PRESET, METRICS
@@ -126,6 +126,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 means unlimited.
     :ivar measured: the held-out metrics by step.
     :ivar first_means: those of the model before training, if they are known; otherwise they are measured.
+    :ivar start: the adapter's weights before training.
     """
 
     loss: ContrastiveLoss
@@ -153,6 +154,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         super().__init__(**kwargs)
         if anchor_prompts is not None:
             self.data_collator = PromptCollator(self.data_collator, anchor_prompts)
+        self.start = adapter_weights(kwargs["model"])
         self.evaluator = self._evaluate_heldout if measure else None
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight bypass it
         self.loss.autocast = self.accelerator.autocast

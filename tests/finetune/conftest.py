@@ -55,6 +55,7 @@ def settings(tiny_bert, pairs, tmp_path, monkeypatch) -> dict:
         "learning_rate": 2e-3,
         "eval_ratio": 0.25,
         "temperature": 0.05,
+        "adapter_strength": 1,
         "backend": "torch",  # converting a model takes as long as such a training
     }
 
