@@ -42,14 +42,34 @@ class Ranking:
         self.depth = depth
         self.relevant = relevant
         self.ids = np.full((len(relevant), depth), -1, dtype=np.int64)
-        self.scores = np.full((len(relevant), depth), -np.inf, dtype=np.float32)
+        self.scores: NDArray[np.floating] = np.full((len(relevant), depth), -np.inf, dtype=np.float32)
         self._last_tied = np.zeros(len(relevant), dtype=np.int64)  # documents with the score of the last one listed
         pairs = [(d, q, g) for q, grades in enumerate(relevant) for d, g in grades.items() if g > 0]
         table = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 3)
         self._documents, self._queries, self._grades = table.T
-        self._scores = np.full(len(table), -np.inf, dtype=np.float32)
+        self._scores: NDArray[np.floating] = np.full(len(table), -np.inf, dtype=np.float32)
         out = sorted((d, q) for q, documents in enumerate(left_out) for d in documents)
         self._out_documents, self._out_queries = np.array(out, dtype=np.int64).reshape(-1, 2).T
+
+    @classmethod
+    def of_lists(cls, relevant: Grades, ids: Ints, scores: NDArray[np.floating], depth: int = max(KS)) -> Ranking:
+        """A ranking of listed documents, in any order; no other document is retrieved.
+
+        :param ids: document numbers (queries, places), each once per query; -1 where there is none.
+        :param scores: the same shape; -inf where there is none.
+        """
+        ranking = cls(relevant, depth)
+        given, take = scores, min(depth, ids.shape[1])
+        ranking.scores, ranking._scores = ranking.scores.astype(given.dtype), ranking._scores.astype(given.dtype)
+        order = np.lexsort((ids, -given), axis=1)[:, :take]
+        ranking.scores[:, :take] = np.take_along_axis(given, order, axis=1)
+        ranking.ids[:, :take] = np.where(ranking.scores[:, :take] > -np.inf, np.take_along_axis(ids, order, axis=1), -1)
+        ranking._last_tied = (given == ranking.scores[:, -1:]).sum(axis=1)
+        for start in range(0, len(ranking._queries), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows, places = np.nonzero(ids[ranking._queries[part]] == ranking._documents[part, None])
+            ranking._scores[start + rows] = given[ranking._queries[part][rows], places]
+        return ranking
 
     def add(self, scores: Scores, first_query: int, first_document: int) -> None:
         """Add a block of scores (queries × documents) that begins at these two numbers.

@@ -228,6 +228,22 @@ def test_vectors_that_are_not_finite_are_refused():
         evaluate_vectors(good, iter([good, bad]), [{0: 1}] * 3)
 
 
+def test_listed_documents_rank_as_if_all_others_were_not_retrieved():
+    rng = np.random.default_rng(5)
+    scores = rng.integers(0, 6, (20, 30)).astype(np.float32)  # many ties
+    scores[rng.random(scores.shape) < 0.4] = -np.inf
+    relevant = [{int(d): 1 for d in rng.choice(30, 4, replace=False)} for _ in scores]
+    order = np.stack([rng.permutation(30) for _ in scores])
+    listed = np.take_along_axis(scores, order, axis=1)
+    ids = np.where(listed > -np.inf, order, -1)
+    for depth in (10, 100):
+        wanted, got = ranked(scores, relevant, depth), Ranking.of_lists(relevant, ids, listed, depth)
+        np.testing.assert_array_equal(got.ids, wanted.ids)
+        np.testing.assert_array_equal(got.scores, wanted.scores)
+    for name, values in measure(got, KS).items():
+        np.testing.assert_array_equal(values, measure(wanted, KS)[name], err_msg=name)
+
+
 def test_too_short_a_list_is_refused():
     with pytest.raises(ValueError, match="10 deep"):
         measure(Ranking([{0: 1}], depth=10), (1,))

@@ -46,6 +46,19 @@ class EvalConfig(Config):
         "Also measure BM25, which an embedding model should beat.",
         "同时评估 BM25，向量模型应优于它；中文用 jieba 分词。",
     )
+    fusion: bool = knob(
+        True,
+        "Also measure each model fused with BM25: by reciprocal ranks, and by a weighted sum of scores.",
+        "同时评估各模型与 BM25 的融合：倒数排名（RRF）与加权求和。",
+    )
+    reranker_name: Place | None = knob(
+        None,
+        "Cross-encoder that reorders each model's best documents, measured too: a folder or a hub name.",
+        "重排模型（cross-encoder，目录或 Hub 名称）：重排各模型的前若干篇文档，一并评估。",
+    )
+    rerank_depth: Annotated[int, Field(ge=1, le=100)] = knob(
+        50, "Documents per query that the reranker reads.", "每个查询交给重排模型的文档数。"
+    )
     # data
     data_path: Place | None = knob(
         "./saved_model/all-MiniLM-L6-v2-peft-lora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from ebr_lib.model.spec import EncoderSpec
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
-BM25_NAME = "BM25"
+BM25_NAME, PER_QUERY = "BM25", "milliseconds per query"
 
 How = Mapping[str, object]
 """The settings of a ranker, for the report: prompts, precision and so on."""
@@ -142,13 +143,13 @@ def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[NDArray[np
 # --- BM25 ---------------------------------------------------------------------------------------------------------
 
 
-def check_bm25(corpus: Corpus) -> None:
-    """Check that there are texts.
+def check_texts(corpus: Corpus, reader: str, knob: str) -> None:
+    """Check that there are texts for a ranker that reads them.
 
     :raises DataError: the corpus holds none.
     """
     if corpus.texts is None:
-        raise DataError(f"{corpus.vectors} holds no texts for BM25; set bm25 to false, or keep the text column")
+        raise DataError(f"{corpus.vectors} holds no texts for {reader}; {knob}, or keep the text column")
 
 
 def rank_with_bm25(task: RetrievalTask) -> tuple[Ranking, How]:
@@ -157,8 +158,9 @@ def rank_with_bm25(task: RetrievalTask) -> tuple[Ranking, How]:
 
     assert task.corpus.texts is not None
     index = Bm25(task.corpus.texts)
-    ranking = Ranking(task.relevant, left_out=task.own)
+    ranking, start = Ranking(task.relevant, left_out=task.own), time.perf_counter()
     for number, query in enumerate(tqdm(task.queries, desc="BM25", unit="query", delay=2, leave=False)):
         if (scores := index.scores(query)) is not None:
             ranking.add(scores[None, :], number, 0)
-    return ranking, {"k1": K1, "b": B}
+    milliseconds = (time.perf_counter() - start) / len(task.queries) * 1e3
+    return ranking, {"k1": K1, "b": B, PER_QUERY: round(milliseconds, 2)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ebr_lib.evaluate.compare import Difference
+from ebr_lib.evaluate.steps import StepResult
 from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric
 
 Means = Mapping[str, Mapping[str, float]]
@@ -88,6 +89,7 @@ class Report:
     facts: Mapping[str, Any]
     means: Means
     duels: Sequence[Duel]
+    steps: Sequence[StepResult]
     slices: Sequence[Slice]
     measured: Mapping[str, str]
     how: Mapping[str, Mapping[str, object]]

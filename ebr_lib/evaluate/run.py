@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -16,23 +16,34 @@ from pandas import DataFrame
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.data.pairs import expand, read_pairs, texts_of
 from ebr_lib.data.text import normalised
-from ebr_lib.errors import DataError, MissingError, ModelError, UserError
+from ebr_lib.errors import MissingError, ModelError, UserError
 from ebr_lib.evaluate.columns import Columns
 from ebr_lib.evaluate.compare import Difference, bootstrap, changed_most, compare
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.evaluate.per_query import QUERIES_TABLE, query_table, write_query_table
-from ebr_lib.evaluate.rankers import BM25_NAME, How, check_bm25, check_model, labels, rank_with_bm25, rank_with_model
+from ebr_lib.evaluate.rankers import (
+    BM25_NAME,
+    PER_QUERY,
+    How,
+    check_model,
+    check_texts,
+    labels,
+    rank_with_bm25,
+    rank_with_model,
+)
 from ebr_lib.evaluate.report import Document, Duel, Example, Report, Slice
 from ebr_lib.evaluate.slices import IN_TRAINING, UNSEEN, Slices, query_slices
+from ebr_lib.evaluate.steps import Step, StepResult, fused, reranked
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
 from ebr_lib.evaluate.trec import QRELS_FILE, run_files, warn_of_earlier_runs, write_qrels, write_run
-from ebr_lib.evaluate.verdict import Change, Verdict, verdict_on
+from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric, verdict_on
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import TableRepr, as_html, as_text, html_page, html_verdict, make_table
 
@@ -47,7 +58,8 @@ class EvalResult(TableRepr):
 
     `verdicts` say which models are better; `metrics` maps ranker to measure to mean; `differences` has all compared
     pairs of rankers on every measure. `tables` has `measures`, the means with the differences from the first ranker,
-    `differences`, and `queries`: one row per query, as in `queries_csv`.
+    `differences`, `steps`, what fusion and reranking bring and cost, and `queries`: one row per query, as in
+    `queries_csv`.
     """
 
     report_html: Path
@@ -68,6 +80,10 @@ class EvalResult(TableRepr):
         verdicts = [html_verdict(verdict.sentence, verdict.notes, of) for of, verdict in self.verdicts.items()]
         measures = self.tables["measures"]
         rest = f"<details><summary>全部指标 all measures</summary>{as_html(measures)}</details>"
+        if len(self.tables["steps"]):
+            rest += (
+                f"<details><summary>融合与重排 fusion and reranking</summary>{as_html(self.tables['steps'])}</details>"
+            )
         return "".join([*verdicts, as_html(measures.head(1)), rest, html_page(self.report_html, "报告 report")])
 
 
@@ -88,6 +104,7 @@ class _Measured:
     values: dict[str, Values]
     seconds: float
     how: How
+    step: Step | None = None  # None: a ranker by itself
 
     def means(self, chosen: Any = slice(None)) -> dict[str, float]:
         return {name: float(values[chosen].mean()) for name, values in self.values.items()}
@@ -123,10 +140,11 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     tables = {
         "measures": _measures_table(report),
         "differences": DataFrame(map(asdict, differences)),
+        "steps": _steps_table(report),
         "queries": queries,
     }
     logger.info("%s", as_text(tables["measures"]), extra=RESULT)
-    for line in verdict_lines(verdicts):
+    for line in [*verdict_lines(verdicts), *(f"{step.name}: {step.sentence}" for step in report.steps)]:
         logger.info("%s", line, extra=RESULT)
     logger.info("报告已保存 report: %s", folder / HTML_FILE)
     return EvalResult(
@@ -197,8 +215,8 @@ def _read_task(config: EvalConfig) -> tuple[RetrievalTask, dict[str, Any]]:
 
 
 def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
-    """Rank and measure: each model, then BM25."""
-    stored = _check_rankers(config, task.corpus)
+    """Rank and measure: each model, then BM25, then what may come after a model."""
+    stored, reranker = _check_rankers(config, task.corpus)
     names = labels(config.models, [BM25_NAME] if config.bm25 else [])
     rankers = {
         name: partial(rank_with_model, spec, task, is_stored)
@@ -212,12 +230,37 @@ def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
         ranking, how = rank()
         values = measure(ranking, config.ks)
         measured[name] = _Measured(ranking, values, time.perf_counter() - start, how)
+    for step in list(_steps(config, task, measured, reranker)):
+        how = {**step.how, PER_QUERY: round(step.milliseconds, 2)}
+        seconds = step.milliseconds * len(task.queries) / 1e3
+        measured[step.name] = _Measured(step.ranking, measure(step.ranking, config.ks), seconds, how, step)
     return measured
 
 
-def _check_rankers(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool]:
-    """For each model, whether its document vectors are stored. Reports all rankers that cannot be measured at once,
-    before any of them ranks."""
+def _steps(
+    config: EvalConfig, task: RetrievalTask, measured: Mapping[str, _Measured], reranker: Scores | None
+) -> Iterator[Step]:
+    bm25 = measured.get(BM25_NAME)
+    for name in [name for name in measured if name != BM25_NAME]:
+        if bm25 and config.fusion:
+            yield from fused(
+                name,
+                measured[name].ranking,
+                bm25.ranking,
+                bm25_milliseconds=float(str(bm25.how[PER_QUERY])),
+                metric=config.primary_metric,
+                ks=config.ks,
+                seed=config.seed,
+            )
+        if reranker:
+            yield reranked(
+                name, config.reranker_name or "", measured[name].ranking, task, reranker, depth=config.rerank_depth
+            )
+
+
+def _check_rankers(config: EvalConfig, corpus: Corpus) -> tuple[dict[EncoderSpec, bool], Scores | None]:
+    """For each model, whether its document vectors are stored; and the reranker. Reports all rankers that cannot be
+    measured at once, before any of them ranks."""
     stored: dict[EncoderSpec, bool] = {}
     errors: list[UserError] = []
     for name in config.models:
@@ -237,13 +280,19 @@ def _check_rankers(config: EvalConfig, corpus: Corpus) -> dict[EncoderSpec, bool
             stored[spec] = check_model(spec, corpus, load=len(config.models) > 1)
         except UserError as error:
             errors.append(error)
+    reranker = None
     try:
         if config.bm25:
-            check_bm25(corpus)
-    except DataError as error:
+            check_texts(corpus, "BM25", "set bm25 to false")
+        if config.reranker_name:
+            check_texts(corpus, "a reranker", "leave reranker_name out")
+            reranker = load_reranker(
+                config.reranker_name, trust_remote_code=config.trust_remote_code, device=config.device
+            )
+    except UserError as error:
         errors.append(error)
     _raise_all(errors)
-    return stored
+    return stored, reranker
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -258,11 +307,14 @@ def _report(
 ) -> Report:
     # `data_path` is not read if the queries have a path of their own
     places = (config.queries_path or config.data_path, config.corpus_path, config.qrels_path)
-    decided = _decided(measured)
+    alone = [name for name, m in measured.items() if m.step is None]
+    decided = _decided(alone)
     compared = _slices(config, decided, measured, slices)
     unseen = next((s for s in compared if (s.kind, s.value) == (IN_TRAINING, UNSEEN)), None)
-    bm25 = measured[BM25_NAME].means() if BM25_NAME in measured and len(measured) > 2 else None
-    duels = [_duel(config, task, a, b, measured) for a, b in [*decided, *_side_notes(measured, decided)]]
+    bm25 = measured[BM25_NAME].means() if BM25_NAME in alone and len(alone) > 2 else None
+    after_models = [(m.step.base, name) for name, m in measured.items() if m.step]
+    pairs = [*decided, *_side_notes(alone, decided), *after_models]
+    duels = [_duel(config, task, a, b, measured) for a, b in pairs]
     for i, duel in enumerate(duels[: len(decided)]):
         verdict = verdict_on(duel.differences[0], unseen.changes[duel.contender] if unseen else None, bm25)
         duels[i] = replace(duel, verdict=verdict)
@@ -272,6 +324,11 @@ def _report(
         facts=facts,
         means={name: m.means() for name, m in measured.items()},
         duels=duels,
+        steps=[
+            StepResult(duel.contender, duel.baseline, duel.differences[0], step.milliseconds)
+            for duel in duels
+            if (step := measured[duel.contender].step)
+        ],
         slices=compared,
         measured={
             "data": ", ".join(filter(None, places)),
@@ -367,7 +424,10 @@ def _measures_table(report: Report) -> DataFrame:
     names = [report.primary, *next(iter(report.means.values()))]
     names = [name for name in dict.fromkeys(names) if name not in repeated]
     columns: dict[str, Iterable[Any]] = {"指标 metric": names}
+    steps = {step.name for step in report.steps}
     for ranker, means in report.means.items():
+        if ranker in steps:
+            continue
         columns[ranker] = [means[name] for name in names]
         if ranker in of:
             found = {d.metric: d for d in of[ranker].differences}
@@ -377,6 +437,23 @@ def _measures_table(report: Report) -> DataFrame:
             ]
     rows = zip(*columns.values(), strict=True)
     return make_table(f"{report.title}: {_listed(report.facts)}", list(columns), rows)
+
+
+def _steps_table(report: Report) -> DataFrame:
+    """What each step after a model brings on the measure that decides, and what it costs."""
+    names = ["步骤 step", "模型 of", "before", "after", "difference [95 %]", PER_QUERY]
+    rows = [
+        (
+            step.name,
+            step.base,
+            step.difference.before,
+            step.difference.after,
+            f"{step.change}{' *' if step.difference.significant else ''}",
+            round(step.milliseconds, 2),
+        )
+        for step in report.steps
+    ]
+    return make_table(f"融合与重排 fusion and reranking: {shown_metric(report.primary)}", names, rows)
 
 
 def _write(

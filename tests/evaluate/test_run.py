@@ -45,10 +45,13 @@ def result(module_beir, tiny_models):
 
 
 def test_result_compares_all_rankers(result):
-    assert list(result.metrics) == ["tiny-bert", "tiny-xlm-r", "BM25"]
+    models = ["tiny-bert", "tiny-xlm-r"]
+    steps = [f"{name} + BM25 ({how})" for name in models for how in ("RRF", "weighted")]
+    assert list(result.metrics) == [*models, "BM25", *steps]
     assert result.metrics["BM25"]["mrr@10"] == 1  # each query shares a word with its document
     pairs = {(d.baseline, d.contender) for d in result.differences}
-    assert pairs == {("tiny-bert", "tiny-xlm-r"), ("BM25", "tiny-bert"), ("BM25", "tiny-xlm-r")}
+    alone = {("tiny-bert", "tiny-xlm-r"), ("BM25", "tiny-bert"), ("BM25", "tiny-xlm-r")}
+    assert pairs == alone | {(name.split(" + ")[0], name) for name in steps}
     assert list(result.verdicts) == ["tiny-xlm-r 对 against tiny-bert"]  # BM25 is a floor, not a contender
     report = json.loads(result.report_json.read_text())
     assert report["means"] == result.metrics and report["facts"]["queries"] == 3
@@ -96,6 +99,7 @@ def test_report_has_each_ranker_s_settings(beir, evaluate, tiny_bert):
         "query prompt": "find <it>: ", "document prompt": "", "precision": "float32", "backend": "openvino",
         "max_seq_length": 32, "dimensions": 32, "documents": "encoded",
     }  # fmt: skip
+    assert how["BM25"].pop("milliseconds per query") > 0
     assert how["BM25"] == {"k1": 1.5, "b": 0.75}
     page = report.report_html.read_text()
     assert "query prompt: find &lt;it&gt;: " in page and f"data: {beir}" in page and "date: 20" in page
@@ -126,7 +130,7 @@ def test_trec_files_take_ids_with_blanks_and_any_script(evaluate, tiny_bert, tmp
     result = evaluate(tmp_path / "BM25", bm25=True, **paths)
     assert result.qrels.read_text(encoding="utf-8") == "问/1 0 商品%201%25 1\n"
     assert result.runs["BM25"].read_text(encoding="utf-8").startswith("问/1 Q0 商品%201%25 1 ")
-    assert len(result.runs) == 2 and len(set(result.runs.values())) == 2  # a folder called BM25 is not BM25
+    assert len(result.runs) == 4 and len(set(result.runs.values())) == 4  # a folder called BM25 is not BM25
     assert "runs of an earlier evaluation: old model.run.trec" in caplog.text
 
 
@@ -255,7 +259,7 @@ def test_error_names_an_output_folder_that_cannot_be_made(beir, evaluate):
 def test_report_knobs_take_effect(beir, evaluate, tiny_bert):
     def report(**knobs):
         # one dimension: a model bad enough to lose against BM25
-        result = evaluate(tiny_bert, bm25=True, data_path=beir, truncate_dim=1, **knobs)
+        result = evaluate(tiny_bert, bm25=True, fusion=False, data_path=beir, truncate_dim=1, **knobs)
         return json.loads(result.report_json.read_text())
 
     plain, none, other = report(slice_columns=["city"]), report(examples=0, seed=7), report(resamples=3000)

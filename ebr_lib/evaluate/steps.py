@@ -1,0 +1,118 @@
+"""What comes after a model in a deployed search: fusion with BM25, and a reranker over its best documents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ebr_lib.arrays import Floats, Ints
+from ebr_lib.data.fusion import RRF_K, Candidates
+from ebr_lib.evaluate.compare import Difference
+from ebr_lib.evaluate.rankers import How
+from ebr_lib.evaluate.task import RetrievalTask
+from ebr_lib.evaluate.verdict import WORDS, Change, shown_metric
+from ebr_lib.metrics import Ranking, measure
+from ebr_lib.model.reranker import Scores
+
+WEIGHTS = tuple(np.linspace(0, 1, 11).round(1).tolist())  # BM25's part in a weighted sum
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model's ranking, changed. `milliseconds`: what the change costs per query, on this machine."""
+
+    name: str
+    base: str
+    ranking: Ranking
+    how: How
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step brings on the measure that decides, and what it costs per query."""
+
+    name: str
+    base: str
+    difference: Difference
+    milliseconds: float
+
+    @property
+    def change(self) -> Change:
+        """The change of the measure that decides, with its interval."""
+        return Change(self.difference.difference, self.difference.low, self.difference.high)
+
+    @property
+    def sentence(self) -> str:
+        """The step in one line."""
+        d = self.difference
+        word = WORDS[{"up": "better", "down": "worse", "": "unclear"}[d.direction]]
+        return (
+            f"{word}: {shown_metric(d.metric)} {d.before:.3f} → {d.after:.3f}, {self.change}; "
+            f"每次查询 costs {self.milliseconds:.1f} ms per query"
+        )
+
+
+def fused(
+    base: str, first: Ranking, bm25: Ranking, *, bm25_milliseconds: float, metric: str, ks: Sequence[int], seed: int
+) -> Iterator[Step]:
+    """A model's ranking fused with BM25's: by reciprocal ranks, and by a weighted sum of scores.
+
+    The weight of a query's sum is chosen on the other half of the queries, so that no query reports a weight that it
+    chose; the weight in `how` is chosen on all of them, to be used later.
+    """
+    start = time.perf_counter()
+    candidates = Candidates.of((first.ids, first.scores), (bm25.ids, bm25.scores))
+    rrf = Ranking.of_lists(first.relevant, candidates.ids, candidates.rrf(), first.depth)
+    cost = bm25_milliseconds + (time.perf_counter() - start) / max(len(rrf.ids), 1) * 1e3
+    yield Step(f"{base} + BM25 (RRF)", base, rrf, {"fusion": "reciprocal ranks", "k": RRF_K}, cost)
+    values = np.stack([_values(first, candidates, weight, metric, ks) for weight in WEIGHTS])
+    chosen, weight = cross_fitted(values, seed)
+    scores = candidates.convex(WEIGHTS[weight])
+    for other in set(chosen.tolist()) - {weight}:
+        scores[chosen == other] = candidates.convex(WEIGHTS[other])[chosen == other]
+    ranking = Ranking.of_lists(first.relevant, candidates.ids, scores, first.depth)
+    how = {"fusion": "weighted sum of scaled scores", "weight of BM25": WEIGHTS[weight]}
+    yield Step(f"{base} + BM25 (weighted)", base, ranking, how, cost)
+
+
+def _values(first: Ranking, candidates: Candidates, weight: float, metric: str, ks: Sequence[int]) -> Floats:
+    ranking = Ranking.of_lists(first.relevant, candidates.ids, candidates.convex(weight), first.depth)
+    return measure(ranking, ks)[metric]
+
+
+def cross_fitted(values: Floats, seed: int) -> tuple[Ints, int]:
+    """For each query the choice that is best on the other half of the queries, and the choice that is best on all.
+
+    :param values: a measure's value (choices, queries).
+    :return: numbers of choices (queries,), and one number. Of equal choices, the first.
+    """
+    halves = np.random.default_rng([seed, 2]).permutation(values.shape[1]) % 2
+    chosen = np.full(values.shape[1], int(values.mean(axis=1).argmax()))
+    for half in (0, 1):
+        if (others := halves != half).any():
+            chosen[halves == half] = values[:, others].mean(axis=1).argmax()
+    return chosen, int(values.mean(axis=1).argmax())
+
+
+def reranked(base: str, name: str, first: Ranking, task: RetrievalTask, scores: Scores, *, depth: int) -> Step:
+    """A model's `depth` best documents in the order of a reranker's scores; the others follow as they were."""
+    from tqdm.auto import tqdm
+
+    texts = task.corpus.texts
+    assert texts is not None
+    new, start = first.scores.astype(np.float64), time.perf_counter()
+    for query, ids in enumerate(tqdm(first.ids, desc=f"重排 rerank {base}", unit="query", delay=2, leave=False)):
+        best = ids[:depth][ids[:depth] >= 0]
+        if not len(best):
+            continue
+        found = scores([(task.queries[query], texts[document]) for document in best])
+        new[query, : len(best)] = found
+        # below the lowest of these, in the order and with the ties that they had
+        new[query, len(best) :] += found.min() - 1 - first.scores[query, 0]
+    milliseconds = (time.perf_counter() - start) / max(len(new), 1) * 1e3
+    ranking = Ranking.of_lists(first.relevant, first.ids, new, first.depth)
+    return Step(f"{base}, re-ranked", base, ranking, {"reranker": name, "documents": depth}, milliseconds)

@@ -1,0 +1,74 @@
+"""Fusion chooses its weight on other queries; a reranker reorders the best documents only."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ebr_lib.errors import ModelError
+from ebr_lib.evaluate.corpus import Corpus
+from ebr_lib.evaluate.run import evaluate_retrieval
+from ebr_lib.evaluate.steps import WEIGHTS, cross_fitted, fused, reranked
+from ebr_lib.evaluate.task import RetrievalTask
+from ebr_lib.metrics import Ranking, measure
+from tests.models import build_tiny_reranker
+
+
+def ranking_of(scores, relevant) -> Ranking:
+    ranking = Ranking(relevant)
+    ranking.add(np.array(scores, dtype=np.float32), 0, 0)
+    return ranking
+
+
+def test_a_query_never_uses_a_weight_that_it_chose():
+    """Each query is best served by its own choice; with one query per half it gets the other's."""
+    chosen, overall = cross_fitted(np.array([[1.0, 0.0], [0.0, 0.9]]), seed=0)
+    assert chosen.tolist() == [1, 0]
+    assert overall == 0
+
+
+def test_fusion_finds_the_weight_of_the_ranker_that_is_right():
+    rng = np.random.default_rng(0)
+    relevant = [{int(d): 1} for d in rng.integers(0, 30, 40)]
+    right = np.array([[2.0 if d in grades else rng.random() for d in range(30)] for grades in relevant])
+    model, bm25 = ranking_of(rng.random((40, 30)), relevant), ranking_of(right, relevant)
+    settings = {"bm25_milliseconds": 1.0, "metric": "mrr@10", "ks": (1,), "seed": 0}
+    rrf, weighted = fused("m", model, bm25, **settings)
+    assert measure(weighted.ranking, (1,))["mrr@10"].mean() == 1.0
+    assert weighted.how["weight of BM25"] > 0.5
+    assert 0 < measure(rrf.ranking, (1,))["mrr@10"].mean() < 1.0
+    _, other = fused("m", bm25, model, **settings)  # the model is right: nothing of BM25
+    assert other.how["weight of BM25"] == WEIGHTS[0] == 0
+    np.testing.assert_array_equal(other.ranking.ids[:, 0], bm25.ids[:, 0])
+
+
+def test_a_reranker_reorders_the_best_documents_and_the_rest_follow():
+    relevant = [{3: 1}]
+    first = ranking_of([[0.9, 0.8, 0.7, 0.6, 0.5]], relevant)
+    task = RetrievalTask(["q"], ["q"], {}, Corpus(list("abcde"), list("abcde"), {}, {}), relevant, 0)
+    asked = []
+
+    def by_letter(pairs):
+        asked.extend(pairs)
+        return np.array([float(ord(document)) for _, document in pairs])
+
+    step = reranked("m", "letters", first, task, by_letter, depth=3)
+    assert asked == [("q", "a"), ("q", "b"), ("q", "c")]
+    assert step.ranking.ids[0, :6].tolist() == [2, 1, 0, 3, 4, -1]
+    assert step.how == {"reranker": "letters", "documents": 3}
+
+
+def test_a_reranker_is_measured_beside_its_model(beir, tiny_bert, tmp_path):
+    knobs = {"models": [str(tiny_bert)], "data_path": str(beir), "bm25": False, "resamples": 100, "backend": "torch"}
+    reranker = build_tiny_reranker(tmp_path / "tiny-reranker")
+    result = evaluate_retrieval(knobs | {"output_dir": str(tmp_path / "out"), "reranker_name": str(reranker)})
+    assert list(result.metrics) == ["tiny-bert", "tiny-bert, re-ranked"]
+    table = result.tables["steps"].iloc[0]
+    assert table["before"] == result.metrics["tiny-bert"]["ndcg@10"]
+    assert table["after"] == result.metrics["tiny-bert, re-ranked"]["ndcg@10"]
+    assert "Fused and re-ranked" in result.report_html.read_text()
+    assert json.loads(result.report_json.read_text())["steps"][0]["milliseconds"] > 0
+    with pytest.raises(ModelError, match="not a cross-encoder"):
+        evaluate_retrieval(knobs | {"output_dir": str(tmp_path / "no"), "reranker_name": str(tiny_bert)})
