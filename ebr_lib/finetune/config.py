@@ -217,8 +217,10 @@ class FinetuneConfig(Config):
         "Half precision if the hardware has it, otherwise the closest that works.",
         "半精度；硬件不支持时改用最接近的可用精度。",
     )
-    bf16: bool = knob(
-        False, "bfloat16 if the hardware has it, otherwise float32.", "bfloat16；硬件不支持时用 float32。"
+    bf16: bool | None = knob(
+        None,
+        "bfloat16 if the hardware has it, otherwise float32; null is true, unless fp16 is set.",
+        "bfloat16；硬件不支持时用 float32；null 等同 true，设了 fp16 时除外。",
     )
     dataloader_num_workers: Count = knob(
         0, "Processes that prepare batches; 0 uses the main process.", "准备数据的进程数；0 表示由主进程准备。"

@@ -71,7 +71,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
 
     from ebr_lib.finetune import setup  # loads torch for seconds: not before config and data are known to be right
 
-    precision = setup.pick_precision(config)
+    config, precision = setup.settle_precision(config)
     model = setup.make_model(config, precision)
     _check_start(model, config.model_name)
     base = _identify(config)  # again: a model of the hub is on this machine only now

@@ -59,7 +59,7 @@ from ebr_lib.model.packaged import find_model
 from ebr_lib.model.packing import packed_forward
 from ebr_lib.model.precision import Dtype, Precision, choose_precision
 from ebr_lib.model.shapes import Side, fit_length
-from ebr_lib.names import LOWER_IS_BETTER
+from ebr_lib.names import LOWER_IS_BETTER, Asked
 from ebr_lib.tables import as_text
 
 if TYPE_CHECKING:
@@ -72,12 +72,15 @@ SIDES: dict[str, Side] = {"anchor": "query", "positive": "document"}
 # --- model --------------------------------------------------------------------------------------------------------
 
 
-def pick_precision(config: FinetuneConfig) -> Precision:
-    """The precision asked for, or the nearest that the hardware has."""
-    asked: Dtype = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+def settle_precision(config: FinetuneConfig) -> tuple[FinetuneConfig, Precision]:
+    """The precision asked for, or the nearest that the hardware has; a config that left it open names it afterwards."""
+    unset: Asked = "auto" if config.bf16 is None else "float32"
+    asked: Asked | Dtype = "float16" if config.fp16 else "bfloat16" if config.bf16 else unset
     precision = choose_precision(asked, training_device())
     logger.info("精度 precision: %s%s", precision.dtype, f" ({precision.why})" if precision.why else "")
-    return precision
+    if config.bf16 is None:
+        config = dataclasses.replace(config, bf16=asked == "auto" and precision.dtype == "bfloat16")
+    return config, precision
 
 
 def make_model(config: FinetuneConfig, precision: Precision) -> SentenceTransformer:

@@ -56,6 +56,7 @@ def settings(tiny_bert, pairs, tmp_path, monkeypatch) -> dict:
         "eval_ratio": 0.25,
         "temperature": 0.05,
         "adapter_strength": 1,
+        "bf16": False,
         "backend": "torch",  # converting a model takes as long as such a training
     }
 
@@ -184,11 +185,11 @@ class Watch(TrainerCallback):
 
 def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     """The trainer of a run, before its first step."""
-    config = FinetuneConfig.resolve(settings | knobs)
+    config, precision = setup.settle_precision(FinetuneConfig.resolve(settings | knobs))
     paths = Paths.of(config.output_dir, config.model_name)
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     rows = _read(config, paths)
-    model = setup.make_model(config, setup.pick_precision(config))
+    model = setup.make_model(config, precision)
     config = setup.keep_adapter_settings(config, model)
     setup.use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)

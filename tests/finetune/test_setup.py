@@ -31,7 +31,7 @@ def config_of(settings: dict = {}, **knobs) -> FinetuneConfig:  # noqa: B006 (it
 
 
 def model_of(config: FinetuneConfig):
-    return setup.make_model(config, setup.pick_precision(config))
+    return setup.make_model(*setup.settle_precision(config))
 
 
 @pytest.mark.parametrize(("has", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -43,10 +43,27 @@ def test_bf16_where_the_processor_has_it(settings, monkeypatch, has, chosen):
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("has", "knobs", "dtype", "saved"),
+    [
+        (True, {}, "bfloat16", True),
+        (False, {}, "float32", False),
+        (True, {"bf16": False}, "float32", False),
+        (True, {"fp16": True}, "bfloat16", False),  # the nearest to what was asked for
+    ],
+)
+def test_without_a_wish_training_takes_bfloat16_where_it_is_fast(monkeypatch, has, knobs, dtype, saved):
+    monkeypatch.setattr(model_precision, "cpu_has_bf16", lambda: has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, precision = setup.settle_precision(config_of(**knobs))
+    assert precision.dtype == dtype
+    assert config.bf16 is saved  # the saved config repeats this run on another machine
+
+
 def test_fp16_without_the_hardware_is_logged(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, "ebr_lib"):
-        setup.pick_precision(config_of(fp16=True))
+        setup.settle_precision(config_of(fp16=True))
     assert "is the nearest" in caplog.text
 
 
