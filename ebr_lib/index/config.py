@@ -86,6 +86,27 @@ class SearchConfig(Config):
     query: Name = knob("warm blanket", "Text to search for.", "查询文本。")
     index_dir: Place = knob("./faiss/index", "Index folder.", "索引目录。")
     k: Positive = knob(10, "Number of rows to return.", "返回条数。")
+    like: tuple[Name, ...] = knob(
+        [],
+        "Ids of rows to find similar rows to, by the mean of their vectors, instead of a query.",
+        "按这些 ID 的行（取向量均值）查找相似行，代替查询文本。",
+        split=False,
+    )
+    id_column: Name | None = knob(
+        None,
+        "Kept column with the ids of `like`; null uses the index's `id_column`.",
+        "`like` 的 ID 所在的保留列；null 使用建索引时的 `id_column`。",
+    )
+    distinct: bool | None = knob(
+        None,
+        "Of rows with the same vector return only the first; null does so for `like`.",
+        "向量相同的行只返回第一条；null 仅在使用 `like` 时如此。",
+    )
+    diversity: Annotated[float, Field(ge=0, lt=1)] = knob(
+        0.0,
+        "From 0, the nearest rows, towards 1, rows unlike those before them (maximal marginal relevance).",
+        "多样性：0 返回最近的行，越接近 1 越避免与已返回的行相似（MMR）。",
+    )
     where: tuple[Name, ...] = knob(
         [],
         "Filters on kept columns: `column=value`, or `column=\\N` for null; several values of one column mean any of them.",

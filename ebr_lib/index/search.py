@@ -27,6 +27,7 @@ from ebr_lib.index.faiss_tools import (
 )
 from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.metrics import unit
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
 from ebr_lib.model.spec import EncoderSpec
@@ -101,61 +102,91 @@ def query_encoder(spec: EncoderSpec, maker: Provenance, dim: int, where: str) ->
 
 def search(
     index: str | Path | SearchIndex,
-    query: str,
+    query: str | None = None,
     k: int = 10,
     *,
+    like: str | Sequence[str] | None = None,
+    id_column: str | None = None,
     where: Mapping[str, object] | None = None,
+    distinct: bool | None = None,
+    diversity: float = 0.0,
     model_name: str | None = None,
     query_prompt: str | None = None,
     trust_remote_code: Choice = False,
     base_model_path: str | Sequence[str] | None = None,
     on_changed_vectors: OnChangedVectors = "error",
 ) -> SearchResult:
-    """Find the k rows nearest to a query. Index and model stay loaded for the next search.
+    """Find the k rows nearest to a query, or to rows of the index. Index and model stay loaded for the next search.
 
     :param index: an index folder, or an opened one (`open_index`).
+    :param query: the text to search for; None if `like` is given.
+    :param like: find rows similar to the one with this id, or to the mean of several, as their vectors are in the
+        index; these rows, and rows with the same vector, are not found. No model is loaded.
+    :param id_column: the kept column that holds the ids of `like`; None takes the index's.
     :param where: filter on kept columns: column to the allowed value or values. Numbers mean their texts, None and NaN
         mean null.
+    :param distinct: of rows with the same vector find only the first; None does so if `like` is given.
+    :param diversity: from 0, the nearest, towards 1, those unlike what was found before: the next row has the largest
+        (1 - diversity) · cosine to the query - diversity · largest cosine to the rows before it (maximal marginal
+        relevance; Carbonell and Goldstein, SIGIR 1998), among the first 5 · k.
     :param model_name: the model, if it is not where the index's manifest says.
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
     :param on_changed_vectors: raise an error when the model is no longer what it was, or only warn.
-    :raises ConfigError: `k` is not a whole number from 1, or `where` is not a mapping.
+    :raises ConfigError: `k` is not a whole number from 1, `diversity` not from 0 to 1, `where` not a mapping, or both
+        `query` and `like` are given.
     :raises ModelError: the model is not the one that made the index's vectors.
-    :raises DataError: a blank query, a filter on a column that is not kept, a damaged index.
+    :raises DataError: a blank query, an id that no row has, a filter on a column that is not kept, a damaged index.
     :raises MissingError: there is no index at this place.
+    """
+    if query is not None and like is not None:
+        raise ConfigError("search: give a query, or ids as like, and not both")
+    text = _checked_query(query) if like is None else f"like {like}"
+    if not 0 <= diversity < 1:
+        raise ConfigError(f"diversity: {diversity!r}; wanted a number from 0 to below 1")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
+    allowed = allowed_values({} if where is None else where)
+    held = index if isinstance(index, SearchIndex) else opened(str(index), store.index_stamp(index))
+    start = time.perf_counter()
+    if like is not None:
+        own = held.rows_like([like] if isinstance(like, str) else list(like), id_column)
+        vector = held.mean_vector(own)
+    else:
+        look_for_bases_in(base_model_path)
+        knobs = {
+            "query_prompt": query_prompt,
+            "trust_remote_code": trust_remote_code,
+            "on_changed_vectors": on_changed_vectors,
+        }
+        spec = query_spec(held.manifest, held.index.d, model_name, **knobs)
+        encoder = query_encoder(spec, Provenance.of(held.manifest), held.index.d, str(held.folder))
+        own, start = np.empty(0, np.int64), time.perf_counter()
+        vector = encoder.encode([text])[0]
+    distinct = like is not None if distinct is None else distinct
+    found = held.find(vector, int(k), allowed, hidden=own, distinct=distinct, diversity=diversity)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    names = _answer_names([store.ROW, *held.rows.column_names[1:]])
+    columns = ["rank", "score", *names.values()]
+    rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
+    table = make_table(f"检索 search: {text}", columns, rows, width=SHOWN).set_index(names[store.ROW])
+    result = SearchResult(table)
+    result.attrs = table.attrs | {"query": text, "milliseconds": milliseconds}
+    return result
+
+
+def _checked_query(query: object) -> str:
+    """The query, if it is a text with some words.
+
+    :raises DataError: it is not.
     """
     if not isinstance(query, str):
         raise DataError(f"the query is {query!r}; wanted a text")
     if not query.strip():
         raise DataError("the query is blank; give some words")
     check_unicode("the query", query)
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
-    allowed = allowed_values({} if where is None else where)
-    held = index if isinstance(index, SearchIndex) else opened(str(index), store.index_stamp(index))
-    look_for_bases_in(base_model_path)
-    spec = query_spec(
-        held.manifest,
-        held.index.d,
-        model_name,
-        query_prompt=query_prompt,
-        trust_remote_code=trust_remote_code,
-        on_changed_vectors=on_changed_vectors,
-    )
-    encoder = query_encoder(spec, Provenance.of(held.manifest), held.index.d, str(held.folder))
-    start = time.perf_counter()
-    vector = encoder.encode([query])[0]
-    found = held.find(vector, int(k), allowed)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    names = _answer_names([store.ROW, *held.rows.column_names[1:]])
-    columns = ["rank", "score", *names.values()]
-    rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
-    table = make_table(f"检索 search: {query}", columns, rows, width=SHOWN).set_index(names[store.ROW])
-    result = SearchResult(table)
-    result.attrs = table.attrs | {"query": query, "milliseconds": milliseconds}
-    return result
+    return query
 
 
 def _answer_names(columns: Sequence[str]) -> dict[str, str]:
@@ -181,9 +212,13 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         where.setdefault(column, []).append(None if value == "\\N" else value)
     result = search(
         config.index_dir,
-        config.query,
+        None if config.like else config.query,
         config.k,
+        like=config.like or None,
+        id_column=config.id_column,
         where=where,
+        distinct=config.distinct,
+        diversity=config.diversity,
         model_name=config.model_name,
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
@@ -194,6 +229,8 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
     return result
 
 
+NO_ROWS = np.empty(0, np.int64)
+POOL = 5  # times k: nearest rows that diverse ones are chosen from
 SHOWN = 100  # half-width columns of a kept text that a table shows
 EXACT_ROWS = 20_000  # up to this many allowed rows, comparing them one by one is faster than scanning all
 SPARE_ROWS = 100  # rows to look for at least, if some may be deleted
@@ -219,19 +256,37 @@ class SearchIndex:
         return len(self.rows) - len(self.deleted)
 
     def find(
-        self, query: Vectors, k: int, where: Mapping[str, Sequence[str | None]]
+        self,
+        query: Vectors,
+        k: int,
+        where: Mapping[str, Sequence[str | None]],
+        *,
+        hidden: Ints = NO_ROWS,
+        distinct: bool = False,
+        diversity: float = 0.0,
     ) -> list[tuple[float, dict[str, Any]]]:
         """The k nearest rows of one unit vector: score (cosine) and kept columns, best first; rows with the same
         vector in their order.
 
         :param where: column to the allowed values; None is null.
+        :param hidden: rows that are not found, nor others with their vectors.
+        :param distinct: of rows with the same vector find only the first.
+        :param diversity: see `search`.
         :raises DataError: the vector has another dimension, or a column is not kept.
         """
         if query.shape != (self.index.d,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.index.d}")
         allowed = self._allowed(where)
+        vectors = self._with_rows(allowed)
+        vectors[self._vectors_of(hidden)] = False
         search = self._nearest_of_allowed if where else self._nearest
-        scores, ids = self._rows_of(*search(query, k, self._with_rows(allowed)), allowed, k)
+        if diversity:
+            scores, near = search(query, POOL * k, vectors)
+            chosen = marginal(scores, reconstructed(self.index, near), k, diversity)
+            scores, near = scores[chosen], near[chosen]
+        else:
+            scores, near = search(query, k, vectors)
+        scores, ids = self._rows_of(scores, near, allowed, k, distinct=distinct)
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
@@ -252,7 +307,7 @@ class SearchIndex:
     def _with_rows(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which vectors have a row that may be found."""
         if not len(self.of_row):
-            return allowed
+            return allowed.copy()
         some = np.zeros(self.index.ntotal, dtype=bool)
         some[self.of_row[allowed]] = True
         return some
@@ -263,12 +318,15 @@ class SearchIndex:
         order = np.argsort(self.of_row, kind="stable")
         return order, np.searchsorted(self.of_row[order], np.arange(self.index.ntotal + 1))
 
-    def _rows_of(self, scores: Vectors, ids: Ints, allowed: NDArray[np.bool_], k: int) -> tuple[Vectors, Ints]:
+    def _rows_of(
+        self, scores: Vectors, ids: Ints, allowed: NDArray[np.bool_], k: int, *, distinct: bool
+    ) -> tuple[Vectors, Ints]:
         """The first k rows that have the vectors and may be found."""
         if not len(self.of_row):
             return scores, ids
         order, starts = self._rows_by_vector
-        rows = [sharing[allowed[sharing]][:k] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
+        most = 1 if distinct else k
+        rows = [sharing[allowed[sharing]][:most] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
         counts = [len(part) for part in rows]
         return np.repeat(scores, counts)[:k], np.concatenate([np.empty(0, np.int64), *rows])[:k]
 
@@ -278,7 +336,7 @@ class SearchIndex:
         These are few as a rule, so look for more than k and leave them out; if too few vectors are left, or the cells
         that were searched held too few, compare all.
         """
-        wanted = min(max(2 * k, SPARE_ROWS) if len(self.deleted) else k, self.index.ntotal)
+        wanted = min(k if allowed.all() else max(2 * k, SPARE_ROWS), self.index.ntotal)
         knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
         setting = max(setting, wanted) if knob == "efSearch" else setting
         scores, ids = _found(
@@ -301,6 +359,29 @@ class SearchIndex:
         bits = np.packbits(allowed, bitorder="little")  # must outlive the search
         selector = load_faiss().IDSelectorBitmap(bits)
         return _found(*part.search(wanted[None, :], min(k, len(allowed)), params=of_all_cells(part, selector)))
+
+    def _vectors_of(self, rows: Ints) -> Ints:
+        """The numbers of rows' vectors."""
+        return self.of_row[rows] if len(self.of_row) else rows
+
+    def mean_vector(self, rows: Ints) -> Vectors:
+        """The mean of rows' vectors, scaled to length 1."""
+        return unit(reconstructed(self.index, self._vectors_of(rows)).mean(axis=0, keepdims=True))[0]
+
+    def rows_like(self, ids: Sequence[str], column: str | None) -> Ints:
+        """Numbers of the rows with these ids, without deleted ones.
+
+        :param column: the kept column that holds the ids; None takes the index's.
+        :raises DataError: no row has an id, which column holds ids is not known, or all these rows are deleted.
+        """
+        if (name := column or self.manifest.get("id_column")) is None:
+            kept = ", ".join(self.rows.column_names[1:]) or "none"
+            raise DataError(f"{self.folder}: which column holds ids is not known; give id_column (kept: {kept})")
+        rows = self.numbers_of(ids, name)
+        rows = rows[~np.isin(rows, self.deleted)]
+        if not len(rows):
+            raise DataError(f"{self.folder}: the rows with ids {', '.join(ids)} are deleted")
+        return rows
 
     def numbers_of(self, ids: Sequence[str], column: str) -> Ints:
         """Numbers of the rows that hold one of the ids.
@@ -328,6 +409,24 @@ class SearchIndex:
         hidden = np.isin(np.arange(len(self.rows)), self.deleted)
         known = pc.is_in(added.column(name), value_set=self.rows.column(name).filter(pa.array(~hidden)))
         return int(pc.sum(known).as_py() or 0)
+
+
+def marginal(scores: Vectors, vectors: Vectors, k: int, diversity: float) -> Ints:
+    """Places of k rows by maximal marginal relevance, see `search`; of equal ones the first.
+
+    :param scores: cosines to the query (rows,).
+    :param vectors: unit vectors (rows, dim).
+    """
+    chosen, nearest = list[int](), np.zeros(len(scores))
+    left = np.ones(len(scores), bool)
+    for _ in range(min(k, len(scores))):
+        worth = np.where(left, (1 - diversity) * scores - diversity * nearest, -np.inf)
+        best = int(worth.argmax())
+        chosen.append(best)
+        left[best] = False
+        likeness = vectors @ vectors[best]
+        nearest = likeness if len(chosen) == 1 else np.maximum(nearest, likeness)
+    return np.array(chosen, np.int64)
 
 
 def _found(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:

@@ -12,7 +12,7 @@ from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.index.build import fill, new_index, plan_index, train
 from ebr_lib.index.faiss_tools import cells_of
 from ebr_lib.index.measure import Truth, exact_neighbours, measure_point, recall_of, sweep
-from ebr_lib.index.search import SearchIndex
+from ebr_lib.index.search import SearchIndex, marginal, search
 from ebr_lib.index.store import read_rows
 from ebr_lib.metrics import unit
 
@@ -87,6 +87,46 @@ def test_every_kind_searches_filters_and_measures(kind, vectors, tmp_path):
     assert [p.setting for p in points] == sorted(p.setting for p in points) and chosen in points
     assert chosen.recall >= 0.9 or chosen == points[-1]
     assert (cells_of(held.index) == 8) == ("IVF" in kind)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,SQ8"])
+def test_rows_like_others_are_the_nearest_to_their_mean(kind, vectors, tmp_path):
+    held = build(kind, vectors, tmp_path)[1]
+    exact = np.argsort(-(vectors @ vectors[5])).tolist()
+    found = search(held, like="id5", k=9, id_column="id")
+    assert len(set(found.index) & set(exact[1:10])) >= 8 and 5 not in found.index
+    assert found.attrs["query"] == "like id5"
+    mean = vectors[5] + vectors[9]
+    nearest = [row for row in np.argsort(-(vectors @ mean)).tolist() if row not in (5, 9)]
+    assert len(set(search(held, like=["id5", "id9"], k=9, id_column="id").index) & set(nearest[:9])) >= 8
+    with pytest.raises(DataError, match="which column holds ids is not known; give id_column"):
+        search(held, like="5")
+    with pytest.raises(DataError, match="1 ids are not in column id"):
+        search(held, like=["nobody", "id5"], id_column="id")
+    with pytest.raises(ConfigError, match="a query, or ids as like, and not both"):
+        search(held, "blanket", like="id5")
+
+
+def test_diverse_rows_by_hand():
+    """Of the two nearest, which are alike, the second gives way to one that is a little farther."""
+    vectors = np.array([[1, 0], [0.999, 0.04], [0.8, -0.6]], np.float32)
+    scores = np.array([0.95, 0.94, 0.9], np.float32)
+    assert marginal(scores, vectors, 2, 0.0).tolist() == [0, 1]
+    # .5 · .94 - .5 · .999 = -.03 against .5 · .9 - .5 · .8 = .05
+    assert marginal(scores, vectors, 3, 0.5).tolist() == [0, 2, 1]
+
+
+def test_diversity_leaves_near_copies_out(vectors, tmp_path):
+    near = vectors.copy()
+    near[1] = unit(vectors[:1] + np.float32(0.001))[0]
+    held = build("Flat", near, tmp_path)[1]
+    assert set(held_rows(held.find(near[0], 2, {}))) == {0, 1}
+    first, second = held_rows(held.find(near[0], 2, {}, diversity=0.6))
+    assert first in (0, 1) and second not in (0, 1)
+
+
+def held_rows(found) -> list[int]:
+    return [row["_row"] for _, row in found]
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,SQ8"])
@@ -216,6 +256,10 @@ def test_rows_that_share_a_vector_are_all_found(kind, vectors, shared, tmp_path,
     if "PCA" not in kind:
         assert np.array_equal(shared[found[300]], shared[nearest])
     assert [row["_row"] for _, row in held.find(vectors[7], 10, {})] == twins[:10].tolist()
+    alone = [row["_row"] for _, row in held.find(vectors[7], 10, {}, distinct=True)]
+    assert len(alone) == 10 and set(alone) & set(twins) == {twins[0]}
+    if "PCA" not in kind:
+        assert not set(search(held, like=f"id{twins[3]}", k=100, id_column="id").index) & set(twins)
     half = [int(row["id"][2:]) for _, row in held.find(vectors[7], 400, {"half": ["b"]})]
     assert set(twins[twins % 2 == 1].tolist()) <= set(half) and {i % 2 for i in half} == {1} and len(half) == 400
     monkeypatch.setattr("ebr_lib.index.search.EXACT_ROWS", 10)
