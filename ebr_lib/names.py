@@ -19,6 +19,7 @@ COLUMNS = get_args(Column)
 
 OnBadRow = Literal["error", "skip"]
 OnChangedVectors = Literal["error", "warn"]
+MiningChoice = Literal["top", "random"]
 NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
 Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]

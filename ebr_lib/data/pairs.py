@@ -20,7 +20,7 @@ from typing import Any
 
 from ebr_lib.data.finder import find_files
 from ebr_lib.data.records import BadRowError, raw_rows
-from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank, normalised
+from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank, normalised, text_keys
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import written_whole
 from ebr_lib.logs import logger
@@ -98,6 +98,11 @@ class TrainingRow:
 def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
     """All texts of training rows, `normalised`: what training has seen."""
     return {normalised(text) for row in rows for text in (row.anchor, row.positive, *row.negatives)}
+
+
+def keys_of(rows: Sequence[TrainingRow]) -> set[int]:
+    """`text_keys` of all texts of training rows."""
+    return set(text_keys(text for row in rows for text in (row.anchor, row.positive, *row.negatives)).tolist())
 
 
 def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:

@@ -11,17 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.data.columnar import read_schema
-from ebr_lib.data.containers import COLUMNAR, opened
-from ebr_lib.data.embeddings.base import NPY, VECTOR, ending_of, read_manifest
+from ebr_lib.data.catalogue import holds_vectors, titled
+from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import iter_embeddings
 from ebr_lib.data.queries import (
     DOCUMENT_IDS,
     DOCUMENT_TEXTS,
     Record,
-    kind_in,
     read_records,
-    tables_in,
     text_column,
     text_in,
 )
@@ -98,7 +95,7 @@ def read_corpus(
     if path is None:
         texts = [text for text in dict.fromkeys(chain.from_iterable(answers or ())) if not is_blank(text)]
         return distinct_texts(None, [str(i) for i in range(len(texts))], texts, None, trained)
-    if _holds_vectors(path):
+    if holds_vectors(path):
         return _embedded_corpus(path, columns, trained, ids_needed=answers is None)
     try:
         records = read_records(path)
@@ -107,7 +104,7 @@ def read_corpus(
     column = text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
     all_ids = read_ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
     flags = _seen_flags(path, records)
-    texts = [_titled(record, column) for record in records]
+    texts = [titled(record, column) for record in records]
     rows = _with_text(path, column, texts)
     ids = [all_ids[row] for row in rows]
     chosen = [flags[row] for row in rows] if flags else None
@@ -129,12 +126,6 @@ def read_corpus(
 def _titles(corpus: Corpus, column: str | None, title_of: Mapping[str, str]) -> Sequence[str] | None:
     """The titles by document, unless there are none or they are the texts themselves."""
     return [title_of[id_] for id_ in corpus.ids] if title_of and column != TITLE else None
-
-
-def _titled(record: Record, column: str) -> str:
-    """A BEIR document is its title, a space, its text."""
-    text, title = record.get(column), record.get(TITLE)
-    return f"{title} {text or ''}".strip() if title and column == "text" else str(text or "")
 
 
 def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
@@ -191,20 +182,6 @@ def distinct_texts(
 
 
 # --- embedding files ----------------------------------------------------------------------------------------------
-
-
-def _holds_vectors(path: Path) -> bool:
-    manifest = read_manifest(path)
-    has_header = not manifest or (manifest.get("settings") or {}).get("output_header", True)
-    if ending_of(path) == NPY or not has_header:
-        return True
-    if path.is_dir():
-        vectors = manifest is not None or any(ending_of(file) == NPY for file in path.iterdir())
-        return vectors or _holds_vectors(tables_in(path).files[0])
-    if (kind := kind_in(path)) in COLUMNAR:
-        return VECTOR in read_schema(path, kind)[0].names
-    with opened(path) as file:
-        return VECTOR.encode() in file.readline().rstrip(b"\r\n").split(b"\x01")
 
 
 def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_needed: bool) -> Corpus:

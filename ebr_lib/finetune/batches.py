@@ -206,7 +206,7 @@ class KnownPositives:
             text_keys(text for row in rows for text in row.negatives),
         ]
         keys, numbers = np.unique(np.concatenate(sides), return_inverse=True)
-        self._base = len(keys) + 1  # texts are numbered from 1; 0 means none
+        self._keys, self._base = keys, len(keys) + 1  # texts are numbered from 1; 0 means none
         self.anchors, self.documents, negatives = np.split(numbers + 1, [len(rows), 2 * len(rows)])
         self.columns = np.zeros((len(rows), 1 + per_row.max(initial=0)), dtype=np.int64)
         self.columns[:, 0] = self.documents
@@ -245,6 +245,11 @@ class KnownPositives:
         """All known pairs of text numbers, both ways and each text with itself, sorted: (pairs,) and (pairs,)."""
         one, other = np.divmod(self._pairs.numpy(force=True), self._base)
         return one, other
+
+    def numbers_of(self, keys: Ints) -> Ints:
+        """The numbers of distinct texts by their `text_keys`; texts that no row has are numbered on from the rows'."""
+        place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, place + 1, self._base + np.arange(len(keys)))
 
     def answers_among(self, anchors: Ints, documents: Ints) -> int:
         """Count the known positives among the q · d pairs of text numbers (q,) and (d,), without a (q, d) matrix."""

@@ -27,7 +27,17 @@ from ebr_lib.knobs.fields import (
     Seed,
     Share,
 )
-from ebr_lib.names import COLUMNS, Backend, BestMetric, Choice, Column, NoiseKind, OnBadRow, OnChangedVectors
+from ebr_lib.names import (
+    COLUMNS,
+    Backend,
+    BestMetric,
+    Choice,
+    Column,
+    MiningChoice,
+    NoiseKind,
+    OnBadRow,
+    OnChangedVectors,
+)
 
 
 @dataclass(frozen=True)
@@ -148,9 +158,26 @@ class FinetuneConfig(Config):
     # hard negatives
     mine_hard_negatives: Count = knob(
         0,
-        "Hard negatives per row, mined from the training documents with the current model before training; 0 mines none. "
-        "The rows are saved as `mined_negatives.jsonl`.",
-        "每行的难负例个数，训练前用当前模型从训练数据的文档中挖掘；0 表示不挖掘。结果另存为 `mined_negatives.jsonl`。",
+        "Hard negatives per row, mined with the current model before training from the training documents and "
+        "`mining_corpus_path`; 0 mines none. The rows are saved as `mined_negatives.jsonl`.",
+        "每行的难负例个数，训练前用当前模型从训练数据的文档与 `mining_corpus_path` 中挖掘；0 表示不挖掘。结果另存为 `mined_negatives.jsonl`。",
+    )
+    mining_corpus_path: Place | None = knob(
+        None,
+        "Catalogue to mine in besides the training documents: a table with a header row (Hive text, CSV, TSV, JSON, "
+        "Parquet), or an embedding file of this model, whose vectors are used. Held-out texts are left out.",
+        "除训练文档外还从中挖掘的商品库：带表头的表格（Hive 文本、CSV、TSV、JSON、Parquet），或由该模型生成的向量文件（直接使用其向量）。不含验证集文本。",
+    )
+    mining_corpus_column: Name | None = knob(
+        None,
+        "Its column with the text; null takes the one that was encoded, or looks for text, description, document, "
+        "passage, positive or content.",
+        "商品库的文本列；null 取编码时的列，或依次查找 text、description、document、passage、positive、content。",
+    )
+    mining_choice: MiningChoice = knob(
+        "top",
+        "top takes the nearest candidates within the ranks, random draws them by `seed`.",
+        "在名次范围内如何选取：top 取最近的，random 按 `seed` 随机抽取。",
     )
     mining_rank_min: Positive = knob(
         1,
@@ -163,6 +190,12 @@ class FinetuneConfig(Config):
         "Guard against false negatives: a mined document's cosine must be lower than the positive's by this share of it; "
         "null sets no limit.",
         "防止假负例：挖到的文档与 anchor 的余弦须比正例低这一比例；null 不限制。",
+    )
+    positive_rank_max: Positive | None = knob(
+        None,
+        "Noisy positives: drop training rows whose positive ranks below this for the current model, among the documents "
+        "that are mined in; they are written to `noisy_positives.jsonl` in `output_dir`. null keeps all rows.",
+        "噪声正例：当前模型在被挖掘的文档中把正例排在该名次之后的训练行会被去掉，并写入 `output_dir` 下的 `noisy_positives.jsonl`。null 保留全部。",
     )
     # optimisation
     num_epochs: MoreThanZero = knob(1, "Epochs; may be a fraction.", "训练轮数，可以是小数。")
@@ -303,6 +336,8 @@ class FinetuneConfig(Config):
                 f"mine_hard_negatives: {self.mine_hard_negatives} is more than the ranks from mining_rank_min "
                 f"{self.mining_rank_min} to mining_rank_max {self.mining_rank_max}"
             )
+        if self.mining_corpus_path and not (self.mine_hard_negatives or self.positive_rank_max):
+            yield "mining_corpus_path does nothing alone: set mine_hard_negatives or positive_rank_max"
         if self.merge_adapter and self.adapter_side == "query":
             yield ("merge_adapter and adapter_side query: merging would change document vectors too; choose one")
         if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - set(COLUMNS)):

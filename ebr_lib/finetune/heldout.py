@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Encode, Floats, Vectors
+from ebr_lib.data.text import normalised
 from ebr_lib.names import METRICS
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class HeldoutTask:
     own: tuple[frozenset[int], ...] = ()
     without_answer: int = 0
     prompts: Mapping[str, str] = field(default_factory=dict)
+
+    def seen_by(self, texts: Collection[str]) -> HeldoutTask:
+        """The same task for a training that has seen these texts (normalised)."""
+        known = [normalised(document) in texts for document in self.documents]
+        return replace(self, seen=tuple(any(known[number] for number in answers) for answers in self.relevant))
 
     def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
         """Each metric of `METRICS`, one value per query."""

@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
-from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.pool import Pairs, Pool, make_pool
 from ebr_lib.logs import logger
+from ebr_lib.names import MiningChoice
 from ebr_lib.tables import make_table, shortened
 
 if TYPE_CHECKING:
@@ -44,55 +46,35 @@ def mine_hard_negatives(
     first_rank: int,
     last_rank: int,
     margin: float | None,
+    catalogue: Catalogue | None = None,
+    choice: MiningChoice = "top",
+    seed: int = 0,
 ) -> Mined:
     """Give each row up to `count` hard negatives; rows for which fewer are found are kept too.
 
-    The documents are those of the rows, negatives included; equal texts (`normalised`) are one. For each anchor they
-    are ranked by cosine, exactly, without those that `KnownPositives` knows to answer it: rank 1 is the nearest. Of the
-    ranks from `first_rank` to `last_rank` the nearest `count` are taken that the row does not have yet and whose cosine
-    is at most p − margin · |p|, where p is the lowest cosine of the anchor's known positives (NV-Retriever's
+    The documents are those of the rows, negatives included, and of the catalogue; equal texts (`normalised`) are one.
+    For each anchor they are ranked by cosine, exactly, without those that `KnownPositives` knows to answer it: rank 1
+    is the nearest. Candidates are the ranks from `first_rank` to `last_rank` that the row does not have yet and whose
+    cosine is at most p − margin · |p|, where p is the lowest cosine of the anchor's known positives (NV-Retriever's
     "percentage of the positive", arXiv 2407.15831).
 
     :param encode_queries: returns vectors of length one, as `encode_documents` does.
     :param margin: None takes documents however near.
+    :param choice: `top` takes the nearest candidates, `random` draws them by the seed and the row's number.
     """
-    known = KnownPositives(rows)
-    anchors, first_row = np.unique(known.anchors, return_index=True)
-    documents, texts = _different_documents(rows, known)
-    logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(anchors), len(documents))
-    vectors = _Vectors(encode_queries([rows[i].anchor for i in first_row]), encode_documents(texts))
-    found = _far_enough(vectors, _pairs_among(known, anchors, documents), first_rank, last_rank, margin)
-    taken = _taken(found, known, anchors, documents, count)
+    pool = make_pool(rows, encode_queries, encode_documents, catalogue)
+    logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
+    found = _far_enough(pool, first_rank, last_rank, margin)
+    candidates = _candidates(found, pool)
+    taken = [_chosen(places, count, choice, (seed, row)) for row, places in enumerate(candidates)]
     mined = [
         dataclasses.replace(
-            row, negatives=row.negatives + tuple(texts[document] for document in found.document[places])
+            row, negatives=row.negatives + tuple(pool.texts[document] for document in found.document[places])
         )
         for row, places in zip(rows, taken, strict=True)
     ]
     counts = np.array([len(places) for places in taken], dtype=np.int64)
     return Mined(mined, counts, _table(mined, counts, count, found, taken))
-
-
-def _different_documents(rows: Sequence[TrainingRow], known: KnownPositives) -> tuple[Ints, list[str]]:
-    """The numbers of all different documents, ascending, and each one's text where it first occurs."""
-    numbers, first = np.unique(known.columns, return_index=True)
-    numbers, first = numbers[numbers > 0], first[numbers > 0]
-    places = zip(*np.divmod(first, known.columns.shape[1]), strict=True)
-    return numbers, [(rows[row].positive, *rows[row].negatives)[column] for row, column in places]
-
-
-class _Pairs(NamedTuple):
-    """Pairs of anchor and document, as rows of their vectors; shapes (pairs,), sorted by anchor."""
-
-    anchor: Ints
-    document: Ints
-
-
-def _pairs_among(known: KnownPositives, anchors: Ints, documents: Ints) -> _Pairs:
-    """Every known positive pair of these anchors and documents; each anchor has at least one."""
-    one, other = known.pairs()
-    here = np.isin(one, anchors) & np.isin(other, documents)
-    return _Pairs(np.searchsorted(anchors, one[here]), np.searchsorted(documents, other[here]))
 
 
 # --- searching ----------------------------------------------------------------------------------------------------
@@ -130,8 +112,9 @@ class _Found(NamedTuple):
         return _Found(self.anchor[places], self.document[places], self.cosine[places])
 
 
-def _far_enough(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
+def _far_enough(pool: Pool, first: int, last: int, margin: float | None) -> _Found:
     """Each anchor's documents of ranks `first` to `last`, without known positives, that respect the margin."""
+    vectors, pairs = _Vectors(pool.queries, pool.vectors), pool.pairs()
     last = min(last, len(vectors.documents))
     if first > last:
         return _Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
@@ -151,12 +134,12 @@ def _groups(positives: Ints, window: int) -> Iterator[Ints]:
         order = order[size:]
 
 
-def _of_anchors(pairs: _Pairs, anchors: Ints) -> _Pairs:
+def _of_anchors(pairs: Pairs, anchors: Ints) -> Pairs:
     here = np.isin(pairs.anchor, anchors)
-    return _Pairs(pairs.anchor[here], pairs.document[here])
+    return Pairs(pairs.anchor[here], pairs.document[here])
 
 
-def _searched(vectors: _Vectors, pairs: _Pairs, first: int, last: int, margin: float | None) -> _Found:
+def _searched(vectors: _Vectors, pairs: Pairs, first: int, last: int, margin: float | None) -> _Found:
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives as library_miner
 
@@ -190,14 +173,22 @@ def _highest_allowed(found: _Found, answers: NDArray[np.bool_], margin: float | 
 # --- handing out --------------------------------------------------------------------------------------------------
 
 
-def _taken(found: _Found, known: KnownPositives, anchors: Ints, documents: Ints, count: int) -> list[Ints]:
-    """For each row, the positions in `found` of the first `count` documents that are not yet its negatives."""
-    ends = np.searchsorted(found.anchor, np.arange(len(anchors) + 1))
-    taken = []
-    for anchor, own in zip(np.searchsorted(anchors, known.anchors), known.columns[:, 1:], strict=True):
+def _candidates(found: _Found, pool: Pool) -> list[Ints]:
+    """For each row, the positions in `found` of the documents that are not yet its negatives, nearest first."""
+    known, documents = pool.known, pool.documents[found.document]
+    ends = np.searchsorted(found.anchor, np.arange(len(pool.anchors) + 1))
+    candidates = []
+    for anchor, own in zip(np.searchsorted(pool.anchors, known.anchors), known.columns[:, 1:], strict=True):
         places = np.arange(ends[anchor], ends[anchor + 1])
-        taken.append(places[~np.isin(documents[found.document[places]], own)][:count])
-    return taken
+        candidates.append(places[~np.isin(documents[places], own)])
+    return candidates
+
+
+def _chosen(places: Ints, count: int, choice: MiningChoice, seed: tuple[int, int]) -> Ints:
+    """Up to `count` of a row's candidates, nearest first."""
+    if choice == "top" or len(places) <= count:
+        return places[:count]
+    return np.sort(np.random.default_rng(seed).choice(places, count, replace=False))
 
 
 def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> DataFrame:

@@ -6,11 +6,13 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
+from ebr_lib.files import written_whole
 from ebr_lib.finetune.doctor import FEW_ROWS, DoctorReport
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE
@@ -125,10 +127,22 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
     _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": normalised(text) in seen} for text in texts))
 
 
-def save_rows(rows: Sequence[TrainingRow], path: Path) -> None:
-    """Save training rows as training data."""
-    lines = (_as_pair(row.anchor, row.positive, row.prompt) | {"negative": list(row.negatives)} for row in rows)
+def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Save training rows as training data; `more` has further columns of each row."""
+    lines = (
+        {**_as_pair(row.anchor, row.positive, row.prompt), "negative": list(row.negatives), **others}
+        for row, others in zip_longest(rows, more, fillvalue={})
+    )
     _write_lines(path, lines)
+
+
+def save_noisy(rows: Sequence[TrainingRow], ranks: Sequence[int], path: Path) -> None:
+    """Save dropped rows as training data, each with the rank of its positive; without rows, remove an earlier file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    with written_whole(path) as new:
+        save_rows(rows, new, [{"rank": rank} for rank in ranks])
 
 
 def _as_pair(anchor: str, positive: str | list[str], prompt: str | None) -> dict[str, Any]:

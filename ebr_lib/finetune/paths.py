@@ -27,6 +27,7 @@ class Paths:
     checkpoints: Path
     rejects: Path
     heldout_rejects: Path
+    noisy: Path
 
     @classmethod
     def of(cls, output_dir: str, model_name: str) -> Paths:
@@ -38,6 +39,7 @@ class Paths:
             checkpoints=folder / f"{label}{CHECKPOINTS_SUFFIX}",
             rejects=folder / "rejected_rows.jsonl",
             heldout_rejects=folder / "heldout_rejected_rows.jsonl",
+            noisy=folder / "noisy_positives.jsonl",
         )
 
     def check(self, inputs: Iterable[str | Sequence[str] | None]) -> None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ebr_lib.data.catalogue import Catalogue, read_catalogue
+from ebr_lib.data.pairs import keys_of
 from ebr_lib.errors import Interrupted, ModelError
 from ebr_lib.files import named_when_full, written_whole
 from ebr_lib.finetune.config import FinetuneConfig
@@ -37,6 +39,7 @@ FREE_ON_RESUME = (
     "base_model_path",
     "data_path",
     "eval_data_path",
+    "mining_corpus_path",
     "label_column",
     "output_dir",
     "resume_from_checkpoint",
@@ -64,10 +67,11 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
         refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
     paths = Paths.of(config.output_dir, config.model_name)
-    paths.check([config.data_path, config.eval_data_path, config.presets])
+    paths.check([config.data_path, config.eval_data_path, config.mining_corpus_path, config.presets])
     look_for_bases_in(config.base_model_path)
     paths.check_base(_identify(config))
     rows = _read(config, paths)
+    catalogue = _read_catalogue(config, rows)
 
     from ebr_lib.finetune import setup  # loads torch for seconds: not before config and data are known to be right
 
@@ -79,7 +83,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     config = setup.keep_adapter_settings(config, model)
     setup.check_against_data(config, rows, model)
     setup.use_own_prompts(rows, model, config.prompt)
-    rows = setup.with_mined_negatives(config, rows, model)
+    rows = setup.with_mined_negatives(config, rows, model, catalogue, paths.noisy)
     config = setup.ensure_negatives(config, rows.train)
     batching = setup.Batching.of(config)
     report = setup.examine_rows(config, batching, rows.train, model)
@@ -91,7 +95,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     halves = setup.halves_to_measure(config, rows.task) if rows.task else None
     trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16, halves=halves)
     trainer.first_means = rows.task.means(first, halves.choosing) if rows.task and halves else None
-    checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base))
+    checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base, catalogue))
     config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
     watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
     seconds = _train(trainer, paths, checkpoint, measuring=measuring)
@@ -152,11 +156,25 @@ def _read(config: FinetuneConfig, paths: Paths) -> Rows:
     )
 
 
-def _what_decides(config: FinetuneConfig, rows: Rows, base: ModelIdentity) -> dict[str, Any]:
+def _read_catalogue(config: FinetuneConfig, rows: Rows) -> Catalogue | None:
+    """The catalogue to mine in, without held-out texts: they stay unseen."""
+    if config.mining_corpus_path is None or not is_first_process():
+        return None
+    whole = read_catalogue(config.mining_corpus_path, config.mining_corpus_column, "mining_corpus_column")
+    kept = whole.without(keys_of(rows.heldout) - keys_of(rows.train))
+    if held_out := len(whole) - len(kept):
+        logger.info("验证集文本不参与挖掘 held-out texts are not mined: %d", held_out)
+    return kept
+
+
+def _what_decides(
+    config: FinetuneConfig, rows: Rows, base: ModelIdentity, catalogue: Catalogue | None
+) -> dict[str, Any]:
     """All that decides a run's result: knobs, and the contents of data and models, wherever they are."""
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     return run | {
         "data_sha256": rows.sha256,
+        "mining_corpus_sha256": catalogue.sha256 if catalogue else None,
         "model_sha256": base.sha256 or base.name,
         "base_sha256": base.base_sha256 or base.base_model,
         "model_files": list(dict.fromkeys(files_of(base))),

@@ -9,13 +9,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.arrays import Encode
+from ebr_lib.data.catalogue import Catalogue
+from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
@@ -27,7 +30,10 @@ from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_o
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
+from ebr_lib.finetune.outputs import save_noisy
 from ebr_lib.finetune.paths import FOUND_FILE, LOG_FILE, Paths
+from ebr_lib.finetune.pool import remembered
+from ebr_lib.finetune.positives import consistent_rows
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
 from ebr_lib.finetune.rows import Rows
@@ -58,6 +64,7 @@ from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.packing import packed_forward
 from ebr_lib.model.precision import Dtype, Precision, choose_precision
+from ebr_lib.model.provenance import Provenance, say_changed_files, weights_of
 from ebr_lib.model.shapes import Side, fit_length
 from ebr_lib.names import LOWER_IS_BETTER, Asked
 from ebr_lib.tables import as_text
@@ -238,29 +245,117 @@ def check_against_data(config: FinetuneConfig, rows: Rows, model: SentenceTransf
         )
 
 
-def with_mined_negatives(config: FinetuneConfig, rows: Rows, model: SentenceTransformer) -> Rows:
-    """The rows, with hard negatives for the training rows; held-out rows are not looked at."""
-    if not config.mine_hard_negatives:
+def with_mined_negatives(
+    config: FinetuneConfig,
+    rows: Rows,
+    model: SentenceTransformer,
+    catalogue: Catalogue | None = None,
+    noisy: Path | None = None,
+) -> Rows:
+    """The rows, without noisy positives and with hard negatives among the training rows; held-out rows stay.
+
+    :param noisy: where dropped rows are written; None writes none.
+    """
+    if not (config.mine_hard_negatives or config.positive_rank_max):
         return rows
     # one process mines: another might round a cosine otherwise, and all have to number the same rows
-    mined = _mine(config, rows.train, model) if is_first_process() else None
-    return dataclasses.replace(rows, train=from_first_process(mined))
+    mined = from_first_process(_mined(config, rows.train, model, catalogue, noisy) if is_first_process() else None)
+    task = rows.task.seen_by(texts_of(mined)) if rows.task else None
+    return dataclasses.replace(rows, train=mined, task=task)
 
 
-def _mine(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> Sequence[TrainingRow]:
+def _mined(
+    config: FinetuneConfig,
+    rows: Sequence[TrainingRow],
+    model: SentenceTransformer,
+    catalogue: Catalogue | None,
+    noisy: Path | None,
+) -> Sequence[TrainingRow]:
+    if catalogue is not None:
+        _check_vectors(config, catalogue, model)
+    queries, documents = encoders_of(
+        model,
+        config.adapter_side == "query",
+        backend=config.backend,
+        show_bar=True,
+        own_prompts=own_prompts(rows),
+    )
+    encoders = remembered(queries), remembered(documents)
+    if config.positive_rank_max:
+        rows = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
+    return _mine(config, rows, encoders, catalogue) if config.mine_hard_negatives else rows
+
+
+def _check_vectors(config: FinetuneConfig, catalogue: Catalogue, model: SentenceTransformer) -> None:
+    """Check that a catalogue's vectors, if it has any, are this model's.
+
+    :raises ModelError: another model made them, or with another prompt or dimension.
+    """
+    if catalogue.vectors is None:
+        return
+    made, where = Provenance.of(catalogue.manifest), f"mining_corpus_path {catalogue.path}"
+    advice = f"encode it again with {config.model_name}, or give its texts without vectors"
+    if made.sha256 is not None and not made.weights & weights_of(config.model_name):
+        raise ModelError(f"{where} holds vectors of {made.said}, not of {config.model_name}; {advice}")
+    dimension = catalogue.vectors.shape[1]
+    wrong = made.differences({"prompt": prompt_of(model, "document")}) if made.sha256 is not None else []
+    if (width := model.get_embedding_dimension()) != dimension:
+        wrong.append(f"dimension {dimension}, not {width}")
+    if wrong:
+        raise ModelError(f"{where} was encoded with {', '.join(wrong)}; {advice}")
+    if made.sha256 is None:
+        logger.warning(
+            "%s: 未知由哪个模型生成 no manifest says which model made its vectors; assumed: %s",
+            where,
+            config.model_name,
+        )
+    else:
+        say_changed_files(made, config.model_name, where, config.on_changed_vectors)
+    if made.max_seq_length not in (None, model.max_seq_length):
+        logger.warning(
+            "截断长度不同 %s was encoded with max_seq_length %s, training cuts at %s",
+            where, made.max_seq_length, model.max_seq_length,
+        )  # fmt: skip
+
+
+def _without_noisy(
+    rank_max: int,
+    rows: Sequence[TrainingRow],
+    encoders: tuple[Encode, Encode],
+    catalogue: Catalogue | None,
+    noisy: Path | None,
+) -> Sequence[TrainingRow]:
+    found = consistent_rows(rows, *encoders, rank_max=rank_max, catalogue=catalogue)
+    if noisy is not None:
+        save_noisy(found.dropped, found.ranks, noisy)
+    logger.info(
+        "噪声正例 noisy positives dropped: %d of %d rows (rank over %d)%s",
+        len(found.dropped), len(rows), rank_max, f", 见 see {noisy}" if noisy and found.dropped else "",
+    )  # fmt: skip
+    if not found.rows:
+        raise DataError(
+            f"positive_rank_max: {rank_max} leaves none of the {len(rows)} training rows, because the model ranks no "
+            "positive that high; raise it, or check that anchors and positives belong together"
+        )
+    return found.rows
+
+
+def _mine(
+    config: FinetuneConfig,
+    rows: Sequence[TrainingRow],
+    encoders: tuple[Encode, Encode],
+    catalogue: Catalogue | None,
+) -> Sequence[TrainingRow]:
     mined = mine_hard_negatives(
         rows,
-        *encoders_of(
-            model,
-            config.adapter_side == "query",
-            backend=config.backend,
-            show_bar=True,
-            own_prompts=own_prompts(rows),
-        ),
+        *encoders,
         count=config.mine_hard_negatives,
         first_rank=config.mining_rank_min,
         last_rank=config.mining_rank_max,
         margin=config.mining_margin,
+        catalogue=catalogue,
+        choice=config.mining_choice,
+        seed=config.seed,
     )
     logger.info("%s", as_text(mined.table))
     if not mined.counts.any():

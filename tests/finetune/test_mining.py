@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
-from ebr_lib.data.text import normalised
+from ebr_lib.data.text import normalised, text_keys
 from ebr_lib.finetune import mining
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.tables import as_text
@@ -36,9 +38,11 @@ def mine(rows, **more):
     return mine_hard_negatives(rows, encode_queries, encode_documents, **(OPEN | more))
 
 
-def by_brute_force(rows, count, first_rank, last_rank, margin):
+def by_brute_force(rows, *, count, first_rank, last_rank, margin, more=()):
     answered = {(normalised(row.anchor), normalised(row.positive)) for row in rows}
-    corpus = sorted({normalised(text) for row in rows for text in (row.positive, *row.negatives)})
+    corpus = sorted(
+        {normalised(text) for row in rows for text in (row.positive, *row.negatives)} | set(map(normalised, more))
+    )
     mined = []
     for row in rows:
         anchor = normalised(row.anchor)
@@ -103,6 +107,45 @@ def test_groups_have_as_many_anchors_as_fit_and_at_least_one(window):
 
     assert all(cells(group) <= mining._CELLS or len(group) == 1 for group in groups)
     assert all(cells([*group, after[0]]) > mining._CELLS for group, after in itertools.pairwise(groups))
+
+
+def catalogue_of(texts, vectors=None) -> Catalogue:
+    return Catalogue(Path("catalogue.txt"), list(texts), text_keys(texts), vectors)
+
+
+@pytest.mark.parametrize("has_vectors", [False, True])
+def test_a_catalogue_is_mined_in_besides_the_documents_of_the_rows(has_vectors):
+    """It has documents of the rows spelt otherwise, others, and texts that are anchors of the rows."""
+    rows = click_log(60, 25)
+    texts = [f"商品  ITEM {n}" for n in range(10, 70)] + ["查询 query 3", "查询 query 4"]
+    encoded = []
+
+    def encode(documents):
+        encoded.extend(map(normalised, documents))
+        return encode_documents(documents)
+
+    catalogue = catalogue_of(texts, encode_documents(texts) if has_vectors else None)
+    window = {"count": 3, "first_rank": 2, "last_rank": 12, "margin": 0.05}
+    mined = mine_hard_negatives(rows, encode_queries, encode, **window, catalogue=catalogue)
+    assert found(rows, mined) == by_brute_force(rows, **window, more=texts) != by_brute_force(rows, **window)
+    assert bool(set(encoded) & set(map(normalised, texts))) is not has_vectors
+
+
+def test_random_choice_draws_within_the_ranks_by_seed_and_row():
+    rows = click_log(60, 25)
+    window = {"first_rank": 4, "last_rank": 12, "margin": 0.05}
+    candidates = by_brute_force(rows, count=100, **window)
+    drawn = [found(rows, mine(rows, count=3, choice="random", seed=seed, **window)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for texts, among in zip(drawn[0], candidates, strict=True):
+        assert texts == [text for text in among if text in texts]  # nearest first, none twice
+        assert len(texts) == min(3, len(among))
+    many = [found(rows, mine(rows, count=3, choice="random", seed=seed, **window)) for seed in range(60)]
+    row = int(np.argmax([len(among) for among in candidates]))
+    assert {text for run in many for text in run[row]} == set(candidates[row])
+    same = [TrainingRow("a", f"x {i}") for i in range(2)] + [TrainingRow(f"b {i}", f"y {i}") for i in range(40)]
+    one, other, *_ = found(same, mine(same, count=3, choice="random"))
+    assert one != other  # rows of one anchor draw for themselves
 
 
 def test_no_row_is_lost_and_texts_are_unchanged():

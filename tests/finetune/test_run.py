@@ -159,6 +159,28 @@ def test_the_saved_mined_rows_train_to_the_same_weights(settings, tmp_path, capl
     assert not same(again.adapter, step(apart).adapter)
 
 
+def test_a_run_mines_in_a_catalogue_and_leaves_held_out_texts_alone(settings, tmp_path, caplog):
+    with_catalogue = settings | {
+        "mining_corpus_path": str(tmp_path / "items.txt"),
+        "output_dir": str(tmp_path / "more"),
+    }
+    pairs = read_pairs(settings["data_path"])
+    texts = [*(pair.positives[0] for pair in pairs), *(f"another {pair.anchor}" for pair in pairs)]
+    lines = ["id\x01description", *(f"{number}\x01{text}" for number, text in enumerate(texts))]
+    (tmp_path / "items.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        result = train(with_catalogue, mine_hard_negatives=2, mining_margin=None, positive_rank_max=30)
+    folder = Path(result.model_path)
+    mined, heldout = expand(read_pairs(folder / "mined_negatives.jsonl")), read_pairs(folder / "heldout.jsonl")
+    found = {text for row in mined for text in row.negatives}
+    assert any(text.startswith("another") for text in found)
+    assert not found & {text for pair in heldout for text in pair.positives}
+    dropped = expand(read_pairs(tmp_path / "more/noisy_positives.jsonl"))
+    assert 0 < len(dropped) == len(pairs) - len(heldout) - len(mined)
+    assert "held-out texts are not mined" in caplog.text
+    assert result.after["unseen"]["queries"] == result.after["all"]["queries"]
+
+
 # --- what is measured ---------------------------------------------------------------------------------------------
 
 

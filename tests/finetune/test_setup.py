@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,16 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.data.catalogue import Catalogue
+from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
+from ebr_lib.data.text import normalised, text_keys
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.finetune import setup
 from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.finetune.heldout import build_task
 from ebr_lib.finetune.paths import Paths
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.run import _read
 from ebr_lib.model import precision as model_precision
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model
+from ebr_lib.model.provenance import identify
+from tests.finetune.test_positives import on_the_circle
 
 FEW = [TrainingRow("a", "b"), TrainingRow("c", "d")]
 
@@ -208,6 +214,57 @@ def test_the_model_mines_with_its_prompts_and_queries_alone_with_the_adapter(set
         cosines = vectors @ model.encode([row.anchor], prompt="find: ")[0]
         ranked = [corpus[i] for i in np.argsort(-cosines) if corpus[i] != row.positive]
         assert list(row.negatives) == ranked[1:3]
+
+
+def test_vectors_of_a_catalogue_must_be_the_models(settings, tiny_models, caplog):
+    config = config_of(settings, mine_hard_negatives=2, mining_margin=None, mining_rank_max=3, eval_ratio=0.0)
+    model = model_of(config)
+    rows = _read(config, Paths.of(config.output_dir, config.model_name))
+    texts = [row.positive.upper() for row in rows.train] + ["only the catalogue has this"]
+    vectors = np.random.default_rng(0).standard_normal((len(texts), 32)).astype(np.float32)  # not what encoding gives
+
+    def mine(manifest, dim=32):
+        catalogue = Catalogue(Path("items.txt"), texts, text_keys(texts), vectors[:, :dim], manifest).distinct()
+        return setup.with_mined_negatives(config, rows, model, catalogue).train
+
+    made = {"model": {"sha256": identify(settings["model_name"]).sha256}, "settings": {"prompt": "", "dimension": 32}}
+    assert mine(made) != setup.with_mined_negatives(config, rows, model).train
+    other = {"model": {"name": "other", "sha256": identify(str(tiny_models("qwen2"))).sha256}}
+    for manifest, dim, words in (
+        (other, 32, "holds vectors of model other, not of .*tiny-bert; encode it again with"),
+        (made | {"settings": {"prompt": "doc: "}}, 32, "was encoded with prompt 'doc: ', not ''"),
+        ({}, 16, "was encoded with dimension 16, not 32"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            mine(manifest, dim)
+    mine({})
+    assert "no manifest says which model made its vectors" in caplog.text
+
+
+def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(setup, "encoders_of", lambda *_, **__: (on_the_circle, on_the_circle))
+    good = [TrainingRow("tent", "big tent"), TrainingRow("kettle", "iron pot")]
+    bad = [TrainingRow("Kettle", "kite")]  # small tent is nearer; so is kite to tent than small tent
+    rows = Rows(
+        [*good, *bad, TrainingRow("tent", "small tent")], [], build_task([("lid", "kite")], bad, normalised, 9, 0), ""
+    )
+    config, noisy = config_of(settings, positive_rank_max=1), tmp_path / "noisy.jsonl"
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        kept = setup.with_mined_negatives(config, rows, None, None, noisy)
+    assert list(kept.train) == good
+    assert "noisy positives dropped: 2 of 4 rows (rank over 1)" in caplog.text
+    assert [json.loads(line) for line in noisy.read_text().splitlines()] == [
+        {"anchor": "Kettle", "positive": "kite", "negative": [], "rank": 2},
+        {"anchor": "tent", "positive": "small tent", "negative": [], "rank": 2},
+    ]
+    assert rows.task.seen == (True,) and kept.task.seen == (False,)  # kite is in a dropped row alone
+    assert expand(read_pairs(noisy)) == [*bad, rows.train[3]]
+    setup.with_mined_negatives(config, dataclasses.replace(rows, train=good), None, None, noisy)
+    assert not noisy.exists()  # of an earlier run
+    with pytest.raises(DataError, match="positive_rank_max: 1 leaves none of the 1 training rows"):
+        setup.with_mined_negatives(
+            config, dataclasses.replace(rows, train=[TrainingRow("tent", "lid", ("kite",))]), None
+        )
 
 
 def test_finding_no_negatives_is_logged(settings, caplog):

@@ -1,0 +1,100 @@
+"""What training anchors are searched in before training: the documents of the rows and of a catalogue, with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.data.catalogue import Catalogue
+from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.finetune.batches import KnownPositives
+
+
+class Pairs(NamedTuple):
+    """Pairs of anchor and document, as rows of their vectors; shapes (pairs,), sorted by anchor."""
+
+    anchor: Ints
+    document: Ints
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The different anchors of rows, and the different documents of rows and catalogue; equal texts are one.
+
+    :ivar anchors: their numbers in `known`, ascending, shape (anchors,); `documents` likewise, (documents,).
+    :ivar texts: the documents' texts: as the rows spell them, or else the catalogue.
+    :ivar queries: the anchors' vectors, of length one, shape (anchors, dim).
+    :ivar vectors: the documents' vectors, of length one, shape (documents, dim).
+    """
+
+    known: KnownPositives
+    anchors: Ints
+    documents: Ints
+    texts: list[str]
+    queries: Vectors
+    vectors: Vectors
+
+    def pairs(self) -> Pairs:
+        """Every known positive pair of these anchors and documents; each anchor has at least one."""
+        one, other = self.known.pairs()
+        here = np.isin(one, self.anchors) & np.isin(other, self.documents)
+        return Pairs(np.searchsorted(self.anchors, one[here]), np.searchsorted(self.documents, other[here]))
+
+
+def remembered(encode: Encode) -> Encode:
+    """The same function, which encodes each text once, however often it is asked for it."""
+    known: dict[str, NDArray[np.float32]] = {}
+
+    def encode_new(texts: Sequence[str]) -> Vectors:
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            known.update(zip(new, encode(new), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    return encode_new
+
+
+def make_pool(
+    rows: Sequence[TrainingRow], encode_queries: Encode, encode_documents: Encode, catalogue: Catalogue | None = None
+) -> Pool:
+    """Encode the different texts of rows and catalogue; a catalogue's own vectors are used where it has them."""
+    known = KnownPositives(rows)
+    anchors, first_row = np.unique(known.anchors, return_index=True)
+    queries = encode_queries([rows[i].anchor for i in first_row])
+    documents, texts = _documents_of(rows, known)
+    if catalogue is None:
+        return Pool(known, anchors, documents, texts, queries, encode_documents(texts))
+    numbers = known.numbers_of(catalogue.keys)
+    new = np.flatnonzero(~np.isin(numbers, documents))
+    documents, texts = np.concatenate([documents, numbers[new]]), [*texts, *(catalogue.texts[row] for row in new)]
+    order = np.argsort(documents)
+    documents, texts = documents[order], [texts[place] for place in order]
+    return Pool(
+        known, anchors, documents, texts, queries, _vectors(documents, texts, numbers, catalogue, encode_documents)
+    )
+
+
+def _documents_of(rows: Sequence[TrainingRow], known: KnownPositives) -> tuple[Ints, list[str]]:
+    """The numbers of all different documents, ascending, and each one's text where it first occurs."""
+    numbers, first = np.unique(known.columns, return_index=True)
+    numbers, first = numbers[numbers > 0], first[numbers > 0]
+    places = zip(*np.divmod(first, known.columns.shape[1]), strict=True)
+    return numbers, [(rows[row].positive, *rows[row].negatives)[column] for row, column in places]
+
+
+def _vectors(
+    documents: Ints, texts: Sequence[str], numbers: Ints, catalogue: Catalogue, encode_documents: Encode
+) -> Vectors:
+    """Vectors of all documents: the catalogue's, whose `numbers` these are, and new ones for the others."""
+    if catalogue.vectors is None:
+        return encode_documents(texts)
+    vectors = np.empty((len(documents), catalogue.vectors.shape[1]), np.float32)
+    vectors[np.searchsorted(documents, numbers)] = catalogue.vectors
+    lacking = np.flatnonzero(~np.isin(documents, numbers))
+    if len(lacking):
+        vectors[lacking] = encode_documents([texts[place] for place in lacking])
+    return vectors
