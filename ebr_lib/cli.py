@@ -33,10 +33,16 @@ class Stage:
     module: str
     function: str
     positional: str | None = None  # a knob that may be given without its flag
+    sweep: tuple[str, str] | None = None  # module and function that try several values of knobs
 
 
 STAGES = {
-    "finetune": Stage(FinetuneConfig, "ebr_lib.finetune.run", "train_sentence_transformer"),
+    "finetune": Stage(
+        FinetuneConfig,
+        "ebr_lib.finetune.run",
+        "train_sentence_transformer",
+        sweep=("ebr_lib.finetune.sweep", "run_sweep"),
+    ),
     "infer": Stage(InferenceConfig, "ebr_lib.inference.run", "run_batch_inference"),
     "visualize": Stage(VisConfig, "ebr_lib.visualize.run", "visualize_embeddings"),
     "evaluate": Stage(EvalConfig, "ebr_lib.evaluate.run", "evaluate_retrieval"),
@@ -52,6 +58,8 @@ def _add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     add_flags(parser, STAGES[name].config)
     if (positional := STAGES[name].positional) is not None:
         parser.add_argument(positional, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{positional}")
+    if STAGES[name].sweep is not None:
+        parser.add_argument("--sweep", metavar="YAML", help="try several values of the knobs that this file names")
     parser.set_defaults(stage=name, stage_config=STAGES[name].config, run=_run_stage)
 
 
@@ -125,6 +133,10 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     stage = STAGES[arguments.stage]
     resolved = from_flags(stage.config, vars(arguments))
     show_logs()
+    if stage.sweep is not None and arguments.sweep is not None:
+        module, function = stage.sweep
+        getattr(importlib.import_module(module), function)(resolved, arguments.sweep)
+        return
     getattr(importlib.import_module(stage.module), stage.function)(resolved)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from ebr_lib.errors import NotInstalledError
@@ -11,6 +12,8 @@ EXTRAS = {
     "index": ("faiss",),
     "view": ("faiss", "sklearn", "umap", "openTSNE", "threadpoolctl"),
     "onnx": ("onnx", "onnxscript"),
+    "tensorboard": ("tensorboard",),
+    "sweep": ("optuna",),
     "notebook": ("nbclient", "nbformat", "ipykernel"),
 }
 """Extra in pyproject.toml to the modules that it installs."""
@@ -22,5 +25,14 @@ def require(extra: str) -> None:
 
     :raises NotInstalledError: names the missing ones and the command that installs them.
     """
-    if missing := [name for name in EXTRAS[extra] if find_spec(name) is None]:
-        raise NotInstalledError(f"not installed: {', '.join(missing)}; run: pip install 'ebr-workflow[{extra}]'")
+    need_packages(EXTRAS[extra], f"'ebr-workflow[{extra}]'")
+
+
+def need_packages(names: Sequence[str], package: str) -> None:
+    """Check that modules are installed, without importing them.
+
+    :param package: what pip installs them with.
+    :raises NotInstalledError: names the missing ones and the command that installs them.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise NotInstalledError(f"not installed: {', '.join(missing)}; run: pip install {package}")

@@ -19,6 +19,7 @@ COLUMNS = get_args(Column)
 
 OnBadRow = Literal["error", "skip"]
 OnChangedVectors = Literal["error", "warn"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 MiningChoice = Literal["top", "random"]
 NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
@@ -36,6 +37,8 @@ BestMetric = Literal[Metric, "loss"]
 LOWER_IS_BETTER = "loss"
 
 # presets that advice points to
+DEFAULT_PRESET = "configs/finetune/default.yaml"
+LARGE_BATCH_PRESET = "configs/finetune/large_batch.yaml"
 LOW_MEMORY_PRESET = "configs/finetune/low_memory.yaml"
 SMALL_DATA_PRESET = "configs/finetune/small_data.yaml"
 STRONG_PRESET = "configs/finetune/strong_regularization.yaml"

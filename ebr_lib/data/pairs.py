@@ -93,6 +93,7 @@ class TrainingRow:
     positive: str
     negatives: tuple[str, ...] = ()
     prompt: str | None = None
+    file: str = field(default="", compare=False, repr=False)
 
 
 def texts_of(rows: Iterable[TrainingRow]) -> set[str]:
@@ -112,7 +113,9 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
     them, and `BalancedBatchSampler` keeps them in different batches where it can.
     """
     return [
-        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt) for pair in pairs for positive in pair.positives
+        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt, file=pair.file)
+        for pair in pairs
+        for positive in pair.positives
     ]
 
 
@@ -183,6 +186,14 @@ def read_pairs(
     if not reading.pairs:
         raise DataError(f"no training rows in {', '.join(map(str, files))}; wanted objects with {_WANTED}")
     return reading.pairs
+
+
+def training_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `read_pairs` reads, each once, in order.
+
+    :raises MissingError: a path is not there, or a folder has nothing to read.
+    """
+    return list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
 
 
 _WANTED = "`anchor` and `positive` (or `query` and `pos`), optional `negative`"

@@ -37,6 +37,7 @@ from ebr_lib.names import (
     NoiseKind,
     OnBadRow,
     OnChangedVectors,
+    Tracker,
 )
 
 
@@ -144,6 +145,17 @@ class FinetuneConfig(Config):
         "Spread the rows of popular documents evenly over the batches; every epoch uses every row.",
         "把热门文档的样本均匀分到各批；每轮都用到所有行。",
     )
+    one_file_batches: bool = knob(
+        False,
+        "Fill each batch from one training file, so that negatives are of the same kind.",
+        "每批只取自同一个训练文件，使负样本属于同一类数据。",
+    )
+    shares: dict[str, MoreThanZero] = knob(
+        {},
+        "Share of each epoch that a training file or folder gives, by its path or file name: `{clicks.jsonl: 0.7}`. An "
+        "epoch has as many rows as there are; files without a share split the rest by their rows.",
+        "每轮中各训练文件或目录所占比例，按路径或文件名给出：`{clicks.jsonl: 0.7}`。每轮总行数不变，未列出的文件按行数分配余下部分。",
+    )
     packed_rows: bool = knob(
         True,
         "Pack several texts into one row under a block-diagonal mask: same loss and gradients, no padding. Models whose "
@@ -190,6 +202,16 @@ class FinetuneConfig(Config):
         "Guard against false negatives: a mined document's cosine must be lower than the positive's by this share of it; "
         "null sets no limit.",
         "防止假负例：挖到的文档与 anchor 的余弦须比正例低这一比例；null 不限制。",
+    )
+    reranker_name: Place | None = knob(
+        None,
+        "Cross-encoder that looks at mined candidates: those that it scores as high as a positive are left out.",
+        "给挖到的候选把关的重排模型（cross-encoder）：得分不低于正例的候选不会被当作负例。",
+    )
+    reranker_margin: NotNegative = knob(
+        0.0,
+        "Raw logits that a mined negative must score below its anchor's lowest positive.",
+        "挖到的负例在重排模型下须比该 anchor 得分最低的正例低多少（原始 logit）。",
     )
     positive_rank_max: Positive | None = knob(
         None,
@@ -309,6 +331,16 @@ class FinetuneConfig(Config):
     save_steps: Count = knob(
         0, "Steps between checkpoints; 0 saves after each epoch.", "检查点间隔步数；0 表示每轮结束时保存。"
     )
+    report_to: tuple[Tracker, ...] = knob(
+        [],
+        "Experiment trackers to log to besides `training_log.jsonl`; tensorboard writes to `tensorboard/` in `output_dir`.",
+        "除 `training_log.jsonl` 外还写入的实验跟踪工具；tensorboard 写在 `output_dir` 下的 `tensorboard/`。",
+    )
+    run_name: Name | None = knob(
+        None,
+        "Name of this run in the trackers; null takes the model's name and the time.",
+        "该次运行在跟踪工具中的名称；null 用模型名加时间。",
+    )
     backend: Backend = knob("auto", *BACKEND)
     memory_limit_gb: NotNegative = knob(
         0.0,
@@ -331,14 +363,23 @@ class FinetuneConfig(Config):
                 f"lr_scheduler_type: {self.lr_scheduler_type} needs held-out data for best_metric: set eval_ratio above 0, "
                 "or eval_data_path"
             )
+        yield from self._data_conflicts()
+        if self.merge_adapter and self.adapter_side == "query":
+            yield ("merge_adapter and adapter_side query: merging would change document vectors too; choose one")
+        if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - set(COLUMNS)):
+            yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are {', '.join(COLUMNS)}"
+
+    def _data_conflicts(self) -> Iterator[str]:
         if self.mine_hard_negatives > max(0, self.mining_rank_max - self.mining_rank_min + 1):
             yield (
                 f"mine_hard_negatives: {self.mine_hard_negatives} is more than the ranks from mining_rank_min "
                 f"{self.mining_rank_min} to mining_rank_max {self.mining_rank_max}"
             )
+        if (self.shares or self.one_file_batches) and not self.balanced_batches:
+            yield "shares and one_file_batches need balanced_batches"
+        if (total := sum(self.shares.values())) > 1.000001:
+            yield f"shares add up to {total:g}; wanted at most 1"
         if self.mining_corpus_path and not (self.mine_hard_negatives or self.positive_rank_max):
             yield "mining_corpus_path does nothing alone: set mine_hard_negatives or positive_rank_max"
-        if self.merge_adapter and self.adapter_side == "query":
-            yield ("merge_adapter and adapter_side query: merging would change document vectors too; choose one")
-        if isinstance(self.prompt, dict) and (wrong := set(self.prompt) - set(COLUMNS)):
-            yield f"prompt: unknown column {', '.join(sorted(wrong))}; columns are {', '.join(COLUMNS)}"
+        if self.reranker_name and not self.mine_hard_negatives:
+            yield "reranker_name does nothing alone: set mine_hard_negatives"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import is_blank, language_of
 from ebr_lib.errors import DataError
-from ebr_lib.names import SMALL_DATA_PRESET, STRONG_PRESET
+from ebr_lib.names import DEFAULT_PRESET, LARGE_BATCH_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 from ebr_lib.tables import as_html, make_table, shortened
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ FEW_ROWS = 100
 SAMPLE = 50_000
 _TOP_DOCUMENTS = _TOP_PROMPTS = 5
 _SAMPLED_BATCHES = 100
+_MANY_DOCUMENTS, _SMALL_BATCH = 5120, 64  # ten of the large batches, so that few documents repeat in one
+PRESET_LINE = "建议预设 recommended preset"
 LANGUAGES = ("Chinese", "English", "mixed", "other")
 
 LengthsOf = Callable[[Sequence[str]], Sequence[int]]
@@ -103,8 +105,24 @@ class DoctorReport:
         """The report for logs and notebooks."""
         return make_table("数据检查 data doctor", ("检查 check", "数量 count", "占比 share"), _table_rows(self))
 
+    @property
+    def preset(self) -> tuple[str, str]:
+        """The preset that suits these rows, and why, in Chinese and English."""
+        if self.rows < FEW_ROWS:
+            return SMALL_DATA_PRESET, f"只有 {self.rows} 行 only {self.rows} rows"
+        if self.documents >= _MANY_DOCUMENTS and self.batch_size < _SMALL_BATCH:
+            return LARGE_BATCH_PRESET, (
+                f"不同文档有 {self.documents:,} 个，每批只比较 {self.batch_size} 个 "
+                f"a batch compares {self.batch_size} of {self.documents:,} different documents: more are more negatives"
+            )
+        return DEFAULT_PRESET, (
+            f"{self.rows:,} 行、{self.documents:,} 个不同文档，没有需要其他预设的情况 "
+            f"{self.rows:,} rows of {self.documents:,} different documents need no other"
+        )
+
     def _repr_html_(self) -> str:
-        return as_html(self.table) + "".join(f"<p>{html.escape(line)}</p>" for line in self.advice)
+        lines = (*self.advice, f"{PRESET_LINE}: {self.preset[0]} ({self.preset[1]})")
+        return as_html(self.table) + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def examine(

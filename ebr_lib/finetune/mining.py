@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.arrays import Encode, Floats, Ints, Vectors
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.finetune.pool import Pairs, Pool, make_pool
+from ebr_lib.finetune.reranking import accepted, highest_allowed
 from ebr_lib.logs import logger
+from ebr_lib.model.reranker import Scores
 from ebr_lib.names import MiningChoice
 from ebr_lib.tables import make_table, shortened
 
@@ -49,6 +51,8 @@ def mine_hard_negatives(
     catalogue: Catalogue | None = None,
     choice: MiningChoice = "top",
     seed: int = 0,
+    reranker: Scores | None = None,
+    reranker_margin: float = 0.0,
 ) -> Mined:
     """Give each row up to `count` hard negatives; rows for which fewer are found are kept too.
 
@@ -61,12 +65,20 @@ def mine_hard_negatives(
     :param encode_queries: returns vectors of length one, as `encode_documents` does.
     :param margin: None takes documents however near.
     :param choice: `top` takes the nearest candidates, `random` draws them by the seed and the row's number.
+    :param reranker: leaves out candidates that it scores as high as the anchor's lowest positive, less
+        `reranker_margin`: they are likely answers that nobody labelled.
     """
     pool = make_pool(rows, encode_queries, encode_documents, catalogue)
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
     found = _far_enough(pool, first_rank, last_rank, margin)
-    candidates = _candidates(found, pool)
-    taken = [_chosen(places, count, choice, (seed, row)) for row, places in enumerate(candidates)]
+    preferred = [_preferred(places, choice, (seed, row)) for row, places in enumerate(_candidates(found, pool))]
+    if reranker is None:
+        taken = [np.sort(places[:count]) for places in preferred]
+    else:
+        limits = highest_allowed(rows, pool.known.anchors, reranker, reranker_margin)
+        judge = _Judge(reranker, [row.anchor for row in rows], [pool.texts[i] for i in found.document], limits)
+        taken = accepted(preferred, count, judge)
+        judge.log()
     mined = [
         dataclasses.replace(
             row, negatives=row.negatives + tuple(pool.texts[document] for document in found.document[places])
@@ -184,11 +196,29 @@ def _candidates(found: _Found, pool: Pool) -> list[Ints]:
     return candidates
 
 
-def _chosen(places: Ints, count: int, choice: MiningChoice, seed: tuple[int, int]) -> Ints:
-    """Up to `count` of a row's candidates, nearest first."""
-    if choice == "top" or len(places) <= count:
-        return places[:count]
-    return np.sort(np.random.default_rng(seed).choice(places, count, replace=False))
+def _preferred(places: Ints, choice: MiningChoice, seed: tuple[int, int]) -> Ints:
+    """A row's candidates in the order in which they are taken."""
+    return places if choice == "top" else np.random.default_rng(seed).permutation(places)
+
+
+class _Judge:
+    """Tells which candidates a reranker does not take for answers, and counts."""
+
+    def __init__(self, scores: Scores, anchors: Sequence[str], candidates: Sequence[str], limits: Floats) -> None:
+        self.scores, self.anchors, self.candidates, self.limits = scores, anchors, candidates, limits
+        self.looked_at = self.answers = 0
+
+    def __call__(self, asked: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+        scores = self.scores([(self.anchors[row], self.candidates[place]) for row, place in asked])
+        below = scores < self.limits[[row for row, _ in asked]]
+        self.looked_at, self.answers = self.looked_at + len(asked), self.answers + int((~below).sum())
+        return below
+
+    def log(self) -> None:
+        """Log how many candidates were taken for answers."""
+        logger.info(
+            "重排模型认为是答案 taken for answers by the reranker: %d of %d candidates", self.answers, self.looked_at
+        )
 
 
 def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> DataFrame:

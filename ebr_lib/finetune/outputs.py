@@ -6,7 +6,6 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +126,11 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
     _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": normalised(text) in seen} for text in texts))
 
 
-def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[str, Any]] = ()) -> None:
+def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Save training rows as training data; `more` has further columns of each row."""
     lines = (
         {**_as_pair(row.anchor, row.positive, row.prompt), "negative": list(row.negatives), **others}
-        for row, others in zip_longest(rows, more, fillvalue={})
+        for row, others in zip(rows, more or [{}] * len(rows), strict=True)
     )
     _write_lines(path, lines)
 

@@ -96,5 +96,5 @@ def _vectors(
     vectors[np.searchsorted(documents, numbers)] = catalogue.vectors
     lacking = np.flatnonzero(~np.isin(documents, numbers))
     if len(lacking):
-        vectors[lacking] = encode_documents([texts[place] for place in lacking])
+        vectors[lacking] = encode_documents([texts[place] for place in lacking.tolist()])
     return vectors

@@ -41,7 +41,7 @@ def consistent_rows(
     """
     ranks = positive_ranks(make_pool(rows, encode_queries, encode_documents, catalogue))
     kept = ranks <= rank_max
-    dropped = np.flatnonzero(~kept)
+    dropped = np.flatnonzero(~kept).tolist()
     return Consistent(
         [row for row, keep in zip(rows, kept, strict=True) if keep],
         [rows[row] for row in dropped],

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, s
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE, MINED_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.rows import Rows, read_rows
+from ebr_lib.finetune.trackers import need_trackers
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.contract import PROBES
@@ -48,6 +50,8 @@ FREE_ON_RESUME = (
     "eval_batch_size",
     "dataloader_num_workers",
     "save_steps",
+    "report_to",
+    "run_name",
     "on_changed_vectors",
 )
 
@@ -66,6 +70,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     config = FinetuneConfig.resolve(config)
     if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
         refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
+    need_trackers(config.report_to)
     paths = Paths.of(config.output_dir, config.model_name)
     paths.check([config.data_path, config.eval_data_path, config.mining_corpus_path, config.presets])
     look_for_bases_in(config.base_model_path)
@@ -167,6 +172,11 @@ def _read_catalogue(config: FinetuneConfig, rows: Rows) -> Catalogue | None:
     return kept
 
 
+def _by_file(config: FinetuneConfig) -> bool:
+    """Whether batches depend on the files that rows come from."""
+    return bool(config.shares) or config.one_file_batches
+
+
 def _what_decides(
     config: FinetuneConfig, rows: Rows, base: ModelIdentity, catalogue: Catalogue | None
 ) -> dict[str, Any]:
@@ -174,6 +184,7 @@ def _what_decides(
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     return run | {
         "data_sha256": rows.sha256,
+        "rows_per_file": list(Counter(row.file for row in rows.train).values()) if _by_file(config) else None,
         "mining_corpus_sha256": catalogue.sha256 if catalogue else None,
         "model_sha256": base.sha256 or base.name,
         "base_sha256": base.base_sha256 or base.base_model,

@@ -24,7 +24,7 @@ from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import make_datasets
-from ebr_lib.finetune.doctor import DoctorReport, examine
+from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
 from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan
 from ebr_lib.finetune.losses import ContrastiveLoss
@@ -36,8 +36,16 @@ from ebr_lib.finetune.pool import remembered
 from ebr_lib.finetune.positives import consistent_rows
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
+from ebr_lib.finetune.reranking import remembered_scores
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.sources import (
+    NO_IN_BATCH_NEGATIVES,
+    Mix,
+    own_documents_only,
+    rows_per_file,
+    without_in_batch_negatives,
+)
 from ebr_lib.finetune.strength import (
     Halves,
     Values,
@@ -49,6 +57,7 @@ from ebr_lib.finetune.strength import (
     whole,
 )
 from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
+from ebr_lib.finetune.trackers import name_of_run, tensorboard
 from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import (
@@ -61,10 +70,11 @@ from ebr_lib.model.adapters import (
 )
 from ebr_lib.model.contract import read_contract
 from ebr_lib.model.loading import load_model, prompt_of
-from ebr_lib.model.packaged import find_model
+from ebr_lib.model.packaged import find_model, model_label
 from ebr_lib.model.packing import packed_forward
 from ebr_lib.model.precision import Dtype, Precision, choose_precision
 from ebr_lib.model.provenance import Provenance, say_changed_files, weights_of
+from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.shapes import Side, fit_length
 from ebr_lib.names import LOWER_IS_BETTER, Asked
 from ebr_lib.tables import as_text
@@ -283,7 +293,16 @@ def _mined(
     encoders = remembered(queries), remembered(documents)
     if config.positive_rank_max:
         rows = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
-    return _mine(config, rows, encoders, catalogue) if config.mine_hard_negatives else rows
+    return _mine(config, rows, encoders, catalogue, _reranker(config)) if config.mine_hard_negatives else rows
+
+
+def _reranker(config: FinetuneConfig) -> Scores | None:
+    if config.reranker_name is None:
+        return None
+    choice, device = config.trust_remote_code, training_device()
+    return remembered_scores(
+        load_reranker(config.reranker_name, trust_remote_code=choice, device=device, show_bar=True)
+    )
 
 
 def _check_vectors(config: FinetuneConfig, catalogue: Catalogue, model: SentenceTransformer) -> None:
@@ -345,6 +364,7 @@ def _mine(
     rows: Sequence[TrainingRow],
     encoders: tuple[Encode, Encode],
     catalogue: Catalogue | None,
+    reranker: Scores | None,
 ) -> Sequence[TrainingRow]:
     mined = mine_hard_negatives(
         rows,
@@ -356,6 +376,8 @@ def _mine(
         catalogue=catalogue,
         choice=config.mining_choice,
         seed=config.seed,
+        reranker=reranker,
+        reranker_margin=config.reranker_margin,
     )
     logger.info("%s", as_text(mined.table))
     if not mined.counts.any():
@@ -424,6 +446,7 @@ def examine_rows(
     logger.info("%s", as_text(report.table))
     for advice in report.advice:
         logger.warning("%s", advice)
+    logger.info("%s: %s (%s)", PRESET_LINE, *report.preset)
     return report
 
 
@@ -478,8 +501,14 @@ def make_trainer(
         prompts["anchor"] = ""
     prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
 
+    if (alone := _rows_alone(rows, data.width)) is not None:
+        watch.mostly_masked = float("inf")  # that is what they asked for
+
     def known_positives(labels: Tensor) -> Tensor:
-        return (data.known if model.training else data.all_known).mask(labels)
+        mask = (data.known if model.training else data.all_known).mask(labels)
+        if not config.mask_known_positives:
+            mask = torch.zeros_like(mask)
+        return mask if alone is None else own_documents_only(mask, alone[labels.cpu()])
 
     # processes synchronise gradients in the wrapped model's forward, which packed rows skip
     packs = config.packed_rows and world_size() == 1
@@ -489,16 +518,18 @@ def make_trainer(
         label_smoothing=config.label_smoothing,
         l1=config.l1_regularization,
         matryoshka_dims=config.matryoshka_dims,
-        known_positives=known_positives if config.mask_known_positives else None,
+        known_positives=known_positives if config.mask_known_positives or alone is not None else None,
         mini_batch_size=batching.embedded,
         eval_mini_batch_size=config.eval_batch_size,
         heldout=data.counted,
         query_only=config.adapter_side == "query",
         packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
     )
+    mix = _mix(config, rows)
+    run_name = name_of_run(config.run_name, model_label(config.model_name))
     arguments = training_arguments(
         paths.checkpoints,
-        rows=len(rows.train),
+        rows=len(rows.train) if mix is None else mix.batches_in(batching.compared) * batching.compared,
         batch_size=batching.compared,
         num_epochs=config.num_epochs,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -519,11 +550,15 @@ def make_trainer(
         greater_is_better=config.best_metric != LOWER_IS_BETTER,
         prompts=prompts,
         seed=config.seed,
+        report_to=[name for name in config.report_to if name != "tensorboard"],
+        run_name=run_name,
     )
     noise = None
     if config.noise_enabled and config.noise_type != "none" and config.noise_prob:
         noise = TextNoise(config.noise_type, config.noise_prob, config.noise_strength, config.seed)
     callbacks: list[TrainerCallback] = [JsonLinesLog(paths.checkpoints / LOG_FILE), watch]
+    if "tensorboard" in config.report_to:
+        callbacks.append(tensorboard(paths.adapter.parent, run_name))
     if rows.task:
         best = str(paths.checkpoints / BEST_FOLDER)
         patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
@@ -537,6 +572,7 @@ def make_trainer(
         anchors=data.all_known.anchors,
         documents=data.all_known.documents,
         balanced=config.balanced_batches,
+        mix=mix,
         measure=partial(_measured_means, config, rows.task, halves) if rows.task else None,
         noise=noise,
         noise_columns=config.noise_apply_to_fields,
@@ -544,6 +580,38 @@ def make_trainer(
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
     )
+
+
+def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
+    """The rows that each epoch takes, if that is not each once; logs the rows per file.
+
+    :raises ConfigError: a share names no training file, or several processes train.
+    """
+    if not (config.shares or config.one_file_batches):
+        return None
+    if world_size() > 1:
+        raise ConfigError("shares and one_file_batches work in one process; start training without torchrun")
+    files = [row.file for row in rows.train]
+    counts = rows_per_file(files, config.shares)
+    logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
+    return Mix.of(files, config.shares, config.one_file_batches)
+
+
+def _rows_alone(rows: Rows, negatives: int) -> Tensor | None:
+    """Which rows, held-out ones after training rows, are compared with their own documents alone; None if none is.
+
+    :raises DataError: no row has a negative.
+    """
+    alone = without_in_batch_negatives([row.file for row in (*rows.train, *rows.heldout)])
+    if alone is None:
+        return None
+    if not negatives:
+        raise DataError(
+            f"training files whose names end in {NO_IN_BATCH_NEGATIVES} have no negative, so their rows would be "
+            "compared with nothing; give `negative`, or rename the files"
+        )
+    logger.info("不用批内负例 rows without in-batch negatives, by the names of their files: %d", int(alone.sum()))
+    return alone
 
 
 def settle_temperature(config: FinetuneConfig, trainer: EbrTrainer, paths: Paths, *, resumed: bool) -> FinetuneConfig:

@@ -40,6 +40,7 @@ from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
 from ebr_lib.finetune.processes import training_device, world_size
 from ebr_lib.finetune.schedulers import NO_WARM_UP, scheduler_extras
+from ebr_lib.finetune.sources import Mix, MixedBatches
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.model.attention import attention, evaluating
@@ -78,6 +79,7 @@ def training_arguments(
     save_steps: int,
     evaluate: bool,
     pin_memory: bool = False,
+    report_to: Sequence[str] = (),
     **others: Any,
 ) -> SentenceTransformerTrainingArguments:
     """The library's arguments, with those that depend on the number of steps."""
@@ -108,7 +110,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         use_cpu=training_device() == "cpu",
         activation_checkpointing_kwargs={"every_n_layers": CHECKPOINTED},
-        report_to=[],
+        report_to=list(report_to),
         **others,
     )
 
@@ -121,6 +123,7 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     :param anchors: the number of each row's anchor, shape (rows,); balanced batches keep equal ones apart.
     :param documents: the number of each row's document, shape (rows,); balanced batches spread equal ones.
+    :param mix: the training rows that each epoch takes; None takes each once.
     :param measure: held-out metrics of a model, for evaluations; None evaluates the loss alone.
     :param anchor_prompts: the prompt of each row's anchor, by the row's number; None leaves prompts to the arguments.
     :param memory_limit_mb: resident memory above which a CPU step counts as out of memory; 0 means unlimited.
@@ -138,6 +141,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         anchors: NDArray[np.int64],
         documents: NDArray[np.int64],
         balanced: bool = True,
+        mix: Mix | None = None,
         measure: Callable[[SentenceTransformer], GroupMeans] | None = None,
         noise: Noise | None = None,
         noise_columns: Sequence[str] = (),
@@ -146,6 +150,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         self._anchors, self._documents, self._balanced = anchors, documents, balanced
+        self._mix = mix
         self._noise, self._noise_columns = noise, noise_columns
         self._noisy: NoisyCollator | None = None
         self.memory_limit_mb = memory_limit_mb
@@ -230,6 +235,10 @@ class EbrTrainer(SentenceTransformerTrainer):
         """Batches that lose no row, whatever `drop_last`; balanced ones repeat as few documents as possible."""
         if not self._balanced:
             batches = super().get_batch_sampler(dataset, batch_size, False, **kwargs)
+        elif self._mix is not None and dataset is self.train_dataset:
+            batches = MixedBatches(
+                self._mix, self._documents, self._anchors, batch_size=batch_size, seed=kwargs.get("seed") or 0
+            )
         else:
             rows = np.asarray(dataset["label"])
             batches = BalancedBatchSampler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,19 @@ def test_a_short_last_batch_is_not_looked_at():
         ("每批假负例 false negatives, balanced batch of 2", "2.0", "100.0%"),
         ("没有负例的行 rows without a negative, balanced batch of 2", "", "100.0%"),
     ]
+
+
+def test_a_preset_is_recommended_with_its_reason():
+    few, usual = ([TrainingRow(f"query {i}", f"document {i}") for i in range(rows)] for rows in (99, 100))
+    assert look(few).preset == ("configs/finetune/small_data.yaml", "只有 99 行 only 99 rows")
+    assert look(usual).preset[0] == "configs/finetune/default.yaml"
+    report = replace(look(usual), documents=5120, batch_size=63)
+    preset, why = report.preset
+    assert preset == "configs/finetune/large_batch.yaml"
+    assert "a batch compares 63 of 5,120 different documents" in why
+    assert preset in report._repr_html_()
+    for other in (replace(report, documents=5119), replace(report, batch_size=64)):
+        assert other.preset[0] == "configs/finetune/default.yaml"
 
 
 def test_prompts_count():

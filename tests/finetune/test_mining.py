@@ -148,6 +148,36 @@ def test_random_choice_draws_within_the_ranks_by_seed_and_row():
     assert one != other  # rows of one anchor draw for themselves
 
 
+@pytest.mark.parametrize("choice", ["top", "random"])
+def test_candidates_that_a_reranker_takes_for_answers_are_left_out(choice, caplog):
+    rows = click_log(60, 25)
+    asked: list[tuple[str, str]] = []
+
+    def score(query, document):
+        return float(np.random.default_rng(text_keys([query + document]).view(np.uint64)).standard_normal())
+
+    def reranker(pairs):
+        asked.extend(pairs)
+        return np.array([score(normalised(query), normalised(document)) for query, document in pairs])
+
+    window = {"first_rank": 1, "last_rank": 20, "margin": None}
+    with caplog.at_level(logging.INFO, "ebr_lib"):
+        mined = found(
+            rows, mine(rows, count=3, choice=choice, seed=1, reranker=reranker, reranker_margin=0.1, **window)
+        )
+    lowest: dict[str, float] = {}
+    for row in rows:
+        anchor, own = normalised(row.anchor), score(normalised(row.anchor), normalised(row.positive))
+        lowest[anchor] = min(own, lowest.get(anchor, own))
+    for row, texts, candidates in zip(rows, mined, by_brute_force(rows, count=100, **window), strict=True):
+        anchor = normalised(row.anchor)
+        fine = [text for text in candidates if score(anchor, text) < lowest[anchor] - 0.1]
+        assert set(texts) <= set(fine) and len(texts) == min(3, len(fine))
+        assert choice == "random" or texts == fine[:3]
+    assert "taken for answers by the reranker" in caplog.text
+    assert len(asked) - len(rows) < sum(map(len, by_brute_force(rows, count=100, **window)))  # it stops early
+
+
 def test_no_row_is_lost_and_texts_are_unchanged():
     rows = click_log(60, 25)
     mined = mine(rows, count=4, margin=0.5).rows

@@ -27,7 +27,9 @@ from ebr_lib.model import precision as model_precision
 from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.provenance import identify
+from ebr_lib.model.reranker import load_reranker
 from tests.finetune.test_positives import on_the_circle
+from tests.models import build_tiny_reranker
 
 FEW = [TrainingRow("a", "b"), TrainingRow("c", "d")]
 
@@ -265,6 +267,22 @@ def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, 
         setup.with_mined_negatives(
             config, dataclasses.replace(rows, train=[TrainingRow("tent", "lid", ("kite",))]), None
         )
+
+
+def test_a_reranker_checks_the_negatives(settings, tmp_path):
+    folder = str(build_tiny_reranker(tmp_path / "reranker"))
+    mining = {"eval_ratio": 0.0, "mine_hard_negatives": 2, "mining_margin": None}
+    config = config_of(settings, **mining, reranker_name=folder)
+    model = model_of(config)
+    _, found = mined(config, model)
+    score = load_reranker(folder, device="cpu")
+    for row in found:
+        own, *scores = score([(row.anchor, text) for text in (row.positive, *row.negatives)])
+        assert all(negative < own for negative in scores)
+    plain = mined(config_of(settings, **mining), model)[1]
+    assert [row.negatives for row in plain] != [row.negatives for row in found]
+    with pytest.raises(ModelError, match="is a SentenceTransformer, not a cross-encoder"):
+        mined(config_of(settings, **mining, reranker_name=settings["model_name"]), model)
 
 
 def test_finding_no_negatives_is_logged(settings, caplog):

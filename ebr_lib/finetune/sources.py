@@ -1,0 +1,151 @@
+"""Several training files: their shares of an epoch, batches of one file, and files without in-batch negatives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from ebr_lib.arrays import Ints
+from ebr_lib.errors import ConfigError
+from ebr_lib.finetune.batches import BalancedBatchSampler
+
+NO_IN_BATCH_NEGATIVES = "no_in_batch_neg"  # FlagEmbedding's ending of names
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The rows that each epoch takes, and whether a batch holds rows of one file alone.
+
+    :ivar files: number of each row's file, shape (rows,).
+    :ivar counts: rows per epoch of each file, shape (files,).
+    """
+
+    files: Ints
+    counts: Ints
+    one_file: bool
+
+    @classmethod
+    def of(cls, files: Sequence[str], shares: Mapping[str, float], one_file: bool) -> Mix:
+        """From the file of each row; `shares` as `rows_per_file` takes them."""
+        names = list(dict.fromkeys(files))
+        numbers = {name: number for number, name in enumerate(names)}
+        counts = rows_per_file(files, shares)
+        return cls(np.array([numbers[name] for name in files]), np.array([counts[name] for name in names]), one_file)
+
+    def batches_in(self, batch_size: int) -> int:
+        """Batches per epoch."""
+        return int((-(-self.counts // batch_size)).sum()) if self.one_file else -(-int(self.counts.sum()) // batch_size)
+
+
+def rows_per_file(files: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
+    """How many rows of each file an epoch has, as many in all as there are rows.
+
+    :param files: the file of each row.
+    :param shares: path or name of a file, or of a folder, to its share of an epoch. Files without a share split the
+        rest by their rows; if all have one, the shares are scaled to add up to 1.
+    :raises ConfigError: a share names no file that was read, two name one file, or nothing is left for the others.
+    """
+    rows = Counter(files)
+    group_of: dict[str, str] = {}
+    for key in shares:
+        found = [file for file in rows if _is_named(file, key)]
+        if not found:
+            raise ConfigError(f"shares: {key} is none of the training files that were read: {', '.join(rows)}")
+        if twice := [file for file in found if file in group_of]:
+            raise ConfigError(f"shares: {key} and {group_of[twice[0]]} both name {twice[0]}; keep one")
+        group_of |= dict.fromkeys(found, key)
+    rest = 1 - sum(shares.values())
+    others = sum(count for file, count in rows.items() if file not in group_of)
+    if others and rest <= 0:
+        raise ConfigError("shares: they leave nothing for the other training files; lower them, or name every file")
+    size = Counter({key: sum(rows[file] for file in rows if group_of.get(file) == key) for key in shares})
+    weights = {
+        file: shares[group_of[file]] * count / size[group_of[file]] if file in group_of else rest * count / others
+        for file, count in rows.items()
+    }
+    return _whole(weights, len(files))
+
+
+def _is_named(file: str, key: str) -> bool:
+    place, wanted = Path(file).resolve(), Path(key).expanduser().resolve()
+    return key == place.name or place == wanted or wanted in place.parents
+
+
+def _whole(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers in the proportion of the weights that add up to the total (largest remainders)."""
+    exact = {name: weight * total / sum(weights.values()) for name, weight in weights.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+class MixedBatches(Sampler[list[int]]):
+    """Balanced batches of an epoch's rows, which `mix` chooses.
+
+    A file with c rows of n per epoch gives every row c // n times and the rest at random without repeats, drawn again
+    each epoch by (seed, epoch). With `one_file`, each file is dealt by itself, its last batch may be short, and batches
+    of all files are shuffled.
+    """
+
+    def __init__(self, mix: Mix, documents: Ints, anchors: Ints, *, batch_size: int, seed: int) -> None:
+        self.mix, self.batch_size, self.seed, self.epoch = mix, batch_size, seed, 0
+        self._documents, self._anchors = documents, anchors
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draw of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.mix.batches_in(self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        drawn = [_drawn(np.flatnonzero(self.mix.files == n), count, rng) for n, count in enumerate(self.mix.counts)]
+        groups = drawn if self.mix.one_file else [np.concatenate(drawn)]
+        batches = [batch for rows in groups if len(rows) for batch in self._dealt(rows)]
+        order = rng.permutation(len(batches)) if self.mix.one_file else range(len(batches))
+        for place in order:
+            yield batches[place]
+
+    def _dealt(self, rows: Ints) -> list[list[int]]:
+        batches = BalancedBatchSampler(
+            self._documents[rows], self._anchors[rows], batch_size=self.batch_size, seed=self.seed
+        )
+        batches.set_epoch(self.epoch)
+        found = [rows[batch].tolist() for batch in batches]
+        if self.mix.one_file and len(found) > 1 and len(found[-1]) == 1:  # alone it would be compared with nothing
+            found[-1].append(found[0][0])
+        return found
+
+
+def _drawn(rows: Ints, count: int, rng: np.random.Generator) -> Ints:
+    whole, rest = divmod(int(count), len(rows))
+    return np.concatenate([np.tile(rows, whole), rng.permutation(rows)[:rest]])
+
+
+# --- files without in-batch negatives -----------------------------------------------------------------------------
+
+
+def without_in_batch_negatives(files: Sequence[str]) -> Tensor | None:
+    """Which rows are of files, or of folders of files, whose names end in `no_in_batch_neg`, (rows,); None if none."""
+    names = {file: (Path(file).name.split(".")[0], Path(file).resolve().parent.name) for file in set(files)}
+    ends = {file: any(name.endswith(NO_IN_BATCH_NEGATIVES) for name in found) for file, found in names.items()}
+    return torch.tensor([ends[file] for file in files]) if any(ends.values()) else None
+
+
+def own_documents_only(mask: Tensor, alone: Tensor) -> Tensor:
+    """The mask of known positives with all documents of other rows added for the rows that are `alone`.
+
+    :param mask: shape (n, n · columns); see `KnownPositives.mask`.
+    :param alone: shape (n,).
+    """
+    own = torch.eye(len(alone), dtype=torch.bool, device=mask.device).repeat(1, mask.shape[1] // len(alone))
+    return mask | (alone.to(mask.device)[:, None] & ~own)

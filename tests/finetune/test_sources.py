@@ -1,0 +1,116 @@
+"""Files in an epoch: shares counted by hand, batches of one file, and files without in-batch negatives."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from ebr_lib.errors import ConfigError, DataError
+from ebr_lib.finetune.sources import (
+    Mix,
+    MixedBatches,
+    own_documents_only,
+    rows_per_file,
+    without_in_batch_negatives,
+)
+from tests.finetune.conftest import make_trainer, step, write_rows
+
+FILES = ["data/a.jsonl"] * 60 + ["data/b.jsonl"] * 30 + ["more/c.jsonl"] * 10
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"),
+    [
+        ({}, (60, 30, 10)),
+        ({"c.jsonl": 0.4}, (40, 20, 40)),  # the others keep their proportion
+        ({"more": 0.1, "data": 0.9}, (60, 30, 10)),
+        ({"data": 0.25, "more/c.jsonl": 0.25}, (33, 17, 50)),  # scaled to 1; 33.3 and 16.7 of data's 50
+        ({"a.jsonl": 0.01}, (1, 74, 25)),  # 74.25 and 24.75
+    ],
+)
+def test_shares_by_hand(shares, counts):
+    assert tuple(rows_per_file(FILES, shares).values()) == counts
+
+
+def test_shares_that_name_nothing_or_one_file_twice_are_refused():
+    with pytest.raises(ConfigError, match=r"shares: d\.jsonl is none of the training files that were read: data/a"):
+        rows_per_file(FILES, {"d.jsonl": 0.5})
+    with pytest.raises(ConfigError, match=r"data and a\.jsonl both name data/a"):
+        rows_per_file(FILES, {"a.jsonl": 0.5, "data": 0.2})
+    with pytest.raises(ConfigError, match="leave nothing for the other training files"):
+        rows_per_file(FILES, {"a.jsonl": 1.0})
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_an_epoch_has_the_rows_of_its_shares(one_file):
+    mix = Mix.of(FILES, {"c.jsonl": 0.45, "a.jsonl": 0.25}, one_file)
+    batches = MixedBatches(mix, np.arange(100), np.arange(100), batch_size=8, seed=3)
+    epochs = []
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        epochs.append(list(batches))
+    for found in epochs:
+        assert len(found) == len(batches) == (4 + 4 + 6 if one_file else 13)
+        rows = [row for batch in found for row in batch]
+        added = len(rows) - 100  # a row that would be alone in its batch gets another of its file
+        assert added == (1 if one_file else 0)
+        assert Counter(FILES[row] for row in rows) == Counter(
+            {"data/a.jsonl": 25 + added, FILES[60]: 30, FILES[90]: 45}
+        )
+        times = Counter(row for row in rows if row >= 90)
+        assert sorted(times.values()) == [4] * 5 + [5] * 5  # 45 = 4 · 10 + 5
+        if one_file:
+            assert all(len({FILES[row] for row in batch}) == 1 < len(batch) for batch in found)
+    assert epochs[0] != epochs[1]
+    assert len({row for found in epochs for batch in found for row in batch if row < 60}) > 25  # drawn again
+    batches.set_epoch(0)
+    assert list(batches) == epochs[0]
+
+
+def test_names_of_files_without_in_batch_negatives():
+    files = ["x/pairs_no_in_batch_neg.jsonl.gz", "x/pairs.jsonl", "x/old_no_in_batch_neg/pairs.jsonl"]
+    assert without_in_batch_negatives(files).tolist() == [True, False, True]
+    assert without_in_batch_negatives(files[1:2]) is None
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)  # two rows, positives then negatives
+    alone = own_documents_only(mask, torch.tensor([True, False]))
+    assert alone.int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 0]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files of 12 and 4 pairs."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, count in (("a", 12), ("b", 4)):
+        texts = [(f"{name} {i}", f"thing {name} {i}", f"no {name} {i}") for i in range(count)]
+        rows = [dict(zip(("anchor", "positive", "negative"), row, strict=True)) for row in texts]
+        write_rows(data / f"{name}.jsonl", rows)
+    return data
+
+
+def test_training_takes_rows_by_share_from_one_file_at_a_time(plain, folder):
+    knobs = plain | {"data_path": str(folder), "train_batch_size": 4, "learning_rate": 1e-4}
+    seen = step(knobs, one_file_batches=True, shares={"b.jsonl": 0.5}, num_epochs=2)
+    assert seen.steps == len(seen.labels) == 8
+    assert all(len({label < 12 for label in batch}) == 1 for batch in seen.labels)
+    for epoch in (seen.labels[:4], seen.labels[4:]):
+        assert sum(label >= 12 for batch in epoch for label in batch) == 8
+    assert seen.labels != step(knobs, num_epochs=2).labels
+
+
+def test_rows_of_such_a_file_are_compared_with_their_own_documents(plain, folder):
+    (folder / "b.jsonl").rename(folder / "b_no_in_batch_neg.jsonl")
+    knobs = plain | {"data_path": str(folder)}
+    for masks in (True, False):
+        loss = make_trainer(knobs, mask_known_positives=masks).trainer.loss
+        mask = loss.known_positives(torch.tensor([0, 12, 13]))
+        assert (~mask).sum(dim=1).tolist() == [5 + (not masks), 1 + (not masks), 1 + (not masks)]
+        mask.fill_diagonal_(False)
+        assert (~mask)[1].nonzero().flatten().tolist() == [1, 4]  # its positive and its negative
+    for file in folder.iterdir():
+        write_rows(file, [{"anchor": f"{file.stem} {i}", "positive": f"thing {file.stem} {i}"} for i in range(4)])
+    with pytest.raises(DataError, match="end in no_in_batch_neg have no negative"):
+        make_trainer(knobs)
