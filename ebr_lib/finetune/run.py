@@ -68,9 +68,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     if not is_first_process():
         logger.setLevel(logging.ERROR)  # the first one logs
     config = FinetuneConfig.resolve(config)
-    if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
-        refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
-    need_trackers(config.report_to)
+    _check_machine(config)
     paths = Paths.of(config.output_dir, config.model_name)
     paths.check([config.data_path, config.eval_data_path, config.mining_corpus_path, config.presets])
     look_for_bases_in(config.base_model_path)
@@ -135,6 +133,13 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
             logger.warning("%s", result.verdict)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result
+
+
+def _check_machine(config: FinetuneConfig) -> None:
+    """Check what the run needs of this machine besides data and models: installed trackers, a guarded script."""
+    if config.dataloader_num_workers and multiprocessing.get_start_method() != "fork":
+        refuse_script_without_guard("preparing batches in processes", "dataloader_num_workers: 0")
+    need_trackers(config.report_to)
 
 
 def _identify(config: FinetuneConfig) -> ModelIdentity:
