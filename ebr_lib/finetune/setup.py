@@ -594,7 +594,7 @@ def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
     files = [row.file for row in rows.train]
     counts = rows_per_file(files, config.shares)
     logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
-    return Mix.of(files, config.shares, config.one_file_batches)
+    return Mix.of(files, counts, config.one_file_batches)
 
 
 def _rows_alone(rows: Rows, negatives: int) -> Tensor | None:

@@ -32,12 +32,10 @@ class Mix:
     one_file: bool
 
     @classmethod
-    def of(cls, files: Sequence[str], shares: Mapping[str, float], one_file: bool) -> Mix:
-        """From the file of each row; `shares` as `rows_per_file` takes them."""
-        names = list(dict.fromkeys(files))
-        numbers = {name: number for number, name in enumerate(names)}
-        counts = rows_per_file(files, shares)
-        return cls(np.array([numbers[name] for name in files]), np.array([counts[name] for name in names]), one_file)
+    def of(cls, files: Sequence[str], counts: Mapping[str, int], one_file: bool) -> Mix:
+        """From the file of each row, and the rows per epoch of each file."""
+        numbers = {name: number for number, name in enumerate(counts)}
+        return cls(np.array([numbers[name] for name in files]), np.array([*counts.values()]), one_file)
 
     def batches_in(self, batch_size: int) -> int:
         """Batches per epoch."""

@@ -46,7 +46,7 @@ def test_shares_that_name_nothing_or_one_file_twice_are_refused():
 
 @pytest.mark.parametrize("one_file", [False, True])
 def test_an_epoch_has_the_rows_of_its_shares(one_file):
-    mix = Mix.of(FILES, {"c.jsonl": 0.45, "a.jsonl": 0.25}, one_file)
+    mix = Mix.of(FILES, rows_per_file(FILES, {"c.jsonl": 0.45, "a.jsonl": 0.25}), one_file)
     batches = MixedBatches(mix, np.arange(100), np.arange(100), batch_size=8, seed=3)
     epochs = []
     for epoch in range(4):
