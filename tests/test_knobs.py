@@ -148,7 +148,8 @@ def test_a_tilde_is_the_home_folder_in_every_path_knob(stage, monkeypatch):
     assert len(places) > 1
     for name in places:
         given = ["~/a.png", "b"] if name == "models" else "~/a.png"
-        value = getattr(kind.resolve({name: given}), name)
+        needed = {"positive_rank_max": 50} if name == "mining_corpus_path" else {}
+        value = getattr(kind.resolve({name: given} | needed), name)
         assert value == (("/home/me/a.png", "b") if name == "models" else "/home/me/a.png")
     assert InferenceConfig.resolve({"delimiter": "~"}).delimiter == "~"
 
