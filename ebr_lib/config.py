@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.inference.config import InferenceConfig
+from ebr_lib.knobs.checks import Config
+from ebr_lib.knobs.fields import Place
 from ebr_lib.logs import logger
+from ebr_lib.tables import as_text, make_table
 from ebr_lib.visualize.config import VisConfig
 
 
@@ -79,6 +83,40 @@ def _check_files(configs: Mapping[str, Any]) -> Iterator[str]:
             errors = list(check(config, handover))
         if errors:
             yield "\n".join([f"{stage}:", *(f"  - {error}" for error in errors)])
+
+
+def plan_of(command: str, stage: str, config: Config) -> str:
+    """What a run of a stage would do: its changed knobs, and the places that it names.
+
+    :raises ConfigError: a file, model or column is not there, or is not what the stage needs.
+    """
+    if type(config) in get_type_hints(Configs).values():
+        for text in _check_files({stage: config}):
+            raise ConfigError(text)
+    changed = [(name, value, default) for name, value, default in config.rows() if default]
+    places = [
+        (name, place, _state(Path(place)))
+        for name, kind in get_type_hints(type(config), include_extras=True).items()
+        for place in _places(kind, getattr(config, name))
+    ]
+    tables = (
+        make_table(f"计划 plan: {command}", ("knob", "value", "default"), changed),
+        make_table("路径 places", ("knob", "value", "now"), places),
+    )
+    return "\n\n".join([*map(as_text, tables), "检查通过，未做任何计算 checked; nothing was computed"])
+
+
+def _places(kind: Any, value: Any) -> Sequence[str]:
+    """The paths that a knob holds; of a list, which may hold names too, those that are there."""
+    if value is None or not any(inner in (Place, tuple[Place, ...]) for inner in (kind, *get_args(kind))):
+        return ()
+    return [each for each in value if Path(each).exists()] if isinstance(value, tuple) else [value]
+
+
+def _state(path: Path) -> str:
+    if path.is_file():
+        return f"a file of {path.stat().st_size:,} bytes"
+    return "a folder" if path.is_dir() else "not there yet, or a name"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from ebr_lib.live import notebook_shell, watch_failed_cells
+from ebr_lib.tables import RED, YELLOW, styled
 
 logger = logging.getLogger("ebr_lib")
 RESULT = {"is_result": True}
@@ -20,7 +21,9 @@ class _BarSafe(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
+        style = RED if record.levelno >= logging.ERROR else YELLOW if record.levelno >= logging.WARNING else ""
+        text = self.format(record)
+        tqdm.write(styled(text, style) if style else text, file=sys.stdout)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -36,6 +39,12 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def only_results() -> None:
+    """Print nothing but results, warnings and errors, once `show_logs` was called."""
+    for handler in logger.handlers:
+        handler.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "is_result"))
 
 
 def show_logs(level: int = logging.INFO) -> None:

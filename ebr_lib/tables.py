@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import math
 import os
 import re
+import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}  # pictures that a notebook shows by itself
 SHORT = 24  # half-width columns: a notebook would break longer texts into lines, and these need not be
 LARGEST_PAGE = 2 << 20  # bytes of a page that is shown in a notebook, whose file would hold it
+NARROWEST = 10  # columns that a text gets in a narrow terminal
+BOLD, RED, YELLOW, GREEN = "1", "31", "33", "32"
 LONGEST = 200  # characters of either end of a text that `squeezed` looks at
 _NUMBER = re.compile(r"([+-]?\d[\d.,]*(?=[ %]|$)|$)")
 
@@ -36,19 +41,56 @@ def make_table(
     return frame
 
 
-def as_text(table: DataFrame) -> str:
-    """Title and table for logs and terminals: numbers right, texts left."""
+def as_text(table: DataFrame, width: int | None = None) -> str:
+    """Title and table for logs and terminals: numbers right, texts left.
+
+    :param width: half-width columns that it may take; texts are wrapped to fit. None takes the terminal's, if there is
+        one, and has no limit otherwise.
+    """
     import pandas as pd
 
+    width = width or terminal_width()
     title, shown = table.attrs.get("title", ""), _as_shown(table)
     cells = pd.DataFrame([shown.columns, *shown.to_numpy()])  # the head is padded like the cells below it
-    for place, name in enumerate(shown):
-        if not _holds_numbers(shown[name]):
-            width = cells[place].map(columns_of).max()
-            cells[place] = [text + " " * (width - columns_of(text)) for text in cells[place]]
+    texts = [place for place, name in enumerate(shown) if not _holds_numbers(shown[name])]
+    if width:
+        cells, title = _fitted(cells, texts, width), wrapped(title, width)
+    for place in texts:
+        most = cells[place].map(columns_of).max()
+        cells[place] = [text + " " * (most - columns_of(text)) for text in cells[place]]
     with pd.option_context("display.unicode.east_asian_width", True):
         lines = cells.map("{} ".format).to_string(index=False, header=False) if len(shown.columns) else ""
-    return "\n".join([title, *map(str.rstrip, lines.split("\n"))]).rstrip()
+    return "\n".join([styled(title, BOLD), *map(str.rstrip, lines.split("\n"))]).rstrip()
+
+
+def _fitted(cells: DataFrame, texts: Sequence[int], width: int) -> DataFrame:
+    """The cells with texts wrapped, so that rows fit a width: the widest columns give first, down to `NARROWEST`."""
+    import pandas as pd
+
+    widths = [int(cells[place].map(columns_of).max()) for place in cells]
+    while sum(widths) + 2 * len(widths) > width and any(widths[place] > NARROWEST for place in texts):
+        widths[max(texts, key=lambda place: widths[place])] -= 1
+    rows: list[tuple[str, ...]] = []
+    for row in cells.to_numpy():
+        columns = [wrapped(cell, most).split("\n") if place in texts else [cell]
+                   for place, (cell, most) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        rows += itertools.zip_longest(*columns, fillvalue="")
+    return pd.DataFrame(rows)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output goes to; None for a file, a pipe or a notebook."""
+    return shutil.get_terminal_size().columns if _is_terminal() else None
+
+
+def styled(text: str, style: str) -> str:
+    """A text in bold or in a colour, where a terminal shows it and NO_COLOR does not forbid it."""
+    plain = not _is_terminal() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain or not text else f"\x1b[{style}m{text}\x1b[0m"
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def as_html(table: DataFrame) -> str:
@@ -176,3 +218,21 @@ def squeezed(text: str, most: float, width_of: Callable[[str], float] = columns_
     while head and width_of(f"{head.rstrip()}…{tail}") > most:
         head = head[:-1]
     return f"{head.rstrip()}…{tail}"
+
+
+def wrapped(text: str, most: float, width_of: Callable[[str], float] = columns_of) -> str:
+    """Break a text into lines of a width: at spaces, inside longer words, and inside Chinese ones of half of it."""
+    return "\n".join(_wrapped_line(line, most, width_of) for line in text.split("\n"))
+
+
+def _wrapped_line(text: str, most: float, width_of: Callable[[str], float]) -> str:
+    lines, line = [], ""
+    for word in text.split(" "):
+        pieces = list(word) if width_of(word) > (most if word.isascii() else most / 2) else [word]
+        for i, piece in enumerate(pieces):
+            joined = f"{line} {piece}" if line and i == 0 else line + piece
+            if line and width_of(joined) > most:
+                lines.append(line)
+                joined = piece
+            line = joined
+    return "\n".join([*lines, line])

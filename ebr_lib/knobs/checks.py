@@ -132,13 +132,14 @@ class Config:
     def _repr_html_(self) -> str:
         from ebr_lib.tables import as_html, make_table
 
-        rows = list(self._rows())
+        rows = list(self.rows())
         changed = [row for row in rows if row[2]]
         own = as_html(make_table(type(self).__name__, ("knob", "value", "default"), changed))
         every = as_html(make_table("", ("knob", "value"), [row[:2] for row in rows]))
         return f"{own}<details><summary>全部 {len(rows)} 项 all knobs</summary>{every}</details>"
 
-    def _rows(self) -> Iterator[tuple[str, str, str]]:
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Name, value and default of each knob, as in a preset; the default is empty where the value is the default."""
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), default_of(field)
             yield field.name, shown_value(value), "" if value == default else shown_value(default)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ebr_lib.knobs.checks import Config, default_of, shown_value, unknown_name
+from ebr_lib.knobs.fields import Place
 from ebr_lib.knobs.presets import PRESET_KEY, read_yaml
+
+LONGEST_CHOICES = 30  # characters of the choices that a metavar lists
+_KNOB = re.compile(r"    (\w+): .*= knob\(")
 
 
 def kind_text(kind: Any) -> str:
@@ -41,7 +47,11 @@ def _range_text(constraints: Sequence[Any]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    """Add `--config` and one flag per knob to a parser; flags that are not given are absent from the result."""
+    """Add `--config` and one flag per knob to a parser; flags that are not given are absent from the result.
+
+    A comment line above knobs in the class names their group in `--help`.
+    """
+    groups = {"": parser.add_argument_group("knobs")}
     parser.add_argument(
         "--config",
         "--preset",
@@ -52,14 +62,69 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
         help="preset files; later ones override earlier ones",
     )
     hints = get_type_hints(config_class, include_extras=True)
+    titles = _group_titles(config_class)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
-        text = f"{field.metadata['help']} ({kind_text(kind)}; default {shown_value(default_of(field))})".replace(
-            "%", "%%"
-        )
+        title = titles.get(field.name, "")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = shown_value(default_of(field))
+        notes = filter(None, (_range_of(kind), f"default {default}"))
+        text = f"{field.metadata['help']} [{'; '.join(notes)}]".replace("%", "%%")
         many = "*" if get_origin(kind) is tuple else "+" if _one_or_several(kind) else None
         extra: dict[str, Any] = {"nargs": "?", "const": "true"} if _is_switch(kind) else {"nargs": many} if many else {}
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=text, **extra)
+        groups[title].add_argument(
+            f"--{field.name}", default=argparse.SUPPRESS, metavar=_metavar(kind), help=text, **extra
+        )
+
+
+def _group_titles(config_class: type[Config]) -> dict[str, str]:
+    """Knob to the comment line that begins its group, read from the source of the class; none without a source."""
+    try:
+        lines = inspect.getsource(config_class).splitlines()
+    except OSError:
+        return {}
+    titles, title = {}, ""
+    for line in lines:
+        if line.startswith("    # "):
+            title = line.removeprefix("    # ")
+        elif found := _KNOB.match(line):
+            titles[found[1]] = title
+    return titles
+
+
+def _metavar(kind: Any) -> str:
+    """What a flag takes, in one word: INT, NUMBER, PATH, TEXT, or the choices where they are short."""
+    words = list(dict.fromkeys(_value_words(kind)))
+    text = "|".join(words)
+    return text if len(text) <= LONGEST_CHOICES else "CHOICE" if all(map(str.islower, words)) else "VALUE"
+
+
+def _value_words(kind: Any) -> Iterator[str]:
+    if kind is type(None):
+        return
+    if kind == Place:
+        yield "PATH"
+    elif get_origin(kind) in (typing.Union, types.UnionType, tuple):
+        for inner in get_args(kind):
+            if inner is not Ellipsis:
+                yield from _value_words(inner)
+    elif get_origin(kind) is typing.Annotated:
+        yield from _value_words(get_args(kind)[0])
+    elif get_origin(kind) is typing.Literal:
+        yield from map(str, get_args(kind))
+    elif get_origin(kind) is dict:
+        yield "YAML"
+    else:
+        yield {bool: "true|false", int: "INT", float: "NUMBER"}.get(kind, "TEXT")
+
+
+def _range_of(kind: Any) -> str:
+    """What the metavar leaves out: a range, or choices that are too long for it."""
+    text = kind_text(kind)
+    if _metavar(kind) in ("CHOICE", "VALUE") or any(sign in text for sign in "≥≤<>"):
+        return re.sub(r"(int|float), |null or | or null", "", text)
+    return ""
 
 
 def from_flags(config_class: type[Config], arguments: Mapping[str, Any]) -> Any:

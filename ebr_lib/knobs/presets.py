@@ -59,3 +59,11 @@ def _near(path: Path) -> list[str]:
         if found := sorted(str(path.parent / p.name) for p in (root / path.parent).glob("[!.]*.yaml")):
             return found
     return sorted({p.relative_to(root).as_posix() for root in _SHIPPED for p in root.glob("configs/*/*.yaml")})
+
+
+def shipped_presets(folder: str) -> dict[str, str]:
+    """The presets that we ship in a folder of `configs/`, with what the first line of each says."""
+    for root in _SHIPPED:
+        if files := sorted((root / "configs" / folder).glob("*.yaml")):
+            return {f"configs/{folder}/{p.name}": p.read_text("utf-8").split("\n")[0].strip("# ") for p in files}
+    return {}
