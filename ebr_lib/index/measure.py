@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from ebr_lib.index.faiss_tools import (
     searched_part,
 )
 from ebr_lib.metrics import CHUNK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TRUTH_DEPTH = 100  # exact neighbours kept per query, so that ties with the k-th are known
 RECALL_AT = 10
@@ -143,11 +146,16 @@ def remedies(index: Any, truth: Truth, plan: Plan, target: float) -> list[tuple[
 
 
 def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, target: float) -> None:
-    """Draw recall against median latency: one dot per setting, the chosen one filled."""
+    """Draw recall against median latency: one dot per setting, the chosen one filled. One setting has no curve: its
+    latencies are drawn."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2 if len(points) > 1 else 2.2), layout="constrained")
     axes = figure.subplots()
+    if len(points) == 1:
+        _draw_latencies(axes, plan, chosen)
+        figure.savefig(path, dpi=130)
+        return
     axes.plot([p.p50 for p in points], [p.recall for p in points], "-", color="0.6", zorder=1)
     for point in points:
         face = "C0" if point is chosen else "white"
@@ -160,3 +168,12 @@ def draw_curve(path: Path, plan: Plan, points: Sequence[Point], chosen: Point, t
     axes.margins(x=0.15)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _draw_latencies(axes: Axes, plan: Plan, point: Point) -> None:
+    """Draw the latencies of the only setting as bars; its recall is in the title."""
+    bars = axes.barh(["p99", "p95", "median"], [point.p99, point.p95, point.p50], color="C0", height=0.6)
+    axes.bar_label(bars, fmt="%.3g ms", padding=4, fontsize=9)
+    title = f"{plan.factory}: recall@{RECALL_AT} {point.recall:.4f}" + ("" if plan.knob else ", all vectors compared")
+    axes.set(xlabel="latency of one query, one thread (ms)", title=title)
+    axes.margins(x=0.15)
