@@ -19,6 +19,7 @@ from ebr_lib.knobs.flags import from_flags
 from ebr_lib.knobs.tables import with_tables
 from ebr_lib.notebook import inject, parse_parameters
 from ebr_lib.visualize.config import VisConfig
+from tests.visualize.test_points import ATLAS_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.name for path in (ROOT / "docs/en").glob("*.md"))
@@ -108,6 +109,8 @@ def check_command(words: list[str]) -> None:
     if words[0] == "make":
         makefile = text_of("Makefile")
         assert len(words) == 2 and re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+    elif words[0] == "embedding-atlas":
+        assert words[1:] == ["embedding_scatter.parquet", *ATLAS_COLUMNS]
     elif words[:2] == ["pip", "install"]:
         assert words[2] in text_of("requirements.txt").split() or (ROOT / words[-1]).is_file()
     elif words[:3] == ["python", "-m", "pytest"] or words[:2] == ["jupyter", "notebook"]:

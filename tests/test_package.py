@@ -54,7 +54,7 @@ def test_the_wheel_has_every_module_preset_and_data_file(wheel):
     files = {path for path in (ROOT / "ebr_lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     presets = {f"ebr_lib/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("configs/*/*.yaml")}
     assert packed == {path.relative_to(ROOT).as_posix() for path in files} | presets
-    assert {"ebr_lib/py.typed", "ebr_lib/visualize/explorer.html", "ebr_lib/configs/index/hnsw.yaml"} <= packed
+    assert {"ebr_lib/py.typed", "ebr_lib/visualize/page/paint.js", "ebr_lib/configs/index/hnsw.yaml"} <= packed
 
 
 def test_the_wheel_has_the_library_s_version_and_the_licence(wheel):

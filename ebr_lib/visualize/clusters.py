@@ -312,6 +312,7 @@ class Clusters:
     :param why: what chose the number of clusters.
     :param silhouette: mean of all rows; NaN for one cluster, or as many as rows.
     :param typical: rows nearest to each cluster's centre, nearest first.
+    :param words: the words that set each cluster apart, once texts were read.
     """
 
     codes: Ints
@@ -319,6 +320,7 @@ class Clusters:
     silhouette: float
     sizes: tuple[int, ...]
     typical: tuple[tuple[int, ...], ...]
+    words: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:

@@ -26,8 +26,8 @@ class VisConfig(Config):
     )
     text_column: str | None = knob(
         None,
-        "Column whose text the explorer and the tables show; null uses `description`, or else the first other column.",
-        "交互页面和表格中展示的文本列；null 取 `description`，没有则取第一个其他列。",
+        "Column whose text the explorer and the tables show; null uses the one that was encoded, or else the one with the longest texts.",
+        "交互页面和表格中展示的文本列；null 取编码所用的列，没有则取文本最长的列。",
     )
     chinese_fonts: tuple[Place, ...] = knob(
         [
@@ -46,7 +46,11 @@ class VisConfig(Config):
         "Points that t-SNE and UMAP are computed on, sampled by label; the others are placed by their nearest neighbours.",
         "参与 t-SNE 与 UMAP 计算的点数（按标签抽样）；其余的点按最近邻放置。",
     )
-    explorer: bool = knob(True, "Write an interactive HTML page next to the picture.", "在图片旁生成交互式网页。")
+    explorer: bool = knob(
+        True,
+        "Write an interactive HTML page next to the picture, and a Parquet file with its points.",
+        "在图片旁生成交互式网页，以及其中各点的 Parquet 文件。",
+    )
     # the maps
     method: Literal["both", "tsne", "umap"] = knob("both", "Maps to draw.", "绘制哪种降维图。")
     tsne_perplexity: Annotated[float, Field(ge=1)] = knob(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,19 @@ from ebr_lib.arrays import Ints
 
 Points = NDArray[np.floating[Any]]
 
-# colours that read well on white, each as far in OKLab from those before it, and from grey, as can be
+# Each as far in OKLab as can be from those before it, from grey, and from the paper: its contrast with the paper is 3:1
+# or more, also at `OPACITY`. The page is light or dark, the picture light.
 PALETTE = (
-    "#5874ea", "#9c0451", "#55e02d", "#3e6102", "#fd67f4", "#f44657", "#6f00c2", "#faab3f", "#2a5885", "#a35e16",
-    "#4cd7c8", "#b05baa", "#189a30", "#fd9cba", "#1139d7", "#acbaf8", "#a5a50e", "#1b8278", "#26a9f1", "#b180fc",
+    "#3f63e0", "#9e0000", "#006200", "#5a0880", "#bb34ac", "#f05200", "#005278", "#449600", "#876216", "#804b70",
+    "#161eac", "#5a3400", "#088078", "#9e62f8", "#d21652", "#7834bb", "#700f44", "#b46962", "#0f8ec3", "#9669ac",
 )  # fmt: skip
-GREY, PALE = "#9a9a9a", "#d4d4d4"  # smaller labels, and rows without a label
-SHOWN = len(PALETTE)  # labels that have a colour, a name on the map and a line in the legend
+DARK_PALETTE = (
+    "#7d9bff", "#ffe83c", "#ff804b", "#00f8ff", "#62bb44", "#ffc3f8", "#d25aac", "#c3c396", "#00bbc3", "#ac8000",
+    "#78f087", "#e18eff", "#d2524b", "#c396ac", "#2d9662", "#96caff", "#8e69d2", "#0087d2", "#daf0ca", "#ffb400",
+)  # fmt: skip
+GREY = "#8b909a"  # rows without a label
+OPACITY = 0.85
+SHOWN = len(PALETTE)  # colours; further labels repeat them
 
 
 @dataclass(frozen=True)
@@ -41,23 +48,42 @@ class Groups:
     :param names: labels, largest first.
     :param counts: rows of each label.
     :param title: what the labels are: the column's name, or "k-means cluster".
+    :param spread: the colour of each label, as `spread_out` chose it.
     """
 
     codes: Ints
     names: Sequence[str]
     counts: Sequence[int]
     title: str
+    spread: Ints | None = field(default=None, compare=False)
 
     @property
     def shades(self) -> Ints:
-        """What each row is drawn as, a place in `shade_colours`: its label, then all other labels, then no label."""
-        own = min(SHOWN, len(self.names))
-        return np.where(self.codes < 0, own + 1, np.minimum(self.codes, own))
+        """What each row is drawn as, a place in `shade_colours`: the colour of its label, or that of no label."""
+        return np.where(self.codes < 0, len(self.shade_colours) - 1, self.colours[self.codes])
+
+    @property
+    def colours(self) -> Ints:
+        """The colour of each label, a place in `PALETTE`."""
+        return np.arange(len(self.names)) % SHOWN if self.spread is None else self.spread
 
     @property
     def shade_colours(self) -> list[str]:
-        """A colour for each of the `SHOWN` largest labels, then for all others, then for no label."""
-        return [*PALETTE[: len(self.names)], GREY, PALE]
+        """The colours of the labels, then that of no label."""
+        return [*PALETTE[: len(self.names)], GREY]
+
+    def spread_out(self, cores: Points) -> Groups:
+        """With colours for the labels beyond the palette's: each takes one whose labels are far from its own core.
+
+        :param cores: the place of each label on a map, NaN where it has none.
+        """
+        colours = np.arange(len(self.names)) % SHOWN
+        for label in range(SHOWN, len(colours)):
+            gaps = np.nan_to_num(np.linalg.norm(cores[:label] - cores[label], axis=1), nan=np.inf)
+            nearest = np.full(SHOWN, np.inf)
+            np.minimum.at(nearest, colours[:label], gaps)
+            colours[label] = nearest.argmax() if np.isfinite(nearest).all() else colours[label]
+        return dataclasses.replace(self, spread=colours)
 
     @property
     def without(self) -> int:

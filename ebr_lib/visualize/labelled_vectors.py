@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ebr_lib.arrays import Floats, Ints, Vectors
-from ebr_lib.data.embeddings.base import AGAIN
+from ebr_lib.data.embeddings.base import AGAIN, read_manifest
 from ebr_lib.data.embeddings.files import iter_embeddings, read_embeddings
 from ebr_lib.errors import DataError
 from ebr_lib.logs import logger
-from ebr_lib.tables import shortened
+from ebr_lib.model.provenance import Provenance
+from ebr_lib.tables import columns_of, shortened
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LabelledVectors:
     :param unit: unit vectors, rows × dimensions.
     :param labels: label of each row; None where it has none. `texts` likewise.
     :param keys: identify the rows: values of an id column, or row numbers.
+    :param columns: the kept columns that were asked for, whole.
     :param norms: lengths of the vectors before normalisation.
     :param zero: rows left out because their vector is all zeros; `without_vector`: because they have none.
     :param unmatched: rows left out because the file to compare with does not have them.
@@ -38,6 +40,7 @@ class LabelledVectors:
     zero: int
     without_vector: int
     unmatched: int = 0
+    columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -56,6 +59,7 @@ class LabelledVectors:
             texts=[self.texts[r] for r in rows],
             keys=[self.keys[r] for r in rows],
             norms=self.norms[rows],
+            columns={name: [values[r] for r in rows] for name, values in self.columns.items()},
             **changes,
         )
 
@@ -65,13 +69,27 @@ def columns_in(path: str) -> list[str]:
     return list(next(iter_embeddings(path)).columns)
 
 
-def read_labelled(path: str, label: str | None, text: str | None, key: str | None) -> LabelledVectors:
+def text_column_in(path: str) -> str | None:
+    """The kept column that was encoded, by the manifest; else `description`, else the one with the longest texts."""
+    columns = next(iter_embeddings(path)).columns
+    encoded = Provenance.of(read_manifest(path) or {}).description_column
+    if usual := next((name for name in (encoded, "description") if name in columns), None):
+        return usual
+    return max(columns, key=lambda name: sum(columns_of(value or "") for value in columns[name]), default=None)
+
+
+def read_labelled(
+    path: str, label: str | None, text: str | None, key: str | None, kept: Sequence[str] = ()
+) -> LabelledVectors:
     """Read a file; without a `key` column, row numbers are the keys.
+
+    :param kept: columns to keep whole beside label, text and key.
 
     :raises MissingError: the file does not exist.
     :raises DataError: it cannot be read, lacks a column, or all its vectors are zeros.
     """
-    data = read_embeddings(path, list(dict.fromkeys(name for name in (label, text, key) if name is not None)))
+    wanted = [name for name in (label, text, key, *kept) if name is not None]
+    data = read_embeddings(path, list(dict.fromkeys(wanted)))
     vectors = data.vectors
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     rows = np.flatnonzero(norms > 0)
@@ -88,19 +106,20 @@ def read_labelled(path: str, label: str | None, text: str | None, key: str | Non
         norms,
         zero=len(norms) - len(rows),
         without_vector=data.total - len(data),
+        columns={name: data.columns[name] for name in kept},
     )
     return read if len(rows) == len(norms) else read.take(rows)
 
 
 def read_both(
-    path: str, path_before: str, *, label: str | None, text: str | None, key: str | None
+    path: str, path_before: str, *, label: str | None, text: str | None, key: str | None, kept: Sequence[str] = ()
 ) -> tuple[LabelledVectors, LabelledVectors]:
     """The rows that two files share, in the order of the first.
 
     :param key: the column that identifies rows; None matches them by their order.
     :raises DataError: rows cannot be matched, or none are in both files.
     """
-    now = read_labelled(path, label, text, key)
+    now = read_labelled(path, label, text, key, kept)
     if key is not None:
         return _matched(now, read_labelled(path_before, None, None, key), key)
     columns = columns_in(path)

@@ -13,21 +13,33 @@ import numpy as np
 from pandas import DataFrame
 
 from ebr_lib.arrays import Ints
+from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.extras import require
 from ebr_lib.files import check_apart, check_output_file, write_json
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.model.provenance import Provenance
 from ebr_lib.tables import TableRepr, as_html, as_text, html_link, html_picture
 from ebr_lib.visualize import clusters as measure
 from ebr_lib.visualize import explorer, fonts, projection
 from ebr_lib.visualize import figure as visualize_figure
+from ebr_lib.visualize.columns import IDS, TITLES, Column, column_of, labels_column, usual_column
 from ebr_lib.visualize.config import VisConfig
-from ebr_lib.visualize.groups import Groups, Panel, groups_of
-from ebr_lib.visualize.labelled_vectors import LabelledVectors, columns_in, read_both, read_labelled
+from ebr_lib.visualize.groups import SHOWN, Groups, Panel, groups_of
+from ebr_lib.visualize.keywords import cluster_words
+from ebr_lib.visualize.labelled_vectors import LabelledVectors, columns_in, read_both, read_labelled, text_column_in
+from ebr_lib.visualize.labels import cores_of
 from ebr_lib.visualize.maps import NEAR, Maps, project, sampled
+from ebr_lib.visualize.points import write_points
 from ebr_lib.visualize.summary import MEANINGS, SCORED, Numbers, Side, caption_of, health_of, measured, tables_of
 
-NUMBERS, CONFIG, PAGE, MAPS = BESIDE = ".json", ".yaml", ".html", ".maps.npz"  # endings of the files beside the picture
+NUMBERS, CONFIG, PAGE, POINTS, MAPS = BESIDE = (
+    ".json",
+    ".yaml",
+    ".html",
+    ".parquet",
+    ".maps.npz",
+)  # endings of the files beside the picture
 LISTED = 20  # rows of a table that are shown
 NO_LABEL_TITLE = "k-means cluster"
 
@@ -72,7 +84,8 @@ def _head(table: DataFrame) -> DataFrame:
 def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) -> VisResult:
     """Draw an embedding file, measure it, and write the explorer page.
 
-    Writes `output_path`, and beside it `.json` (all numbers), `.yaml` (the config) and `.html` (the page).
+    Writes `output_path`, and beside it `.json` (all numbers), `.yaml` (the config), `.html` (the page) and `.parquet`
+    (the page's points).
 
     :raises MissingError: the embedding file does not exist.
     :raises DataError: it cannot be read, or lacks a column.
@@ -87,6 +100,7 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     labels = _labels(vectors, config.label_column)
     wanted = len(labels.names) if labels and len(labels.names) <= SCORED else 0
     clusters = measure.find_clusters(vectors.unit, config.clusters, wanted, config.seed)
+    clusters = dataclasses.replace(clusters, words=cluster_words(vectors.texts, clusters.codes, clusters.k))
     groups = labels if labels and labels.names else _cluster_groups(clusters)
     maps, maps_before = _maps(vectors, old, groups, config)
     now = Side(vectors, maps, measured(vectors, labels, clusters, maps, health))
@@ -113,11 +127,11 @@ def _check_places(config: VisConfig) -> None:
 def _read(config: VisConfig) -> tuple[LabelledVectors, LabelledVectors | None]:
     """The vectors of the file, and those of the same rows in the file to compare with."""
     path, label = config.embedding_path, config.label_column
-    rest = [name for name in columns_in(path) if name not in (label, config.id_column)]
-    text = config.text_column or ("description" if "description" in rest else next(iter(rest), label))
+    text = config.text_column or text_column_in(path)
+    kept = columns_in(path) if config.explorer else []
     if config.compare_path is None:
-        return read_labelled(path, label, text, None), None
-    return read_both(path, config.compare_path, label=label, text=text, key=config.id_column)
+        return read_labelled(path, label, text, None, kept), None
+    return read_both(path, config.compare_path, label=label, text=text, key=config.id_column, kept=kept)
 
 
 def _warn_of_absent_fonts(names: Sequence[str]) -> None:
@@ -139,7 +153,8 @@ def _labels(vectors: LabelledVectors, column: str | None) -> Groups | None:
 
 
 def _cluster_groups(found: measure.Clusters) -> Groups:
-    return Groups(found.codes, [f"cluster {i + 1}" for i in range(found.k)], found.sizes, NO_LABEL_TITLE)
+    names = [f"{i + 1}: {words}" if words else f"cluster {i + 1}" for i, words in enumerate(found.words)]
+    return Groups(found.codes, names, found.sizes, NO_LABEL_TITLE)
 
 
 def _maps(
@@ -178,10 +193,10 @@ def _written(
     """Write the picture, its numbers, its config and the page."""
     picture = Path(config.output_path)
     numbers_path, page = picture.with_suffix(NUMBERS), picture.with_suffix(PAGE) if config.explorer else None
-    title = Path(config.embedding_path).name
-    if config.compare_path:
-        title = f"{Path(config.compare_path).name} → {title}"
+    title = _title(config, len(now.vectors))
     panels = list(_panels(now.maps, before.maps if before else None))
+    if len(groups.names) > SHOWN:
+        groups = groups.spread_out(cores_of(panels[-1].coords, groups))
     caption = caption_of(now, before, groups, config.seed)
     visualize_figure.draw(picture, panels, groups, title=title, caption=caption, fonts=config.chinese_fonts)
     content = _content(config, now, before, groups, tables)
@@ -191,6 +206,23 @@ def _written(
         _explore(page, now, before, panels, groups, title=title, seed=config.seed)
     logger.info("已保存 wrote %s", ", ".join(str(path) for path in (picture, page, numbers_path) if path))
     return VisResult(picture, page, numbers_path, content, tables)
+
+
+def _title(config: VisConfig, n: int) -> str:
+    """The model, or both, the data and the number of items, as far as manifests say."""
+    manifest = read_manifest(config.embedding_path) or {}
+    models = [_model_in(path) for path in (config.compare_path, config.embedding_path) if path]
+    inputs = [Path(file["path"]).name for file in manifest.get("inputs", [])]
+    data = inputs[0] if inputs else ""
+    if len(inputs) > 1:
+        data += f" and {len(inputs) - 1} more"
+    return " · ".join(filter(None, [" → ".join(models), data, f"{n:,} items"]))
+
+
+def _model_in(path: str) -> str:
+    """The name of the model that made an embedding file; the file's own name where no manifest has it."""
+    name = Provenance.of(read_manifest(path) or {}).name
+    return Path(name or path).name
 
 
 def _panels(maps: Maps, before: Maps | None) -> Iterator[Panel]:
@@ -210,7 +242,7 @@ def _panels(maps: Maps, before: Maps | None) -> Iterator[Panel]:
 def _explore(
     path: Path, now: Side, before: Side | None, panels: Sequence[Panel], groups: Groups, *, title: str, seed: int
 ) -> None:
-    """Write the page of up to 50,000 of the projected points; its spaces are those of the panels."""
+    """Write the page of up to 50,000 of the projected points, and its points; its spaces are those of the panels."""
     projected = now.maps.rows
     chosen = projection.sample_rows(groups.codes[projected], explorer.MOST, seed)
     rows = projected[chosen]
@@ -219,15 +251,49 @@ def _explore(
         near = _near_drawn(side.maps.near, chosen)
         cosines = measure.neighbour_cosines(side.vectors.unit[rows], np.maximum(near, 0))
         spaces.append(explorer.Neighbourhood(near, cosines))
+    drawn = [dataclasses.replace(panel, coords=panel.coords[rows]) for panel in panels]
+    vectors = now.vectors.take(rows)
+    shown = dataclasses.replace(groups, codes=groups.codes[rows])
+    columns, text = _page_columns(vectors, shown, now.numbers.clusters, rows)
     explorer.write_explorer(
         path,
-        [dataclasses.replace(panel, coords=panel.coords[rows]) for panel in panels],
-        dataclasses.replace(groups, codes=groups.codes[rows]),
-        texts=[now.vectors.texts[row] for row in rows],
+        drawn,
+        columns,
+        colour=shown.title,
+        text=text,
+        title=usual_column([name for name in vectors.columns if name not in (text, shown.title)], TITLES),
         spaces=spaces,
         name=title,
         all_rows=len(now.vectors),
     )
+    ids = usual_column(vectors.columns, IDS)
+    write_points(
+        path.with_suffix(POINTS),
+        ids=vectors.columns[ids] if ids else vectors.keys,
+        texts=vectors.texts,
+        labels=labels_column(shown).values,
+        panels=drawn,
+        space=spaces[-1],
+        columns={name: values for name, values in vectors.columns.items() if name not in (ids, text, shown.title)},
+    )
+
+
+def _page_columns(
+    vectors: LabelledVectors, groups: Groups, clusters: measure.Clusters, rows: Ints
+) -> tuple[list[Column], str]:
+    """The kept columns in their order, labels and clusters among them, and the name of the text's column."""
+    own = labels_column(groups)
+    text = next(name for name, values in vectors.columns.items() if values == vectors.texts)
+    columns = [
+        own if name == groups.title else Column(name, values) if name == text else column_of(name, values)
+        for name, values in vectors.columns.items()
+    ]
+    if groups.title not in vectors.columns:
+        columns.insert(0, own)
+    elif NO_LABEL_TITLE not in vectors.columns:
+        found = _cluster_groups(clusters)
+        columns.append(labels_column(dataclasses.replace(found, codes=found.codes[rows])))
+    return columns, text
 
 
 def _near_drawn(near: Ints, chosen: Ints) -> Ints:

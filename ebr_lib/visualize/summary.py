@@ -216,10 +216,10 @@ def _confusion_table(now: Side, labels: Groups, among: str) -> DataFrame:
 
 
 def _cluster_table(now: Side) -> DataFrame:
-    found, names, rows = now.numbers.clusters, ("typical text", "second", "third"), []
+    found, names, rows = now.numbers.clusters, ("distinctive words", "typical text", "second", "third"), []
     for i, (size, typical) in enumerate(zip(found.sizes, found.typical, strict=True)):
         texts = [*dict.fromkeys(now.vectors.texts[row] or "" for row in typical), "", "", ""]  # different ones
-        rows.append((i + 1, size, *texts[: len(names)]))
+        rows.append((i + 1, size, found.words[i] if found.words else "", *texts[: len(names) - 1]))
     title = f"k-means: {found.k} clusters ({found.why})"
     return make_table(title, ("cluster", "rows", *names), rows, width=40)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from ebr_lib.visualize import explorer
+from ebr_lib.visualize.columns import Column, column_of, labels_column
 from ebr_lib.visualize.groups import Groups, Panel
 
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'> </script><!-- 热水器"
@@ -27,13 +30,15 @@ CIRCLE = np.stack([np.cos(ANGLE), np.sin(ANGLE)], axis=1).astype(np.float32)
 CODES = (0, 0, 1, 1, 2, 2, -1, 0)
 
 
-def write_page(path, texts=TEXTS, near=NEAR, *, names=NAMES, sizes=SIZES, codes=CODES, more=(), panels=None):
+def write_page(path, texts=TEXTS, near=NEAR, *, names=NAMES, sizes=SIZES, codes=CODES, more=(), panels=None, kept=()):
     groups = Groups(np.array(codes), names, sizes, "category")
     explorer.write_explorer(
         path,
         panels or [Panel("t-SNE", CIRCLE, "trust 0.9"), Panel("UMAP", CIRCLE[::-1], "trust 0.8", space=len(more))],
-        groups,
-        texts=texts,
+        [labels_column(groups), Column("description", texts), *kept],
+        colour="category",
+        text="description",
+        title="title" if "title" in [column.name for column in kept] else None,
         spaces=[space(near), *more],
         name="embeds <2>.txt",
         all_rows=80,
@@ -48,8 +53,9 @@ def embedded(page: str) -> dict:
 def test_data_come_back_as_they_were(tmp_path):
     page = write_page(tmp_path / "page.html").read_text(encoding="utf-8")
     data = embedded(page)
-    assert data["texts"] == [" ".join((text or "").split()) for text in TEXTS]
-    assert data["labels"] == NAMES and len(data["colours"]) == 5
+    label, text = data["columns"]
+    assert text["texts"] == [" ".join((text or "").split()) for text in TEXTS]
+    assert label["labels"] == NAMES and label["colours"] == [0, 1, 2]
 
 
 def test_the_page_names_no_address_and_allows_no_request(tmp_path):
@@ -67,10 +73,10 @@ def test_no_text_can_leave_its_element(tmp_path):
 def test_long_texts_are_whole_while_there_is_room(tmp_path, monkeypatch):
     texts = ["长" * 5000, *["short"] * 6, None]
     data = embedded(write_page(tmp_path / "page.html", texts).read_text(encoding="utf-8"))
-    assert data["texts"] == [text or "" for text in texts] and data["longest"] is None
+    assert data["columns"][1]["texts"] == [text or "" for text in texts] and data["longest"] is None
     monkeypatch.setattr(explorer, "TEXT_ROOM", 6 * 5 + 1000)
     data = embedded(write_page(tmp_path / "page.html", texts).read_text(encoding="utf-8"))
-    assert data["texts"] == ["长" * 1000 + "…", *["short"] * 6, ""] and data["longest"] == 1000
+    assert data["columns"][1]["texts"] == ["长" * 1000 + "…", *["short"] * 6, ""] and data["longest"] == 1000
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [5, 5, 5], [1, 2, 30, 400], [100] * 7, [0, 0, 9]])
@@ -125,14 +131,14 @@ def test_markup_in_a_text_stays_text(page):
 
 
 def test_search_lights_up_what_matches(page):
-    page.fill("input", "热水器")
+    page.fill("#search", "热水器")
     assert lit(page) == [0, 1]
     assert "2 points" in page.inner_text("#hits")
-    page.fill("input", "RED")
+    page.fill("#search", "RED")
     assert lit(page) == [2, 3]
-    page.fill("input", "clothes")  # labels are searched too
+    page.fill("#search", "clothes")  # labels are searched too
     assert lit(page) == [2, 3]
-    page.fill("input", "")
+    page.fill("#search", "")
     assert len(lit(page)) == 8 and page.inner_text("#hits") == ""
 
 
@@ -190,21 +196,26 @@ def test_each_map_lights_up_the_neighbours_of_its_own_space(browser, tmp_path):
     assert page.evaluate(listed) == before
 
 
-def test_labels_beyond_the_largest_are_one_row_of_the_legend(browser, tmp_path):
-    names = [f"label {i}" for i in range(30)]
+def test_every_label_is_in_the_legend_and_a_search_finds_it_there(browser, tmp_path):
+    names = [f"label {i}" for i in range(130)]
     page = browser.new_page(locale="en-US")
-    codes = (0, 1, 19, 20, 25, 29, -1, 0)
-    page.goto(write_page(tmp_path / "page.html", names=names, sizes=[2] + [1] * 29, codes=codes).as_uri())
+    codes = (0, 1, 19, 20, 25, 129, -1, 0)
+    path = write_page(tmp_path / "page.html", names=names, sizes=[2] + [1] * 129, codes=codes)
+    page.goto(path.as_uri())
     keys = page.locator("#legend .key")
-    assert keys.all_inner_texts() == ["label 0\n2", "label 1\n1", "label 19\n1", "10 other labels\n3", "no label\n1"]
-    keys.nth(3).click()
-    assert lit(page) == [3, 4, 5]
+    assert keys.all_inner_texts() == ["label 0\n2", "label 1\n1", "label 19\n1", "label 20\n1", "label 25\n1"]
+    page.get_by_text("Show 30 more").click()
+    assert keys.all_inner_texts()[5:] == ["label 129\n1", "no label\n1"]
+    page.fill("#legend input", "L 25")
+    assert keys.all_inner_texts() == ["label 25\n1"]
+    keys.first.click()
+    assert lit(page) == [4]
     page.mouse.move(*place_of(page, 4))
-    assert page.inner_text("#tip b") == "label 25"  # its own name all the same
+    assert page.inner_text("#tip b") == "label 25"
     page.click("#reset")
-    page.fill("input", "label 29")
+    page.fill("#search", "label 129")
     assert lit(page) == [5]
-    page.fill("input", "label")
+    page.fill("#search", "label")
     assert 6 not in lit(page)  # a row without a label is not found by the words for that
 
 
@@ -217,7 +228,7 @@ def opened(browser, path, width, height):
 def test_the_end_of_a_long_text_is_found_and_read(browser, tmp_path):
     texts = [f"{i} " + "word " * 1000 + ("Ende" if i == 3 else "stop") for i in range(8)]
     page = opened(browser, write_page(tmp_path / "page.html", texts), 1200, 800)
-    page.fill("input", "ende")
+    page.fill("#search", "ende")
     assert lit(page) == [3]
     page.mouse.move(*place_of(page, 3))
     assert page.locator("#tip").bounding_box()["height"] < 250  # cut where it is shown
@@ -295,3 +306,159 @@ def test_points_are_painted(page):
         1,
     )
     assert opaque > 100 and (red, green, blue) != (255, 255, 255)
+
+
+# --- selecting rows, colours, keys --------------------------------------------------------------------------------
+
+
+KEPT = [
+    Column("title", [f"title {i}" for i in range(8)]),
+    Column("price", [None, "1", "2.5", "3", "4", "5", "6", "7e0"], is_number=True),
+    column_of("brand", ["a", "b", "a", "b", None, "", "c", "c"]),
+]
+
+
+@pytest.fixture
+def rich(browser, tmp_path) -> Iterator:
+    """The page of rows with more columns."""
+    yield opened(browser, write_page(tmp_path / "page.html", kept=KEPT), 1200, 800)
+
+
+def test_hovering_shows_title_text_and_the_kept_columns(rich):
+    rich.mouse.move(*place_of(rich, 1))
+    assert rich.inner_text("#tip").split("\n") == ["家电<b>", "title 1", "蓝色 热水器", "price", "1", "brand", "b"]
+    rich.mouse.move(*place_of(rich, 4))
+    assert "brand" not in rich.inner_text("#tip")  # empty
+
+
+def test_a_search_lists_its_rows_and_zooms_to_them(rich):
+    rich.fill("#search", "title 3")  # any column
+    assert [text.split("\n")[0] for text in rich.locator("#near .item").all_inner_texts()] == ["title 3"]
+    rich.fill("#search", "RED")
+    rich.keyboard.press("Enter")
+    rich.wait_for_function("explorer.state.zoom > 1.2")
+    for row in (2, 3):
+        x, y = place_of(rich, row)
+        assert 0 < x < 860 and 0 < y < 800
+    rich.locator("#near .item").first.click()
+    assert "red shoes" in rich.inner_text(".chosen")
+    rich.get_by_text("Back to the rows").click()
+    assert rich.locator("#near .item").count() == 2
+
+
+def test_the_lasso_selects_rows_that_leave_as_csv(rich):
+    corners = [place_of(rich, i) for i in (1, 2, 3)]
+    left, right = min(x for x, _ in corners) - 20, max(x for x, _ in corners) + 20
+    top, bottom = min(y for _, y in corners) - 20, max(y for _, y in corners) + 20
+    rich.click("#lasso")
+    rich.mouse.move(left, bottom)
+    rich.mouse.down()
+    for x, y in ((left, top), (right, top), (right, bottom)):
+        rich.mouse.move(x, y, steps=3)
+    rich.mouse.up()
+    assert lit(rich) == [1, 2, 3] and rich.get_attribute("#lasso", "aria-pressed") == "false"
+    assert "3 rows selected" in rich.inner_text("#near h2")
+    with rich.expect_download() as saved:
+        rich.get_by_text("CSV").click()
+    text = saved.value.path().read_text(encoding="utf-8-sig")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["title"] for row in rows] == ["title 1", "title 2", "title 3"]
+    assert [row["description"] for row in rows] == TEXTS[1:4] and rows[0]["category"] == "家电<b>"
+    rich.keyboard.press("Escape")
+    assert len(lit(rich)) == 8
+
+
+def test_copied_cells_come_back_whole(browser, tmp_path):
+    texts = ['a "quoted" one', "two\tcells", *["x"] * 6]
+    page = opened(browser, write_page(tmp_path / "page.html", texts), 1200, 800)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.fill("#search", "quoted")
+    page.locator("#near").get_by_text("Copy").click()
+    page.get_by_text("Copied").wait_for()
+    text = page.evaluate("navigator.clipboard.readText()")
+    assert list(csv.reader(io.StringIO(text), delimiter="\t"))[1] == ["家电<b>", texts[0]]
+
+
+def test_numbers_colour_as_a_scale_and_labels_by_themselves(rich):
+    assert rich.locator("#by option").all_inner_texts() == ["category", "price", "brand"]
+    rich.select_option("#by select", label="price")
+    colours = [rich.evaluate("i => explorer.colourOf(i)", i) for i in range(8)]
+    assert len({*colours[1:]}) >= 4 and colours[0] not in colours[1:]  # the first has no price
+    assert rich.locator(".ends span").all_inner_texts() == ["1", "7"]
+    rich.select_option("#by select", label="brand")
+    assert rich.locator("#legend .key").all_inner_texts() == ["a\n2", "b\n2", "c\n2", "(empty)\n1", "no label\n1"]
+    rich.locator("#legend .key").first.click()
+    assert lit(rich) == [0, 2]
+
+
+def test_names_are_on_the_map_and_more_of_them_when_zoomed_in(browser, tmp_path):
+    names = [f"a rather long label {i}" for i in range(8)]
+    close = Panel("t-SNE", CIRCLE * 0.2 + np.array([[5.0, 5.0]] * 7 + [[0.0, 0.0]], np.float32))
+    path = write_page(tmp_path / "page.html", names=names, sizes=[1] * 8, codes=range(8), panels=[close])
+    page = opened(browser, path, 1200, 800)
+    page.wait_for_function("explorer.drawnNames.length > 0")
+    before = page.evaluate("[...explorer.drawnNames]")
+    page.evaluate("Object.assign(explorer.state, {zoom: 5, x: 0.95, y: 0.05}); explorer.paint()")
+    after = page.evaluate("[...explorer.drawnNames]")
+    assert 2 <= len(before) < len(after) == 7
+
+
+def test_two_fingers_zoom_where_they_are(page):
+    pinch = """([x, y]) => {
+      const at = (id, type, dx) => document.querySelector("canvas").dispatchEvent(new PointerEvent(type,
+        {pointerId: id, clientX: x + dx, clientY: y, bubbles: true}));
+      document.querySelector("canvas").setPointerCapture = () => {};
+      at(1, "pointerdown", -20); at(2, "pointerdown", 20);
+      for (let d = 20; d <= 60; d += 4) { at(1, "pointermove", -d); at(2, "pointermove", d); }
+      at(1, "pointerup", -60); at(2, "pointerup", 60); }"""
+    x, y = place_of(page, 1)
+    page.evaluate(pinch, [x, y])
+    assert page.evaluate("explorer.state.zoom") == pytest.approx(3, rel=0.05)
+    assert place_of(page, 1) == pytest.approx((x, y), abs=3)  # and the map did not slide away
+    assert page.evaluate("explorer.state.chosen") == -1
+
+
+def test_keys_and_buttons_move_and_zoom(page):
+    x, y = place_of(page, 1)
+    page.focus("canvas")
+    page.keyboard.press("ArrowRight")
+    assert place_of(page, 1) == pytest.approx((x - 60, y), abs=0.5)
+    page.keyboard.press("0")
+    page.click("#in")
+    page.keyboard.press("Tab")
+    assert page.evaluate("explorer.state.zoom") > 1.3
+    page.click("#out")
+    assert page.evaluate("explorer.state.zoom") == pytest.approx(1)
+    page.focus("#legend .key")
+    page.keyboard.press("Enter")
+    assert lit(page) == [0, 1, 7] and page.locator("#legend .key").first.get_attribute("aria-pressed") == "true"
+    assert page.evaluate("document.activeElement.className").startswith("key")
+
+
+def test_everything_that_acts_has_a_name(rich):
+    rich.mouse.click(*place_of(rich, 2))
+    unnamed = rich.evaluate(
+        "[...document.querySelectorAll('button, input, select, canvas')].filter(e => !(e.innerText || e.ariaLabel ||"
+        " e.labels?.length)).map(e => e.outerHTML)"
+    )
+    assert unnamed == []
+
+
+def test_the_page_follows_the_system_into_the_dark_and_back(browser, tmp_path):
+    page = browser.new_page(color_scheme="dark")
+    page.goto(write_page(tmp_path / "page.html").as_uri())
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) == "rgb(20, 23, 29)"
+    dark = page.evaluate("explorer.colourOf(0)")
+    page.click("#theme")
+    assert page.evaluate(paper) == "rgb(255, 255, 255)" and page.evaluate("explorer.colourOf(0)") != dark
+
+
+def test_what_is_filtered_away_stays_as_grey_dots(page):
+    pixel = (
+        "i => { explorer.paint(); const [x, y] = explorer.screen(i);"
+        " return Array.from(document.querySelector('canvas').getContext('2d').getImageData(x, y, 1, 1).data) }"
+    )
+    page.locator("#legend .key").nth(1).click()
+    red, green, blue, _ = page.evaluate(pixel, 7)
+    assert max(red, green, blue) - min(red, green, blue) < 25 and red < 240

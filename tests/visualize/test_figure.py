@@ -9,7 +9,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from ebr_lib.tables import columns_of
+from ebr_lib.tables import columns_of, wrapped
 from ebr_lib.visualize import figure as visualize_figure
 from ebr_lib.visualize import fonts, labels
 from ebr_lib.visualize import groups as visualize_groups
@@ -56,9 +56,30 @@ def test_twenty_colours_stay_apart():
     assert np.linalg.norm(rgb - 1, axis=1).min() > 0.4  # and from the paper
 
 
-def test_labels_beyond_twenty_share_one_colour():
+@pytest.mark.parametrize(("palette", "paper"), [(PALETTE, "#ffffff"), (visualize_groups.DARK_PALETTE, "#14171d")])
+def test_points_stand_out_from_the_paper(palette, paper):
+    """WCAG 2.2, 1.4.11: 3:1, with the opacity that points have on the page."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(rgb):
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    below = np.array(to_rgb(paper))
+    for colour in palette:
+        seen = visualize_groups.OPACITY * np.array(to_rgb(colour)) + (1 - visualize_groups.OPACITY) * below
+        low, high = sorted([luminance(seen), luminance(below)])
+        assert (high + 0.05) / (low + 0.05) >= 2.95, colour
+
+
+def test_labels_beyond_the_palette_take_colours_that_are_far_away():
     groups = groups_of(np.arange(25), [str(i) for i in range(25)])
-    assert [groups.shade_colours[shade] for shade in groups.shades] == [*PALETTE, *[visualize_groups.GREY] * 5]
+    cores = np.stack([np.arange(25) % 20 * 10.0, np.zeros(25)], 1)
+    cores[24] = np.nan
+    colours = groups.spread_out(cores).colours
+    assert colours[:20].tolist() == list(range(20))
+    assert colours[20] == 19  # its core is at 0, and that of label 19 at 190
+    for label in range(20, 24):
+        assert min(abs(cores[i, 0] - cores[label, 0]) for i in range(label) if colours[i] == colours[label]) >= 100
 
 
 # --- fonts --------------------------------------------------------------------------------------------------------
@@ -243,43 +264,6 @@ def test_equal_vectors_of_two_labels_both_show(tmp_path):
         assert holds_colour(pixels[:, :1000], colour) > legend
 
 
-def test_other_labels_are_drawn_by_their_size_like_any(tmp_path):
-    """Few rows of labels beyond the twentieth lie amid a large label: they show; many of them do not bury it."""
-    names = [f"label {i}" for i in range(25)]
-    codes = np.concatenate([np.zeros(4000, int), np.repeat(np.arange(1, 20), 5), np.repeat(np.arange(20, 25), 4)])
-    coords = points(len(codes)) * 0.3
-    coords[codes >= 20] *= 0.3
-    pixels = drawn(tmp_path / "a.png", [Panel("map", coords)], groups_of(codes, names))
-    alone = drawn(tmp_path / "b.png", [Panel("map", coords)], groups_of(np.where(codes < 20, -1, codes), names))
-    assert (
-        holds_colour(pixels[:, :1050], visualize_groups.GREY)
-        > 0.5 * holds_colour(alone[:, :1050], visualize_groups.GREY)
-        > 0
-    )
-    few = np.concatenate([np.zeros(30, int), np.arange(1, 20), np.repeat(np.arange(20, 2000), 2)])
-    coords = points(len(few))
-    coords[few >= 20] *= 0.1
-    coords[few == 0] *= 0.05
-    pixels = drawn(tmp_path / "c.png", [Panel("map", coords)], groups_of(few, [f"label {i}" for i in range(2000)]))
-    assert holds_colour(pixels[:, :1050], PALETTE[0]) > 200
-
-
-def test_other_labels_weigh_as_one_where_density_is_drawn(monkeypatch):
-    groups = groups_of(np.concatenate([np.zeros(500, int), np.arange(1, 500)]), [str(i) for i in range(500)])
-    monkeypatch.setattr(visualize_figure, "SHADED", 10)
-    spot = np.zeros((999, 2), np.float32)
-    axes = visualize_figure._composed([Panel("map", spot)], groups, "title", "caption").axes[0]
-    image = axes.images[0].get_array()
-    mixed = image[image[..., 3] > 0][0, :3]
-    from matplotlib.colors import to_rgb
-
-    large, grey = np.array(to_rgb(PALETTE[0])), np.array(to_rgb(visualize_groups.GREY))
-    weights = np.sqrt([500, 480])  # rows of each over the root of the rows of each
-    others = [np.array(to_rgb(c)) for c in PALETTE[1:]]
-    expected = (weights[0] * large + weights[1] * grey + sum(others)) / (weights.sum() + 19)
-    np.testing.assert_allclose(mixed, expected, atol=1e-6)
-
-
 def test_density_is_drawn_above_a_number_of_points(tmp_path, monkeypatch):
     from matplotlib.colors import to_rgb
 
@@ -298,18 +282,18 @@ def test_density_is_drawn_above_a_number_of_points(tmp_path, monkeypatch):
     assert np.quantile(ink[ink > 0.05], 0.95) > 2 * np.quantile(ink[ink > 0.05], 0.2)  # more points, more ink
 
 
-def test_points_without_a_label_are_pale_and_counted(tmp_path):
+def test_points_without_a_label_are_grey_and_counted(tmp_path):
     groups = groups_of([0] * 20 + [-1] * 20, ["shoes"])
     assert ("no label", 20) in [(name, count) for _, name, count in visualize_figure._legend(groups)]
     pixels = drawn(tmp_path / "a.png", [Panel("map", points(40))], groups)
-    assert holds_colour(pixels, visualize_groups.PALE) > 50
+    assert holds_colour(pixels, visualize_groups.GREY) > 50
 
 
 def test_the_legend_ends_with_the_rest():
     names = [f"label {i}" for i in range(30)]
     groups = groups_of(np.repeat(np.arange(30), 2), names)
     legend = list(visualize_figure._legend(groups))
-    assert len(legend) == 21 and legend[-1][1:] == ("10 other labels", 20)
+    assert len(legend) == 21 and legend[-1][1:] == ("10 more (colours repeat)", 20)
 
 
 @pytest.fixture
@@ -375,9 +359,30 @@ def test_the_name_of_a_large_cluster_is_in_its_middle():
 def test_a_name_is_on_an_island_and_not_between_two():
     """The point nearest to the median of both is a stray one."""
     islands = np.concatenate([points(300) * 0.3 + [-5, 0], points(260, 1) * 0.3 + [5, 0], [[0, 0]]])
-    x, y = labels._medoid(islands.astype(np.float32))
+    ((x, y),) = labels.cores_of(islands.astype(np.float32), groups_of([0] * 561, ["shoes"]))
     assert abs(x + 5) < 0.3 and abs(y) < 0.3
-    assert (labels._medoid(np.ones((3, 2), np.float32)) == 1).all()
+    assert (labels.cores_of(np.ones((3, 2), np.float32), groups_of([0] * 3, ["shoes"])) == 1).all()
+
+
+def test_a_label_without_a_core_has_no_name_on_the_map():
+    """Its few points are strewn over another label's cluster."""
+    coords = np.concatenate([points(500), points(20, 1) * 1.5])
+    groups = groups_of([0] * 500 + [1] * 20, ["shoes", "strewn"])
+    assert np.isnan(labels.cores_of(coords, groups)).all(axis=1).tolist() == [False, True]
+    (axes,) = visualize_figure._composed([Panel("map", coords)], groups, "title", "caption").axes
+    assert [text.get_text() for text in axes.texts] == ["shoes"]
+
+
+def test_a_line_leads_from_a_name_that_stands_off_to_its_core():
+    middles = np.stack(np.meshgrid(np.arange(6), np.arange(6)), -1).reshape(-1, 2) * 0.2
+    codes = np.repeat(np.arange(36), 30)
+    coords = (points(1080) * 0.05 + middles[codes]).astype(np.float32)
+    coords = np.concatenate([coords, [[-4, -4], [5, 5]]]).astype(np.float32)
+    groups = groups_of([*codes, -1, -1], [f"a rather long label {i}" for i in range(36)])
+    (axes,) = visualize_figure._composed([Panel("map", coords)], groups, "title", "caption").axes
+    starts = [line.get_xydata()[0] for line in axes.lines]
+    assert len(axes.texts) >= 30 and len(starts) >= 5
+    assert all(np.linalg.norm(middles - start, axis=1).min() < 0.1 for start in starts)
 
 
 def test_two_maps_before_and_after_make_four_panels(tmp_path):
@@ -437,11 +442,11 @@ def test_the_caption_is_whole(cjk):
 
 
 def test_lines_break_at_spaces_and_inside_chinese():
-    lines = visualize_figure.wrapped("some words and " + "长" * 30 + " more", 20).split("\n")
+    lines = wrapped("some words and " + "长" * 30 + " more", 20).split("\n")
     assert all(columns_of(line) <= 20 for line in lines)
     assert "".join(lines).replace(" ", "") == "somewordsand" + "长" * 30 + "more"
 
 
 def test_existing_line_breaks_stay():
-    assert visualize_figure.wrapped("one two\nthree four", 9) == "one two\nthree\nfour"
-    assert visualize_figure.wrapped("\u3000书籍\n" + "长" * 6, 8).split("\n")[1:] == ["长" * 4, "长" * 2]
+    assert wrapped("one two\nthree four", 9) == "one two\nthree\nfour"
+    assert wrapped("\u3000书籍\n" + "长" * 6, 8).split("\n")[1:] == ["长" * 4, "长" * 2]

@@ -110,7 +110,7 @@ def test_everything_is_written_and_the_numbers_are_right(see, no_maps, caplog):
         result = see(method="both", explorer=True)
     assert result.picture.read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in result.picture.parent.iterdir()) == [
-        "scatter.html", "scatter.json", "scatter.maps.npz", "scatter.png", "scatter.yaml",
+        "scatter.html", "scatter.json", "scatter.maps.npz", "scatter.parquet", "scatter.png", "scatter.yaml",
     ]  # fmt: skip
     found = json.loads(result.numbers_path.read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(result.numbers))
@@ -157,13 +157,14 @@ def test_the_page_holds_the_nearest_of_the_original_space(see, no_maps, monkeypa
     monkeypatch.setattr(explorer, "MOST", 20)
     page = see(max_points=30, explorer=True).explorer.read_text(encoding="utf-8")
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-    rows = rows_of(data["texts"])
+    labels, texts = data["columns"][data["colour"]], data["columns"][data["text"]]
+    rows = rows_of(texts["texts"])
     assert len(rows) == len(set(rows)) == 20 and data["all"] == 60
 
     def unpacked(name, kind, where=data):
         return np.frombuffer(base64.b64decode(where[name]), kind)
 
-    assert [data["labels"][code] for code in unpacked("codes", "<i4")] == [LABELS[row % 3] for row in rows]
+    assert [labels["labels"][code] for code in unpacked("codes", "<i4", labels)] == [LABELS[row % 3] for row in rows]
     (space,) = data["spaces"]
     near = unpacked("near", "<i4", space).reshape(20, 10)
     np.testing.assert_array_equal(near, nearest(vectors(), rows))
@@ -336,7 +337,7 @@ def test_typical_texts_are_whole_in_the_file_and_short_on_the_screen(see, no_map
 
 def test_fewer_typical_texts_than_places_leave_them_empty(see, no_maps, tmp_path):
     same = see(write(tmp_path / "same.txt", description=["一样"] * 60), clusters=3)
-    assert [row[2:] for row in records(same.tables["clusters"])] == [("一样", "", "")] * 3
+    assert [row[2:] for row in records(same.tables["clusters"])] == [("", "一样", "", "")] * 3
 
 
 def test_max_points_are_projected_and_the_rest_placed(see, no_maps):
@@ -780,7 +781,7 @@ def test_a_failed_run_leaves_the_old_picture(see, tmp_path, monkeypatch, no_maps
     from ebr_lib.visualize import figure as visualize_figure
 
     old = see().picture.read_bytes()
-    monkeypatch.setattr(visualize_figure, "_draw_legend", lambda *_: 1 / 0)
+    monkeypatch.setattr(visualize_figure, "_draw_panel", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         see()
     assert [p.read_bytes() for p in tmp_path.glob("out/*.png")] == [old]
