@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ebr_lib.index.config import IndexConfig, SearchConfig
     from ebr_lib.index.run import build_faiss_index
     from ebr_lib.index.search import search
+    from ebr_lib.index.side_by_side import search_box, search_examples
     from ebr_lib.inference.config import InferenceConfig
     from ebr_lib.inference.run import run_batch_inference
     from ebr_lib.logs import show_logs
@@ -37,6 +38,8 @@ _HOMES = {
     "evaluate_retrieval": "evaluate.run",
     "build_faiss_index": "index.run",
     "search": "index.search",
+    "search_examples": "index.side_by_side",
+    "search_box": "index.side_by_side",
     "add_rows": "index.change",
     "delete_rows": "index.change",
     "FinetuneConfig": "finetune.config",
@@ -70,6 +73,8 @@ __all__ = [
     "export_model",
     "run_batch_inference",
     "search",
+    "search_box",
+    "search_examples",
     "show_logs",
     "train_sentence_transformer",
     "verify_endpoint",

@@ -21,13 +21,20 @@ from ebr_lib.logs import logger
 from ebr_lib.tables import as_text, make_table
 from ebr_lib.visualize.config import VisConfig
 
+FOLDERS = {"base": "inference"}
+"""Folders of stages that are not called as their folder is."""
+
 
 @dataclass(frozen=True)
 class Configs:
-    """Checked configs of a workflow; a notebook shows them as tables. `on`: the stages whose files were checked."""
+    """Checked configs of a workflow; a notebook shows them as tables.
+
+    `base`: of encoding with the base model, to compare with; `on`: the stages whose files were checked.
+    """
 
     finetune: FinetuneConfig
     inference: InferenceConfig
+    base: InferenceConfig
     visualize: VisConfig
     evaluate: EvalConfig
     index: IndexConfig
@@ -52,7 +59,8 @@ def check_configs(*, run: Mapping[str, Any] | None = None, **given: Mapping[str,
     read in part only, and no model is loaded.
 
     :param run: which stages are switched on, by name; None checks no files.
-    :param given: a dict of knobs per stage: finetune, inference, visualize, evaluate, index. Others get their defaults.
+    :param given: a dict of knobs per stage: finetune, inference, base, visualize, evaluate, index. Others get their
+        defaults.
     :raises ConfigError: any knob of any stage is unknown or out of range, or a file, model or column is not there.
     """
     kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name not in ("given", "on")}
@@ -78,7 +86,7 @@ def _check_files(configs: Mapping[str, Any]) -> Iterator[str]:
 
     handover = Handover()
     for stage, config in configs.items():
-        check = importlib.import_module(f"ebr_lib.{stage}.check").check
+        check = importlib.import_module(f"ebr_lib.{FOLDERS.get(stage, stage)}.check").check
         with _quiet():  # the stage itself logs which files it reads
             errors = list(check(config, handover))
         if errors:

@@ -43,6 +43,9 @@ KINDS = {
 }
 """How messages name the types of parameters."""
 
+TEXT_BARS = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"
+"""Run in the kernel: a terminal shows no widgets, so bars are text."""
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -60,6 +63,7 @@ class _ThisPython(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        argv.append(f"--IPKernelApp.exec_lines={TEXT_BARS}")
         places = [str(LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {"PYTHONPATH": os.pathsep.join(places), "JUPYTER_RUNTIME_DIR": self.folder}
         env |= {} if has_home() else {"HOME": self.folder}

@@ -159,6 +159,11 @@ def html_verdict(sentence: str, notes: Iterable[str] = (), of: str = "") -> str:
     return f'<p style="margin:.4em 0">{head}<b style="font-size:1.15em">{html.escape(sentence)}</b></p>{below}'
 
 
+def html_folded(tables: Iterable[DataFrame], title: str) -> str:
+    """Tables that open with a click, so that a stage's output fits a screen."""
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(map(as_html, tables))}</details>"
+
+
 def html_page(path: Path, name: str, height: int = 600) -> str:
     """A link to a page, and the page itself, folded, in a frame that needs no server: JupyterLab's own viewer shows a
     linked page without its scripts, and VS Code opens no link from a notebook.
@@ -178,13 +183,17 @@ def html_page(path: Path, name: str, height: int = 600) -> str:
     )
 
 
-def html_picture(path: Path, alt: str) -> str:
-    """The picture itself, if it is there and a notebook shows its kind; otherwise a link to it."""
+def html_picture(path: Path, alt: str, height: int | None = None) -> str:
+    """The picture itself, if it is there and a notebook shows its kind; otherwise a link to it.
+
+    :param height: pixels that it takes at most.
+    """
     kind = MIME.get(path.suffix.lower())
     if kind is None or not path.is_file():
         return html_link(path)
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img style="max-width:100%" alt="{alt}" src="data:{kind};base64,{data}">'
+    most = f";max-height:{height}px" if height else ""
+    return f'<img style="max-width:100%{most}" alt="{alt}" src="data:{kind};base64,{data}">'
 
 
 def columns_of(text: str) -> int:

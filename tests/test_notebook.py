@@ -154,18 +154,23 @@ def test_progress_bars_keep_their_last_state(tmp_path):
 def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
     """All stages on the sample data, with a tiny model; the demo does it with the real one."""
     saved = tmp_path / "saved" / "tiny-bert-peft-lora"
-    vectors = tmp_path / "faiss" / "embeds_2.txt"
+    vectors, base = tmp_path / "faiss" / "embeds_2.txt", tmp_path / "faiss" / "embeds_base.txt"
     picture = tmp_path / "scatter.png"
     parameters = {
         "FINETUNE_CONFIG": {
             "model_name": str(tiny_bert), "output_dir": str(tmp_path / "saved"), "num_epochs": 1, "max_seq_length": 48,
         },
         "INFERENCE_CONFIG": {"model_name": str(saved), "output_path": str(vectors)},
-        "VIS_CONFIG": {"embedding_path": str(vectors), "output_path": str(picture), "method": "tsne"},
+        "BASE_CONFIG": {"model_name": str(tiny_bert), "output_path": str(base)},
+        "VIS_CONFIG": {
+            "embedding_path": str(vectors), "compare_path": str(base), "output_path": str(picture), "method": "tsne",
+        },
         "EVAL_CONFIG": {
             "models": [str(tiny_bert), str(saved)], "data_path": str(saved), "output_dir": str(tmp_path / "evaluation"),
         },
         "INDEX_CONFIG": {"embedding_path": str(vectors), "output_dir": str(tmp_path / "index")},
+        "BASE_INDEX_CONFIG": {"embedding_path": str(base), "output_dir": str(tmp_path / "index_base")},
+        "SEARCH_QUERIES": [],
         "RUN_EVALUATION": True,
         "RUN_INDEX": True,
     }  # fmt: skip
@@ -180,6 +185,12 @@ def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
     text = "".join(o.text for o in outputs if o.output_type == "stream")
     assert "训练集大小: 640" in text
     assert any("base64" in o.data.get("text/html", "") or "image/png" in o.data for o in outputs if "data" in o)
+    assert "评估 evaluation: step 0 of " in text
+    first = json.loads((ROOT / "train_text" / "heldout" / "queries.jsonl").read_text("utf-8").splitlines()[0])["anchor"]
+    found = next(o.data["text/html"] for o in outputs if "data" in o and "微调 tuned" in o.data.get("text/html", ""))
+    assert "基座 base" in found and first in found  # without queries of its own, those that the index was measured with
+    errors = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
+    assert "训练 training" in errors  # a terminal shows bars of text
     assert str(executed) in headline(executed)
     assert len(headline(executed)) < 20_000
 

@@ -22,7 +22,7 @@ from ebr_lib.index.store import CONFIG_FILE, CURVE_FILE, MANIFEST_FILE, OWN_FILE
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance
-from ebr_lib.tables import TableRepr, make_table
+from ebr_lib.tables import TableRepr, html_folded, html_verdict, make_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,6 +44,13 @@ class IndexResult(TableRepr):
     knob: str | None
     measured_on: str
     tables: dict[str, DataFrame] = field(compare=False)
+
+    def _repr_html_(self) -> str:
+        said = (
+            f"索引 index {self.kind}: recall@10 {self.chosen.recall:.3f}, {self.chosen.p50:.2f} ms per query (median); "
+            f"{self.rows:,} 行 rows, {self.bytes_per_vector:,.0f} bytes each"
+        )
+        return html_verdict(said) + html_folded(self.tables.values(), "各档设置 settings")
 
 
 def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> IndexResult:
@@ -173,6 +180,8 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
         },
         "embedding_path": config.embedding_path,
         "model": (made_by.get("model") or {}) | ({"asked_for": config.model_name} if config.model_name else {}),
-        "settings": {name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision")}
+        "settings": {
+            name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision", "description_column")
+        }
         | {"model files": list(maker.files)},
     }

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 class SearchResult(pd.DataFrame):
     """What a query found, best first: rank, score (cosine) and the kept columns, which are texts or null.
 
-    The index is the row number, as `delete_rows` takes it. `attrs` has `query` and `milliseconds`, which include the
-    encoding of the query.
+    The index is the row number, as `delete_rows` takes it. `attrs` has `query`, `milliseconds`, which include the
+    encoding of the query, and `text_column`, the column that was encoded.
     """
 
     def __repr__(self) -> str:
@@ -172,7 +172,8 @@ def search(
     rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
     table = make_table(f"检索 search: {text}", columns, rows, width=SHOWN).set_index(names[store.ROW])
     result = SearchResult(table)
-    result.attrs = table.attrs | {"query": text, "milliseconds": milliseconds}
+    encoded = Provenance.of(held.manifest).description_column
+    result.attrs = table.attrs | {"query": text, "milliseconds": milliseconds, "text_column": encoded}
     return result
 
 

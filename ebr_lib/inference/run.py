@@ -28,7 +28,7 @@ from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.tables import TableRepr, as_text, make_table
+from ebr_lib.tables import TableRepr, as_text, html_folded, html_verdict, make_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -53,6 +53,12 @@ class InferenceResult(TableRepr):
     counts: dict[str, int | None]
     seconds: float
     tables: dict[str, DataFrame] = field(compare=False)
+
+    def _repr_html_(self) -> str:
+        counts = self.counts
+        rejects = f"; 拒收 rejected {counts['rejected']}, see {self.rejects}" if counts["rejected"] else ""
+        said = f"已编码 encoded: {counts['written']} 行 rows × {self.dimension} 维 dimensions → {self.output}{rejects}"
+        return html_verdict(said) + html_folded(self.tables.values(), "统计 counts")
 
 
 def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = None) -> InferenceResult:

@@ -19,7 +19,7 @@ from ebr_lib.extras import require
 from ebr_lib.files import check_apart, check_output_file, write_json
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.provenance import Provenance
-from ebr_lib.tables import TableRepr, as_html, as_text, html_link, html_picture
+from ebr_lib.tables import TableRepr, as_text, html_folded, html_page, html_picture, html_verdict
 from ebr_lib.visualize import clusters as measure
 from ebr_lib.visualize import explorer, fonts, projection
 from ebr_lib.visualize import figure as visualize_figure
@@ -66,8 +66,25 @@ class VisResult(TableRepr):
         return "\n\n".join([f"wrote {', '.join(written)}", *(as_text(_head(t)) for t in self.tables.values())])
 
     def _repr_html_(self) -> str:
-        parts = [html_picture(self.picture, "maps"), html_link(self.explorer) if self.explorer else ""]
-        return "".join([*parts, *(as_html(_head(table)) for table in self.tables.values())])
+        return "".join([
+            html_verdict(self.verdict),
+            html_picture(self.picture, "maps"),
+            html_page(self.explorer, "交互图 explorer", 760) if self.explorer else "",
+            html_folded(map(_head, self.tables.values()), "全部数字 all numbers"),
+        ])  # fmt: skip
+
+    @property
+    def verdict(self) -> str:
+        """The number that says most, in one sentence."""
+        now, before = self.numbers["numbers"], self.numbers["before"] or {}
+        name = "same label @10" if "same label @10" in now else "k-means silhouette"
+        if name not in now:
+            return f"{self.numbers['rows']} 行 rows"
+        was = f"{before[name]['value']:.3f} → " if name in before else ""
+        chance = f" (随机 chance {now['chance']['value']:.3f})" if "chance" in now else ""
+        what = "最近 10 行中同标签的比例 share of the 10 nearest rows with the row's own label"
+        said = what if name == "same label @10" else "k-means 轮廓系数 silhouette of k-means clusters"
+        return f"{said}: {was}{now[name]['value']:.3f}{chance if name == 'same label @10' else ''}"
 
 
 def _head(table: DataFrame) -> DataFrame:
