@@ -288,7 +288,7 @@ def _assigned(source: str) -> dict[str, Any]:
 
 
 def _settle_bars(notebook: NotebookNode) -> None:
-    """Keep the last state of each text bar, since all updates would be megabytes, and no widgets.
+    """Keep the last state of each text bar that stays, since all updates would be megabytes, and no widgets.
 
     A widget lives in its kernel, which has ended: in the copy it would be an error, or a bar at 0 %.
     """
@@ -299,6 +299,8 @@ def _settle_bars(notebook: NotebookNode) -> None:
             for shown in cell.outputs:
                 if shown.output_type == "stream":
                     shown.text = re.sub(r"[^\n]*\r(?!\n)", "", shown.text)
+            # bars that were cleared leave nothing
+            cell.outputs = [shown for shown in cell.outputs if shown.output_type != "stream" or shown.text.strip()]
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:

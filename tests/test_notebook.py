@@ -151,6 +151,12 @@ def test_progress_bars_keep_their_last_state(tmp_path):
     assert shown.text == "100%"
 
 
+def test_bars_that_were_cleared_leave_nothing(tmp_path):
+    bar = "import sys\nprint('\\r50%', end='', file=sys.stderr)\nprint('\\r    \\r', end='', file=sys.stderr)"
+    run_notebook(small_notebook(tmp_path, "x = 1", bar), tmp_path / "out.ipynb")
+    assert not nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs
+
+
 def test_the_workflow_runs_end_to_end(tiny_bert, tmp_path):
     """All stages on the sample data, with a tiny model; the demo does it with the real one."""
     saved = tmp_path / "saved" / "tiny-bert-peft-lora"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import re
 from html.parser import HTMLParser
 
 import pandas as pd
 
-from ebr_lib.tables import as_html, as_text, columns_of, html_link, html_picture, make_table, shortened, squeezed
+from ebr_lib.tables import (
+    as_html,
+    as_text,
+    columns_of,
+    html_link,
+    html_page,
+    html_picture,
+    html_verdict,
+    make_table,
+    shortened,
+    squeezed,
+)
 
 ROWS = [
     ("2 boxes", "a box that is long", 1, "+0.0603 [+0.0000, +0.1293] *", "2.6 %", 0.5),
@@ -99,3 +111,20 @@ def test_a_notebook_gets_the_picture_itself_or_a_link_to_a_kind_it_cannot_show(t
     assert html_picture(place, "it") == html_link(place)
     assert html_picture(tmp_path / "gone.png", "it") == html_link(tmp_path / "gone.png")
     assert 'href="out/a&quot;&lt;b&gt;.pdf"' in html_link(place)
+
+
+def test_a_page_is_shown_in_a_frame_without_the_notebook_s_origin_and_linked(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text('<script>alert("a" && 1)</script>', encoding="utf-8")
+    shown = html_page(page, "map <1>")
+    frame = re.search(r'<iframe sandbox="([^"]*)" .*srcdoc="([^"]*)"', shown)
+    assert "allow-scripts" in frame[1] and "allow-same-origin" not in frame[1]
+    assert html.unescape(frame[2]) == page.read_text(encoding="utf-8")
+    assert "<script>" not in shown and "map &lt;1&gt;" in shown and 'page.html" target="_blank"' in shown
+    monkeypatch.setattr("ebr_lib.tables.LARGEST_PAGE", 8)
+    assert html_page(page, "map") == html_link(page)  # a notebook would hold all of it
+
+
+def test_a_verdict_is_one_bold_sentence_with_its_notes():
+    shown = html_verdict("better: 0.1 < 0.2", ["few <queries>"], "tuned & base")
+    assert "<b " in shown and "0.1 &lt; 0.2" in shown and "few &lt;queries&gt;" in shown and "tuned &amp; base" in shown

@@ -84,7 +84,9 @@ class EvalResult(TableRepr):
             rest += (
                 f"<details><summary>融合与重排 fusion and reranking</summary>{as_html(self.tables['steps'])}</details>"
             )
-        return "".join([*verdicts, as_html(measures.head(1)), rest, html_page(self.report_html, "报告 report")])
+        first = measures.head(1)
+        first.attrs["title"] = ""
+        return "".join([*verdicts, as_html(first), rest, html_page(self.report_html, "报告 report")])
 
 
 def verdict_lines(verdicts: Mapping[str, Verdict]) -> list[str]:
@@ -190,7 +192,8 @@ def _check_apart(config: EvalConfig, folder: Path) -> None:
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+    """Counts that are not 0."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value)
 
 
 # --- reading and ranking ------------------------------------------------------------------------------------------

@@ -41,13 +41,13 @@ class Bar:
 
         self.texts, self.speed = texts, texts / (time.perf_counter() - self._began)
         if self._bar is None:
-            self._bar = tqdm(desc="编码 encode", unit="row", unit_scale=True, initial=rows)
+            self._bar = tqdm(desc="编码 encode", unit="row", unit_scale=True, initial=rows, leave=False)
         self._bar.total = round(rows / share) if share else None
         self._bar.set_postfix_str(f"{self.speed:.0f} texts/s", refresh=False)
         self._bar.update(rows - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
 

@@ -290,7 +290,7 @@ class Encoder:
 
         vectors = np.empty((len(tokens), self.dim), dtype=np.float32)
         waiting, done, written = list[tuple[NDArray[np.intp], Tensor]](), 0, 0
-        bar = tqdm(total=len(tokens), desc="编码 encode", unit="text", disable=not show_bar)
+        bar = tqdm(total=len(tokens), desc="编码 encode", unit="text", disable=not show_bar, leave=False)
         with bar, torch.inference_mode(), evaluating(self.model):
             for batch, found in self._embedded_batches(tokens):
                 waiting.append((batch, found))
