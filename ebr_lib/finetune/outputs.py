@@ -19,13 +19,15 @@ from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.strength import metric_to_choose_by
 from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, METRICS, SMALL_DATA_PRESET
-from ebr_lib.tables import TableRepr, html_picture, make_table
+from ebr_lib.tables import TableRepr, html_folded, html_picture, html_verdict, make_table
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from pandas import DataFrame
 
+FEW_QUERIES = 50  # fewer are too few to decide by
+GROUPS = {"all": "全部 all", "seen": "训练见过的文档 seen", "unseen": "未见的文档 unseen"}
 NEARLY_ALL = 0.9
 """A mean metric above which most queries are answered in the first place."""
 
@@ -61,9 +63,37 @@ class FinetuneResult(TableRepr):
         return f"{super().__repr__()}{said}\n模型 model: {self.model_path}\n曲线 loss curve: {curve}"
 
     def _repr_html_(self) -> str:
-        model = f"<p>{html.escape(self.verdict)}</p>" if self.verdict else ""
-        model += f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
-        return super()._repr_html_() + model + html_picture(Path(self.model_path) / CURVE_FILE, "loss curve")
+        place = f"<p>模型 model: <code>{html.escape(self.model_path)}</code></p>"
+        curve = html_picture(Path(self.model_path) / CURVE_FILE, "loss curve", height=380)
+        folded = html_folded(self.tables.values(), "全部表格 all tables: 前后指标 metrics, 数据检查 data")
+        return html_verdict(self.sentence, self.notes) + curve + folded + place
+
+    @property
+    def sentence(self) -> str:
+        """The metric before and after, in one line."""
+        if not self.before:
+            return f"已训练 trained on {self.train_rows} 行 rows; 没有验证集 no rows were held out"
+        changes = [f"{name} {_change(self.before[group], self.after[group])}" for group, name in GROUPS.items()
+                   if group in self.before]  # fmt: skip
+        return f"{int(self.before['all']['queries'])} 个验证查询 held-out queries: ndcg@10 {'; '.join(changes)}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What speaks against the model, or against believing its numbers."""
+        notes = [self.verdict] if self.verdict else []
+        if self.before and self.before["all"]["queries"] < FEW_QUERIES:
+            notes.append(f"验证查询少于 fewer than {FEW_QUERIES} held-out queries: too few to decide by; hold out more")
+        unseen = self.before.get("unseen"), self.after.get("unseen")
+        if unseen[0] and unseen[1] and unseen[1]["ndcg@10"] < unseen[0]["ndcg@10"]:
+            notes.append(
+                "训练未见的文档变差 on documents that training has not seen ndcg@10 fell: the model may have learned "
+                "these documents, not the task; train on more different documents, or for fewer epochs"
+            )
+        return notes
+
+
+def _change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    return f"{before['ndcg@10']:.3f} → {after['ndcg@10']:.3f}"
 
 
 def before_after(before: GroupMeans, after: GroupMeans) -> DataFrame:

@@ -129,8 +129,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         for name in ("strengths", "before_after"):
             if name in tables:
                 logger.info("%s", as_text(tables[name]), extra=RESULT)
-        if result.verdict:
-            logger.warning("%s", result.verdict)
+        for note in result.notes:
+            logger.warning("%s", note, extra=RESULT)
         logger.info("模型已保存 saved: %s", result.model_path)
     return result
 
