@@ -27,7 +27,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-ray.txt requirements-zh.txt requirements-onnx.txt
+$(VENV)/installed-dev: $(VENV)/installed $(wildcard requirements-*.txt)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -68,6 +68,7 @@ PARTS = {
     "files": Part("Files", "files.py", "--quick"),
     "memory": Part("Memory of encoding", "files.py --memory", "--quick"),
     "index": Part("Index and search", "index.py", "--quick"),
+    "serve": Part("Serving", "serve.py", "--quick", always=False),
     "projection": Part("Maps and numbers", "projection.py --sizes 20000 --main --again", "--quick"),
     "projection5k": Part("Maps of 5,000 vectors", "projection.py --sizes 5000 --again", "--quick", always=False),
     "projection100k": Part(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ebr_lib.inference.config import InferenceConfig
     from ebr_lib.inference.run import run_batch_inference
     from ebr_lib.logs import show_logs
+    from ebr_lib.serve.config import ServeConfig
+    from ebr_lib.serve.run import serve_index
     from ebr_lib.verify.config import VerifyConfig
     from ebr_lib.verify.run import verify_endpoint
     from ebr_lib.visualize.config import VisConfig
@@ -49,7 +51,9 @@ _HOMES = {
     "IndexConfig": "index.config",
     "SearchConfig": "index.config",
     "export_model": "export.run",
+    "serve_index": "serve.run",
     "verify_endpoint": "verify.run",
+    "ServeConfig": "serve.config",
     "ExportConfig": "export.config",
     "VerifyConfig": "verify.config",
     "check_configs": "config",
@@ -63,6 +67,7 @@ __all__ = [
     "IndexConfig",
     "InferenceConfig",
     "SearchConfig",
+    "ServeConfig",
     "VerifyConfig",
     "VisConfig",
     "add_rows",
@@ -75,6 +80,7 @@ __all__ = [
     "search",
     "search_box",
     "search_examples",
+    "serve_index",
     "show_logs",
     "train_sentence_transformer",
     "verify_endpoint",

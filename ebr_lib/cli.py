@@ -30,6 +30,7 @@ from ebr_lib.knobs.flags import add_flags, from_flags, unknown_flag
 from ebr_lib.knobs.presets import shipped_presets
 from ebr_lib.knobs.tables import knob_table
 from ebr_lib.logs import only_results, print_anything, show_logs
+from ebr_lib.serve.config import ServeConfig
 from ebr_lib.tables import RED, styled
 from ebr_lib.verify.config import VerifyConfig
 from ebr_lib.visualize.config import VisConfig
@@ -83,6 +84,7 @@ STAGES = {
         SearchConfig, "ebr_lib.index.search", "run_search",
         examples=("tea bag", "'warm blanket' --k 3"), positional="query",
     ),
+    "serve": Stage(ServeConfig, "ebr_lib.serve.run", "serve_index"),
     "export": Stage(ExportConfig, "ebr_lib.export.run", "export_model"),
     "verify": Stage(VerifyConfig, "ebr_lib.verify.run", "run_verify", positional="target"),
 }  # fmt: skip

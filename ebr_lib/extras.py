@@ -14,6 +14,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript"),
     "tensorboard": ("tensorboard",),
     "sweep": ("optuna",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "notebook": ("nbclient", "nbformat", "ipykernel"),
 }
 """Extra in pyproject.toml to the modules that it installs."""

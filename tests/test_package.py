@@ -83,7 +83,13 @@ def test_every_range_holds_the_pinned_version():
 
 def test_every_import_of_the_library_is_a_requirement():
     distributions = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml", "umap": "umap-learn"}
-    indirect = {"safetensors", "tokenizers", "huggingface_hub", "numba"}  # of transformers and UMAP
+    indirect = {
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+        "numba",
+        "starlette",
+    }  # of others
     jupyter = {"traitlets", "jupyter_client", "jupyter_core"}  # of nbclient
     used = {name for path in (ROOT / "ebr_lib").rglob("*.py") for name in imports(path, top_level=False)}
     third = used - set(sys.stdlib_module_names) - indirect - jupyter - {"ebr_lib"}

@@ -14,8 +14,8 @@ from ebr_lib import cli
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "ebr_lib"
-STAGES = {stage.module.split(".")[1] for stage in cli.STAGES.values()}
-ENTRIES = {"", "__main__", "cli", "notebook", "config"}
+ENTRIES = {"", "__main__", "cli", "notebook", "config", "serve"}
+STAGES = {stage.module.split(".")[1] for stage in cli.STAGES.values()} - ENTRIES
 PARTS = {"model", "data"}
 GROUND = {"metrics", "files", "errors", "extras", "logs", "tables", "names", "arrays", "knobs", "live"}
 FLOORS = [GROUND, PARTS, STAGES, ENTRIES]

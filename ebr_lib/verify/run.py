@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import read_token
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
-from ebr_lib.model.packaged import find_model, model_label
+from ebr_lib.model.packaged import find_model, local_folder, model_label
 from ebr_lib.model.parity import Gap, Served, Trained, compare
 from ebr_lib.model.served import served_folder, trained_sides, with_prompts
 from ebr_lib.model.spec import EncoderSpec
@@ -100,8 +99,8 @@ def _endpoint(config: VerifyConfig) -> Endpoint:
 
 def _served(config: VerifyConfig, endpoint: Endpoint | None, sides: list[Trained]) -> Served:
     if endpoint is None:
-        folder = Path(config.target)
-        if not folder.is_dir():
+        folder = local_folder(config.target)
+        if folder is None:
             raise MissingError(f"target {config.target}: no such folder; give a folder or an address with http://")
         encode = served_folder(folder)
         return with_prompts(encode, sides) if config.prompts == "text" else lambda _, texts: encode(texts)

@@ -1,0 +1,1 @@
+"""Entry point: an index over HTTP, and a page to try it."""
