@@ -32,7 +32,7 @@ $(VENV)/installed-dev: $(VENV)/installed $(wildcard requirements-*.txt)
 	touch $@
 
 demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
-	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_EVALUATION=true RUN_INDEX=true
+	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_PAIRS=true RUN_EVALUATION=true RUN_INDEX=true
 
 test: lint ## lint, types and all tests; fails when the tests run less of the library than the floor
 	$(ONE_THREAD) $(OFFLINE) COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m "$(PART)" -n $(JOBS) --max-worker-restart 0 \
@@ -58,4 +58,4 @@ docs: $(VENV)/installed ## write the generated tables into docs/
 	$(BIN)/python -m ebr_lib knobs --write docs/en/knobs.md docs/zh/knobs.md
 
 clean: ## remove the environment and what the stages wrote
-	rm -rf $(VENV) mutants dist saved_model faiss evaluation embedding_scatter.* EBR_workflow.executed.ipynb
+	rm -rf $(VENV) mutants dist saved_model faiss evaluation click_pairs embedding_scatter.* EBR_workflow.executed.ipynb

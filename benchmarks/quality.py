@@ -17,6 +17,9 @@ contenders that choose get them. `--results` keeps every single result as a line
 clicks64, clicks256: banking77 as a click log. Anchor = the customer's text, positive = the intent's name; 77 documents
 answer 4,096 queries, in batches of 64 (one epoch) or 256 (two). The test texts search the 77 names.
 wrong30: clicks64 with a wrong name in 30 % of the pairs, those that choose included. tenth: 409 pairs, five epochs.
+log_clicks, log_distinct, log_pairs: what is made of the simulated click log of the sample shop; the held-out truth is
+searched. Every click as a pair (one epoch), every clicked pair once, and the pairs of the stage `pairs` with their
+weights (three epochs: about as many steps).
 shop: the sample data of this project, in batches of 32, three epochs; its held-out queries search all its documents.
 intents: two texts of one intent are a pair; the test texts search the training texts.
 cmrc: Chinese questions search paragraphs; paragraphs are split in halves for training and test.
@@ -95,11 +98,12 @@ class Set:
     guard: Search
     knobs: Mapping[str, Any]
     measures: tuple[str, ...]
+    rows: Sequence[Mapping[str, Any]] = ()  # of `pairs`, where they say more than two texts
 
     def shortened(self) -> Set:
         """Few rows, to see that it runs."""
         search = replace(self.search, queries=self.search.queries[:50], answers=self.search.answers[:50])
-        return replace(self, pairs=self.pairs[:128], choosing=self.choosing[:32], search=search)
+        return replace(self, pairs=self.pairs[:128], rows=self.rows[:128], choosing=self.choosing[:32], search=search)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -230,6 +234,30 @@ def shop(data: Path) -> Set:
     return Set(rows[64:], rows[:64], shop_search(), of_names(data, 500), knobs, ("ndcg@10", "hit@1"))
 
 
+def click_log(data: Path, kind: str) -> Set:
+    """Pairs out of the simulated log: every click, every clicked pair once, or what the stage makes."""
+    import polars as pl
+
+    from ebr_lib import make_training_pairs
+
+    place = HERE.parent / "train_text" / "click_log"
+    texts = {
+        row["item_id"]: row["description"] for row in map(json.loads, (place / "items.jsonl").open(encoding="utf-8"))
+    }
+    log = pl.read_csv(place / "events.csv.gz", infer_schema=False).filter(pl.col("event") == "click")
+    clicks = log.select("query", "item_id")
+    clicks = clicks if kind == "clicks" else clicks.unique(maintain_order=True)
+    pairs = [(query, texts[item]) for query, item in clicks.iter_rows()]
+    rows: list[dict[str, Any]] = []
+    if kind == "pairs":
+        with tempfile.TemporaryDirectory() as folder:
+            result = make_training_pairs({"holdout_days": 0, "output_dir": f"{folder}/out"})
+            rows = [json.loads(line) for line in result.pairs.read_text(encoding="utf-8").splitlines()]
+        pairs = [(row["anchor"], row["positive"]) for row in rows]
+    knobs = {"train_batch_size": 32, "num_epochs": 1 if kind == "clicks" else 3}
+    return Set(pairs, pairs[:64], shop_search(), of_names(data, 500), knobs, ("ndcg@10", "hit@1"), rows)
+
+
 def cmrc(data: Path) -> Set:
     """Half of the paragraphs are trained on; of the others, a quarter chooses and the rest is reported."""
     articles = json.loads((data / "cmrc2018" / "trial.json").read_text(encoding="utf-8"))["data"]
@@ -290,6 +318,9 @@ SETS: dict[str, Callable[[Path], Set]] = {
     "tenth": lambda data: clicks(data, 64, 5, pairs=409),
     "intents": intents,
     "shop": shop,
+    "log_clicks": lambda data: click_log(data, "clicks"),
+    "log_distinct": lambda data: click_log(data, "distinct"),
+    "log_pairs": lambda data: click_log(data, "pairs"),
     "cmrc": cmrc,
     "cranfield": cranfield,
 }
@@ -316,7 +347,7 @@ def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: 
 
     config = {
         "model_name": model,
-        "data_path": write_pairs(Path(folder) / "pairs.jsonl", task.pairs),
+        "data_path": write_rows(Path(folder) / "pairs.jsonl", task),
         "output_dir": folder,
         "eval_ratio": 0.0,
         "max_seq_length": 128,
@@ -334,6 +365,17 @@ def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: 
     result = train_sentence_transformer(config)
     found = {name: value for name in FOUND if (value := getattr(result, name, None)) is not None}
     return Trained(result.model_path, result.seconds, found)
+
+
+def write_rows(place: Path, task: Set) -> str:
+    """Write the set's rows as they are, or its pairs."""
+    from training import write_pairs
+
+    if not task.rows:
+        return write_pairs(place, task.pairs)
+    lines = (json.dumps(row, ensure_ascii=False) for row in task.rows)
+    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(place)
 
 
 def without_duplicates(run: Callable[[], Trained]) -> Trained:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ebr_lib.inference.config import InferenceConfig
     from ebr_lib.inference.run import run_batch_inference
     from ebr_lib.logs import show_logs
+    from ebr_lib.pairs.config import PairsConfig
+    from ebr_lib.pairs.run import make_training_pairs
     from ebr_lib.serve.config import ServeConfig
     from ebr_lib.serve.run import serve_index
     from ebr_lib.verify.config import VerifyConfig
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "make_training_pairs": "pairs.run",
     "train_sentence_transformer": "finetune.run",
     "run_batch_inference": "inference.run",
     "visualize_embeddings": "visualize.run",
@@ -44,6 +47,7 @@ _HOMES = {
     "search_box": "index.side_by_side",
     "add_rows": "index.change",
     "delete_rows": "index.change",
+    "PairsConfig": "pairs.config",
     "FinetuneConfig": "finetune.config",
     "InferenceConfig": "inference.config",
     "VisConfig": "visualize.config",
@@ -66,6 +70,7 @@ __all__ = [
     "FinetuneConfig",
     "IndexConfig",
     "InferenceConfig",
+    "PairsConfig",
     "SearchConfig",
     "ServeConfig",
     "VerifyConfig",
@@ -76,6 +81,7 @@ __all__ = [
     "delete_rows",
     "evaluate_retrieval",
     "export_model",
+    "make_training_pairs",
     "run_batch_inference",
     "search",
     "search_box",

@@ -30,6 +30,7 @@ from ebr_lib.knobs.flags import add_flags, from_flags, unknown_flag
 from ebr_lib.knobs.presets import shipped_presets
 from ebr_lib.knobs.tables import knob_table
 from ebr_lib.logs import only_results, print_anything, show_logs
+from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.serve.config import ServeConfig
 from ebr_lib.tables import RED, styled
 from ebr_lib.verify.config import VerifyConfig
@@ -55,6 +56,10 @@ class Stage:
 
 
 STAGES = {
+    "pairs": Stage(
+        PairsConfig, "ebr_lib.pairs.run", "make_training_pairs",
+        examples=("--log_path ./log --catalogue_path ./items.parquet", "--config configs/pairs/large_log.yaml"),
+    ),
     "finetune": Stage(
         FinetuneConfig, "ebr_lib.finetune.run", "train_sentence_transformer",
         examples=("--num_epochs 3", "--config configs/finetune/hard_negatives.yaml --output_dir ./saved_model"),

@@ -18,6 +18,7 @@ from ebr_lib.inference.config import InferenceConfig
 from ebr_lib.knobs.checks import Config
 from ebr_lib.knobs.fields import Place
 from ebr_lib.logs import logger
+from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.tables import as_text, make_table
 from ebr_lib.visualize.config import VisConfig
 
@@ -32,6 +33,7 @@ class Configs:
     `base`: of encoding with the base model, to compare with; `on`: the stages whose files were checked.
     """
 
+    pairs: PairsConfig
     finetune: FinetuneConfig
     inference: InferenceConfig
     base: InferenceConfig
@@ -59,8 +61,8 @@ def check_configs(*, run: Mapping[str, Any] | None = None, **given: Mapping[str,
     read in part only, and no model is loaded.
 
     :param run: which stages are switched on, by name; None checks no files.
-    :param given: a dict of knobs per stage: finetune, inference, base, visualize, evaluate, index. Others get their
-        defaults.
+    :param given: a dict of knobs per stage: pairs, finetune, inference, base, visualize, evaluate, index. Others get
+        their defaults.
     :raises ConfigError: any knob of any stage is unknown or out of range, or a file, model or column is not there.
     """
     kinds = {f.name: get_type_hints(Configs)[f.name] for f in fields(Configs) if f.name not in ("given", "on")}

@@ -23,6 +23,9 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 MiningChoice = Literal["top", "random"]
 NoiseKind = Literal["random_delete", "random_swap", "char_delete", "none"]
 
+LANGUAGES = ("Chinese", "English", "mixed", "other")
+"""Languages of texts, by script; see `language_of`."""
+
 Metric = Literal["recall@1", "recall@10", "mrr@10", "ndcg@10"]
 METRICS = get_args(Metric)
 """Measured on the held-out anchors."""

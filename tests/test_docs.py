@@ -18,6 +18,7 @@ from ebr_lib.inference.config import InferenceConfig
 from ebr_lib.knobs.flags import from_flags
 from ebr_lib.knobs.tables import with_tables
 from ebr_lib.notebook import inject, parse_parameters
+from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.visualize.config import VisConfig
 from tests.visualize.test_points import ATLAS_COLUMNS
 
@@ -30,6 +31,7 @@ STAGE_CONFIGS = {name: stage.config for name, stage in cli.STAGES.items()}
 STAGE_OF_FOLDER = {name: name for name in STAGE_CONFIGS} | {"inference": "infer"}
 TYPO = "noise_porb"  # a page shows the error message
 NOTEBOOK_CONFIGS = {
+    "PAIRS_CONFIG": PairsConfig,
     "FINETUNE_CONFIG": FinetuneConfig,
     "INFERENCE_CONFIG": InferenceConfig,
     "VIS_CONFIG": VisConfig,

@@ -240,7 +240,7 @@ def test_a_mistyped_knob_is_an_error_before_heavy_imports():
 def test_the_tables_are_printed_or_written_into_documents(tmp_path, capsys):
     assert main(["knobs"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("finetune\n\n| knob |") and "| `k` | int, ≥ 1 | `10` |" in printed
+    assert printed.startswith("pairs\n\n| knob |") and "| `k` | int, ≥ 1 | `10` |" in printed
     document = tmp_path / "a.md"
     document.write_text("<!-- knobs:search -->\n<!-- /knobs -->\n")
     assert main(["knobs", "--write", str(document)]) == 0

@@ -22,7 +22,8 @@ def check(config: EvalConfig, before: Handover) -> Iterator[str]:
     planned = Path(config.corpus_path).expanduser().resolve() in before.columns if config.corpus_path else False
     corpus = None if planned else config.corpus_path
     paths = {"queries_path": config.queries_path, "corpus_path": corpus, "qrels_path": config.qrels_path}
-    missing = list(check_paths(**paths, train_data_path=config.train_data_path))
+    missing = list(check_paths(**paths, train_data_path=before.not_written(config.train_data_path)))
+    planned = planned or not (config.queries_path or before.not_written(config.data_path))
     trained = before.models.get(Path(config.data_path or ".").expanduser().resolve())
     if not config.queries_path and trained is not None:
         if not trained:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import is_blank, language_of
 from ebr_lib.errors import DataError
-from ebr_lib.names import DEFAULT_PRESET, LARGE_BATCH_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
+from ebr_lib.names import DEFAULT_PRESET, LANGUAGES, LARGE_BATCH_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 from ebr_lib.tables import as_html, make_table, shortened
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _TOP_DOCUMENTS = _TOP_PROMPTS = 5
 _SAMPLED_BATCHES = 100
 _MANY_DOCUMENTS, _SMALL_BATCH = 5120, 64  # ten of the large batches, so that few documents repeat in one
 PRESET_LINE = "建议预设 recommended preset"
-LANGUAGES = ("Chinese", "English", "mixed", "other")
 
 LengthsOf = Callable[[Sequence[str]], Sequence[int]]
 

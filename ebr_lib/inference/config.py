@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -25,6 +24,7 @@ from ebr_lib.knobs.fields import (
     Places,
     Positive,
     Share,
+    delimiter_byte,
 )
 from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
 
@@ -210,14 +210,6 @@ class InferenceConfig(Config):
             yield "num_processes: with engine: ray, use num_actors"
         if self.engine == "local" and (self.num_actors or self.ray_address):
             yield "num_actors, ray_address: only for engine: ray"
-
-
-def delimiter_byte(text: str) -> bytes:
-    """Byte of a delimiter knob: a character, or an escape such as `\\001`, `\\x01`, `\\t`."""
-    spelled = {"\\t": b"\t", "\\a": b"\a"}
-    if octal := re.fullmatch(r"\\(?:x([0-9a-fA-F]{2})|([0-7]{3}))", text):
-        return bytes([int(octal[1], 16) if octal[1] else int(octal[2], 8) % 256])
-    return spelled.get(text, text.encode() if text.isascii() else b"")
 
 
 def escape_byte(text: str | None) -> bytes | None:

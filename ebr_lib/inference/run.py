@@ -14,7 +14,7 @@ from ebr_lib.data.embeddings.base import ending_of, ids_path, manifest_path, rea
 from ebr_lib.data.finder import FoundFiles
 from ebr_lib.data.hive import Layout, Source
 from ebr_lib.files import check_apart, check_output_file, followed, write_json
-from ebr_lib.inference.config import InferenceConfig, delimiter_byte, escape_byte
+from ebr_lib.inference.config import InferenceConfig, escape_byte
 from ebr_lib.inference.encode import explain_full_disk
 from ebr_lib.inference.inputs import check_sample, find_inputs, hash_inputs, kept_columns, open_inputs
 from ebr_lib.inference.job import Job, Outcome, rejects_path, work_folder
@@ -22,6 +22,7 @@ from ebr_lib.inference.local import EncoderFacts, LocalEngine
 from ebr_lib.inference.ray_cluster import RayEngine, check_output_folder
 from ebr_lib.inference.report import Bar, by_name, check_losses, count_rows, log_rejects, token_stats
 from ebr_lib.inference.resume import drop_run, new_inputs, refuse_other_engine, with_known_names
+from ebr_lib.knobs.fields import delimiter_byte
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.loading import check_remote_code

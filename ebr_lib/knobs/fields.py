@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -66,3 +67,11 @@ TOKEN_FILE = (
     "File with the token that requests carry (`Authorization: Bearer …`), read when it starts; null means none.",
     "存放访问令牌的文件（请求头 `Authorization: Bearer …`），启动时读取；null 表示不用令牌。",
 )
+
+
+def delimiter_byte(text: str) -> bytes:
+    """Byte of a delimiter knob: a character, or an escape such as `\\001`, `\\x01`, `\\t`."""
+    spelled = {"\\t": b"\t", "\\a": b"\a"}
+    if octal := re.fullmatch(r"\\(?:x([0-9a-fA-F]{2})|([0-7]{3}))", text):
+        return bytes([int(octal[1], 16) if octal[1] else int(octal[2], 8) % 256])
+    return spelled.get(text, text.encode() if text.isascii() else b"")

@@ -22,10 +22,12 @@ class Handover:
 
     :ivar models: folder of each model, and whether it will hold held-out queries.
     :ivar columns: kept columns of each embedding file.
+    :ivar files: training pairs and held-out folders.
     """
 
     models: dict[Path, bool] = field(default_factory=dict)
     columns: dict[Path, Sequence[str]] = field(default_factory=dict)
+    files: set[Path] = field(default_factory=set)
 
     def check_model(self, knob: str, name: str) -> Iterator[str]:
         """Yield an error if a model is neither here nor trained before; a hub's name is not looked up."""
@@ -55,6 +57,11 @@ class Handover:
         except UserError as error:
             errors.append(f"{knob}: {error}")
         return None
+
+    def not_written(self, paths: str | Sequence[str] | None) -> list[str]:
+        """The given paths that no earlier stage writes."""
+        given = [paths] if isinstance(paths, str) else paths or ()
+        return [path for path in given if Path(path).expanduser().resolve() not in self.files]
 
 
 def check_columns(wanted: dict[str, str | None], found: Sequence[str] | None, path: str) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Training pairs and a held-out set out of a click log."""

@@ -1,0 +1,104 @@
+"""Position bias: exact on exact counts, and near the truth of a simulated log."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ebr_lib.pairs.bias import estimate_propensities
+from ebr_lib.pairs.run import make_training_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import simulate_clicks  # noqa: E402
+
+
+def test_exact_counts_give_the_exact_propensities_whatever_ranked_the_items():
+    looks, rates = np.array([1.0, 0.6, 0.2]), np.array([0.5, 0.1])
+    # the good item is mostly first, the bad one mostly last: click rates by position alone would be far off
+    shown = np.array([[8000.0, 1000, 1000], [1000, 1000, 8000]])
+    pair, place = np.divmod(np.arange(6), 3)
+    clicks = (shown * looks * rates[:, None]).ravel()
+    found = estimate_propensities(pair, place + 1, shown.ravel(), clicks)
+    assert list(found) == [1, 2, 3]
+    assert list(found.values()) == pytest.approx([1.0, 0.6, 0.2], abs=1e-4)
+    naive = clicks.reshape(2, 3).sum(0) / shown.sum(0)
+    assert naive[2] / naive[0] < 0.1
+
+
+def test_positions_that_nothing_links_to_the_first_take_the_one_before():
+    pair, place = np.array([0, 0, 1, 1]), np.array([1, 2, 3, 4])
+    found = estimate_propensities(pair, place, np.full(4, 10_000.0), np.array([1000.0, 500, 900, 300]))
+    assert found == pytest.approx({1: 1.0, 2: 0.5, 3: 0.5, 4: 0.5})
+
+
+def test_too_few_clicks_give_none():
+    assert estimate_propensities(np.array([0, 0]), np.array([1, 2]), np.array([9.0, 9]), np.array([5.0, 4])) == {}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """The sample log, the truth that it was made from, and the lines that the stage makes of it."""
+    lines = (ROOT / "train_text/queries.jsonl").read_text(encoding="utf-8").splitlines()
+    shop = simulate_clicks.shop_of([json.loads(line) for line in lines])
+    folder = tmp_path_factory.mktemp("pairs")
+    source = ROOT / "train_text/click_log"
+    result = make_training_pairs(
+        {
+            "log_path": str(source / "events.csv.gz"),
+            "catalogue_path": str(source / "items.jsonl"),
+            "output_dir": str(folder / "out"),
+        }
+    )
+    return shop, result
+
+
+def test_the_sample_log_is_what_the_simulator_writes(tmp_path):
+    lines = (ROOT / "train_text/queries.jsonl").read_text(encoding="utf-8").splitlines()
+    shop = simulate_clicks.shop_of([json.loads(line) for line in lines])
+    simulate_clicks.write_shop(shop, simulate_clicks.Habits(), 0, tmp_path)
+    import gzip
+
+    for name in ("events.csv.gz", "items.jsonl"):
+        new, kept = ((place / name).read_bytes() for place in (tmp_path, ROOT / "train_text/click_log"))
+        assert (gzip.decompress(new), gzip.decompress(kept)) if name.endswith("gz") else new == kept
+
+
+def test_the_simulated_bias_is_found(simulated):
+    _, result = simulated
+    found = json.loads(result.manifest.read_text(encoding="utf-8"))["propensities"]["by_position"]
+    truth = simulate_clicks.Habits().propensities
+    assert [found[str(place)] for place in range(1, 6)] == pytest.approx(truth[:5], abs=0.08)
+
+
+def test_the_true_pairs_get_the_weight(simulated):
+    shop, result = simulated
+    answers = {query.lower(): items for query, items in shop.answers.items()}
+    lines = [json.loads(line) for line in result.pairs.read_text(encoding="utf-8").splitlines()]
+    true = [line["item_id"] in answers[line["anchor"].lower()] for line in lines]
+    weight = np.array([line["weight"] for line in lines])
+    assert np.mean(true) < 0.7  # most of the others are one chance click
+    assert weight[true].sum() / weight.sum() > 0.85
+    assert weight.mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_every_row_of_the_simulation_is_accounted_for(simulated):
+    shop, result = simulated
+    rows = list(simulate_clicks.events(shop, simulate_clicks.Habits(), 0))
+    people = [row for row in rows if row[5] != "bot"]
+    known = {query.lower() for query in shop.answers}
+    ids = [row for row in people if row[0].lower() not in known]
+    twice = sum(count - 1 for count in Counter(people).values())
+    funnel = json.loads(result.manifest.read_text(encoding="utf-8"))["funnel"]
+    steps = {(step["of"], step["step"]): step["left_out"] for step in funnel}
+    assert steps["rows", "bot-like session"] == len(rows) - len(people) > 0
+    assert steps["rows", "equal to another row"] == twice > 0
+    assert steps["rows", "query is an id, a number or a URL"] == len(ids) > 0
+    left = [step["left"] for step in funnel if step["of"] == "rows"]
+    assert left == [len(rows), *(len(rows) - sum(list(steps.values())[1 : n + 1]) for n in range(1, len(left)))]
