@@ -130,6 +130,14 @@ class FinetuneConfig(Config):
         "保存适配器的多大比例：1 为训练所得，0 为完全不用。auto 在一半验证查询上测 0、0.25、0.5、0.75、1，按 `best_metric`（为 loss 时按 nDCG@10）"
         "保存最好的，另一半用于报告；验证查询不足 100 条时取 1，除非它比 0 差。",
     )
+    guard_data_path: Places | None = knob(
+        None,
+        "A search of a more general kind, against forgetting: a BEIR folder, or pairs in the formats of training data. "
+        "`adapter_strength: auto` takes no strength that costs more nDCG@10 there than `guard_tolerance`.",
+        "防遗忘集：更通用的检索任务，BEIR 目录，或与训练数据同格式的样本对。`adapter_strength: auto` 不会选使其 nDCG@10 "
+        "下降超过 `guard_tolerance` 的强度。",
+    )
+    guard_tolerance: Share = knob(0.01, "Largest loss of nDCG@10 on the guard.", "防遗忘集上允许下降的 nDCG@10。")
     contrastive_batch_size: Count = knob(
         0,
         "Pairs per contrastive batch, embedded `train_batch_size` at a time (GradCache); 0 means `train_batch_size`.",

@@ -115,7 +115,7 @@ def before_after(before: GroupMeans, after: GroupMeans) -> DataFrame:
 def verdict(before: GroupMeans, after: GroupMeans, strength: float, best_metric: str, train_rows: int) -> str:
     """Why the model may be no better than before; empty if it is better, or was not measured."""
     metric = metric_to_choose_by(best_metric)
-    if not before or (strength and after["all"][metric] > before["all"][metric]):
+    if "all" not in before or (strength and after["all"][metric] > before["all"][metric]):
         return ""
     was, now = before["all"][metric], after["all"][metric]
     if was >= NEARLY_ALL:

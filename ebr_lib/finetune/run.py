@@ -70,7 +70,14 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     config = FinetuneConfig.resolve(config)
     _check_machine(config)
     paths = Paths.of(config.output_dir, config.model_name)
-    paths.check([config.data_path, config.eval_data_path, config.mining_corpus_path, config.presets])
+    inputs = [
+        config.data_path,
+        config.eval_data_path,
+        config.mining_corpus_path,
+        config.guard_data_path,
+        config.presets,
+    ]
+    paths.check(inputs)
     look_for_bases_in(config.base_model_path)
     paths.check_base(_identify(config))
     rows = _read(config, paths)
@@ -78,6 +85,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
 
     from ebr_lib.finetune import setup  # loads torch for seconds: not before config and data are known to be right
 
+    guard = setup.read_guard_task(config)
     config, precision = setup.settle_precision(config)
     model = setup.make_model(config, precision)
     _check_start(model, config.model_name)
@@ -91,7 +99,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     batching = setup.Batching.of(config)
     report = setup.examine_rows(config, batching, rows.train, model)
     start = time.perf_counter()
-    first = setup.measure(config, rows.task, model)
+    first, first_guard = setup.measure(config, rows.task, model), setup.measure_guard(config, guard, model)
     measuring = time.perf_counter() - start
     fp16 = precision.dtype == "float16"
     watch = setup.make_watch(config, report, model, fp16=fp16)
@@ -103,11 +111,11 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
     seconds = _train(trainer, paths, checkpoint, measuring=measuring)
     _check_end(model, paths, watch.causes_of_nan)
-    settled = setup.settle_strength(config, trainer, rows.task, halves, first=first)
+    settled = setup.settle_strength(
+        config, trainer, rows.task, halves, first=first, guard=guard, first_guard=first_guard
+    )
     before, after = settled.before, settled.after
-    tables = {"before_after": before_after(before, after), "data": report.table}
-    if settled.table is not None:
-        tables["strengths"] = settled.table
+    tables = {"before_after": before_after(before, after), **settled.tables, "data": report.table}
     result = FinetuneResult(
         model_path=str(paths.adapter),
         merged_path=str(paths.merged) if config.merge_adapter else None,

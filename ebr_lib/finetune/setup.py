@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import make_datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
+from ebr_lib.finetune.guard import read_guard
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
 from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan
 from ebr_lib.finetune.losses import ContrastiveLoss
@@ -47,6 +49,8 @@ from ebr_lib.finetune.sources import (
     without_in_batch_negatives,
 )
 from ebr_lib.finetune.strength import (
+    STRENGTHS,
+    Both,
     Halves,
     Values,
     at_strength,
@@ -221,6 +225,18 @@ def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTra
         return {}
     query_only = config.adapter_side == "query"
     return task.measure_model(as_served(config, model), query_only=query_only, backend=config.backend)
+
+
+def read_guard_task(config: FinetuneConfig) -> HeldoutTask | None:
+    """The search that must not get worse, if there is one."""
+    if config.guard_data_path is None:
+        return None
+    return read_guard(config.guard_data_path, config.eval_corpus_size, config.seed)
+
+
+def measure_guard(config: FinetuneConfig, guard: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
+    """The guard's means as a group of that name; empty without a guard."""
+    return {"guard": guard.means(measure(config, guard, model))["all"]} if guard else {}
 
 
 def halves_to_measure(config: FinetuneConfig, task: HeldoutTask) -> Halves:
@@ -660,7 +676,7 @@ class Settled(NamedTuple):
     strength: float
     before: GroupMeans
     after: GroupMeans
-    table: DataFrame | None = None
+    tables: Mapping[str, DataFrame] = MappingProxyType({})
 
 
 def settle_strength(
@@ -670,31 +686,49 @@ def settle_strength(
     halves: Halves | None,
     *,
     first: Values,
+    guard: HeldoutTask | None = None,
+    first_guard: GroupMeans = MappingProxyType({}),
 ) -> Settled:
     """Apply the trained adapter as strongly as `adapter_strength` says, or as the held-out queries choose.
 
-    :param first: what the model measured when training began.
+    :param first: what the model measured when training began, and `first_guard` on the guard.
     """
     model, start, end = trainer.model, trainer.start, adapter_weights(trainer.model)
-    before = task.means(first, halves.reporting) if task and halves else {}
-    if config.adapter_strength != "auto" or task is None or halves is None:
-        strength = 1.0 if config.adapter_strength == "auto" else float(config.adapter_strength)
-        if strength != 1:
-            set_adapter_weights(model, at_strength(start, end, strength))
-        best = trainer.measured_best if strength == 1 else None
-        return Settled(strength, before, best or (task.means(measure(config, task, model)) if task else {}))
-    found = {0.0: first}
-    for strength in halves.strengths[1:]:
+
+    def means_of(values: Values) -> Both:
+        if task is None or halves is None:
+            return {}, {}
+        return task.means(values, halves.choosing), task.means(values, halves.reporting)
+
+    def measured_at(strength: float) -> tuple[Both, GroupMeans]:
         set_adapter_weights(model, at_strength(start, end, strength))
-        found[strength] = measure(config, task, model)
-    means = {
-        strength: (task.means(values, halves.choosing), task.means(values, halves.reporting))
-        for strength, values in found.items()
-    }
+        return means_of(measure(config, task, model)), measure_guard(config, guard, model)
+
+    before = {**means_of(first)[1], **first_guard}
+    if config.adapter_strength != "auto" or not before:
+        strength = 1.0 if config.adapter_strength == "auto" else float(config.adapter_strength)
+        if strength == 1 and trainer.measured_best:
+            return Settled(1.0, before, {**trainer.measured_best, **measure_guard(config, guard, model)})
+        (_, after), after_guard = measured_at(strength)
+        return Settled(strength, before, {**after, **after_guard})
+    strengths = halves.strengths if halves else STRENGTHS
+    found = {0.0: (means_of(first), first_guard)} | {strength: measured_at(strength) for strength in strengths[1:]}
     metric = metric_to_choose_by(config.best_metric)
-    chosen = from_first_process(best_strength({strength: both[0]["all"][metric] for strength, both in means.items()}))
+    chosen = from_first_process(_choose(found, metric, config.guard_tolerance))
     set_adapter_weights(model, at_strength(start, end, chosen))
-    logger.info(
-        "适配器强度 adapter strength: %g (best %s of %d held-out queries)", chosen, metric, halves.choosing.sum()
-    )
-    return Settled(chosen, before, means[chosen][1], strengths_table(chosen, halves, means))
+    by = f"best {metric} of {halves.choosing.sum()} held-out queries" if halves else "the largest that the guard allows"
+    logger.info("适配器强度 adapter strength: %g (%s)", chosen, by)
+    (_, after), after_guard = found[chosen]
+    tables = {"strengths": strengths_table(chosen, halves, found)}
+    return Settled(chosen, before, {**after, **after_guard}, tables)
+
+
+def _choose(found: Mapping[float, tuple[Both, GroupMeans]], metric: str, tolerance: float) -> float:
+    """The best strength of those that the guard allows; without held-out queries the largest."""
+    guards = {strength: guard["guard"]["ndcg@10"] for strength, (_, guard) in found.items() if guard}
+    allowed = [strength for strength in found if not guards or guards[strength] >= guards[0.0] - tolerance]
+    if refused := sorted(found.keys() - set(allowed)):
+        shown = ", ".join(f"{strength:g} ({guards[strength]:.4f})" for strength in refused)
+        logger.warning("防遗忘集不允许的强度 the guard refuses: %s, from %.4f before", shown, guards[0.0])
+    means = {strength: found[strength][0][0]["all"][metric] for strength in allowed if found[strength][0][0]}
+    return best_strength(means) if means else max(allowed)

@@ -33,6 +33,10 @@ Values = Mapping[str, "Floats"]
 """Metric to one value per held-out query."""
 
 
+Both = tuple[GroupMeans, GroupMeans]
+"""The means of the queries that choose and of those that report."""
+
+
 class Halves(NamedTuple):
     """Held-out queries that choose (the best step, the strength), and those that report; each of shape (queries,).
 
@@ -103,17 +107,27 @@ def best_strength(means: Mapping[float, float]) -> float:
     return max(sorted(means), key=means.__getitem__)
 
 
-def strengths_table(chosen: float, halves: Halves, found: Mapping[float, tuple[GroupMeans, GroupMeans]]) -> DataFrame:
-    """Each metric at each strength, on the queries that choose and on those that report.
+def strengths_table(chosen: float, halves: Halves | None, found: Mapping[float, tuple[Both, GroupMeans]]) -> DataFrame:
+    """Each metric at each strength, on the queries that choose, on those that report, and on the guard.
 
-    :param found: strength to the means on both.
+    :param found: strength to the means on both halves, and those of the guard.
     """
-    sides = ("choosing", "reporting") if halves.split else ("all",)
+    names = () if halves is None else ("choosing", "reporting") if halves.split else ("all",)
+    groups = [
+        (name, strength, both[number]["all"])
+        for number, name in enumerate(names)
+        for strength, (both, _) in sorted(found.items())
+    ]
+    groups += [("guard", strength, guard["guard"]) for strength, (_, guard) in sorted(found.items()) if guard]
     rows = [
-        (side, int(means["all"]["queries"]), strength, *(means["all"][metric] for metric in METRICS), mark)
-        for number, side in enumerate(sides)
-        for strength, both in sorted(found.items())
-        for means, mark in [(both[number], "← saved" if strength == chosen else "")]
+        (
+            side,
+            int(means["queries"]),
+            strength,
+            *(means[metric] for metric in METRICS),
+            "← saved" * (strength == chosen),
+        )
+        for side, strength, means in groups
     ]
     title = "适配器强度 adapter strengths: 0 is the model before training, 1 the adapter as it was trained"
     return make_table(title, ("half", "queries", "strength", *METRICS, ""), rows)
