@@ -14,10 +14,25 @@ ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 # from Python 3.12 on, coverage costs little with sys.monitoring
 CORE = $(shell $(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')")
 
-.PHONY: demo test lint audit bench mutate docs clean help
+define CHINESE_SHOP
+RUN_EVALUATION=true RUN_INDEX=true \
+FINETUNE_CONFIG.model_name=multilingual-e5-small FINETUNE_CONFIG.data_path=./train_text/zh \
+FINETUNE_CONFIG.eval_data_path=./train_text/zh/heldout \
+FINETUNE_CONFIG.num_epochs=2 FINETUNE_CONFIG.output_dir=./demo/zh/saved_model \
+INFERENCE_CONFIG.model_name=./demo/zh/saved_model/multilingual-e5-small-peft-lora \
+INFERENCE_CONFIG.data_path=./train_text/zh/catalogue INFERENCE_CONFIG.output_path=./demo/zh/embeds_2.txt \
+VIS_CONFIG.embedding_path=./demo/zh/embeds_2.txt VIS_CONFIG.output_path=./demo/zh/embedding_scatter.png \
+'EVAL_CONFIG.models=[multilingual-e5-small,./demo/zh/saved_model/multilingual-e5-small-peft-lora]' \
+EVAL_CONFIG.data_path=./demo/zh/saved_model/multilingual-e5-small-peft-lora \
+EVAL_CONFIG.output_dir=./demo/zh/evaluation \
+INDEX_CONFIG.embedding_path=./demo/zh/embeds_2.txt INDEX_CONFIG.output_dir=./demo/zh/index \
+INDEX_CONFIG.queries_path=./train_text/zh/heldout/queries.jsonl
+endef
+
+.PHONY: demo demo-zh test lint audit bench mutate docs clean help
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 # the stamps are newer than the requirements exactly when the installation is up to date
 $(VENV)/installed: requirements.txt
@@ -33,6 +48,13 @@ $(VENV)/installed-dev: $(VENV)/installed $(wildcard requirements-*.txt)
 
 demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
 	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_PAIRS=true RUN_EVALUATION=true RUN_INDEX=true
+
+$(VENV)/installed-zh: $(VENV)/installed requirements-zh.txt
+	$(BIN)/pip install --quiet -r requirements-zh.txt
+	touch $@
+
+demo-zh: $(VENV)/installed-zh ## the same on the Chinese sample data with multilingual-e5-small, in demo/zh/
+	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --output demo/zh/EBR_workflow.executed.ipynb --set $(CHINESE_SHOP)
 
 test: lint ## lint, types and all tests; fails when the tests run less of the library than the floor
 	$(ONE_THREAD) $(OFFLINE) COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m "$(PART)" -n $(JOBS) --max-worker-restart 0 \
@@ -58,4 +80,5 @@ docs: $(VENV)/installed ## write the generated tables into docs/
 	$(BIN)/python -m ebr_lib knobs --write docs/en/knobs.md docs/zh/knobs.md
 
 clean: ## remove the environment and what the stages wrote
-	rm -rf $(VENV) mutants dist saved_model faiss evaluation click_pairs embedding_scatter.* EBR_workflow.executed.ipynb
+	rm -rf $(VENV) mutants dist saved_model faiss evaluation click_pairs demo embedding_scatter.* \
+		EBR_workflow.executed.ipynb
