@@ -21,6 +21,7 @@ from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import Provenance, changed_files, weights_of
 from ebr_lib.model.spec import EncoderSpec
+from ebr_lib.model.unfit import unfit_advice
 
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
@@ -80,6 +81,9 @@ def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tup
     own = task.query_prompts if spec.query_prompt is None else ()
     vectors = queries.encode_each(task.queries, own or [None] * len(task.queries))
     ranking = rank_vectors(vectors, documents, task.relevant, left_out=task.own)
+    unknown = max(side.stats.unknown_share for side in ([queries] if stored else [queries, encoder]))
+    if advice := unfit_advice(unknown):
+        logger.warning("%s: %s", spec.model_name, advice)
     several = dict.fromkeys(queries.prompt if prompt is None else prompt for prompt in own) or [queries.prompt]
     return ranking, {
         "query prompt": " | ".join(several),
@@ -88,6 +92,7 @@ def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tup
         "backend": queries.backend,
         "max_seq_length": queries.model.max_seq_length,
         "dimensions": queries.dim,
+        "unknown tokens": f"{unknown:.1%}",
         "documents": f"{source} {corpus.vectors}" if stored else source,
     }
 

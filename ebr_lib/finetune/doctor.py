@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import is_blank, language_of
 from ebr_lib.errors import DataError
+from ebr_lib.model.unfit import unfit_advice
 from ebr_lib.names import DEFAULT_PRESET, LANGUAGES, LARGE_BATCH_PRESET, SMALL_DATA_PRESET, STRONG_PRESET
 from ebr_lib.tables import as_html, make_table, shortened
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 FEW_ROWS = 100
-SAMPLE = 50_000
+SAMPLE, UNKNOWN_SAMPLE = 50_000, 1000
 _TOP_DOCUMENTS = _TOP_PROMPTS = 5
 _SAMPLED_BATCHES = 100
 _MANY_DOCUMENTS, _SMALL_BATCH = 5120, 64  # ten of the large batches, so that few documents repeat in one
@@ -68,6 +69,7 @@ class DoctorReport:
     :ivar largest_anchor: the most frequent anchor and its number of rows.
     :ivar prompts: the most frequent prompts that rows bring along, and their number of rows.
     :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
+    :ivar unknown_share: share of the texts' tokens that the model's tokenizer does not know, 0 to 1, of a sample.
     :ivar advice: what to do, in Chinese followed by English.
     """
 
@@ -92,6 +94,7 @@ class DoctorReport:
     largest_anchor: tuple[str, int]
     masks: bool
     prompts: tuple[tuple[str, int], ...] = ()
+    unknown_share: float = 0.0
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -131,6 +134,7 @@ def examine(
     max_seq_length: int,
     batch_size: int,
     prompts: Mapping[str, str] | None = None,
+    unknown_of: Callable[[Sequence[str]], float] = lambda texts: 0.0,
     masks: bool = True,
     seed: int = 0,
 ) -> DoctorReport:
@@ -142,6 +146,7 @@ def examine(
     :param lengths_of: texts to their lengths in tokens, not truncated.
     :param batch_size: rows whose documents are each other's negatives.
     :param prompts: the prompt of each column (anchor, positive, negative).
+    :param unknown_of: texts to the share of their tokens that the model does not know, 0 to 1.
     :param masks: whether the loss masks known positives.
     :raises DataError: there are no rows.
     """
@@ -168,6 +173,9 @@ def examine(
         sampled=len(sample),
         tokens=_tokens(sample, lengths_of, max_seq_length, prompts or {}),
         languages=_languages(sample),
+        unknown_share=unknown_of(
+            [t for r in sample[:: -(-len(sample) // UNKNOWN_SAMPLE)] for t in (r.anchor, r.positive)]
+        ),
         popular=_most_frequent([row.positive for row in rows], known.documents, _TOP_DOCUMENTS),
         batch_size=batch_size,
         negatives=batch_size * (batch_size * known.columns.shape[1] - 1),
@@ -284,6 +292,7 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     table = [(name, f"{count:,}", _percent(count, report.rows)) for name, count in counts]
     table += [_token_row(column, report.max_seq_length) for column in report.tokens]
     table += [(f"语言 language: {name}", "", _percent(share, 1)) for name, share in report.languages.items() if share]
+    table.append(("未知 token unknown tokens", "", f"{report.unknown_share:.1%}"))
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
     for text, count in report.prompts:
@@ -429,7 +438,12 @@ def _few_documents(report: DoctorReport) -> str | None:
     )
 
 
+def _unfit(report: DoctorReport) -> str | None:
+    return unfit_advice(report.unknown_share)
+
+
 _CHECKS = (
+    _unfit,
     _few_rows,
     _duplicates,
     _contradictions,

@@ -80,6 +80,7 @@ from ebr_lib.model.precision import Dtype, Precision, choose_precision
 from ebr_lib.model.provenance import Provenance, say_changed_files, weights_of
 from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.shapes import Side, fit_length
+from ebr_lib.model.unfit import unknown_share
 from ebr_lib.names import LOWER_IS_BETTER, Asked
 from ebr_lib.tables import as_text
 
@@ -457,6 +458,7 @@ def examine_rows(
         max_seq_length=config.max_seq_length,
         batch_size=batching.compared,
         prompts=_column_prompts(config, model),
+        unknown_of=partial(unknown_share, model.tokenizer),
         masks=config.mask_known_positives,
     )
     logger.info("%s", as_text(report.table))

@@ -19,7 +19,7 @@ from ebr_lib.logs import logger
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import EncodeStats
 
-OF_TOKENS = ("truncated", "tokens", "tokens_lost", "slots")
+OF_TOKENS = ("truncated", "tokens", "tokens_lost", "tokens_fixed", "tokens_unknown", "slots")
 COUNTS = (
     *("read", "written", "rejected", "healed", "empty", "line_breaks", "altered"),
     *("encoded", "duplicates", "uncounted", *OF_TOKENS),
@@ -137,5 +137,6 @@ def count_rows(counts: Counter[str], bar: Bar, size: int) -> Iterator[tuple[str,
     yield "duplicates 重复", counts["duplicates"]
     yield "truncated 截断", "-" if unknown else counts["truncated"]
     yield "tokens lost 丢失 token", "-" if unknown else f"{stats.lost_share:.2%}"
+    yield "unknown tokens 未知 token", "-" if unknown else f"{stats.unknown_share:.1%}"
     yield "padding 填充", f"{stats.padding_share:.1%}" if counts["slots"] else "-"
     yield "MB", f"{size / 1e6:.1f}"

@@ -29,6 +29,7 @@ from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify
 from ebr_lib.model.spec import EncoderSpec
+from ebr_lib.model.unfit import unfit_advice
 from ebr_lib.tables import TableRepr, as_text, html_folded, html_verdict, make_table
 
 if TYPE_CHECKING:
@@ -276,6 +277,8 @@ def _result(job: Job, outcome: Outcome, bar: Bar, seconds: float) -> InferenceRe
     logger.info("向量已保存: %s (%d 行, %.1f 秒)", job.output, counts["written"], seconds)
     logger.info("%s", as_text(table), extra=RESULT)
     log_rejects(job, outcome.tally)
+    if advice := unfit_advice(token_stats(counts).unknown_share):
+        logger.warning("%s", advice)
     return InferenceResult(
         output=job.output,
         manifest=manifest_path(job.output),

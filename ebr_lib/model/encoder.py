@@ -43,13 +43,19 @@ TOKENIZER_PROBES = ("", "a", "  Two  words ", "你好，世界", "<s> [CLS] </s>
 
 @dataclass
 class EncodeStats:
-    """Counts of an encoder's work. `slots` are token places in its batches, padding included."""
+    """Counts of an encoder's work.
+
+    `slots` are token places in its batches, padding included; `tokens_fixed` those of prompts and special tokens;
+    `tokens_unknown` those of words and characters that the tokenizer does not know.
+    """
 
     texts: int = 0
     tokens: int = 0
     slots: int = 0
     truncated: int = 0
     tokens_lost: int = 0
+    tokens_fixed: int = 0
+    tokens_unknown: int = 0
 
     @property
     def padding_share(self) -> float:
@@ -60,6 +66,11 @@ class EncodeStats:
     def lost_share(self) -> float:
         """Share of tokens that were cut off."""
         return self.tokens_lost / max(self.tokens + self.tokens_lost, 1)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the texts' own tokens that the tokenizer does not know."""
+        return self.tokens_unknown / max(self.tokens - self.tokens_fixed, 1)
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Tokenizer:
         self.tokenizer = model.tokenizer
         self.prompt = prompt
         self.prompt_length: int | None = model.preprocess(["a"], prompt=prompt or None).get("prompt_length")
+        self.around_text = self([""]).ids  # the prompt's and special tokens
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Token ids of the texts, each with the prompt before it."""
@@ -306,6 +318,11 @@ class Encoder:
         self.stats.tokens += len(tokens.ids)
         self.stats.truncated += int((tokens.lost > 0).sum())
         self.stats.tokens_lost += int(tokens.lost.sum())
+        assert self._tokenizer is not None  # it made the tokens
+        unknown, around = self._tokenizer.tokenizer.unk_token_id, self._tokenizer.around_text
+        self.stats.tokens_fixed += len(around) * len(tokens)
+        # some models' unknown token is also the one that ends each text
+        self.stats.tokens_unknown += int((tokens.ids == unknown).sum() - (around == unknown).sum() * len(tokens))
         return vectors
 
     def _embedded_batches(self, tokens: Tokens) -> Iterator[tuple[NDArray[np.intp], Tensor]]:

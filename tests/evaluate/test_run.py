@@ -97,7 +97,7 @@ def test_report_has_each_ranker_s_settings(beir, evaluate, tiny_bert):
     how = json.loads(report.report_json.read_text())["how"]
     assert how["tiny-bert"] == {
         "query prompt": "find <it>: ", "document prompt": "", "precision": "float32", "backend": "openvino",
-        "max_seq_length": 32, "dimensions": 32, "documents": "encoded",
+        "max_seq_length": 32, "dimensions": 32, "unknown tokens": "0.0%", "documents": "encoded",
     }  # fmt: skip
     assert how["BM25"].pop("milliseconds per query") > 0
     assert how["BM25"] == {"k1": 1.5, "b": 0.75}

@@ -73,6 +73,7 @@ def test_the_table_by_hand():
         ("语言 language: Chinese", "", "8.3%"),
         ("语言 language: English", "", "83.3%"),
         ("语言 language: other", "", "8.3%"),
+        ("未知 token unknown tokens", "", "0.0%"),
         ("热门文档 popular: a pair of red shoes", "4", "66.7%"),
         ("热门文档 popular: Blue Hat", "1", "16.7%"),
         ("热门文档 popular: nothing", "1", "16.7%"),
