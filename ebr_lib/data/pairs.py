@@ -2,8 +2,9 @@
 
 A row has `anchor` (or `query`), `positive` (`positives`, `pos`), maybe `negative` (`negatives`, `neg`, `negative_1` …).
 Tevatron's rows (`positive_passages`) and ms-swift's (`messages`, `response`) are read as these. A row's `prompt`, as
-FlagEmbedding and KaLM write it, replaces the prompt of its anchor. Other keys (`type`, `pos_scores`, `neg_scores`,
-`id` …) are ignored, and the log names the columns that were not used. `records` reads the rows.
+FlagEmbedding and KaLM write it, replaces the prompt of its anchor; `pos_scores` and `neg_scores` are a teacher's scores
+of its documents; `weight` is how much it counts. Other keys (`type`, `id` …) are ignored, and the log names the columns
+that were not used. `records` reads the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ALIASES = {
     "negative": ("negative", "negatives", "neg", "negative_passages", "negative_messages", "rejected_response"),
 }
 _MEANING = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
-_EXTRAS = ("prompt",)  # what a row says besides its texts
+_EXTRAS = ("prompt", "weight", "pos_scores", "neg_scores")  # what a row says besides its texts
 _NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 # two texts without a direction: a pair only where a label calls it one
 _SIDES = {
@@ -72,7 +73,13 @@ _SHOWN_FILES = 20
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row of a training file: its texts, its place (`line` counts from 1), and its anchor's own prompt, if any."""
+    """One row of a training file: its texts, its place (`line` counts from 1), and what else it says.
+
+    :ivar prompt: its anchor's own prompt, if any.
+    :ivar weight: how much it counts, 0 or more.
+    :ivar positive_scores: a teacher's raw score of each positive, NaN where it gave none; empty without a teacher.
+    :ivar negative_scores: the same of each negative.
+    """
 
     anchor: str
     positives: tuple[str, ...]
@@ -80,6 +87,9 @@ class Pair:
     file: str = ""
     line: int = 0
     prompt: str | None = None
+    weight: float = 1.0
+    positive_scores: tuple[float, ...] = ()
+    negative_scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +97,17 @@ class TrainingRow:
     """One example of the contrastive loss: an anchor, one of its positives, and its hard negatives (any number).
 
     :ivar prompt: the anchor's own prompt; None leaves it to the model's.
+    :ivar weight: how much the row counts, 0 or more.
+    :ivar scores: a teacher's raw scores of the positive and of the negatives in order, NaN where it gave none; shorter
+        where the last have none.
     """
 
     anchor: str
     positive: str
     negatives: tuple[str, ...] = ()
     prompt: str | None = None
+    weight: float = 1.0
+    scores: tuple[float, ...] = ()
     file: str = field(default="", compare=False, repr=False)
 
 
@@ -107,16 +122,21 @@ def keys_of(rows: Sequence[TrainingRow]) -> set[int]:
 
 
 def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
-    """One training row per positive, in order; every row has all the negatives of its pair.
+    """One training row per positive, in order; every row has all the negatives and the weight of its pair.
 
     Each positive is thus seen once per epoch. Rows of the same anchor are known positives of each other: the loss masks
     them, and `BalancedBatchSampler` keeps them in different batches where it can.
     """
     return [
-        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt, file=pair.file)
+        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt, pair.weight, (*score, *pair.negative_scores), pair.file)
         for pair in pairs
-        for positive in pair.positives
+        for positive, score in zip(pair.positives, _each_score(pair), strict=True)
     ]
+
+
+def _each_score(pair: Pair) -> Iterable[tuple[float, ...]]:
+    """The score of each positive, in a tuple that is empty without a teacher."""
+    return [(score,) for score in pair.positive_scores] or [()] * len(pair.positives)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -336,16 +356,73 @@ def _pair_of(value: Any, reading: _Reading, file: str, line: int) -> Pair:
     anchor = (_conversation if column == "messages" else _text)(column, value[column])
     positives = _texts(columns["positive"], value[columns["positive"]])
     sources = [*filter(_NUMBERED_NEGATIVE.fullmatch, value), *filter(None, [columns.get("negative")])]
-    negatives = [text for column in sources for text in _optional_texts(column, value[column])]
+    given = [(column, one) for column in sources for one in _each(column, value[column])]
+    negatives = [_text(column, one, wanted=False) for column, one in given if not _is_nothing(one)]
+    of_positives, of_negatives = _scores_of(value, positives, given)
     for column in reading.labels_of(value):
         _check_label(column, value.get(column), len(positives), len(negatives))
-    return Pair(anchor, tuple(positives), tuple(negatives), file, line, _prompt_of(value))
+    return Pair(
+        anchor,
+        tuple(positives),
+        tuple(negatives),
+        file,
+        line,
+        _prompt_of(value),
+        _weight_of(value),
+        of_positives,
+        of_negatives,
+    )
 
 
 def _prompt_of(row: Mapping[str, Any]) -> str | None:
     """The prompt of the row's anchor; blank and null count as none, as in tables."""
     prompt = row.get("prompt")
     return None if _is_nothing(prompt) else _text("prompt", prompt)
+
+
+def _weight_of(row: Mapping[str, Any]) -> float:
+    """How much the row counts; 1 if it has no `weight`."""
+    weight = _number("weight", row["weight"]) if "weight" in row else 1.0
+    if not 0 <= weight < math.inf:
+        raise BadRowError(f"`weight` is {row['weight']!r}: wanted a number of 0 or more")
+    return weight
+
+
+def _scores_of(
+    row: Mapping[str, Any], positives: Sequence[str], negatives: Sequence[tuple[str, Any]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A teacher's scores of the positives and of the negatives, without those of blank negatives; empty if not given.
+
+    :param negatives: columns and values, blank ones included, which have scores too.
+    """
+    of_positives, of_negatives = (_score_list(row, name) for name in ("pos_scores", "neg_scores"))
+    if not of_positives and not of_negatives:
+        return (), ()
+    for name, scores, wanted in (
+        ("pos_scores", of_positives, len(positives)),
+        ("neg_scores", of_negatives, len(negatives)),
+    ):
+        if len(scores) != wanted:
+            raise BadRowError(f"`{name}` has {len(scores)} scores for {wanted} texts; wanted one for each")
+    kept = (score for score, (_, one) in zip(of_negatives, negatives, strict=True) if not _is_nothing(one))
+    return of_positives, tuple(kept)
+
+
+def _score_list(row: Mapping[str, Any], column: str) -> tuple[float, ...]:
+    value = row.get(column)
+    if value is None:
+        return ()
+    scores = value if isinstance(value, list) else [value]
+    return tuple(math.nan if one is None else _number(column, one) for one in scores)
+
+
+def _number(column: str, value: Any) -> float:
+    try:
+        if not isinstance(value, int | float | str | Decimal) or isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except ValueError:
+        raise BadRowError(f"`{column}`: wanted a number, found {_kind(value)}") from None
 
 
 def _columns_of(row: Mapping[str, Any], reading: _Reading) -> dict[str, str]:
@@ -428,17 +505,13 @@ def _texts(column: str, value: Any) -> list[str]:
     return [_text(column, one) for one in _each(column, value)]
 
 
-def _optional_texts(column: str, value: Any) -> list[str]:
-    """The texts of a value; null and blank ones, which fill empty cells of tables, are left out."""
-    return [_text(column, one, wanted=False) for one in _each(column, value) if not _is_nothing(one)]
-
-
 def _each(column: str, value: Any) -> list[Any]:
     one_conversation = column.endswith("_messages") and isinstance(value, list) and value and isinstance(value[0], dict)
     return value if isinstance(value, list) and not one_conversation else [value]
 
 
 def _is_nothing(value: Any) -> bool:
+    """Whether a value says nothing, as null and blank texts, which fill empty cells of tables."""
     if isinstance(value, dict):  # a passage without text
         return "text" in value and _is_nothing(value["text"])
     return (

@@ -175,6 +175,18 @@ class FinetuneConfig(Config):
         "Also train vectors truncated to these dimensions (Matryoshka).",
         "同时训练截断到这些维度的向量（Matryoshka）。",
     )
+    # a teacher
+    distill_weight: NotNegative = knob(
+        0.0,
+        "Weight of learning from a teacher: KL to its `pos_scores` and `neg_scores` over each row's own documents, beside "
+        "the contrastive loss. 0 ignores the scores.",
+        "向教师学习的权重：在每行自己的文档上，对 `pos_scores`、`neg_scores` 做 KL 散度，与对比损失相加；0 表示不使用这些分数。",
+    )
+    distill_temperature: MoreThanZero = knob(
+        1.0,
+        "The teacher's scores (raw logits) are divided by this before their softmax; higher is softer.",
+        "教师分数（原始 logits）在 softmax 前除以该值；越大分布越平缓。",
+    )
     # hard negatives
     mine_hard_negatives: Count = knob(
         0,

@@ -20,6 +20,7 @@ from ebr_lib.data.text import text_keys
 from ebr_lib.finetune.batches import KnownPositives
 from ebr_lib.finetune.losses import HeldoutRows
 from ebr_lib.finetune.processes import world_size
+from ebr_lib.finetune.signals import row_weights, teacher_scores
 from ebr_lib.logs import logger
 
 Noise = Callable[[str, int, int, str], str]
@@ -61,7 +62,7 @@ def with_equal_negatives(
     for number, (row, answers) in enumerate(zip(rows, _known_answers(rows, known), strict=True)):
         draw = random.Random(f"{seed} {number}")
         more = tuple(documents[_other(keys, answers, draw)] for _ in range(most - len(row.negatives)))
-        filled.append(dataclasses.replace(row, negatives=row.negatives[:most] + more))
+        filled.append(dataclasses.replace(row, negatives=row.negatives[:most] + more, scores=row.scores[: 1 + most]))
     return filled
 
 
@@ -106,6 +107,8 @@ class Datasets:
     :ivar eval_batch: rows that a process compares in evaluation.
     :ivar counted: the rows that the evaluation loss is averaged over.
     :ivar prompts: each row's own prompt, by its number; None where it has none.
+    :ivar weights: each training row's weight, (rows,); None where all are equal.
+    :ivar scores: a teacher's scores of each training row's documents, (rows, 1 + width); None without a teacher.
     """
 
     train: Dataset
@@ -116,6 +119,8 @@ class Datasets:
     eval_batch: int
     counted: HeldoutRows
     prompts: Sequence[str | None]
+    weights: Tensor | None
+    scores: Tensor | None
 
 
 def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int) -> Datasets:
@@ -143,6 +148,8 @@ def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], 
         eval_batch=eval_batch,
         counted=HeldoutRows(len(rows), len(held_out) / batches),
         prompts=[row.prompt for row in (*rows, *held_out)],
+        weights=row_weights(rows),
+        scores=teacher_scores(rows, width),
     )
 
 

@@ -68,6 +68,8 @@ class DoctorReport:
         masked: their loss is 0.
     :ivar largest_anchor: the most frequent anchor and its number of rows.
     :ivar prompts: the most frequent prompts that rows bring along, and their number of rows.
+    :ivar weights: smallest, mean and largest weight of a row; None where all are equal.
+    :ivar scored: rows with a teacher's scores.
     :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
     :ivar unknown_share: share of the texts' tokens that the model's tokenizer does not know, 0 to 1, of a sample.
     :ivar advice: what to do, in Chinese followed by English.
@@ -95,6 +97,8 @@ class DoctorReport:
     masks: bool
     prompts: tuple[tuple[str, int], ...] = ()
     unknown_share: float = 0.0
+    weights: tuple[float, float, float] | None = None
+    scored: int = 0
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -184,6 +188,8 @@ def examine(
         without_negatives=without_negatives if masks else 0.0,
         masks=masks,
         prompts=tuple(Counter(row.prompt for row in rows if row.prompt is not None).most_common(_TOP_PROMPTS)),
+        weights=_weights(rows),
+        scored=sum(len(row.scores) > 1 for row in rows),
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
     return _with_advice(report)
@@ -215,6 +221,12 @@ def _balanced_masking(known: KnownPositives, batch_size: int, seed: int) -> tupl
     masks = [known.mask(torch.tensor(batch)) for batch in islice(sampler, _SAMPLED_BATCHES)]
     found = np.mean([int(mask.sum()) - batch_size for mask in masks])
     return float(found), float(np.mean([mask.all(dim=1).float().mean() for mask in masks]))
+
+
+def _weights(rows: Sequence[TrainingRow]) -> tuple[float, float, float] | None:
+    weights = np.array([row.weight for row in rows])
+    least, most = float(weights.min()), float(weights.max())
+    return None if least == most else (least, float(weights.mean()), most)
 
 
 def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
@@ -295,6 +307,10 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     table.append(("未知 token unknown tokens", "", f"{report.unknown_share:.1%}"))
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
+    if report.weights:
+        table.append(("样本权重 weights: min, mean, max", " … ".join(f"{weight:.3g}" for weight in report.weights), ""))
+    if report.scored:
+        table.append(("有教师分数 with a teacher's scores", f"{report.scored:,}", _percent(report.scored, report.rows)))
     for text, count in report.prompts:
         table.append((f"自带提示词 own prompt: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
     for text, count in report.popular:

@@ -1,4 +1,4 @@
-"""The contrastive loss over in-batch negatives: masks, smoothing, Matryoshka, L1, GradCache."""
+"""The contrastive loss over in-batch negatives: masks, smoothing, weights, teachers, Matryoshka, L1, GradCache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ebr_lib.finetune.signals import teacher_divergence, weighted_mean
 from ebr_lib.model.attention import Features, evaluating
 
 PositivesMask = Callable[[Tensor], Tensor]
@@ -54,15 +55,19 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
       the positive included (Szegedy et al. 2016, arXiv 1512.00567).
     - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
       (arXiv 2205.13147).
-    - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1 or smoothing, the loss in training
-      is a dict of components: `contrastive`, comparable with the evaluation loss, and what is added to it.
+    - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1, smoothing or a teacher, the loss
+      in training is a dict of components: `contrastive`, comparable with the evaluation loss, and what is added to it.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
       the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` limits evaluation further.
+    - `row_weights`: the mean is weighted, mean(loss · w) / mean(w), in training only.
+    - `teacher`: the scores of each row's own documents by a teacher. `distill_weight` · KL(teacher ‖ student) over
+      these is added in training (Hinton et al. 2015, arXiv 1503.02531); see `teacher_divergence`.
     - `heldout`: the rows that the evaluation loss is averaged over; None is all rows.
     - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
     Labels are row numbers of the dataset; `known_positives` finds the texts by them.
 
+    :ivar row_weights: (training rows,); `teacher`: (training rows, 1 + negatives), NaN where there is no score.
     :ivar autocast: the mixed precision of all embedding; the loss of the vectors is computed in float32.
     """
 
@@ -80,6 +85,10 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         heldout: HeldoutRows | None = None,
         query_only: bool = False,
         packed: Callable[[Sequence[Features]], list[Tensor]] | None = None,
+        row_weights: Tensor | None = None,
+        teacher: Tensor | None = None,
+        distill_weight: float = 0.0,
+        distill_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -93,11 +102,16 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.heldout = heldout
         self.query_only = query_only
         self.packed = packed
+        self.row_weights: Tensor | None
+        self.teacher: Tensor | None
+        self.register_buffer("row_weights", row_weights, persistent=False)
+        self.register_buffer("teacher", teacher if distill_weight else None, persistent=False)
+        self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.masked, self.negatives = 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
-        self._plain = torch.zeros(())  # the batch's loss without smoothing
+        self._added: dict[str, Tensor] = {}  # what the batch's loss has besides the contrastive part
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
         """Embed the columns (anchor, positive, negatives …); return the loss, or its components when there are two."""
@@ -129,9 +143,8 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     def _components(self, loss: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss, or the parts whose sum it is."""
-        parts = {"contrastive": loss}
-        if self.label_smoothing:
-            parts = {"contrastive": self._plain, "smoothing": loss - self._plain}
+        parts = {"contrastive": loss - torch.stack(list(self._added.values())).sum() if self._added else loss}
+        parts |= self._added
         if self.l1:
             parts["l1"] = self.l1 * sum_of_absolutes(self.weights)
         return parts if len(parts) > 1 else loss
@@ -177,7 +190,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         ]
 
     def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
-        rows, own = labels, torch.arange(len(labels), device=labels.device)
+        rows, own, group = labels, torch.arange(len(labels), device=labels.device), documents
         if torch.distributed.is_initialized():
             rows, documents = all_gather(labels), [all_gather_with_grad(column) for column in documents]
             own = own + get_rank() * len(labels)
@@ -187,11 +200,35 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         parts = [self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]
         plain, smoothed = (torch.stack(losses).mean(dim=0) for losses in zip(*parts, strict=True))  # each (q,)
         if self._in_training:
-            self._plain = plain.detach().mean()
-            return smoothed.mean()
+            return self._in_all(plain, smoothed, self._divergence(queries, group, labels, dims), rows, own)
         if self.heldout is None:
             return plain.mean()
         return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
+
+    def _in_all(self, plain: Tensor, smoothed: Tensor, divergence: Tensor | None, rows: Tensor, own: Tensor) -> Tensor:
+        """The loss in training, from losses per anchor, each (q,); notes what it has besides the contrastive part."""
+        weights = None if self.row_weights is None else self.row_weights[rows]
+        loss, self._added = weighted_mean(smoothed, weights, own), {}
+        if self.label_smoothing:
+            self._added["smoothing"] = (loss - weighted_mean(plain, weights, own)).detach()
+        if divergence is not None:
+            distill = self.distill_weight * weighted_mean(divergence, weights, own)
+            self._added["distill"] = distill.detach()
+            loss = loss + distill
+        return loss
+
+    def _divergence(
+        self, queries: Tensor, documents: list[Tensor], labels: Tensor, dims: Iterable[int]
+    ) -> Tensor | None:
+        """How far each anchor's order of its own documents is from the teacher's, (q,), as a mean over `dims`."""
+        if self.teacher is None:
+            return None
+        scores, group = self.teacher[labels], torch.stack(documents, dim=1)
+        parts = []
+        for d in dims:
+            cosines = torch.einsum("qd,qcd->qc", normalize(queries[:, :d], dim=1), normalize(group[..., :d], dim=2))
+            parts.append(teacher_divergence(cosines / self.temperature, scores, self.distill_temperature))
+        return torch.stack(parts).mean(dim=0)
 
     def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
         """True (q, n · d) where a document is a known positive of the anchor, except its own positive."""

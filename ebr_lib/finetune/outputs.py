@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,10 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
             continue
         answers.setdefault(row.anchor, []).append(row.positive)
     own = own_prompts(rows.heldout)
-    lines = (_as_pair(anchor, texts, own.get(anchor)) for anchor, texts in answers.items())
+    lines = (
+        {"anchor": anchor, "positive": texts} | ({"prompt": own[anchor]} if anchor in own else {})
+        for anchor, texts in answers.items()
+    )
     _write_lines(folder / HELDOUT_FILE, lines)
     # the documents of the held-out measure first, in its order: evaluation then encodes the same batches, to the bit
     measured = rows.task.documents if rows.task else ()
@@ -159,7 +163,7 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
 def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Save training rows as training data; `more` has further columns of each row."""
     lines = (
-        {**_as_pair(row.anchor, row.positive, row.prompt), "negative": list(row.negatives), **others}
+        _as_data(row) | others
         for row, others in zip(rows, more or [{}] * len(rows), strict=True)
     )
     _write_lines(path, lines)
@@ -174,8 +178,17 @@ def save_noisy(rows: Sequence[TrainingRow], ranks: Sequence[int], path: Path) ->
         save_rows(rows, new, [{"rank": rank} for rank in ranks])
 
 
-def _as_pair(anchor: str, positive: str | list[str], prompt: str | None) -> dict[str, Any]:
-    return {"anchor": anchor, "positive": positive} | ({} if prompt is None else {"prompt": prompt})
+def _as_data(row: TrainingRow) -> dict[str, Any]:
+    data: dict[str, Any] = {"anchor": row.anchor, "positive": row.positive, "negative": list(row.negatives)}
+    if row.prompt is not None:
+        data["prompt"] = row.prompt
+    if row.weight != 1:
+        data["weight"] = row.weight
+    if row.scores:
+        scores = [score if math.isfinite(score) else None for score in row.scores]
+        scores += [None] * (1 + len(row.negatives) - len(scores))
+        data |= {"pos_scores": scores[:1], "neg_scores": scores[1:]}
+    return data
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -63,6 +63,10 @@ def read_rows(
     else:
         train, heldout = split_pairs(pairs, eval_ratio, seed)
     train_rows, heldout_rows = expand(train), expand(heldout)
+    if train_rows and not any(row.weight for row in train_rows):
+        raise DataError(
+            "every training row has the weight 0, so there is nothing to learn; correct the column `weight`"
+        )
     logger.info("训练集大小: %d (training rows)", len(train_rows))
     logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
     task = None

@@ -404,6 +404,21 @@ def _mine(
     return mined.rows
 
 
+def check_signals(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> None:
+    """Check that the rows have what the knobs use, and log what no knob uses.
+
+    :raises ConfigError: there is no teacher to learn from.
+    """
+    scored = sum(len(row.scores) > 1 for row in rows)
+    if config.distill_weight and not scored:
+        raise ConfigError(
+            f"distill_weight: {config.distill_weight:g} wanted, and no training row has pos_scores and neg_scores; add "
+            "a reranker's scores to the rows, or set distill_weight: 0"
+        )
+    if scored and not config.distill_weight:
+        logger.info("教师分数未使用 scores of a teacher are not used: %d rows; distill_weight uses them", scored)
+
+
 def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> FinetuneConfig:
     """The config, with larger batches where one pair would be compared with nothing: its loss is 0.
 
@@ -542,6 +557,10 @@ def make_trainer(
         heldout=data.counted,
         query_only=config.adapter_side == "query",
         packed=packed_forward(model, one_row=not config.gradient_checkpointing) if packs else None,
+        row_weights=data.weights,
+        teacher=data.scores,
+        distill_weight=config.distill_weight,
+        distill_temperature=config.distill_temperature,
     )
     mix = _mix(config, rows)
     run_name = name_of_run(config.run_name, model_label(config.model_name))

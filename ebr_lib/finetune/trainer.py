@@ -233,6 +233,7 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
         """Batches that lose no row, whatever `drop_last`; balanced ones repeat as few documents as possible."""
+        is_train = dataset is self.train_dataset
         if not self._balanced:
             batches = super().get_batch_sampler(dataset, batch_size, False, **kwargs)
         elif self._mix is not None and dataset is self.train_dataset:
@@ -241,14 +242,15 @@ class EbrTrainer(SentenceTransformerTrainer):
             )
         else:
             rows = np.asarray(dataset["label"])
+            table = self.loss.row_weights if is_train else None
             batches = BalancedBatchSampler(
                 self._documents[rows],
                 self._anchors[rows],
                 batch_size=batch_size,
                 seed=kwargs.get("seed") or 0,
+                weights=None if table is None else table.numpy(force=True)[rows],
                 processes=world_size(),
             )
-        is_train = dataset is self.train_dataset
         epoch_cell = self._noisy.epoch if self._noisy and is_train else None
         return EpochBatches(batches, epoch_cell, world_size(), self._answer_each_other)
 

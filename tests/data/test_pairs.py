@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -206,7 +207,7 @@ def test_a_label_is_known_by_the_words_of_its_name(tmp_path, name):
         read_pairs(file)
 
 
-@pytest.mark.parametrize("name", ["pos_scores", "neg_scores", "type", "labelled_by", "score_source"])
+@pytest.mark.parametrize("name", ["type", "scores_of", "labelled_by", "score_source"])
 def test_other_columns_are_read_past(tmp_path, name):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(PAIR | {name: [0.2]}))
@@ -313,7 +314,35 @@ def test_a_row_s_prompt_is_read(tmp_path, value, wanted):
         assert [row.prompt for row in expand(read_pairs(tmp_path / file))] == [wanted] * 2
 
 
+def test_weights_and_scores_are_read(tmp_path):
+    rows = [
+        {"query": "q", "pos": ["p", "r"], "neg": ["n", " ", "m"], "pos_scores": [9.5, 8], "neg_scores": [-1, 7, None],
+         "weight": 2.5},
+        {"query": "q", "pos": ["p"], "neg": [], "pos_scores": None, "neg_scores": [], "weight": 0},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for file in ("a.jsonl", "a.parquet"):
+        found = expand(read_pairs(tmp_path / file))
+        assert [row.weight for row in found] == [2.5, 2.5, 0]
+        np.testing.assert_equal([row.scores for row in found], [(9.5, -1, np.nan), (8, -1, np.nan), ()])
+    (tmp_path / "a.csv").write_text("anchor,positive,weight\nq,p,3\n")
+    assert read_pairs(tmp_path / "a.csv")[0].weight == 3
+    assert read_pairs(tmp_path / "a.csv")[0].negative_scores == ()
+
+
 BAD = [
+    ('{"anchor": "a", "positive": "b", "weight": -1}', "`weight` is -1: wanted a number of 0 or more"),
+    ('{"anchor": "a", "positive": "b", "weight": NaN}', "`weight` is nan: wanted a number of 0 or more"),
+    ('{"anchor": "a", "positive": "b", "weight": "much"}', "`weight`: wanted a number, found a text"),
+    ('{"anchor": "a", "positive": "b", "weight": null}', "`weight`: wanted a number, found null"),
+    ('{"anchor": "a", "positive": "b", "weight": true}', "`weight`: wanted a number, found true or false"),
+    ('{"query": "a", "pos": ["b"], "neg": ["c"], "neg_scores": [1]}', "`pos_scores` has 0 scores for 1 texts"),
+    (
+        '{"query": "a", "pos": ["b"], "neg": ["c"], "pos_scores": [1], "neg_scores": [2, 3]}',
+        "`neg_scores` has 2 scores",
+    ),
+    ('{"query": "a", "pos": ["b"], "pos_scores": ["high"]}', "`pos_scores`: wanted a number, found a text"),
     ('{"anchor": "a", "positive": "b", "prompt": ["find it"]}', "`prompt`: wanted a text, found a list"),
     ('{"anchor": "a"}', "no `positive` column; found 'anchor': rename the column"),
     ('{"anchor": "a", "positve": "b"}', "rename `positve` to `positive`"),

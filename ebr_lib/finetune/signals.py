@@ -1,0 +1,60 @@
+"""What rows say besides their texts, as tables that the loss looks up by row number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softmax
+
+from ebr_lib.data.pairs import TrainingRow
+
+
+def row_weights(rows: Sequence[TrainingRow]) -> Tensor | None:
+    """The weight of each row, float32 (rows,); None where all are equal, which weights nothing."""
+    weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
+    return None if (weights == weights[:1]).all() else weights
+
+
+def teacher_scores(rows: Sequence[TrainingRow], width: int) -> Tensor | None:
+    """A teacher's raw scores of each row's positive and negatives, float32 (rows, 1 + width), NaN where there is none.
+
+    None where no row has two scores to compare.
+    """
+    table = torch.full((len(rows), 1 + width), torch.nan)
+    for place, row in zip(table, rows, strict=True):
+        known = torch.tensor(row.scores[: 1 + width])
+        place[: len(known)] = known
+    return table if (table.isfinite().sum(dim=1) > 1).any() else None
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None, own: Tensor) -> Tensor:
+    """mean(values · w) / mean(w), where the mean of w is that of all processes' rows; without weights, the mean.
+
+    :param values: one per row of this process, shape (q,).
+    :param weights: of the rows of all processes, shape (n,).
+    :param own: which of these are this process's, shape (q,).
+    """
+    if weights is None:
+        return values.mean()
+    # where all weigh nothing the loss is 0, not 0 / 0
+    return (values * weights[own]).mean() / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def teacher_divergence(logits: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """KL(teacher ‖ student) over each row's own documents, shape (q,); 0 for a row with fewer than two scores.
+
+    The teacher's distribution is softmax(scores / temperature), the student's softmax(logits), over the documents that
+    have a score. With temperature 1 its gradient is that of FlagEmbedding's `kd_loss_type: kl_div`.
+
+    :param logits: cosines divided by the student's temperature, (q, documents).
+    :param scores: the teacher's raw scores, (q, documents), NaN where it gave none.
+    """
+    known = scores.isfinite()
+    known &= known.sum(dim=1, keepdim=True) > 1
+    least = torch.finfo(logits.dtype).min  # not −∞: a row without any score must not become NaN
+    teacher = softmax((scores / temperature).masked_fill(~known, least), dim=1)
+    student = logits.masked_fill(~known, least).log_softmax(dim=1)
+    terms = torch.xlogy(teacher, teacher) - teacher * student
+    return terms.masked_fill(~known, 0.0).sum(dim=1)
