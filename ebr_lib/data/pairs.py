@@ -128,7 +128,9 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
     them, and `BalancedBatchSampler` keeps them in different batches where it can.
     """
     return [
-        TrainingRow(pair.anchor, positive, pair.negatives, pair.prompt, pair.weight, (*score, *pair.negative_scores), pair.file)
+        TrainingRow(
+            pair.anchor, positive, pair.negatives, pair.prompt, pair.weight, (*score, *pair.negative_scores), pair.file
+        )
         for pair in pairs
         for positive, score in zip(pair.positives, _each_score(pair), strict=True)
     ]

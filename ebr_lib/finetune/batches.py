@@ -98,8 +98,8 @@ def deal(
     seated[:, -1:] = False
     seated[:needed, -1:] = seated[others, -1:] = True
     batch_of = np.empty(len(documents), dtype=np.int64)
-    seats = np.nonzero(seated)
-    batch_of[order] = seats[1] if weights is None else _even_out(order, seats, documents, weights)
+    rounds, seats = np.nonzero(seated)
+    batch_of[order] = seats if weights is None else _even_out(order, (rounds, seats), documents, weights)
     return batch_of
 
 
@@ -120,15 +120,15 @@ def _dealing_order(documents: Ints, batches: int, rng: np.random.Generator) -> t
 def _even_out(order: Ints, seats: tuple[Ints, Ints], documents: Ints, weights: NDArray[np.floating]) -> Ints:
     """The batches of the rows in `order`, changed so that batches weigh about the same and hold the same documents.
 
-    Only rows of one document change places, and single rows of different documents dealt in one round: in each such
-    group the heaviest row goes to the batch that is lightest so far.
+    Of the rows dealt in one round, one to each batch, only those of one document change places, and those whose
+    documents have no other row: in each such group the heaviest row goes to the batch that is lightest so far.
 
     :param seats: round and batch that each row was dealt to, shapes (rows,).
     """
     rounds, batches = seats
     alone = np.bincount(documents)[documents[order]] == 1
-    group = np.where(alone, -1 - rounds, documents[order])
-    ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(order)]
+    group = np.where(alone, -1, documents[order])
+    ends = [*(np.flatnonzero(np.diff(group) | np.diff(rounds)) + 1).tolist(), len(order)]
     weight = weights[order].astype(np.float64) - weights.mean()  # of batches of different sizes, the means count
     found, excess = batches.copy(), np.zeros(batches.max(initial=0) + 1)
     for start, end in zip([0, *ends], ends, strict=False):

@@ -175,6 +175,35 @@ class FinetuneConfig(Config):
         "Also train vectors truncated to these dimensions (Matryoshka).",
         "同时训练截断到这些维度的向量（Matryoshka）。",
     )
+    matryoshka_weights: tuple[NotNegative, ...] = knob(
+        [],
+        "Weight of each of `matryoshka_dims`, in their order; empty weighs all alike. Whole vectors that are not listed "
+        "weigh 1.",
+        "`matryoshka_dims` 各维度的损失权重，顺序相同；留空则相同。没有列出的完整维度权重为 1。",
+    )
+    logq_correction: bool = knob(
+        False,
+        "logQ correction: take ln(expected count in a batch) off each document's logit, so that popular documents are "
+        "not pushed away for being frequent negatives.",
+        "logQ 校正：每个文档的 logit 减去 ln(它在一批中的期望次数)，热门文档不会仅因常作负例而被压低。",
+    )
+    false_negative_margin: Annotated[float, Field(ge=-1, le=1)] | None = knob(
+        None,
+        "Leave a document of the batch out of an anchor's negatives if the untrained base finds its cosine above the "
+        "positive's by more than this (GIST). null turns it off.",
+        "假负例：未训练的基座认为批内某文档与 anchor 的余弦比正例高出该值以上时，不把它当负例（GIST）。null 关闭。",
+    )
+    guide_model: Place | None = knob(
+        None,
+        "Model that judges `false_negative_margin`, with its own prompts; null takes the base.",
+        "判断 `false_negative_margin` 的模型，使用它自己的提示词；null 用基座模型。",
+    )
+    bidirectional_loss: bool = knob(
+        False,
+        "Also find the anchor of each positive among the batch's anchors, and take the mean of both losses; for "
+        "item-to-item pairs.",
+        "双向损失：同时在批内 anchor 中找每个正例对应的 anchor，取两者平均；适合商品到商品的数据。",
+    )
     # a teacher
     distill_weight: NotNegative = knob(
         0.0,
@@ -374,6 +403,20 @@ class FinetuneConfig(Config):
     )
 
     def conflicts(self) -> Iterator[str]:
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
+            yield (
+                f"matryoshka_weights: {len(self.matryoshka_weights)} weights for {len(self.matryoshka_dims)} "
+                "matryoshka_dims; give one for each"
+            )
+        if self.matryoshka_weights and not any(self.matryoshka_weights):
+            yield "matryoshka_weights: one has to be above 0"
+        if self.logq_correction and (self.shares or self.one_file_batches):
+            yield (
+                "logq_correction needs every row once per epoch, in batches of all files: turn off shares and "
+                "one_file_batches"
+            )
+        if self.guide_model and self.false_negative_margin is None:
+            yield "guide_model judges false_negative_margin: set that too, such as to 0"
         if self.fp16 and self.bf16:
             yield "fp16 and bf16: choose one"
         if self.early_stopping_patience and not (self.eval_ratio or self.eval_data_path):

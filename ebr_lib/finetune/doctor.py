@@ -70,6 +70,9 @@ class DoctorReport:
     :ivar prompts: the most frequent prompts that rows bring along, and their number of rows.
     :ivar weights: smallest, mean and largest weight of a row; None where all are equal.
     :ivar scored: rows with a teacher's scores.
+    :ivar both_ways: rows whose positive is another row's anchor, and their anchor that row's positive.
+    :ivar on_both_sides: anchors that are positives of other anchors, as in item-to-item data.
+    :ivar bidirectional: whether the loss trains both directions.
     :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
     :ivar unknown_share: share of the texts' tokens that the model's tokenizer does not know, 0 to 1, of a sample.
     :ivar advice: what to do, in Chinese followed by English.
@@ -99,6 +102,9 @@ class DoctorReport:
     unknown_share: float = 0.0
     weights: tuple[float, float, float] | None = None
     scored: int = 0
+    both_ways: int = 0
+    on_both_sides: int = 0
+    bidirectional: bool = False
     advice: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -140,6 +146,7 @@ def examine(
     prompts: Mapping[str, str] | None = None,
     unknown_of: Callable[[Sequence[str]], float] = lambda texts: 0.0,
     masks: bool = True,
+    bidirectional: bool = False,
     seed: int = 0,
 ) -> DoctorReport:
     """Examine the training rows.
@@ -152,6 +159,7 @@ def examine(
     :param prompts: the prompt of each column (anchor, positive, negative).
     :param unknown_of: texts to the share of their tokens that the model does not know, 0 to 1.
     :param masks: whether the loss masks known positives.
+    :param bidirectional: whether the loss trains both directions.
     :raises DataError: there are no rows.
     """
     from ebr_lib.finetune.batches import KnownPositives
@@ -160,7 +168,7 @@ def examine(
         raise DataError("the data doctor got no training rows")
     known = KnownPositives(rows)
     pairs = known.anchors * (known.documents.max() + 1) + known.documents
-    own = known.own_answers()
+    own, differ = known.own_answers(), known.anchors != known.documents
     masked, without_negatives = _balanced_masking(known, min(batch_size, len(rows)), seed)
     sample = _sample(rows, seed)
     batch_size = min(batch_size, len(rows))
@@ -189,6 +197,9 @@ def examine(
         masks=masks,
         prompts=tuple(Counter(row.prompt for row in rows if row.prompt is not None).most_common(_TOP_PROMPTS)),
         weights=_weights(rows),
+        both_ways=_both_ways(known),
+        on_both_sides=len(np.intersect1d(known.anchors[differ], known.documents[differ])),
+        bidirectional=bidirectional,
         scored=sum(len(row.scores) > 1 for row in rows),
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
@@ -227,6 +238,13 @@ def _weights(rows: Sequence[TrainingRow]) -> tuple[float, float, float] | None:
     weights = np.array([row.weight for row in rows])
     least, most = float(weights.min()), float(weights.max())
     return None if least == most else (least, float(weights.mean()), most)
+
+
+def _both_ways(known: KnownPositives) -> int:
+    """Rows whose pair another row has the other way round."""
+    base = max(known.anchors.max(), known.documents.max()) + 1
+    pairs, turned = known.anchors * base + known.documents, known.documents * base + known.anchors
+    return int((np.isin(pairs, turned) & (known.anchors != known.documents)).sum())
 
 
 def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
@@ -307,6 +325,8 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     table.append(("未知 token unknown tokens", "", f"{report.unknown_share:.1%}"))
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
+    if report.both_ways:
+        table.append(("双向样本 pairs both ways", f"{report.both_ways:,}", _percent(report.both_ways, report.rows)))
     if report.weights:
         table.append(("样本权重 weights: min, mean, max", " … ".join(f"{weight:.3g}" for weight in report.weights), ""))
     if report.scored:
@@ -444,6 +464,17 @@ def _popular_documents(report: DoctorReport) -> str | None:
     )
 
 
+def _item_to_item(report: DoctorReport) -> str | None:
+    if report.bidirectional or report.on_both_sides < 0.1 * report.anchors:
+        return None
+    return (
+        f"{report.on_both_sides:,} 个 anchor 同时是别的 anchor 的正例（{report.both_ways:,} 行双向成对），"
+        "像是商品到商品的数据：可试 bidirectional_loss: true，并让两侧使用相同的提示词。 "
+        f"{report.on_both_sides:,} anchors are positives of other anchors ({report.both_ways:,} rows go both ways): "
+        "this looks like item-to-item data; try bidirectional_loss: true, with one prompt for both sides."
+    )
+
+
 def _few_documents(report: DoctorReport) -> str | None:
     if report.documents >= report.batch_size or _masked_away(report):
         return None
@@ -469,4 +500,5 @@ _CHECKS = (
     _masked_away,
     _popular_documents,
     _few_documents,
+    _item_to_item,
 )

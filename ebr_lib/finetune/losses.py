@@ -13,12 +13,16 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ebr_lib.finetune.signals import teacher_divergence, weighted_mean
+from ebr_lib.finetune.signals import ExpectedCounts, teacher_divergence, weighted_mean
 from ebr_lib.model.attention import Features, evaluating
 
 PositivesMask = Callable[[Tensor], Tensor]
 """Row numbers of the batch on all devices (n,) to a mask (n, n · columns): true where the training set knows that the
 document answers the row's anchor."""
+
+
+Guided = Callable[[Tensor], Tensor]
+"""Row numbers of the batch on all devices (n,) to a frozen model's cosines (n, n · columns)."""
 
 
 class HeldoutRows(NamedTuple):
@@ -31,6 +35,16 @@ class HeldoutRows(NamedTuple):
 
     first: int
     per_batch: float
+
+
+class _Way(NamedTuple):
+    """One direction of the search: vectors (q, dim), their candidates (c, dim), which of these leave the softmax
+    (q, c), and how often each is expected in a batch."""
+
+    queries: Tensor
+    candidates: Tensor
+    out: Tensor | None
+    counts: ExpectedCounts | None
 
 
 @contextmanager
@@ -51,10 +65,15 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     (q, n · d). Added to the standard loss (van den Oord et al. 2018, arXiv 1807.03748):
 
     - Documents known to answer an anchor, other than its own positive, leave the softmax (logit −∞).
+    - `guide`: in training, documents whose cosine by a frozen model is above the positive's by more than
+      `false_negative_margin` leave it too (GISTEmbed, arXiv 2402.16829).
+    - `document_counts`: in training, ln(expected count in a batch) is taken off each logit (logQ); `anchor_counts` is
+      the same for anchors.
+    - `bidirectional`: the mean with the loss of finding the anchor of each positive among all anchors of the batch.
     - Label smoothing ε: the target is 1 − ε on the positive and ε spread evenly over all documents that remain,
       the positive included (Szegedy et al. 2016, arXiv 1512.00567).
     - Matryoshka dimensions: the mean of the losses of the whole vectors and of those cut to each dimension
-      (arXiv 2205.13147).
+      (arXiv 2205.13147), weighted by `matryoshka_weights`; 1 for whole vectors that are not among the dimensions.
     - L1: `l1` · Σ|w| over the trainable weights, in training only. Where there is L1, smoothing or a teacher, the loss
       in training is a dict of components: `contrastive`, comparable with the evaluation loss, and what is added to it.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
@@ -89,6 +108,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         teacher: Tensor | None = None,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
+        guide: Guided | None = None,
+        false_negative_margin: float = 0.0,
+        document_counts: ExpectedCounts | None = None,
+        anchor_counts: ExpectedCounts | None = None,
+        bidirectional: bool = False,
+        matryoshka_weights: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -96,6 +121,10 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.label_smoothing = label_smoothing
         self.l1 = l1
         self.matryoshka_dims = tuple(matryoshka_dims)
+        self.dim_weights = dict(zip(matryoshka_dims, matryoshka_weights, strict=True)) if matryoshka_weights else {}
+        self.guide, self.false_negative_margin = guide, false_negative_margin
+        self.document_counts, self.anchor_counts = document_counts, anchor_counts
+        self.bidirectional = bidirectional
         self.known_positives = known_positives
         self.mini_batch_size: int | None = mini_batch_size
         self.eval_mini_batch_size = eval_mini_batch_size
@@ -108,7 +137,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.register_buffer("teacher", teacher if distill_weight else None, persistent=False)
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.masked, self.negatives = 0, 0  # counted in training, for the log
+        self.masked, self.guided, self.negatives = 0, 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
         self._added: dict[str, Tensor] = {}  # what the batch's loss has besides the contrastive part
@@ -190,17 +219,20 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         ]
 
     def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
-        rows, own, group = labels, torch.arange(len(labels), device=labels.device), documents
+        rows, own = labels, torch.arange(len(labels), device=labels.device)
+        anchors, columns = queries, documents
         if torch.distributed.is_initialized():
-            rows, documents = all_gather(labels), [all_gather_with_grad(column) for column in documents]
+            rows, columns = all_gather(labels), [all_gather_with_grad(column) for column in documents]
             own = own + get_rank() * len(labels)
-        candidates = torch.cat(documents)
-        out = self._mask(rows, own, candidates.device)
-        dims = dict.fromkeys((queries.shape[1], *self.matryoshka_dims))
-        parts = [self._cross_entropy(queries[:, :d], candidates[:, :d], own, out) for d in dims]
-        plain, smoothed = (torch.stack(losses).mean(dim=0) for losses in zip(*parts, strict=True))  # each (q,)
+            anchors = all_gather_with_grad(queries) if self.bidirectional else queries
+        out, out_back = self._masks(rows, own)
+        ways = [_Way(queries, torch.cat(columns), out, self.document_counts)]
+        if self.bidirectional:
+            ways.append(_Way(documents[0], anchors, out_back, self.anchor_counts))
+        losses = [self._over_dims(way, rows, own) for way in ways]
+        plain, smoothed = (torch.stack(one).mean(dim=0) for one in zip(*losses, strict=True))  # each (q,)
         if self._in_training:
-            return self._in_all(plain, smoothed, self._divergence(queries, group, labels, dims), rows, own)
+            return self._in_all(plain, smoothed, self._divergence(queries, documents, labels), rows, own)
         if self.heldout is None:
             return plain.mean()
         return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
@@ -217,35 +249,68 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             loss = loss + distill
         return loss
 
-    def _divergence(
-        self, queries: Tensor, documents: list[Tensor], labels: Tensor, dims: Iterable[int]
-    ) -> Tensor | None:
-        """How far each anchor's order of its own documents is from the teacher's, (q,), as a mean over `dims`."""
+    def _dims(self, vectors: Tensor) -> list[int]:
+        """The dimensions that vectors are cut to, their whole width first."""
+        return list(dict.fromkeys((vectors.shape[1], *self.matryoshka_dims)))
+
+    def _mean_over_dims(self, losses: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
+        """Losses of the dimensions, each (q,), as one."""
+        if not self.dim_weights:
+            return torch.stack(list(losses)).mean(dim=0)
+        weights = torch.tensor([self.dim_weights.get(d, 1.0) for d in dims], device=losses[0].device)
+        return (torch.stack(list(losses)) * weights[:, None]).sum(dim=0) / weights.sum()
+
+    def _over_dims(self, way: _Way, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss per anchor without and with label smoothing over all dimensions: (q,) and (q,)."""
+        logs = way.counts.of_batch(rows, own) if way.counts is not None and self._in_training else None
+        dims = self._dims(way.queries)
+        parts = [self._cross_entropy(way.queries[:, :d], way.candidates[:, :d], own, way.out, logs) for d in dims]
+        plain, smoothed = (self._mean_over_dims(losses, dims) for losses in zip(*parts, strict=True))
+        return plain, smoothed
+
+    def _divergence(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor | None:
+        """How far each anchor's order of its own documents is from the teacher's, (q,)."""
         if self.teacher is None:
             return None
         scores, group = self.teacher[labels], torch.stack(documents, dim=1)
-        parts = []
+        parts, dims = [], self._dims(queries)
         for d in dims:
             cosines = torch.einsum("qd,qcd->qc", normalize(queries[:, :d], dim=1), normalize(group[..., :d], dim=2))
             parts.append(teacher_divergence(cosines / self.temperature, scores, self.distill_temperature))
-        return torch.stack(parts).mean(dim=0)
+        return self._mean_over_dims(parts, dims)
 
-    def _mask(self, rows: Tensor, own: Tensor, device: torch.device) -> Tensor | None:
-        """True (q, n · d) where a document is a known positive of the anchor, except its own positive."""
-        if self.known_positives is None:
-            return None
-        mask = self.known_positives(rows).to(device)
-        mask.fill_diagonal_(False)
-        if self._in_training:  # over all processes, so that each logs the whole batch's share
-            self.masked += int(mask.sum())
-            self.negatives += mask.numel() - len(rows)
-        return mask[own]
+    def _masks(self, rows: Tensor, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What leaves the softmax, except an anchor's own positive: true in (q, n · d) for a document, and in (q, n)
+        for an anchor as a candidate of a positive."""
+        guide = self.guide(rows) if self.guide is not None and self._in_training else None
+        known = None if self.known_positives is None else self.known_positives(rows).to(rows.device)
+        if known is not None:
+            known.fill_diagonal_(False)
+        out, back = known, None if known is None else known[:, : len(rows)].T
+        if guide is not None:
+            limits = guide.diagonal()[:, None] + self.false_negative_margin
+            forward, backward = (side > limits for side in (guide, guide[:, : len(rows)].T))
+            for side in (forward, backward):
+                side.fill_diagonal_(False)
+            self.guided += int((forward if known is None else forward & ~known).sum())
+            out, back = (forward, backward) if known is None or back is None else (known | forward, back | backward)
+        if self._in_training and out is not None:  # over all processes, so that each logs the whole batch's share
+            self.masked += 0 if known is None else int(known.sum())
+            self.negatives += out.numel() - len(rows)
+        return (None if out is None else out[own]), (None if back is None else back[own])
 
     def _cross_entropy(
-        self, queries: Tensor, candidates: Tensor, own: Tensor, out: Tensor | None
+        self,
+        queries: Tensor,
+        candidates: Tensor,
+        own: Tensor,
+        out: Tensor | None,
+        log_counts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Loss per anchor without and with label smoothing: (q,) and (q,)."""
         logits = normalize(queries, dim=1) @ normalize(candidates, dim=1).T / self.temperature
+        if log_counts is not None:
+            logits = logits - log_counts
         if out is not None:
             logits = logits.masked_fill(out, -torch.inf)
         log_p = logits.log_softmax(dim=1)
@@ -260,6 +325,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         """Share of the negatives masked since the last call; None if there were none."""
         share = self.masked / self.negatives if self.negatives else None
         self.masked, self.negatives = 0, 0
+        return share
+
+    def take_guided_share(self) -> float | None:
+        """Share of the negatives that the guide alone left out since the last call; call it before the masked share."""
+        share = self.guided / self.negatives if self.guide is not None and self.negatives else None
+        self.guided = 0
         return share
 
 

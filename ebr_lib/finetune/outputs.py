@@ -162,10 +162,7 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
 
 def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Save training rows as training data; `more` has further columns of each row."""
-    lines = (
-        _as_data(row) | others
-        for row, others in zip(rows, more or [{}] * len(rows), strict=True)
-    )
+    lines = (_as_data(row) | dict(others) for row, others in zip(rows, more or [{}] * len(rows), strict=True))
     _write_lines(path, lines)
 
 

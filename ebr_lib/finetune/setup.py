@@ -24,12 +24,13 @@ from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
-from ebr_lib.finetune.dataset import make_datasets
+from ebr_lib.finetune.dataset import Datasets, make_datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.guard import read_guard
+from ebr_lib.finetune.guide import Guide
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
 from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan
-from ebr_lib.finetune.losses import ContrastiveLoss
+from ebr_lib.finetune.losses import ContrastiveLoss, Guided, base_model_only
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
 from ebr_lib.finetune.outputs import save_noisy
@@ -41,6 +42,7 @@ from ebr_lib.finetune.prompts import own_prompts, query_prompt
 from ebr_lib.finetune.reranking import remembered_scores
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.signals import ExpectedCounts
 from ebr_lib.finetune.sources import (
     NO_IN_BATCH_NEGATIVES,
     Mix,
@@ -463,6 +465,8 @@ def examine_rows(
 ) -> DoctorReport:
     """Have the data doctor look at the rows as they will be trained on; log what it finds."""
 
+    check_signals(config, rows)
+
     def lengths_of(texts: Sequence[str]) -> list[int]:
         how = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
         return [len(ids) for ids in model.tokenizer(list(texts), **how)["input_ids"]]
@@ -475,6 +479,7 @@ def examine_rows(
         prompts=_column_prompts(config, model),
         unknown_of=partial(unknown_share, model.tokenizer),
         masks=config.mask_known_positives,
+        bidirectional=config.bidirectional_loss,
     )
     logger.info("%s", as_text(report.table))
     for advice in report.advice:
@@ -561,6 +566,11 @@ def make_trainer(
         teacher=data.scores,
         distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature,
+        guide=_make_guide(config, data, rows.train, model),
+        false_negative_margin=config.false_negative_margin or 0.0,
+        bidirectional=config.bidirectional_loss,
+        matryoshka_weights=config.matryoshka_weights,
+        **_expected_counts(config, data, batching),
     )
     mix = _mix(config, rows)
     run_name = name_of_run(config.run_name, model_label(config.model_name))
@@ -649,6 +659,32 @@ def _rows_alone(rows: Rows, negatives: int) -> Tensor | None:
         )
     logger.info("不用批内负例 rows without in-batch negatives, by the names of their files: %d", int(alone.sum()))
     return alone
+
+
+def _make_guide(
+    config: FinetuneConfig, data: Datasets, rows: Sequence[TrainingRow], model: SentenceTransformer
+) -> Guided | None:
+    """Cosines by the base model as it is before training, or by `guide_model`, which has its own prompts."""
+    if config.false_negative_margin is None:
+        return None
+    columns = [data.train[name][:] for name in data.train.column_names if name != "label"]
+    if config.guide_model is None:
+        own = own_prompts(rows)
+        with base_model_only(model):
+            return Guide(
+                columns, data.known, *encoders_of(model, False, backend=config.backend, show_bar=True, own_prompts=own)
+            ).cosines
+    guide = load_model(config.guide_model, trust_remote_code=config.trust_remote_code, device=training_device())
+    return Guide(columns, data.known, *encoders_of(guide, False, backend=config.backend, show_bar=True)).cosines
+
+
+def _expected_counts(config: FinetuneConfig, data: Datasets, batching: Batching) -> dict[str, ExpectedCounts]:
+    if not config.logq_correction:
+        return {}
+    compared = batching.compared * world_size()
+    how = {"masked": config.mask_known_positives, "balanced": config.balanced_batches}
+    sides = {"document_counts": data.known.columns, "anchor_counts": data.known.anchors[:, None]}
+    return {name: ExpectedCounts(numbers, compared, **how) for name, numbers in sides.items()}
 
 
 def settle_temperature(config: FinetuneConfig, trainer: EbrTrainer, paths: Paths, *, resumed: bool) -> FinetuneConfig:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
+from ebr_lib.arrays import Floats, Ints
 from ebr_lib.data.pairs import TrainingRow
 
 
@@ -58,3 +60,46 @@ def teacher_divergence(logits: Tensor, scores: Tensor, temperature: float) -> Te
     student = logits.masked_fill(~known, least).log_softmax(dim=1)
     terms = torch.xlogy(teacher, teacher) - teacher * student
     return terms.masked_fill(~known, 0.0).sum(dim=1)
+
+
+class ExpectedCounts:
+    """How often texts are among a batch's candidates on average, for the logQ correction (Yi et al. 2019,
+    doi 10.1145/3298689.3346996): logits − ln(count).
+
+    Each row is used once per epoch, so a text in c cells of N rows has c · b / N places in a batch of b rows, however
+    batches are made. An anchor's own positive has no copies beside it where these are masked: it counts as often as a
+    batch has the text at all, which is min(1, c · b / N) where copies are dealt to different batches.
+
+    :param numbers: the text of each row's cells, shape (rows, columns), as numbers; the first column is the target.
+    :param batch_size: rows that are compared, by all processes.
+    :param masked: whether copies of an anchor's own positive leave the softmax.
+    :param balanced: whether copies are dealt to different batches.
+    """
+
+    def __init__(self, numbers: Ints, batch_size: int, *, masked: bool, balanced: bool) -> None:
+        rows, batch = len(numbers), min(batch_size, len(numbers))
+        cells = np.bincount(numbers.ravel())
+        counts = cells * batch / rows
+        once = np.minimum(counts, 1.0) if balanced else _chance_of_any(np.minimum(cells, rows), batch, rows)
+        self.log_counts = torch.from_numpy(np.log(counts[numbers])).float()
+        self.log_own = torch.from_numpy(np.log((once if masked else counts)[numbers[:, 0]])).float()
+
+    def of_batch(self, rows: Tensor, own: Tensor) -> Tensor:
+        """ln(count) of the candidates of each anchor, shape (q, n · columns).
+
+        :param rows: row numbers of all processes, shape (n,).
+        :param own: which of these are this process's, shape (q,).
+        """
+        here = rows.cpu()
+        logs = self.log_counts[here].T.flatten().to(rows.device).repeat(len(own), 1)
+        logs[torch.arange(len(own), device=rows.device), own] = self.log_own[here].to(rows.device)[own]
+        return logs
+
+
+def _chance_of_any(copies: Ints, batch: int, rows: int) -> Floats:
+    """The chance that a random batch has at least one of these copies (hypergeometric)."""
+    from scipy.special import gammaln
+
+    left = np.maximum(rows - copies - batch, 0)
+    none = gammaln(rows - copies + 1) - gammaln(left + 1) - gammaln(rows + 1) + gammaln(rows - batch + 1)
+    return np.where(rows - copies < batch, 1.0, -np.expm1(none))

@@ -305,7 +305,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         state = torch.get_rng_state()
         gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         components = deepcopy(self.accum_loss_components["train"])
-        counts = self.loss.masked, self.loss.negatives
+        counts = self.loss.masked, self.loss.guided, self.loss.negatives
 
         def undo() -> None:
             for weight, gradient in zip(self.loss.weights, gradients, strict=True):
@@ -314,7 +314,7 @@ class EbrTrainer(SentenceTransformerTrainer):
             if gpu_state is not None:
                 torch.cuda.set_rng_state(gpu_state)
             self.accum_loss_components["train"] = deepcopy(components)
-            self.loss.masked, self.loss.negatives = counts
+            self.loss.masked, self.loss.guided, self.loss.negatives = counts
 
         return undo
 
@@ -400,6 +400,7 @@ class EbrTrainer(SentenceTransformerTrainer):
         for weight in self.loss.weights:
             weight.grad = None
         self.nan.seen = False
+        self.loss.take_guided_share()
         self.loss.take_masked_share()
         self.accum_loss_components: dict[str, Any] = {"train": {}, "eval": {}}
 
@@ -417,8 +418,10 @@ class EbrTrainer(SentenceTransformerTrainer):
         set_adapter_weights(self.model, read_adapter(Path(checkpoint_path)))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what the library logs, and with a loss the share of the negatives that were masked."""
-        share = self.loss.take_masked_share() if "loss" in logs else None
+        """Log what the library logs, and with a loss the shares of the negatives that were masked."""
+        shares: dict[str, float | None] = {}
         if "loss" in logs:
+            shares["false_negative_share"] = self.loss.take_guided_share()
+            shares["masked_share"] = self.loss.take_masked_share()
             self._tr_loss.zero_()  # the library subtracts it from itself, and NaN minus NaN is not 0
-        super().log(logs | ({} if share is None else {"masked_share": round(share, 5)}), start_time)
+        super().log(logs | {name: round(share, 5) for name, share in shares.items() if share is not None}, start_time)

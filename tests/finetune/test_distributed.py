@@ -59,7 +59,10 @@ def test_two_processes_equal_one(common, tmp_path):
 def repeating(tmp_path) -> Path:
     """30 rows of 15 anchors and 10 documents: whatever the batch, known positives are among its negatives."""
     path = tmp_path / "repeating.jsonl"
-    rows = [{"anchor": f"warm {i % 15}", "positive": f"pan {i % 5} of shop {i // 15}"} for i in range(30)]
+    rows = [
+        {"anchor": f"warm {i % 15}", "positive": f"pan {i % 5} of shop {i // 15}", "weight": 1 + i % 4}
+        for i in range(30)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -72,6 +75,9 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
         "num_epochs": 2,
         "mine_hard_negatives": 1,
         "mining_margin": None,
+        "logq_correction": True,
+        "bidirectional_loss": True,
+        "false_negative_margin": 0.3,
     }
     one = Path(train_sentence_transformer(common | knobs | {"train_batch_size": 8}).model_path)
     unmasked = train_sentence_transformer(

@@ -277,3 +277,14 @@ def test_one_row():
     assert (
         "a pair of" in look(ROWS)._repr_html_() and "<script" not in look([TrainingRow("a", "<script>")])._repr_html_()
     )
+
+
+def test_item_to_item_data_is_found():
+    items = [TrainingRow(f"item {i}", f"item {(i + 1) % 50}") for i in range(50)]
+    turned = [TrainingRow(row.positive, row.anchor) for row in items[:10]]
+    report = look([*items, *turned, TrainingRow("self", "SELF")])
+    assert (report.both_ways, report.on_both_sides) == (20, 50)
+    assert any("bidirectional_loss: true" in line for line in report.advice)
+    searches = look([TrainingRow(f"query {i}", f"item {i}") for i in range(50)] + [TrainingRow("self", "SELF")])
+    assert (searches.both_ways, searches.on_both_sides) == (0, 0)
+    assert not any("bidirectional_loss" in line for line in searches.advice)

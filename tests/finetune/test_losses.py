@@ -7,8 +7,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import nn
 
 from ebr_lib.data.pairs import TrainingRow
-from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.batches import BalancedBatchSampler, KnownPositives
 from ebr_lib.finetune.losses import ContrastiveLoss
+from ebr_lib.finetune.signals import ExpectedCounts
 from ebr_lib.model.adapters import add_lora
 from ebr_lib.model.loading import load_model
 
@@ -116,6 +117,114 @@ def test_matryoshka_is_the_mean_over_whole_and_cut_vectors(dims):
     loss = ContrastiveLoss(Still(), temperature=0.5, matryoshka_dims=dims)
     wanted = np.mean([by_numpy(reps, 0.5, dims=d) for d in (8, 4, 2)])
     assert loss.calculate_loss(reps, torch.arange(5)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_matryoshka_weights_by_hand():
+    """Whole vectors, which are not listed, weigh 1."""
+    reps = random_vectors(5, 2)
+    loss = ContrastiveLoss(Still(), temperature=0.5, matryoshka_dims=(4, 2), matryoshka_weights=(0.3, 0.1))
+    losses = [by_numpy(reps, 0.5, dims=d) for d in (8, 4, 2)]
+    wanted = (losses[0] + 0.3 * losses[1] + 0.1 * losses[2]) / 1.4
+    assert loss.calculate_loss(reps, torch.arange(5)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_both_directions_are_the_mean_of_two_searches(masks):
+    rows = [TrainingRow("q1", "one", ("x",)), TrainingRow("q1", "two", ("y",)), TrainingRow("two", "three", ("z",))]
+    known = KnownPositives(rows).mask if masks else None
+    reps = random_vectors(3, 3)
+    loss = ContrastiveLoss(Still(), temperature=0.5, bidirectional=True, known_positives=known)
+    there = {(0, 1), (1, 0), (2, 1)} if masks else set()
+    back = {(j, i) for i, j in there}
+    wanted = (by_numpy(reps, 0.5, there) + by_numpy([reps[1], reps[0]], 0.5, back)) / 2
+    assert loss.calculate_loss(reps, torch.arange(3)).item() == pytest.approx(wanted, rel=1e-5)
+    loss.model.eval()  # the held-out loss has both directions too
+    assert loss.calculate_loss(reps, torch.arange(3)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_documents_that_the_guide_prefers_leave_the_softmax(bidirectional):
+    # anchor 0: document 1 is .25 above its own. Document 1: anchor 0 is .15 above its own. Document 0 keeps anchor 1
+    cosines = torch.tensor([[0.5, 0.75, 0.1], [0.4, 0.6, 0.55], [0.0, 0.2, 0.9]])
+    model, reps = Still(), random_vectors(3, 2)
+    loss = ContrastiveLoss(
+        model, temperature=0.5, guide=lambda rows: cosines[rows][:, rows], false_negative_margin=0.1,
+        bidirectional=bidirectional,
+    )  # fmt: skip
+    wanted = by_numpy(reps, 0.5, {(0, 1)})
+    if bidirectional:
+        wanted = (wanted + by_numpy([reps[1], reps[0]], 0.5, {(1, 0)})) / 2
+    assert loss.calculate_loss(reps, torch.arange(3)).item() == pytest.approx(wanted, rel=1e-5)
+    assert (loss.take_guided_share(), loss.take_masked_share()) == (pytest.approx(1 / 6), 0)
+    model.eval()
+    plain = ContrastiveLoss(model, temperature=0.5, bidirectional=bidirectional)
+    assert torch.equal(loss.calculate_loss(reps, torch.arange(3)), plain.calculate_loss(reps, torch.arange(3)))
+
+
+def test_a_positive_never_leaves_and_known_ones_are_counted_once():
+    rows = [TrainingRow("q1", "one"), TrainingRow("q1", "two"), TrainingRow("q2", "three")]
+    loss = ContrastiveLoss(
+        Still(), temperature=0.5, known_positives=KnownPositives(rows).mask,
+        guide=lambda rows: torch.tensor([[0.1, 0.9, 0.9], [0.9, 0.1, 0.0], [0.9, 0.9, 0.1]]), false_negative_margin=-1,
+    )  # fmt: skip
+    assert loss.calculate_loss(random_vectors(3, 2), torch.arange(3)).item() == 0  # no negative is left
+    assert (loss.take_guided_share(), loss.take_masked_share()) == (4 / 6, 2 / 6)
+
+
+# --- logQ: one document has eight of ten rows ---------------------------------------------------------------------
+
+
+POPULAR = [TrainingRow(f"q{i}", "popular") for i in range(8)] + [TrainingRow("q8", "rare"), TrainingRow("q9", "other")]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logq_by_hand(masked):
+    """In batches of 5 the popular document has 4 places, the rare one half of one; all cosines are 0.
+
+    The rare one's anchor: e^0 / .5 against four times e^0 / 4, so 2 / (2 + 1): together the copies count as one
+    document. A popular one's anchor: 1/4 / (4 · 1/4 + 2), or with its copies masked 1 / (1 + 2).
+    """
+    known = KnownPositives(POPULAR)
+    counts = ExpectedCounts(known.columns, 5, masked=masked, balanced=True)
+    reps = [[torch.tensor([[1.0, 0.0]] * 5)], [torch.tensor([[0.0, 1.0]] * 5)]]
+    model = Still()
+    loss = ContrastiveLoss(
+        model, temperature=0.05, document_counts=counts, known_positives=known.mask if masked else None
+    )
+    found = loss.calculate_loss(reps, torch.tensor([8, 0, 1, 2, 3])).item()
+    of_popular = np.log(3) if masked else np.log(12)
+    assert found == pytest.approx((np.log(1.5) + 4 * of_popular) / 5, rel=1e-5)
+    model.eval()
+    plain = ContrastiveLoss(model, temperature=0.05, known_positives=known.mask if masked else None)
+    rows = torch.tensor([8, 0, 1, 2, 3])
+    assert torch.equal(loss.calculate_loss(reps, rows), plain.calculate_loss(reps, rows))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_corrected_batches_sum_to_the_catalogue(balanced):
+    """Over an epoch, the mean of a batch's sum of e^score / count is the sum of e^score over the documents."""
+    rng = np.random.default_rng(0)
+    rows = [TrainingRow(f"q{i}", f"d{min(rng.zipf(1.5), 20)}", (f"n{rng.integers(6)}",)) for i in range(60)]
+    known = KnownPositives(rows)
+    counts = ExpectedCounts(known.columns, 12, masked=False, balanced=balanced)
+    scores = rng.normal(size=known.columns.max() + 1)
+    batches = BalancedBatchSampler(known.documents, known.anchors, batch_size=12)
+    batches = batches if balanced else rng.permutation(60).reshape(5, 12).tolist()
+    logs = counts.log_counts.numpy().astype(np.float64)
+    sums = [np.exp(scores[known.columns[batch]] - logs[batch]).sum() for batch in batches]
+    assert np.mean(sums) == pytest.approx(np.exp(scores[np.unique(known.columns)]).sum(), rel=1e-5)
+
+
+def test_how_often_a_batch_has_an_anchor_s_own_document():
+    known = KnownPositives([*POPULAR[:3], *(TrainingRow(f"a{i}", f"b{i}") for i in range(7))])
+
+    def own(balanced, batch_size=4):
+        return np.exp(ExpectedCounts(known.columns, batch_size, masked=True, balanced=balanced).log_own.numpy())
+
+    # three of ten rows, batches of four: dealt to different batches 3 · 4 / 10 > 1; at random 1 − C(7, 4) / C(10, 4)
+    assert own(True)[[0, 9]].tolist() == pytest.approx([1.0, 0.4])
+    assert own(False)[[0, 9]].tolist() == pytest.approx([1 - 35 / 210, 0.4])
+    assert own(False, 64).tolist() == pytest.approx([1.0] * 10)
 
 
 def test_packed_embeds_all_columns_in_one_call():
