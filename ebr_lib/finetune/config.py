@@ -254,8 +254,9 @@ class FinetuneConfig(Config):
     )
     reranker_name: Place | None = knob(
         None,
-        "Cross-encoder that looks at mined candidates: those that it scores as high as a positive are left out.",
-        "给挖到的候选把关的重排模型（cross-encoder）：得分不低于正例的候选不会被当作负例。",
+        "Cross-encoder that looks at the rows before training: mined candidates that it scores as high as a positive are "
+        "left out, and its scores of positives and negatives are a teacher's (`pos_scores`, `neg_scores`).",
+        "训练前用来把关的重排模型（cross-encoder）：得分不低于正例的候选不会被当作负例；它给正例与负例打的分（`pos_scores`、`neg_scores`）还可用于蒸馏。",
     )
     reranker_margin: NotNegative = knob(
         0.0,
@@ -444,5 +445,7 @@ class FinetuneConfig(Config):
             yield f"shares add up to {total:g}; wanted at most 1"
         if self.mining_corpus_path and not (self.mine_hard_negatives or self.positive_rank_max):
             yield "mining_corpus_path does nothing alone: set mine_hard_negatives or positive_rank_max"
-        if self.reranker_name and not self.mine_hard_negatives:
-            yield "reranker_name does nothing alone: set mine_hard_negatives"
+        if self.reranker_name and not (self.mine_hard_negatives or self.distill_weight):
+            yield "reranker_name does nothing alone: set mine_hard_negatives or distill_weight"
+        if self.logq_correction and (self.shares or self.one_file_batches):
+            yield "logq_correction counts each row once per epoch; choose it, or shares and one_file_batches"

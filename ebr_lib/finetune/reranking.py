@@ -1,7 +1,8 @@
-"""A reranker's look at candidates: which candidates are answers."""
+"""A reranker's look at rows and candidates: which candidates are answers, and its scores as a teacher's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -59,3 +60,14 @@ def accepted(preferred: Sequence[Ints], count: int, fine: Fine) -> list[Ints]:
             seen[row] += 1
             if is_fine:
                 taken[row].append(candidate)
+
+
+def with_teacher_scores(rows: Sequence[TrainingRow], scores: Scores) -> list[TrainingRow]:
+    """The rows with the scores of their positive and negatives, which replace those that they had."""
+    texts = [(row.positive, *row.negatives) for row in rows]
+    flat = scores([(row.anchor, text) for row, own in zip(rows, texts, strict=True) for text in own]).tolist()
+    ends = np.cumsum([len(own) for own in texts])
+    return [
+        dataclasses.replace(row, scores=tuple(flat[end - len(own) : end]))
+        for row, own, end in zip(rows, texts, ends, strict=True)
+    ]

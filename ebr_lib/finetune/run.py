@@ -282,7 +282,7 @@ def _save(
             folder / LOG_FILE, folder / CURVE_FILE, config.best_metric, threshold=config.early_stopping_threshold
         )
         save_heldout(rows, folder, reporting)
-        if config.mine_hard_negatives:
+        if config.mine_hard_negatives or config.reranker_name:
             save_rows(rows.train, folder / MINED_FILE)
         titles = {"before_after": "Before and after", "strengths": "Strengths of the adapter", "data": "Data"}
         tables = {title: as_text(result.tables[name]) for name, title in titles.items() if name in result.tables}

@@ -39,7 +39,7 @@ from ebr_lib.finetune.pool import remembered
 from ebr_lib.finetune.positives import consistent_rows
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
-from ebr_lib.finetune.reranking import remembered_scores
+from ebr_lib.finetune.reranking import remembered_scores, with_teacher_scores
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
 from ebr_lib.finetune.signals import ExpectedCounts
@@ -285,7 +285,7 @@ def with_mined_negatives(
 
     :param noisy: where dropped rows are written; None writes none.
     """
-    if not (config.mine_hard_negatives or config.positive_rank_max):
+    if not (config.mine_hard_negatives or config.positive_rank_max or config.reranker_name):
         return rows
     # one process mines: another might round a cosine otherwise, and all have to number the same rows
     mined = from_first_process(_mined(config, rows.train, model, catalogue, noisy) if is_first_process() else None)
@@ -312,7 +312,10 @@ def _mined(
     encoders = remembered(queries), remembered(documents)
     if config.positive_rank_max:
         rows = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
-    return _mine(config, rows, encoders, catalogue, _reranker(config)) if config.mine_hard_negatives else rows
+    reranker = _reranker(config)
+    if config.mine_hard_negatives:
+        rows = _mine(config, rows, encoders, catalogue, reranker)
+    return rows if reranker is None else with_teacher_scores(rows, reranker)
 
 
 def _reranker(config: FinetuneConfig) -> Scores | None:

@@ -269,18 +269,22 @@ def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, 
         )
 
 
-def test_a_reranker_checks_the_negatives(settings, tmp_path):
+def test_a_reranker_checks_the_negatives_and_scores_them_as_a_teacher(settings, tmp_path):
     folder = str(build_tiny_reranker(tmp_path / "reranker"))
     mining = {"eval_ratio": 0.0, "mine_hard_negatives": 2, "mining_margin": None}
     config = config_of(settings, **mining, reranker_name=folder)
     model = model_of(config)
-    _, found = mined(config, model)
+    given, found = mined(config, model)
     score = load_reranker(folder, device="cpu")
     for row in found:
-        own, *scores = score([(row.anchor, text) for text in (row.positive, *row.negatives)])
-        assert all(negative < own for negative in scores)
+        scores = score([(row.anchor, text) for text in (row.positive, *row.negatives)])
+        assert row.scores == pytest.approx(scores, abs=1e-5)
+        assert all(negative < row.scores[0] for negative in row.scores[1:])
     plain = mined(config_of(settings, **mining), model)[1]
     assert [row.negatives for row in plain] != [row.negatives for row in found]
+    alone = mined(config_of(settings, eval_ratio=0.0, distill_weight=1.0, reranker_name=folder), model)[1]
+    assert [(row.anchor, row.negatives) for row in alone] == [(row.anchor, row.negatives) for row in given]
+    assert [row.scores for row in alone] == [pytest.approx(row.scores[:1], abs=1e-5) for row in found]
     with pytest.raises(ModelError, match="is a SentenceTransformer, not a cross-encoder"):
         mined(config_of(settings, **mining, reranker_name=settings["model_name"]), model)
 
