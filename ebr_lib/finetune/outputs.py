@@ -38,9 +38,9 @@ class FinetuneResult(TableRepr):
     """What a run wrote and measured.
 
     `before` and `after` map "all", "seen" and "unseen" (documents that training saw or not) to metric means over the
-    held-out anchors that nothing was chosen by; both are empty when nothing was held out. `temperature` and
-    `adapter_strength` are those of the saved model. `seconds` is the training alone. `verdict` says why the model may
-    not be better than before, and is empty if it is.
+    held-out anchors that nothing was chosen by, and "guard" to those of the guard; both are empty without either.
+    `temperature` and `adapter_strength` are those of the saved model. `seconds` is the training alone. `verdict` says
+    why the model may not be better than before, and is empty if it is.
     """
 
     model_path: str
@@ -72,7 +72,7 @@ class FinetuneResult(TableRepr):
     @property
     def sentence(self) -> str:
         """The metric before and after, in one line."""
-        if not self.before:
+        if "all" not in self.before:
             return f"已训练 trained on {self.train_rows} 行 rows; 没有验证集 no rows were held out"
         changes = [f"{name} {_change(self.before[group], self.after[group])}" for group, name in GROUPS.items()
                    if group in self.before]  # fmt: skip
@@ -82,7 +82,7 @@ class FinetuneResult(TableRepr):
     def notes(self) -> list[str]:
         """What speaks against the model, or against believing its numbers."""
         notes = [self.verdict] if self.verdict else []
-        if self.before and self.before["all"]["queries"] < FEW_QUERIES:
+        if "all" in self.before and self.before["all"]["queries"] < FEW_QUERIES:
             notes.append(f"验证查询少于 fewer than {FEW_QUERIES} held-out queries: too few to decide by; hold out more")
         unseen = self.before.get("unseen"), self.after.get("unseen")
         if unseen[0] and unseen[1] and unseen[1]["ndcg@10"] < unseen[0]["ndcg@10"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import TrainerCallback, set_seed
 from ebr_lib.arrays import Encode
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow, texts_of
+from ebr_lib.data.text import normalised
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
@@ -414,11 +416,11 @@ def check_signals(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> None:
 
     :raises ConfigError: there is no teacher to learn from.
     """
-    scored = sum(len(row.scores) > 1 for row in rows)
+    scored = sum(sum(map(math.isfinite, row.scores)) > 1 for row in rows)
     if config.distill_weight and not scored:
         raise ConfigError(
-            f"distill_weight: {config.distill_weight:g} wanted, and no training row has pos_scores and neg_scores; add "
-            "a reranker's scores to the rows, or set distill_weight: 0"
+            f"distill_weight: {config.distill_weight:g} wanted, and no training row has two scores (pos_scores, "
+            "neg_scores) to compare; add a reranker's scores to the rows, or set distill_weight: 0"
         )
     if scored and not config.distill_weight:
         logger.info("教师分数未使用 scores of a teacher are not used: %d rows; distill_weight uses them", scored)
@@ -533,6 +535,8 @@ def make_trainer(
 
     :param halves: which held-out queries evaluations count; None counts all.
     """
+    if config.best_metric == LOWER_IS_BETTER and halves is not None:
+        rows = _without_reporting(rows, halves)
     data = make_datasets(rows.train, rows.heldout, batching.compared, config.seed)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
@@ -542,7 +546,7 @@ def make_trainer(
         prompts["anchor"] = ""
     prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
 
-    if (alone := _rows_alone(rows, data.width)) is not None:
+    if (alone := _rows_alone(rows, data.width, bidirectional=config.bidirectional_loss)) is not None:
         watch.mostly_masked = float("inf")  # that is what they asked for
 
     def known_positives(labels: Tensor) -> Tensor:
@@ -632,6 +636,14 @@ def make_trainer(
     )
 
 
+def _without_reporting(rows: Rows, halves: Halves) -> Rows:
+    """The rows without the held-out ones that only report: the held-out loss chooses the step."""
+    assert rows.task is not None
+    only_report = halves.reporting & ~halves.choosing
+    left_out = {normalised(query) for query, out in zip(rows.task.queries, only_report, strict=True) if out}
+    return dataclasses.replace(rows, heldout=[row for row in rows.heldout if normalised(row.anchor) not in left_out])
+
+
 def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
     """The rows that each epoch takes, if that is not each once; logs the rows per file.
 
@@ -647,14 +659,20 @@ def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
     return Mix.of(files, counts, config.one_file_batches)
 
 
-def _rows_alone(rows: Rows, negatives: int) -> Tensor | None:
+def _rows_alone(rows: Rows, negatives: int, *, bidirectional: bool) -> Tensor | None:
     """Which rows, held-out ones after training rows, are compared with their own documents alone; None if none is.
 
+    :raises ConfigError: their documents would be compared with the anchors of other rows.
     :raises DataError: no row has a negative.
     """
     alone = without_in_batch_negatives([row.file for row in (*rows.train, *rows.heldout)])
     if alone is None:
         return None
+    if bidirectional:
+        raise ConfigError(
+            f"bidirectional_loss compares each positive with the anchors of other rows, and files whose names end in "
+            f"{NO_IN_BATCH_NEGATIVES} must not be; set bidirectional_loss: false, or rename the files"
+        )
     if not negatives:
         raise DataError(
             f"training files whose names end in {NO_IN_BATCH_NEGATIVES} have no negative, so their rows would be "

@@ -36,11 +36,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FOLDER, STATE_FILE, TABLE_FILE, BEST_FILE = "sweep", "sweep.json", "trials.csv", "best.yaml"
+# a resumed run compares these by their contents; a sweep does not read them
+NAMED = ("model_name", "mining_corpus_path", "label_column")
 NOT_SWEPT = (
     "output_dir",
     "data_path",
     "eval_data_path",
     "eval_ratio",
+    "eval_corpus_size",
+    "leave_out_own",
+    "label_column",
+    "on_bad_row",
+    "seed",
+    "adapter_strength",
     "resume_from_checkpoint",
     "run_name",
     "report_to",
@@ -203,7 +211,7 @@ class _State:
 
 def _what_decides(config: FinetuneConfig, sweep: Sweep) -> dict[str, Any]:
     """All that the trials of one sweep share; more of them may be asked for later."""
-    knobs = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
+    knobs = {name: value for name, value in config.to_dict().items() if name in NAMED or name not in FREE_ON_RESUME}
     files = [
         *training_files(config.data_path),
         *(training_files(config.eval_data_path) if config.eval_data_path else ()),
@@ -247,7 +255,7 @@ def _run_trial(trial: dict[str, Any], config: FinetuneConfig, sweep: Sweep, fold
         logger.warning("该次尝试失败 %s failed: %s", name, error)
         trial |= {"state": "failed", "reason": str(error)}
     else:
-        if not result.after:
+        if "all" not in result.after:
             raise DataError("--sweep: no rows were held out, so trials cannot be compared; give eval_data_path")
         before, after = (means["all"][sweep.metric] for means in (result.before, result.after))
         trial |= {"state": "done", "value": after, "before": before, "model": result.model_path}

@@ -39,7 +39,7 @@ def choose_precision(asked: Asked | Dtype, device: str) -> Precision:
     device = device.partition(":")[0]
     if device not in ("cuda", "cpu") or asked == "float32":
         return Precision("float32" if asked == "auto" else asked)
-    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
     if asked == "float16" and device == "cuda":
         return Precision("float16")
     if has_bf16:

@@ -52,4 +52,6 @@ def test_what_speaks_against_the_model_is_said(before, after, more, said):
 
 
 def test_without_held_out_rows_the_sentence_says_so():
-    assert "no rows were held out" in result_of({}, {}).sentence
+    for measured in ({}, {"guard": group(0.4)}):
+        result = result_of(measured, measured)
+        assert "no rows were held out" in result.sentence and result.notes == [] and result._repr_html_()

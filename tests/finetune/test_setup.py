@@ -34,6 +34,12 @@ from tests.models import build_tiny_reranker
 FEW = [TrainingRow("a", "b"), TrainingRow("c", "d")]
 
 
+def test_bfloat16_that_a_gpu_emulates_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert model_precision.choose_precision("auto", "cuda:0").dtype == "float32"
+    assert model_precision.choose_precision("bfloat16", "cuda").dtype == "float16"
+
+
 def config_of(settings: dict = {}, **knobs) -> FinetuneConfig:  # noqa: B006 (it is only read)
     return FinetuneConfig.resolve(settings | knobs)
 

@@ -168,8 +168,8 @@ def test_learning_from_a_teacher_bites_and_is_off_by_default(scored, packed):
 
 def test_a_teacher_without_scores_is_refused_and_unused_scores_are_logged(caplog):
     caplog.set_level("INFO", "ebr_lib")
-    with pytest.raises(ConfigError, match=r"distill_weight: 0\.5 wanted, and no training row has pos_scores"):
-        setup.check_signals(FinetuneConfig(distill_weight=0.5), [TrainingRow("a", "b", ("c",), scores=(1.0,))])
+    with pytest.raises(ConfigError, match=r"distill_weight: 0\.5 wanted, and no training row has two scores"):
+        setup.check_signals(FinetuneConfig(distill_weight=0.5), [TrainingRow("a", "b", ("c",), scores=(1.0, math.nan))])
     setup.check_signals(FinetuneConfig(), [TrainingRow("a", "b", ("c",), scores=(1.0, 2.0))])
     assert "distill_weight uses them" in caplog.text
 

@@ -110,6 +110,8 @@ def test_rows_of_such_a_file_are_compared_with_their_own_documents(plain, folder
         assert (~mask).sum(dim=1).tolist() == [5 + (not masks), 1 + (not masks), 1 + (not masks)]
         mask.fill_diagonal_(False)
         assert (~mask)[1].nonzero().flatten().tolist() == [1, 4]  # its positive and its negative
+    with pytest.raises(ConfigError, match="bidirectional_loss compares each positive"):
+        make_trainer(knobs, bidirectional_loss=True)
     for file in folder.iterdir():
         write_rows(file, [{"anchor": f"{file.stem} {i}", "positive": f"thing {file.stem} {i}"} for i in range(4)])
     with pytest.raises(DataError, match="end in no_in_batch_neg have no negative"):

@@ -163,6 +163,20 @@ def test_what_was_chosen_is_what_is_saved_reported_and_evaluated(auto, tiny_bert
     assert after["ndcg@10"] == result.after["all"]["ndcg@10"] and before["ndcg@10"] == result.before["all"]["ndcg@10"]
 
 
+def test_the_held_out_loss_that_chooses_is_of_the_half_that_chooses(auto, monkeypatch):
+    make_datasets, compared = setup.make_datasets, set()
+
+    def note(train, heldout, *more):
+        compared.update(row.anchor for row in heldout)
+        return make_datasets(train, heldout, *more)
+
+    monkeypatch.setattr(setup, "make_datasets", note)
+    result = train(auto, best_metric="loss", num_epochs=1)
+    lines = (Path(result.model_path) / "heldout.jsonl").read_text("utf-8").splitlines()
+    reporting = {json.loads(line)["anchor"] for line in lines}
+    assert len(compared) == len(reporting) == 6 and not compared & reporting
+
+
 def test_a_given_share_halves_the_change_for_every_loader(settings, tmp_path):
     from peft import PeftModel
     from sentence_transformers import SentenceTransformer

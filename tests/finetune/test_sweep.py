@@ -96,7 +96,8 @@ def test_an_interrupted_sweep_tries_what_an_uninterrupted_one_does(monkeypatch, 
     asked[1].write_text(SWEEP.replace("trials: 6", "trials: 8"), encoding="utf-8")
     run(monkeypatch, (again, asked[1]), more)
     assert len(more.configs) == 2  # more trials of the same sweep
-    for changed, word in ((again | {"lora_alpha": 99}, "lora_alpha"), (again, "seed")):
+    others = {"lora_alpha": 99, "model_name": "other/model", "label_column": "none"}
+    for changed, word in (*((again | {name: value}, name) for name, value in others.items()), (again, "seed")):
         asked[1].write_text(SWEEP + ("seed: 3\n" if word == "seed" else ""), encoding="utf-8")
         with pytest.raises(ConfigError, match=f"is of a sweep with other {word}; give another output_dir"):
             run(monkeypatch, (changed, asked[1]), Trainings())
@@ -111,6 +112,8 @@ def test_an_interrupted_sweep_tries_what_an_uninterrupted_one_does(monkeypatch, 
         ("knobs: {learning_rate: {low: 0, high: 1, log: true}}", "low > 0 with log"),
         ("knobs: {lora_r: []}", "lora_r: no choices"),
         ("knobs: {output_dir: [a, b]}", "output_dir: cannot be swept"),
+        ("knobs: {eval_corpus_size: [10, 99]}", "eval_corpus_size: cannot be swept"),
+        ("knobs: {adapter_strength: [1, auto]}", "adapter_strength: cannot be swept"),
         ("knobs: {lora_r: [4]}\nmetric: loss", "metric"),
         ("knobs: {lora_r: [4]}\ntrails: 3", "trails"),
         ("trials: 3", "knobs"),
