@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ebr_lib.data.text import language_of
 from ebr_lib.pairs.bias import Bias, estimate_propensities
 from ebr_lib.pairs.counts import Counted
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 1_000_000  # that position bias is estimated from
 IMPRESSIONS, EXAMINED, CLICKS, SCORE, GRADE = "impressions", "examined", "clicks", "score", "grade"
-RATE, WEIGHT, LANGUAGE, TEXT = "rate", "weight", "language", "text"
+RATE, WEIGHT, LANGUAGE, TEXT, LOOK = "rate", "weight", "language", "text", "look"
 SALT = 11  # of hashes that choose at random
 
 Step = tuple[str, int, int]
@@ -51,7 +53,7 @@ class Rules:
 class Chosen:
     """Pairs of a window of days: `KEY`, `ITEM`, counts, `SCORE`, `RATE`; and how they became so few.
 
-    :ivar mean_rate: the log's click rate, corrected for position; None without impressions.
+    :ivar mean_rate: the log's click rate, corrected for position; None without impressions or clicks.
     """
 
     pairs: pl.DataFrame
@@ -59,14 +61,16 @@ class Chosen:
     mean_rate: float | None
 
 
-def estimated_bias(counted: Counted, rules: Rules) -> Bias:
-    """Estimate the propensities from clicked pairs that were shown at several positions; none if they are too few."""
+def estimated_bias(counted: Counted, rules: Rules, last: date | None) -> Bias:
+    """Estimate the propensities from clicked pairs that were shown at several positions up to the day `last`; none if
+    they are too few."""
     import polars as pl
 
     shown, clicked = f"n_{rules.impression}", f"n_{rules.click}"
+    window = pl.lit(True) if last is None else pl.col(DAY) <= last
     found, cells = [], 0
     for part in counted.parts:
-        frame = counted.cells(part).filter(pl.col(POSITION).is_not_null() & (pl.col(shown) > 0))
+        frame = counted.cells(part).filter(window, pl.col(POSITION).is_not_null() & (pl.col(shown) > 0))
         frame = frame.join(frame.filter(pl.col(clicked) > 0).select(KEY, ITEM).unique(), on=[KEY, ITEM], how="semi")
         frame = frame.group_by(KEY, ITEM, POSITION).agg(pl.col(shown, clicked).sum())
         several = pl.len().over(KEY, ITEM) > 1
@@ -107,7 +111,7 @@ def choose_pairs(counted: Counted, rules: Rules, bias: Bias, first: date | None,
         frames.append(pairs.filter(pl.col(CLICKS) > 0))
     pairs = pl.concat(frames).sort(KEY, ITEM)
     steps = [("pairs shown or clicked", 0, shown), ("never clicked", shown - len(pairs), len(pairs))]
-    mean = clicks / examined if examined > 0 and counted.events[rules.impression] else None
+    mean = clicks / examined if clicks and examined > 0 and counted.events[rules.impression] else None
     pairs = _with_rate(pairs, rules, mean)
     conditions = {
         "fewer than min_impressions": pl.col(IMPRESSIONS) >= rules.min_impressions,
@@ -125,11 +129,7 @@ def _scored(cells: pl.DataFrame, rules: Rules, bias: Bias, last: date | None) ->
     import polars as pl
 
     impression, events = f"n_{rules.impression}", list(rules.events)
-    if bias.propensities:
-        look = pl.col(POSITION).replace_strict(dict(bias.propensities), default=1.0, return_dtype=pl.Float64)
-        look = pl.when(pl.col(POSITION).is_null()).then(1.0).otherwise(look)
-    else:
-        look = pl.lit(1.0)
+    cells, look = cells.with_columns(_looks(cells[POSITION], bias)), pl.col(LOOK)
     worth = pl.sum_horizontal(pl.col(f"n_{name}") * weight for name, weight in rules.events.items())
     worth = worth / pl.max_horizontal(look, pl.lit(1 / rules.max_correction))
     if rules.half_life_days is not None and last is not None:
@@ -148,6 +148,17 @@ def _scored(cells: pl.DataFrame, rules: Rules, bias: Bias, last: date | None) ->
         for name, weight in rules.events.items()
     )
     return pairs.with_columns(pl.sum_horizontal(counts).alias(CLICKS), grade.cast(pl.Int32).alias(GRADE))
+
+
+def _looks(positions: pl.Series, bias: Bias) -> pl.Series:
+    """The chance of a look at each position; one that the table lacks has that of the nearest smaller one, null 1."""
+    import polars as pl
+
+    if not bias.propensities:
+        return pl.Series(LOOK, np.ones(len(positions)))
+    places, looks = map(np.array, zip(*sorted(bias.propensities.items()), strict=True))
+    place = np.searchsorted(places, positions.fill_null(0).to_numpy(), side="right") - 1
+    return pl.Series(LOOK, np.where(positions.is_null().to_numpy(), 1.0, looks[np.maximum(place, 0)]))
 
 
 def _with_rate(pairs: pl.DataFrame, rules: Rules, mean: float | None) -> pl.DataFrame:

@@ -117,7 +117,7 @@ def count_rows(
 
     if bots is not None and len(bots):
         marked = bots.lazy().with_columns(pl.lit(True).alias("is_bot"))
-        rows = rows.join(marked, on=[SESSION, DAY], how="left", nulls_equal=False)
+        rows = rows.join(marked, on=[SESSION, DAY], how="left", nulls_equal=True)  # a log without times
         is_bot = pl.col("is_bot").fill_null(False) & pl.col(REASON).is_null()
         rows = rows.with_columns(pl.when(is_bot).then(pl.lit(BOT)).otherwise(pl.col(REASON)).alias(REASON)).drop(
             "is_bot"

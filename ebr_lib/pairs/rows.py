@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,15 +36,19 @@ FAR_TIME = "time before 2000 or after tomorrow"
 UNKNOWN_EVENT = "unknown event"
 BAD_COUNT = "count is not a number"
 NEGATIVE_COUNT = "negative count"
+BAD_POSITION = "position is not a whole number"
+NEGATIVE_POSITION = "negative position"
 # why a row is left out by a decision
 ID_QUERY = "query is an id, a number or a URL"
 BOT = "bot-like session"
 
 KEY, QUERY, ITEM, DAY, POSITION, SESSION = "key", "query", "item", "day", "position", "session"
-STAMP, REASON, RAW, CLOCK = "stamp", "reason", "raw", "clock"
+STAMP, REASON, RAW, CLOCK, UNPLACED = "stamp", "reason", "raw", "clock", "unplaced"
 DATE, NAIVE, ZONED, EPOCH = "a date", "a time without a zone", "a time with a zone", "a number since 1970"
 CLOCKS = (DATE, NAIVE, ZONED, EPOCH)
 """Ways in which times are written."""
+_DIRECTIVE = r"%[-_0]?(:{0,3}z|#z|.)"  # of a time format
+_WITH_ZONE, _WITH_TIME = {"z", ":z", "::z", ":::z", "#z", "+"}, set("HIklTRrXc")
 
 _ZERO_WIDTH = "[\u00ad\u200b-\u200f\u2060\ufeff]"
 _ODD_SPACE = r"\s{2,}|[^\S ]"  # single spaces stay: replacing each costs most of the time
@@ -122,24 +127,26 @@ def marked_rows(frame: pl.LazyFrame, columns: Columns, meaning: Meaning) -> pl.L
     query, item = pl.col(columns.query), pl.col(columns.item).str.strip_chars()
     key = item_key(query) if meaning.query_is_item else query_key(query)
     day, clock = _day(columns.time, schema, meaning)
-    position = pl.col(columns.position).str.strip_chars() if columns.position else pl.lit(None, dtype=pl.String)
+    position, is_placed = _position(columns.position)
+    raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in columns.read], separator="\x01")
     frame = frame.with_columns(
         key.alias(KEY),
         item.alias(ITEM),
         query.alias(QUERY),
         day.alias(DAY),
         clock.alias(CLOCK),
-        position.cast(pl.Int32, strict=False).alias(POSITION),
+        position.alias(POSITION),
+        (position.is_null() & is_placed).alias(UNPLACED),
+        raw.alias(RAW),
         _session(columns).alias(SESSION),
         _stamp(columns).alias(STAMP),
         *_counts(columns, meaning),
     )
     reasons = _reasons(columns, meaning)
     reason = pl.coalesce(pl.when(condition).then(pl.lit(text)) for text, condition in reasons.items())
-    raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in columns.read], separator="\x01")
     return frame.with_columns(reason.alias(REASON)).select(
         KEY, QUERY, ITEM, DAY, CLOCK, POSITION, SESSION, STAMP, *(f"n_{name}" for name in meaning.events), REASON,
-        pl.when(pl.col(REASON).is_not_null()).then(raw).alias(RAW),
+        pl.when(pl.col(REASON).is_not_null()).then(pl.col(RAW)).alias(RAW),
         pl.when(pl.col(REASON).is_not_null()).then(FILE).alias(FILE),
     )  # fmt: skip
 
@@ -191,6 +198,18 @@ def _count(name: str) -> pl.Expr:
     return pl.col(name).str.strip_chars().cast(pl.Float64, strict=False).cast(pl.Int64, strict=False)
 
 
+def _position(name: str | None) -> tuple[pl.Expr, pl.Expr]:
+    """The position, 3 for `3.0` too, null where it is not a whole number; and whether one is given."""
+    import polars as pl
+
+    if name is None:
+        return pl.lit(None, dtype=pl.Int32), pl.lit(False)
+    text = pl.col(name).str.strip_chars()
+    number = text.cast(pl.Float64, strict=False)
+    whole = pl.when(number == number.floor()).then(number.cast(pl.Int32, strict=False))
+    return whole, (text != "").fill_null(False)
+
+
 def _reasons(columns: Columns, meaning: Meaning) -> dict[str, pl.Expr]:
     """Why a row cannot be used: the first that holds counts."""
     import polars as pl
@@ -215,6 +234,9 @@ def _reasons(columns: Columns, meaning: Meaning) -> dict[str, pl.Expr]:
         event = pl.col(columns.event).str.strip_chars().str.to_lowercase()
         known = [name.lower() for name in (*meaning.events, *meaning.ignored)]
         reasons[UNKNOWN_EVENT] = ~event.is_in(known).fill_null(False)
+    if columns.position:
+        reasons[BAD_POSITION] = pl.col(UNPLACED)
+        reasons[NEGATIVE_POSITION] = pl.col(POSITION) < 0
     for name in columns.counts.values():
         column = pl.col(name)
         reasons[f"{BAD_COUNT}: {name}"] = _count(name).is_null() & column.is_not_null() & (column != "")
@@ -270,10 +292,15 @@ def _day(name: str | None, schema: pl.Schema, meaning: Meaning) -> tuple[pl.Expr
 
 
 def _formatted_day(text: pl.Expr, zone: str, form: str) -> tuple[pl.Expr, pl.Expr]:
-    if "%z" in form:
+
+    written = set(re.findall(_DIRECTIVE, form))
+    if written & _WITH_ZONE:
         time = text.str.to_datetime(form, strict=False, time_zone="UTC").dt.convert_time_zone(zone)
         return time.dt.date(), _clock(ZONED)
-    if any(mark in form for mark in ("%H", "%I", "%T", "%X", "%c", "%s")):
+    if "s" in written:
+        time = text.str.to_datetime(form, strict=False).dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
+        return time.dt.date(), _clock(EPOCH)
+    if written & _WITH_TIME:
         return text.str.to_datetime(form, strict=False).dt.date(), _clock(NAIVE)
     return text.str.to_date(form, strict=False), _clock(DATE)
 

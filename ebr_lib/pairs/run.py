@@ -148,10 +148,10 @@ def _make(config: PairsConfig, new: Path, folder: Path, spill: Path) -> PairsRes
     catalogue = open_catalogue(_catalogue_table(config, spill), config.id_column, config.text_template)
     counted = _count(config, log, columns, meaning, spill)
     _say_rows(config, counted, meaning, funnel)
-    bias = _bias(config, counted, rules)
+    last_trained, first_heldout = _split(config, counted)
+    bias = _bias(config, counted, rules, last_trained)
     logger.info("位置偏差 position bias: %s", bias.source)
     work = _Work(config, counted, catalogue, rules, bias, funnel)
-    last_trained, first_heldout = _split(config, counted)
 
     train = choose_pairs(counted, rules, bias, None, last_trained)
     heldout = choose_pairs(counted, rules, bias, first_heldout, None) if first_heldout else None
@@ -348,8 +348,8 @@ def _warn_of_times(config: PairsConfig, counted: Counted) -> None:
             logger.warning("没有数据的日期 days without a row between %s and %s: %s", first, last, shown)
 
 
-def _bias(config: PairsConfig, counted: Counted, rules: Rules) -> Bias:
-    """The propensities that the knob gives, or asks to estimate.
+def _bias(config: PairsConfig, counted: Counted, rules: Rules, last: date | None) -> Bias:
+    """The propensities that the knob gives, or asks to estimate from the days up to `last`.
 
     :raises DataError: the log cannot give them.
     """
@@ -364,7 +364,7 @@ def _bias(config: PairsConfig, counted: Counted, rules: Rules) -> Bias:
         raise DataError(f"propensities: the log has no {lacking}; name their column, or set propensities: none")
     if not isinstance(wanted, str):
         return Bias(given_propensities(wanted, counted.first_position), "given")
-    bias = estimated_bias(counted, rules)
+    bias = estimated_bias(counted, rules, last)
     if not bias.propensities and wanted == "estimate":
         raise DataError(
             "propensities: too few clicks are on items that were shown at several positions to estimate them; "

@@ -57,6 +57,24 @@ def test_events_are_weighed_and_corrected_for_position(shop):
     relative(weights(shop, propensities="none", damping="none"), plain)
 
 
+def test_a_position_beyond_the_table_has_the_last_propensity(shop):
+    shop.write([*COUNTED[:1], ("b", "2", "2026-11-02", 7, 10, 4, 0), ("c", "3", "2026-11-02", "", 10, 4, 0)], COUNTS)
+    expected = {("a", "1"): 4, ("b", "2"): 4 / 0.5, ("c", "3"): 4}
+    relative(weights(shop, propensities=[1.0, 0.5], damping="none"), expected)
+
+
+def test_orders_without_any_click_are_kept(shop):
+    shop.write([("a", "1", "2026-11-01", 1, 10, 0, 2)], COUNTS)
+    assert set(shop.pairs(min_ctr_ratio=0.5)) == {("a", "1")}
+
+
+def test_a_position_as_a_float_is_that_position(shop):
+    shop.write(COUNTED, COUNTS)
+    expected = weights(shop, propensities=[1.0, 0.5])
+    shop.write([(*row[:3], f"{row[3]}.0", *row[4:]) for row in COUNTED], COUNTS)
+    assert weights(shop, propensities=[1.0, 0.5]) == expected
+
+
 def test_totals_of_queries_then_of_items_are_damped(shop):
     shop.write(COUNTED, COUNTS)
     # query a: total 10 becomes sqrt(10), shared 9 : 1; query b: 4 becomes 2
@@ -127,6 +145,13 @@ def test_bots_ids_and_urls_are_dropped_and_counted(shop):
     assert shop.funnel()["rows", "bot-like session"] == (11, 6)
     assert shop.funnel()["rows", "query is an id, a number or a URL"] == (5, 1)
     assert len(shop.pairs(max_session_events=0, drop_id_queries=False)) == 6
+
+
+def test_bots_are_dropped_from_a_log_without_times(shop):
+    rows = [("b", "1", "click", i, "bot") for i in range(11)] + [("a", "1", "click", 1, "s")]
+    shop.write(rows, ("query", "item_id", "event", "position", "session"))
+    assert set(shop.pairs(max_session_events=10)) == {("a", "1")}
+    assert shop.funnel()["rows", "bot-like session"] == (11, 1)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +234,14 @@ def test_what_is_held_out_does_not_touch_training(shop):
     held = shop.pairs(holdout_days=3)
     shop.write([row for row in held_log() if row[3] < "2026-11-08"])
     assert shop.pairs(holdout_days=0) == held
+
+
+def test_position_bias_is_estimated_from_the_days_of_training(shop):
+    trained = [("a", "1", "2026-11-01", 1, 1000, 400, 0), ("a", "1", "2026-11-01", 2, 1000, 200, 0)]
+    shop.write([*trained, ("a", "1", "2026-11-02", 2, 1000, 900, 0)], COUNTS)
+    shop.make(propensities="estimate", holdout_days=1)
+    found = json.loads((shop.out / "manifest.json").read_text())["propensities"]["by_position"]
+    assert found == pytest.approx({"1": 1.0, "2": 0.5}, abs=1e-4)
 
 
 def test_the_other_stages_read_the_files_by_the_presets(shop):
@@ -328,6 +361,27 @@ def test_days_of_a_format_of_their_own(shop):
         shop.make(time_format="%I")
 
 
+@pytest.mark.parametrize(
+    ("time", "form", "day"),
+    [
+        ("01.11.2026 23:30 +0000", "%d.%m.%Y %H:%M %z", "2026-11-02"),
+        ("01.11.2026 23:30 +00:00", "%d.%m.%Y %H:%M %:z", "2026-11-02"),
+        ("01.11.2026 23:30 +00", "%d.%m.%Y %H:%M %#z", "2026-11-02"),
+        ("2026-11-01T23:30:00+00:00", "%+", "2026-11-02"),
+        ("1793575800", "%s", "2026-11-02"),
+        ("01.11.2026 23:30", "%d.%m.%Y %R", "2026-11-01"),
+        ("01.11.2026 11:30:00 PM", "%d.%m.%Y %r", "2026-11-01"),
+        ("01.11.2026 23:30", "%d.%m.%Y %k:%M", "2026-11-01"),
+    ],
+)
+def test_a_zone_in_a_format_is_converted_to_the_zone_of_the_days(shop, time, form, day):
+    shop.write([("a", "1", "click", time)] * 2, HEAD[:4])
+    shop.make(time_format=form, time_zone="Asia/Shanghai")
+    manifest = json.loads((shop.out / "manifest.json").read_text())
+    assert manifest["days"] == [day, day]
+    assert shop.funnel()["rows", "equal to another row"] == (1, 1)  # a time of day, not a date alone
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +402,9 @@ GOOD = [event("a", "1", "click", second=i) for i in range(3)]
         ([(*r[:3], "1026-11-01", *r[4:]) for r in GOOD], HEAD, {}, "time before 2000 or after tomorrow"),
         ([("a", "1", "2026-11-01", 1, 5, -1, 0)], COUNTS, {}, "1 negative count: clicks"),
         ([("a", "1", "2026-11-01", 1, 5, "many", 0)], COUNTS, {}, "count is not a number: clicks"),
+        ([("a", "1", "2026-11-01", "top", 5, 1, 0)], COUNTS, {}, "1 position is not a whole number"),
+        ([("a", "1", "2026-11-01", "1.5", 5, 1, 0)], COUNTS, {}, "1 position is not a whole number"),
+        ([("a", "1", "2026-11-01", -1, 5, 1, 0)], COUNTS, {}, "1 negative position"),
         ([], HEAD, {}, "no rows"),
         ([(*r[:2], "impression", *r[3:]) for r in GOOD], HEAD, {}, "no rows are left .*; the log has none of click"),
         (GOOD, HEAD, {"holdout_days": 1}, r"holdout_days: 1 of the 1 days .* leave none to train on"),
