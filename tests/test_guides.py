@@ -2,8 +2,8 @@
 
 The shop has the folders that the docs name, with a few rows each, and tiny models for all-MiniLM-L6-v2 and KaLM. The
 commands of README, from training to a search, run first; each other command starts from what they leave. Not run: those
-under a comment that says they need a download, a GPU, a cluster or a server (`test_docs` parses them), and `make test`,
-which runs this. A notebook's cells run in this process, without a kernel.
+under a comment that says they need a download, a GPU, a cluster, a server or a log of one's own (`test_docs` parses
+them), and `make test`, which runs this. A notebook's cells run in this process, without a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ebr_lib.model import openvino
 from ebr_lib.model.openvino import ConversionError
 from tests.test_docs import CHINESE, GUIDES, ROOT, blocks
 
-NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|server|下载|集群|服务)")
+NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|server|log of your own|下载|集群|服务|自己的日志)")
 TRAIN_ROWS, HELDOUT_ROWS, ITEMS = 12, 6, 20
 
 
@@ -111,6 +111,7 @@ def shop(tiny_bert, tmp_path_factory) -> Path:
     shutil.copy(ROOT / "EBR_workflow.ipynb", folder)
     some_lines("train_text/queries.jsonl", folder, TRAIN_ROWS)
     some_lines("train_text/heldout/queries.jsonl", folder, HELDOUT_ROWS)
+    shutil.copytree(ROOT / "train_text" / "click_log", folder / "train_text" / "click_log")
     for name in ("catalogue_000.csv", "catalogue_001.csv"):
         some_lines(f"infer_data/{name}", folder, ITEMS, header=1)
     write_exports(folder)
@@ -120,6 +121,10 @@ def shop(tiny_bert, tmp_path_factory) -> Path:
         assert [command for command in FIRST if run(command)] == []
         assert not run("python -m ebr_lib infer --data_path infer_data/catalogue_001.csv --model_name "
                        "saved_model/all-MiniLM-L6-v2-peft-lora --output_path faiss/new_items.txt")  # fmt: skip
+        assert not run("python -m ebr_lib pairs")
+    shutil.copytree(folder / "saved_model", folder / "saved_model" / "monday")  # yesterday's model, today's pairs
+    for day in ("today", "earlier"):
+        shutil.copytree(folder / "train_text", folder / day, ignore=shutil.ignore_patterns("heldout", "click_log"))
     return folder
 
 
@@ -138,7 +143,7 @@ def in_shop(shop, tmp_path, monkeypatch) -> Path:
 
 
 def run_cells(client: notebook._Live) -> None:
-    scope = {"display": lambda shown: shown._repr_html_()}
+    scope = {"display": lambda shown: getattr(shown, "_repr_html_", shown.__repr__)()}
     for cell in client.nb.cells:
         if cell.cell_type == "code":
             exec(cell.source, scope)

@@ -216,7 +216,7 @@ def test_every_stage_stops_or_warns(models, data, tmp_path, caplog):
     evaluation = {"models": [str(model)], "data_path": str(pairs), "query_column": "anchor", "bm25": False}
     evaluation |= {"resamples": 100, "output_dir": str(tmp_path / "e"), "device": "cpu"}
     training = {"model_name": str(model), "data_path": str(pairs), "output_dir": str(tmp_path / "saved")}
-    training |= {"eval_ratio": 0, "max_seq_length": 16}
+    training |= {"eval_ratio": 0, "max_seq_length": 16, "bf16": False}
     measured = index | {"queries_path": str(pairs), "query_column": "anchor", "output_dir": str(tmp_path / "i2")}
     written = output.read_bytes()
     stages = {

@@ -267,9 +267,10 @@ def test_tokenize_then_embed_is_encode(bert):
     assert np.array_equal(encoder.embed(tokens), encoder.encode(TEXTS))
 
 
-def test_bar_reaches_the_end(bert, capsys):
+def test_bar_counts_texts_and_is_gone_when_done(bert, capsys):
     exact(bert).encode(TEXTS, show_bar=True)
-    assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"/{len(TEXTS)} " in shown and shown.endswith(" \r")
 
 
 def test_texts_are_tokenized_in_chunks_of_bounded_size(bert, monkeypatch):

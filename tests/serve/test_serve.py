@@ -190,8 +190,14 @@ def test_one_bad_request_does_not_fail_those_in_its_batch():
         run.cancel()
         return found
 
-    first, bad, last = asyncio.run(together())
+    first, bad, last = in_a_thread(together())
     assert first[1].tolist() == [[1]] and last[1].tolist() == [[3]] and isinstance(bad, DataError)
+
+
+def in_a_thread(coroutine):
+    """Run it to its end: the browser of another test keeps a loop running in this thread."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(asyncio.run, coroutine).result()
 
 
 def test_a_full_queue_refuses(monkeypatch):
@@ -205,7 +211,7 @@ def test_a_full_queue_refuses(monkeypatch):
             await batcher.vectors(None, "query", ["b"])
         waiting.cancel()
 
-    asyncio.run(too_many())
+    in_a_thread(too_many())
 
 
 # --- bad requests -------------------------------------------------------------------------------------------------
