@@ -12,6 +12,7 @@ from ebr_lib.data.queries import read_records, split_rows
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
+from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.logs import logger
 from ebr_lib.names import CORPUS_FILE, QUERIES_FILE
 
@@ -21,7 +22,8 @@ Answers = list[tuple[str, str]]
 
 
 def read_guard(path: str | Sequence[str], corpus_size: int, seed: int) -> HeldoutTask:
-    """Read a BEIR folder, or pairs in the formats of training data, whose positives are then the documents.
+    """Read a BEIR folder, or pairs in the formats of training data: the positives of all rows are then the documents,
+    and rows' own prompts count.
 
     At most `MOST_QUERIES` queries are drawn by the seed, and documents up to `corpus_size`, answers first.
 
@@ -31,13 +33,16 @@ def read_guard(path: str | Sequence[str], corpus_size: int, seed: int) -> Heldou
     folder = Path(path) if isinstance(path, str) else None
     if folder and (folder / CORPUS_FILE).is_file() and (folder / QUERIES_FILE).is_file():
         answers, documents = _read_beir(folder)
+        prompts: dict[str, str] = {}
     else:
-        answers, documents = [(row.anchor, row.positive) for row in expand(read_pairs(path))], []
+        rows = expand(read_pairs(path))
+        answers, documents = [(row.anchor, row.positive) for row in rows], [row.positive for row in rows]
+        prompts = own_prompts(rows)
     queries = sorted({query for query, _ in answers})
     kept = set(random.Random(seed).sample(queries, min(MOST_QUERIES, len(queries))))
     others = [TrainingRow(text, text) for text in documents]
     chosen = [(query, text) for query, text in answers if query in kept]
-    task = build_task(chosen, others, normalised, corpus_size, seed)
+    task = build_task(chosen, others, normalised, corpus_size, seed, own_prompts=prompts)
     if not task.queries:
         raise DataError(f"guard_data_path {path}: every query has itself as its only answer, so nothing is measured")
     task = dataclasses.replace(task, seen=(False,) * len(task.queries))

@@ -43,9 +43,12 @@ def test_a_beir_folder_becomes_a_search(beir):
 
 def test_pairs_search_their_positives_and_many_queries_are_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(guards, "MOST_QUERIES", 2)
-    path = write_rows(tmp_path / "g.jsonl", [{"anchor": f"a{i}", "positive": [f"p{i}", f"r{i}"]} for i in range(5)])
+    path = write_rows(tmp_path / "g.jsonl", [{"anchor": f"a{i}", "positive": [f"p{i}", f"r{i}"], "prompt": f"{i}: "}
+                                                for i in range(5)])  # fmt: skip
     task = read_guard(path, 100, seed=1)
-    assert len(task.queries) == 2 and len(task.documents) == 4
+    assert len(task.queries) == 2 and len(task.documents) == 10
+    assert len(read_guard(path, 7, seed=1).documents) == 7
+    assert all(task.prompts[query] == f"{query[1]}: " for query in task.queries)
     assert task.queries == read_guard([path], 100, seed=1).queries != read_guard(path, 100, seed=4).queries
 
 
