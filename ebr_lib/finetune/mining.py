@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Encode, Floats, Ints, Vectors
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.data.text import normalised
 from ebr_lib.finetune.pool import Pairs, Pool, make_pool
 from ebr_lib.finetune.reranking import accepted, highest_allowed
 from ebr_lib.logs import logger
@@ -53,6 +55,7 @@ def mine_hard_negatives(
     seed: int = 0,
     reranker: Scores | None = None,
     reranker_margin: float = 0.0,
+    dropped: Sequence[TrainingRow] = (),
 ) -> Mined:
     """Give each row up to `count` hard negatives; rows for which fewer are found are kept too.
 
@@ -67,11 +70,13 @@ def mine_hard_negatives(
     :param choice: `top` takes the nearest candidates, `random` draws them by the seed and the row's number.
     :param reranker: leaves out candidates that it scores as high as the anchor's lowest positive, less
         `reranker_margin`: they are likely answers that nobody labelled.
+    :param dropped: rows that are not trained on; their positives are not mined for their anchors.
     """
     pool = make_pool(rows, encode_queries, encode_documents, catalogue)
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
     found = _far_enough(pool, first_rank, last_rank, margin)
-    preferred = [_preferred(places, choice, (seed, row)) for row, places in enumerate(_candidates(found, pool))]
+    candidates = _without_dropped(_candidates(found, pool), rows, [pool.texts[i] for i in found.document], dropped)
+    preferred = [_preferred(places, choice, (seed, row)) for row, places in enumerate(candidates)]
     if reranker is None:
         taken = [np.sort(places[:count]) for places in preferred]
     else:
@@ -194,6 +199,22 @@ def _candidates(found: _Found, pool: Pool) -> list[Ints]:
         places = np.arange(ends[anchor], ends[anchor + 1])
         candidates.append(places[~np.isin(documents[places], own)])
     return candidates
+
+
+def _without_dropped(
+    candidates: list[Ints], rows: Sequence[TrainingRow], texts: Sequence[str], dropped: Sequence[TrainingRow]
+) -> list[Ints]:
+    """The candidates, whose texts are `texts`, without those that a dropped row pairs with the anchor."""
+    barred = defaultdict[str, set[str]](set)
+    for row in dropped:
+        barred[normalised(row.anchor)].add(normalised(row.positive))
+    if not barred:
+        return candidates
+    kept = []
+    for row, places in zip(rows, candidates, strict=True):
+        answers = barred.get(normalised(row.anchor), set())
+        kept.append(places[[normalised(texts[place]) not in answers for place in places]] if answers else places)
+    return kept
 
 
 def _preferred(places: Ints, choice: MiningChoice, seed: tuple[int, int]) -> Ints:

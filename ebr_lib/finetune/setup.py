@@ -312,11 +312,12 @@ def _mined(
         own_prompts=own_prompts(rows),
     )
     encoders = remembered(queries), remembered(documents)
+    dropped: Sequence[TrainingRow] = ()
     if config.positive_rank_max:
-        rows = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
+        rows, dropped = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
     reranker = _reranker(config)
     if config.mine_hard_negatives:
-        rows = _mine(config, rows, encoders, catalogue, reranker)
+        rows = _mine(config, rows, encoders, catalogue, reranker, dropped=dropped)
     return rows if reranker is None else with_teacher_scores(rows, reranker)
 
 
@@ -367,7 +368,8 @@ def _without_noisy(
     encoders: tuple[Encode, Encode],
     catalogue: Catalogue | None,
     noisy: Path | None,
-) -> Sequence[TrainingRow]:
+) -> tuple[Sequence[TrainingRow], Sequence[TrainingRow]]:
+    """The rows that are kept, and those that are dropped."""
     found = consistent_rows(rows, *encoders, rank_max=rank_max, catalogue=catalogue)
     if noisy is not None:
         save_noisy(found.dropped, found.ranks, noisy)
@@ -380,7 +382,7 @@ def _without_noisy(
             f"positive_rank_max: {rank_max} leaves none of the {len(rows)} training rows, because the model ranks no "
             "positive that high; raise it, or check that anchors and positives belong together"
         )
-    return found.rows
+    return found.rows, found.dropped
 
 
 def _mine(
@@ -389,6 +391,8 @@ def _mine(
     encoders: tuple[Encode, Encode],
     catalogue: Catalogue | None,
     reranker: Scores | None,
+    *,
+    dropped: Sequence[TrainingRow],
 ) -> Sequence[TrainingRow]:
     mined = mine_hard_negatives(
         rows,
@@ -402,6 +406,7 @@ def _mine(
         seed=config.seed,
         reranker=reranker,
         reranker_margin=config.reranker_margin,
+        dropped=dropped,
     )
     logger.info("%s", as_text(mined.table))
     if not mined.counts.any():

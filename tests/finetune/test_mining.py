@@ -204,6 +204,15 @@ def test_a_known_answer_is_never_mined_however_it_is_spelt():
     ]
 
 
+@pytest.mark.parametrize("more", [None, catalogue_of(["Warm cover", "lid"])])
+def test_dropped_positives_are_not_mined_for_their_anchor(more):
+    rows = [TrainingRow("wool blanket", "throw"), TrainingRow("pot", "kettle")]
+    dropped = [TrainingRow("Wool  Blanket", "KETTLE"), TrainingRow("wool blanket", "warm  cover")]
+    mined = found(rows, mine(rows, dropped=dropped, catalogue=more))
+    among = [set(), {"throw"}] if more is None else [{"lid"}, {"throw", "warm cover", "lid"}]
+    assert [set(texts) for texts in mined] == among
+
+
 def test_rows_with_too_few_documents_keep_those():
     rows = [TrainingRow("a", "x"), TrainingRow("b", "y")]
     mined = mine(rows, count=5)

@@ -28,6 +28,7 @@ from ebr_lib.model.contract import CONTRACT_FILE
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.reranker import load_reranker
+from tests.finetune.test_mining import catalogue_of
 from tests.finetune.test_positives import on_the_circle
 from tests.models import build_tiny_reranker
 
@@ -267,6 +268,9 @@ def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, 
     ]
     assert rows.task.seen == (True,) and kept.task.seen == (False,)  # kite is in a dropped row alone
     assert expand(read_pairs(noisy)) == [*bad, rows.train[3]]
+    mining = dataclasses.replace(config, mine_hard_negatives=9, mining_rank_min=1, mining_margin=None)
+    mined = setup.with_mined_negatives(mining, rows, None, catalogue_of(["kite"])).train
+    assert [set(row.negatives) for row in mined] == [{"iron pot", "kite"}, {"big tent"}]  # kite was dropped for kettle
     setup.with_mined_negatives(config, dataclasses.replace(rows, train=good), None, None, noisy)
     assert not noisy.exists()  # of an earlier run
     with pytest.raises(DataError, match="positive_rank_max: 1 leaves none of the 1 training rows"):
