@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.data.catalogue import Catalogue, read_catalogue
@@ -25,7 +26,7 @@ from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.contract import PROBES
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.main_guard import refuse_script_without_guard
-from ebr_lib.model.provenance import ModelIdentity, files_of, identify
+from ebr_lib.model.provenance import ModelIdentity, files_of, identify, weights_of
 from ebr_lib.tables import as_text
 
 if TYPE_CHECKING:
@@ -194,7 +195,18 @@ def _what_decides(
     config: FinetuneConfig, rows: Rows, base: ModelIdentity, catalogue: Catalogue | None
 ) -> dict[str, Any]:
     """All that decides a run's result: knobs, and the contents of data and models, wherever they are."""
+    from ebr_lib.finetune.sources import without_in_batch_negatives
+
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
+    # those that only some runs have; without them the record is as it always was
+    alone = without_in_batch_negatives([row.file for row in (*rows.train, *rows.heldout)])
+    if alone is not None:
+        run["rows_without_in_batch_negatives"] = [
+            [is_alone, len(list(same))] for is_alone, same in groupby(alone.tolist())
+        ]
+    for knob in ("guide_model", "reranker_name"):
+        if run[knob]:
+            run[f"{knob}_sha256"] = sorted(weights_of(run[knob]))
     return run | {
         "data_sha256": rows.sha256,
         "rows_per_file": list(Counter(row.file for row in rows.train).values()) if _by_file(config) else None,

@@ -18,18 +18,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ebr_lib import evaluate_retrieval, train_sentence_transformer
-from ebr_lib.data.pairs import expand, read_pairs
+from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.finetune import preflight
 from ebr_lib.finetune import trainer as training
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.heldout import HeldoutTask
+from ebr_lib.finetune.rows import Rows
+from ebr_lib.finetune.run import _what_decides
 from ebr_lib.finetune.trainer import EbrTrainer
 from ebr_lib.model import precision as model_precision
 from ebr_lib.model.adapters import ADAPTER_FILE
 from ebr_lib.model.contract import CONTRACT_FILE, PROBES
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model, prompt_of
+from ebr_lib.model.provenance import identify
 from tests.children import ended, started, train_and_be_killed, train_in_a_terminal
 from tests.finetune.conftest import adapter, log_of, same, step, train, write_rows
 
@@ -51,6 +54,24 @@ def test_the_folder_is_complete(trained):
     assert not list(folder.rglob("*.bin"))  # no pickles
     assert {"loss", "learning_rate", "masked_share"} <= set().union(*log_of(trained))
     assert trained.steps == 3 * -(-trained.train_rows // 8)
+
+
+def test_names_that_change_the_comparison_and_models_that_judge_identify_a_run(settings, tmp_path):
+    def identity(file: str = "x.jsonl", **knobs):
+        rows = Rows([TrainingRow("a", "b", ("c",), file=file)], [], None, "1")
+        return _what_decides(FinetuneConfig.resolve(settings | knobs), rows, identify(settings["model_name"]), None)
+
+    assert identity() == identity("y.jsonl") != identity("y_no_in_batch_neg.jsonl")
+    place = tmp_path / "judge"
+    shutil.copytree(settings["model_name"], place)
+    for knobs in (
+        {"guide_model": str(place), "false_negative_margin": 0.1},
+        {"reranker_name": str(place), "distill_weight": 1},
+    ):
+        was = identity(**knobs)
+        weights = load_file(place / "model.safetensors")
+        save_file({name: weight + 1 for name, weight in weights.items()}, place / "model.safetensors", {"format": "pt"})
+        assert identity(**knobs) != was
 
 
 def test_equal_runs_write_equal_adapter_configs(trained):
