@@ -99,8 +99,8 @@ class SearchConfig(Config):
     )
     distinct: bool | None = knob(
         None,
-        "Of rows with the same vector return only the first; null does so for `like`.",
-        "向量相同的行只返回第一条；null 仅在使用 `like` 时如此。",
+        "Of rows with the same vector return only the first; null does so for `like` and `diversity`.",
+        "向量相同的行只返回第一条；null 在使用 `like` 或 `diversity` 时如此。",
     )
     diversity: Annotated[float, Field(ge=0, lt=1)] = knob(
         0.0,

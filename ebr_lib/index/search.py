@@ -125,7 +125,7 @@ def search(
     :param id_column: the kept column that holds the ids of `like`; None takes the index's.
     :param where: filter on kept columns: column to the allowed value or values. Numbers mean their texts, None and NaN
         mean null.
-    :param distinct: of rows with the same vector find only the first; None does so if `like` is given.
+    :param distinct: of rows with the same vector find only the first; None does so if `like` or `diversity` is given.
     :param diversity: from 0, the nearest, towards 1, those unlike what was found before: the next row has the largest
         (1 - diversity) · cosine to the query - diversity · largest cosine to the rows before it (maximal marginal
         relevance; Carbonell and Goldstein, SIGIR 1998), among the first 5 · k.
@@ -164,7 +164,7 @@ def search(
         encoder = query_encoder(spec, Provenance.of(held.manifest), held.index.d, str(held.folder))
         own, start = np.empty(0, np.int64), time.perf_counter()
         vector = encoder.encode([text])[0]
-    distinct = like is not None if distinct is None else distinct
+    distinct = like is not None or diversity > 0 if distinct is None else distinct
     found = held.find(vector, int(k), allowed, hidden=own, distinct=distinct, diversity=diversity)
     milliseconds = 1000 * (time.perf_counter() - start)
     names = _answer_names([store.ROW, *held.rows.column_names[1:]])
@@ -281,13 +281,11 @@ class SearchIndex:
         vectors = self._with_rows(allowed)
         vectors[self._vectors_of(hidden)] = False
         search = self._nearest_of_allowed if where else self._nearest
+        pool = POOL * k if diversity else k
+        scores, ids = self._rows_of(*search(query, pool, vectors), allowed, pool, distinct=distinct)
         if diversity:
-            scores, near = search(query, POOL * k, vectors)
-            chosen = marginal(scores, reconstructed(self.index, near), k, diversity)
-            scores, near = scores[chosen], near[chosen]
-        else:
-            scores, near = search(query, k, vectors)
-        scores, ids = self._rows_of(scores, near, allowed, k, distinct=distinct)
+            chosen = marginal(scores, reconstructed(self.index, self._vectors_of(ids)), k, diversity)
+            scores, ids = scores[chosen], ids[chosen]
         found = self.rows.take(ids).to_pylist()
         return [(float(score), row) for score, row in zip(scores, found, strict=True)]
 
@@ -373,15 +371,17 @@ class SearchIndex:
         """Numbers of the rows with these ids, without deleted ones.
 
         :param column: the kept column that holds the ids; None takes the index's.
-        :raises DataError: no row has an id, which column holds ids is not known, or all these rows are deleted.
+        :raises DataError: no row has an id, or all that had it are deleted; which column holds ids is not known.
         """
         if (name := column or self.manifest.get("id_column")) is None:
             kept = ", ".join(self.rows.column_names[1:]) or "none"
             raise DataError(f"{self.folder}: which column holds ids is not known; give id_column (kept: {kept})")
         rows = self.numbers_of(ids, name)
         rows = rows[~np.isin(rows, self.deleted)]
-        if not len(rows):
-            raise DataError(f"{self.folder}: the rows with ids {', '.join(ids)} are deleted")
+        if gone := set(ids) - set(map(str, self.rows.column(name).take(rows).to_pylist())):
+            raise DataError(
+                f"{self.folder}: the rows with ids {', '.join(sorted(gone)[:5])} are deleted; leave them out"
+            )
         return rows
 
     def numbers_of(self, ids: Sequence[str], column: str) -> Ints:

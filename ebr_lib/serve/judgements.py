@@ -48,6 +48,10 @@ class Judgements:
 
     def _read(self) -> None:
         for row in _rows(self.folder / QUERIES_FILE, ("_id", "text")):
+            if row["_id"] in self._texts:
+                raise DataError(
+                    f"{self.folder / QUERIES_FILE} has _id {row['_id']} twice; give one of them another number"
+                )
             self._texts[row["_id"]] = row["text"]
             self._ids[normalised(row["text"])] = row["_id"]
         for row in _rows(self.folder / QRELS_FILE, ("query-id", "corpus-id")):
@@ -69,7 +73,9 @@ class Judgements:
         :raises DataError: the disk is full.
         """
         with self._changing, named_when_full(self.folder):
-            number = self._ids.get(normalised(query)) or f"q{len(self._texts) + 1}"
+            # not the count: a person may have deleted lines
+            unused = f"q{max((int(key[1:]) for key in self._texts), default=0) + 1}"
+            number = self._ids.get(normalised(query)) or unused
             texts = {number: query} | self._texts
             grades = {key: dict(found) for key, found in self._grades.items()}
             grades.setdefault(number, {}).pop(document, None)

@@ -125,15 +125,23 @@ class Endpoint:
         return _json_in(url, kind, content)
 
 
-def served_name(url: str, token: str | None, timeout: float) -> str | None:
-    """The name of the first model that a server lists; None if it lists none."""
+def served_name(url: str, token: str | None, timeout: float, wanted: str) -> str | None:
+    """The wanted name, if a server lists it, or that of the only model; None if it lists none.
+
+    :raises ModelError: several other models are served.
+    """
     place = url.rstrip("/").removesuffix(OPENAI).removesuffix("/v1").removesuffix(TEI)
     client = Endpoint(f"{place}{OPENAI}", "", token, timeout)
     try:
         answer = client._post(f"{place}/v1/models", None)
-        return str(answer["data"][0]["id"])
-    except (ModelError, KeyError, TypeError, IndexError):
+        names = list(dict.fromkeys(str(model["id"]) for model in answer["data"]))
+    except (ModelError, KeyError, TypeError):
         return None
+    if wanted in names:
+        return wanted
+    if len(names) > 1:
+        raise ModelError(f"{place} serves several models ({', '.join(names)}), none named {wanted}; give served_name")
+    return names[0] if names else None
 
 
 def _decoded(row: Any) -> list[float]:

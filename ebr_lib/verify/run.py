@@ -86,10 +86,11 @@ def run_verify(config: VerifyConfig | Mapping[str, Any] | None = None) -> Verify
 
 def _endpoint(config: VerifyConfig) -> Endpoint:
     token = read_token(config.token_file)
-    name = config.served_name or served_name(config.target, token, config.timeout)
+    label = model_label(config.model_name)
+    name = config.served_name or served_name(config.target, token, config.timeout, label)
     return Endpoint(
         config.target,
-        name or model_label(config.model_name),
+        name or label,
         token,
         config.timeout,
         config.request,

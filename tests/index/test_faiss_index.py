@@ -125,6 +125,28 @@ def test_diversity_leaves_near_copies_out(vectors, tmp_path):
     assert first in (0, 1) and second not in (0, 1)
 
 
+def test_diversity_leaves_rows_with_the_same_vector_out(vectors, tmp_path, tmp_path_factory, monkeypatch):
+    twins = np.concatenate([vectors[[7]].repeat(30, 0), vectors])
+    held = build("Flat", twins, tmp_path)[1]
+    few = build("Flat", np.concatenate([vectors[[7]], vectors]), tmp_path_factory.mktemp("few"))[1]
+    first, second = held_rows(few.find(vectors[7], 2, {}, diversity=0.6))
+    assert first == 0 and second not in (0, 8)
+    encoder = SimpleNamespace(encode=lambda texts: vectors[[7]])
+    monkeypatch.setattr("ebr_lib.index.search.query_spec", lambda *args, **knobs: None)
+    monkeypatch.setattr("ebr_lib.index.search.query_encoder", lambda *args: encoder)
+    same = {*range(30), 37}
+    assert len(set(search(held, "blanket", 2, diversity=0.1).index) & same) == 1
+    assert len(set(search(held, "blanket", 2, diversity=0.1, distinct=False).index) & same) == 2
+    assert len(set(search(held, "blanket", 2).index) & same) == 2
+
+
+def test_deleted_ids_are_named_even_beside_others(vectors, tmp_path):
+    held = build("Flat", vectors, tmp_path)[1]
+    held.deleted = np.array([9])
+    with pytest.raises(DataError, match="the rows with ids id9 are deleted"):
+        search(held, like=["id5", "id9"], id_column="id")
+
+
 def held_rows(found) -> list[int]:
     return [row["_row"] for _, row in found]
 

@@ -325,6 +325,26 @@ def test_judgements_survive_a_restart_and_a_damaged_file_is_named(tmp_path):
         Judgements(str(tmp_path))
 
 
+def test_a_new_judgement_takes_no_number_of_another_query(tmp_path):
+    marks = Judgements(str(tmp_path))
+    for query in ("a", "b", "c"):
+        marks.mark(query, "p0", 1)
+    marks.close()
+    for name in ("queries.jsonl", "qrels.jsonl"):
+        place = tmp_path / name
+        place.write_text("".join(place.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    marks = Judgements(str(tmp_path))
+    marks.mark("d", "p1", 0)
+    marks.close()
+    again = Judgements(str(tmp_path))
+    assert [again.of(query) for query in ("a", "b", "c", "d")] == [{}, {"p0": 1}, {"p0": 1}, {"p1": 0}]
+    again.close()
+    with (tmp_path / "queries.jsonl").open("a", encoding="utf-8") as out:
+        out.write('{"_id": "q3", "text": "e"}\n')
+    with pytest.raises(DataError, match="has _id q3 twice"):
+        Judgements(str(tmp_path))
+
+
 def test_an_index_without_ids_is_searched_and_not_judged(tmp_path, tiny_bert, shop):
     mine = build(embedding_file(tmp_path / "e.txt", tiny_bert), tmp_path / "index").folder
     knobs = {"base_index_dir": None, "bm25": False, "judgements_dir": str(tmp_path / "marks")}

@@ -146,6 +146,24 @@ def test_the_server_s_own_prompts_are_asked_for_by_name(trained, model):
     assert set(asked) == {("query", "Bearer secret", True), ("document", "Bearer secret", True)}
 
 
+def test_of_several_served_models_the_trained_one_is_asked(trained, model):
+    asked, names = set(), ["base", trained.name]
+
+    def answer(path, body, headers):
+        if path == "/v1/models":
+            return as_json({"data": [{"id": name} for name in names]})
+        asked.add(body["model"])
+        return vectors_answer(path, encode(model, body["input"]))
+
+    with serving(answer) as url:
+        knobs = {"target": f"{url}/v1", "model_name": str(trained), "sides": ["query"]}
+        assert verify_endpoint(knobs).is_same and asked == {trained.name}
+        names[1] = "other"
+        with pytest.raises(ModelError, match=r"serves several models \(base, other\), none named .*; give served_name"):
+            verify_endpoint(knobs)
+        assert verify_endpoint(knobs | {"served_name": "other"}).is_same
+
+
 def test_vectors_that_are_not_of_length_one(trained, model):
     parts = torch.nn.ModuleList(list(model)[:-1])
 
