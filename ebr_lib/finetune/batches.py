@@ -32,8 +32,6 @@ class BalancedBatchSampler(Sampler[list[int]]):
     :param documents: one number per row, shape (rows,); equal numbers, same document.
     :param anchors: one number per row, shape (rows,); equal numbers, same anchor.
     :param drop_last: leave out a short last batch; which rows that affects changes every epoch.
-    :param weights: how much each row counts, shape (rows,): batches get about equal sums, because the loss of a batch
-        is divided by its mean weight; None counts all alike.
     :param processes: consecutive batches whose negatives are gathered into one; they are balanced as one.
     """
 
@@ -45,10 +43,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         batch_size: int,
         drop_last: bool = False,
         seed: int = 0,
-        weights: NDArray[np.floating] | None = None,
         processes: int = 1,
     ) -> None:
-        self._weights = weights
         self.batch_size, self.drop_last = batch_size, drop_last
         self.seed, self.processes, self.epoch = seed, processes, 0
         self._documents = _numbered(documents)
@@ -65,7 +61,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         size = self.batch_size * self.processes
-        batch_of = deal(self._documents, size, rng, self._weights)
+        batch_of = deal(self._documents, size, rng)
         keep_anchors_apart(batch_of, self._documents, self._anchors, rng)
         order = _laid_out(batch_of, size, rng)
         for batch in range(len(self)):
@@ -77,9 +73,7 @@ def _numbered(keys: Sequence[int] | Ints) -> Ints:
     return np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)[1]
 
 
-def deal(
-    documents: Ints, batch_size: int, rng: np.random.Generator, weights: NDArray[np.floating] | None = None
-) -> Ints:
+def deal(documents: Ints, batch_size: int, rng: np.random.Generator) -> Ints:
     """The batch of every row, shape (rows,): all have `batch_size` rows but the last, which has the rest.
 
     With b batches, a document's first b rows are dealt to one batch each, most popular document first; its other rows
@@ -87,7 +81,6 @@ def deal(
     documents need not be in every batch.
 
     :param documents: document of each row, shape (rows,), numbered from 0.
-    :param weights: of each row; batches then weigh about the same.
     """
     batches = -(-len(documents) // batch_size)
     order, rows_everywhere = _dealing_order(documents, batches, rng)
@@ -98,8 +91,7 @@ def deal(
     seated[:, -1:] = False
     seated[:needed, -1:] = seated[others, -1:] = True
     batch_of = np.empty(len(documents), dtype=np.int64)
-    rounds, seats = np.nonzero(seated)
-    batch_of[order] = seats if weights is None else _even_out(order, (rounds, seats), documents, weights)
+    batch_of[order] = np.nonzero(seated)[1]
     return batch_of
 
 
@@ -115,28 +107,6 @@ def _dealing_order(documents: Ints, batches: int, rng: np.random.Generator) -> t
     beyond = nth >= batches
     order = np.lexsort((nth, tie, -popularity, beyond))
     return order, int(((counts >= batches) * batches).sum())
-
-
-def _even_out(order: Ints, seats: tuple[Ints, Ints], documents: Ints, weights: NDArray[np.floating]) -> Ints:
-    """The batches of the rows in `order`, changed so that batches weigh about the same and hold the same documents.
-
-    Of the rows dealt in one round, one to each batch, only those of one document change places, and those whose
-    documents have no other row: in each such group the heaviest row goes to the batch that is lightest so far.
-
-    :param seats: round and batch that each row was dealt to, shapes (rows,).
-    """
-    rounds, batches = seats
-    alone = np.bincount(documents)[documents[order]] == 1
-    group = np.where(alone, -1, documents[order])
-    ends = [*(np.flatnonzero(np.diff(group) | np.diff(rounds)) + 1).tolist(), len(order)]
-    weight = weights[order].astype(np.float64) - weights.mean()  # of batches of different sizes, the means count
-    found, excess = batches.copy(), np.zeros(batches.max(initial=0) + 1)
-    for start, end in zip([0, *ends], ends, strict=False):
-        heaviest = start + np.argsort(-weight[start:end], kind="stable")
-        lightest = batches[start:end][np.argsort(excess[batches[start:end]], kind="stable")]
-        found[heaviest] = lightest
-        np.add.at(excess, lightest, weight[heaviest])
-    return found
 
 
 def keep_anchors_apart(batch_of: Ints, documents: Ints, anchors: Ints, rng: np.random.Generator) -> None:

@@ -78,7 +78,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
       in training is a dict of components: `contrastive`, comparable with the evaluation loss, and what is added to it.
     - `mini_batch_size`: embed that many rows at a time and replay them backward (GradCache, arXiv 2101.06983), with
       the same loss and gradients; None embeds the batch at once. `eval_mini_batch_size` limits evaluation further.
-    - `row_weights`: the mean is weighted, mean(loss · w) / mean(w), in training only.
+    - `row_weights`, whose mean is 1: the mean is weighted, mean(loss · w), in training only.
     - `teacher`: the scores of each row's own documents by a teacher. `distill_weight` · KL(teacher ‖ student) over
       these is added in training (Hinton et al. 2015, arXiv 1503.02531); see `teacher_divergence`.
     - `heldout`: the rows that the evaluation loss is averaged over; None is all rows.
@@ -239,12 +239,12 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     def _in_all(self, plain: Tensor, smoothed: Tensor, divergence: Tensor | None, rows: Tensor, own: Tensor) -> Tensor:
         """The loss in training, from losses per anchor, each (q,); notes what it has besides the contrastive part."""
-        weights = None if self.row_weights is None else self.row_weights[rows]
-        loss, self._added = weighted_mean(smoothed, weights, own), {}
+        weights = None if self.row_weights is None else self.row_weights[rows[own]]
+        loss, self._added = weighted_mean(smoothed, weights), {}
         if self.label_smoothing:
-            self._added["smoothing"] = (loss - weighted_mean(plain, weights, own)).detach()
+            self._added["smoothing"] = (loss - weighted_mean(plain, weights)).detach()
         if divergence is not None:
-            distill = self.distill_weight * weighted_mean(divergence, weights, own)
+            distill = self.distill_weight * weighted_mean(divergence, weights)
             self._added["distill"] = distill.detach()
             loss = loss + distill
         return loss

@@ -14,9 +14,12 @@ from ebr_lib.data.pairs import TrainingRow
 
 
 def row_weights(rows: Sequence[TrainingRow]) -> Tensor | None:
-    """The weight of each row, float32 (rows,); None where all are equal, which weights nothing."""
+    """The weight of each row divided by the mean of all, float32 (rows,); None where all are equal.
+
+    Of all rows, not of a batch's: a row then counts alike in whatever batch it is, alone in it too.
+    """
     weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
-    return None if (weights == weights[:1]).all() else weights
+    return None if (weights == weights[:1]).all() else weights / weights.mean()
 
 
 def teacher_scores(rows: Sequence[TrainingRow], width: int) -> Tensor | None:
@@ -31,17 +34,9 @@ def teacher_scores(rows: Sequence[TrainingRow], width: int) -> Tensor | None:
     return table if (table.isfinite().sum(dim=1) > 1).any() else None
 
 
-def weighted_mean(values: Tensor, weights: Tensor | None, own: Tensor) -> Tensor:
-    """mean(values · w) / mean(w), where the mean of w is that of all processes' rows; without weights, the mean.
-
-    :param values: one per row of this process, shape (q,).
-    :param weights: of the rows of all processes, shape (n,).
-    :param own: which of these are this process's, shape (q,).
-    """
-    if weights is None:
-        return values.mean()
-    # where all weigh nothing the loss is 0, not 0 / 0
-    return (values * weights[own]).mean() / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """mean(values · weights), both of shape (q,); without weights, the mean."""
+    return values.mean() if weights is None else (values * weights).mean()
 
 
 def teacher_divergence(logits: Tensor, scores: Tensor, temperature: float) -> Tensor:

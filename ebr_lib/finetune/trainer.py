@@ -242,13 +242,11 @@ class EbrTrainer(SentenceTransformerTrainer):
             )
         else:
             rows = np.asarray(dataset["label"])
-            table = self.loss.row_weights if is_train else None
             batches = BalancedBatchSampler(
                 self._documents[rows],
                 self._anchors[rows],
                 batch_size=batch_size,
                 seed=kwargs.get("seed") or 0,
-                weights=None if table is None else table.numpy(force=True)[rows],
                 processes=world_size(),
             )
         epoch_cell = self._noisy.epoch if self._noisy and is_train else None
