@@ -26,8 +26,8 @@ class ExportConfig(Config):
     )
     graphs: tuple[Literal["openvino", "onnx"], ...] = knob(
         [],
-        "Graphs to write as well: `openvino/openvino_model.xml`, `onnx/model.onnx` (needs `requirements-onnx.txt`).",
-        "另外写出的计算图：`openvino/openvino_model.xml`、`onnx/model.onnx`（需安装 `requirements-onnx.txt`）。",
+        "Graphs to write as well: `openvino/openvino_model.xml`, `onnx/model.onnx` (needs the extra `onnx`).",
+        "另外写出的计算图：`openvino/openvino_model.xml`、`onnx/model.onnx`（需安装附加项 `onnx`）。",
     )
     side: Literal["query", "document"] = knob(
         "query",

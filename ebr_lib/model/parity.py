@@ -156,10 +156,11 @@ def _compare_side(
             if kind in SHORT:
                 raise
             refused = str(error)
-    own = {kind: trained.vectors(texts[kind])[:, :dims] for kind in given}
+    whole = {kind: trained.vectors(texts[kind]) for kind in given}
+    own = {kind: vectors[:, :dims] for kind, vectors in whole.items()}
     gaps = [Gap(trained.side, kind, _distance(given[kind], own[kind])) for kind in given]
     search = _Search(trained, texts, given, allowed, dims)
-    return gaps, itertools.chain(_wrong_lengths(given, own), search.causes(), _refusal(refused))
+    return gaps, itertools.chain(_wrong_lengths(given, own, whole), search.causes(), _refusal(refused))
 
 
 def _refusal(message: str) -> Iterator[str]:
@@ -186,9 +187,15 @@ def _distance(one: Vectors, other: Vectors) -> float:
     return float(np.linalg.norm(unit(one) - unit(other), axis=1).max())
 
 
-def _wrong_lengths(given: Mapping[str, Vectors], own: Mapping[str, Vectors]) -> Iterator[str]:
-    """Vectors of another length than 1, which an index has, and than the model's own."""
-    now, then = (np.linalg.norm(np.concatenate(list(part.values())), axis=1) for part in (given, own))
+def _wrong_lengths(
+    given: Mapping[str, Vectors], own: Mapping[str, Vectors], whole: Mapping[str, Vectors]
+) -> Iterator[str]:
+    """Vectors of another length than 1, which an index has, also after a cut, and than the model's own.
+
+    :param own: the model's vectors, cut as the given ones are; `whole`: uncut, which shows whether it normalises.
+    """
+    now, then, uncut = (np.linalg.norm(np.concatenate(list(p.values())), axis=1) for p in (given, own, whole))
+    then = np.ones_like(then) if np.abs(uncut - 1).max() <= LENGTHS else then
     if np.abs(now - 1).max() > LENGTHS and np.abs(now / then - 1).max() > LENGTHS:
         yield "normalisation missing (the vectors do not have length 1, as those of an index have)"
 

@@ -70,10 +70,9 @@ def _rows_read(table: str, columns: Columns, meaning: Meaning) -> str:
 
 
 def _counted_once(source: str, keys: list[str], columns: Columns) -> str:
-    """Equal rows once; without a session, only where the time has a time of day."""
+    """Equal rows once, if they have a session or a time of day: otherwise they may be several events."""
     names = [*keys, "event", *(["stamp"] if columns.time else []), *(["session"] if columns.session else [])]
-    once = f"SELECT DISTINCT {', '.join(names)} FROM {source}"
-    if columns.session:
-        blank = f"SELECT {', '.join(names)} FROM {source} WHERE session IS NULL OR session = ''"
-        return f"{once} WHERE session <> ''\n  UNION ALL\n  {blank}"
-    return f"{once} WHERE {_HAS_CLOCK}\n  UNION ALL\n  SELECT {', '.join(names)} FROM {source} WHERE NOT {_HAS_CLOCK}"
+    told_apart = [*(["session <> ''"] if columns.session else []), *([_HAS_CLOCK] if columns.time else [])]
+    once = f"COALESCE({' OR '.join(told_apart)}, FALSE)"
+    chosen = f"{', '.join(names)} FROM {source} WHERE"
+    return f"SELECT DISTINCT {chosen} {once}\n  UNION ALL\n  SELECT {chosen} NOT {once}"

@@ -49,15 +49,25 @@ class Engine:
         self._kinds: dict[Kind, Encoder] = {}
         held, encoder = self.current()
         encoder.encode(["a"])
-        self.columns, self.dim = held.rows.column_names[1:], encoder.dim
-        self.model_name = self._spec(held).model_name
-        self.sides_differ = self._own_weights() or encoder.prompt != "" or self._document_prompt(held, encoder) != ""
+        self.columns = held.rows.column_names[1:]
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
+        return self.current()[1].dim
+
+    @property
+    def sides_differ(self) -> bool:
+        """Whether a text has another vector as a query than as a document."""
+        held, encoder = self.current()
+        return self._own_weights(held) or encoder.prompt != "" or self._document_prompt(held, encoder) != ""
 
     @property
     def label(self) -> str:
         """The model's short name, as it was given when the vectors were made."""
-        made_by = Provenance.of(self.current()[0].manifest).name
-        return model_label(self._model_name or made_by or self.model_name)
+        held = self.current()[0]
+        made_by = Provenance.of(held.manifest).name
+        return model_label(self._model_name or made_by or self._spec(held).model_name)
 
     def current(self) -> tuple[SearchIndex, Encoder]:
         """The index and its query encoder, read again if the folder has changed."""
@@ -80,17 +90,18 @@ class Engine:
         return replace(spec, backend="auto")  # unlike a single search, a server has the time to convert the model
 
     def _other_kind(self, kind: Kind, held: SearchIndex, encoder: Encoder) -> Encoder:
-        if kind == "document" and self._own_weights():
+        if kind == "document" and self._own_weights(held):
             return replace(self._spec(held), document_prompt=Provenance.of(held.manifest).prompt).encoder("document")
         return encoder.with_prompt("" if kind == "none" else self._document_prompt(held, encoder))
 
     def _document_prompt(self, held: SearchIndex, encoder: Encoder) -> str:
         return prompt_of(encoder.model, "document", Provenance.of(held.manifest).prompt)
 
-    def _own_weights(self) -> bool:
+    def _own_weights(self, held: SearchIndex) -> bool:
         """Whether documents have other weights than queries."""
-        folder = local_folder(self.model_name)
-        return one_sided(self.model_name) or (folder is not None and sides_differ(folder))
+        name = self._spec(held).model_name
+        folder = local_folder(name)
+        return one_sided(name) or (folder is not None and sides_differ(folder))
 
 
 class Words:
@@ -98,18 +109,17 @@ class Words:
 
     def __init__(self, engine: Engine, column: str) -> None:
         self.column = column
-        self._of: SearchIndex | None = None
-        self._read(engine.current()[0])
+        self._known = self._read(engine.current()[0])
 
-    def _read(self, held: SearchIndex) -> None:
-        if self._of is not held:
-            self._bm25 = Bm25([text or "" for text in held.rows.column(self.column).to_pylist()])
-            self._of = held
+    def _read(self, held: SearchIndex) -> tuple[SearchIndex, Bm25]:
+        return held, Bm25([text or "" for text in held.rows.column(self.column).to_pylist()])
 
     def find(self, held: SearchIndex, query: str, k: int) -> list[Hit]:
         """The k best rows that share a word with the query."""
-        self._read(held)
-        scores = self._bm25.scores(query)
+        known = self._known  # one read: another thread may replace it
+        if known[0] is not held:
+            known = self._known = self._read(held)
+        scores = known[1].scores(query)
         if scores is None:
             return []
         scores[held.deleted] = -np.inf

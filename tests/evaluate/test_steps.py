@@ -65,6 +65,10 @@ def test_a_reranker_is_measured_beside_its_model(beir, tiny_bert, tmp_path):
     reranker = build_tiny_reranker(tmp_path / "tiny-reranker")
     result = evaluate_retrieval(knobs | {"output_dir": str(tmp_path / "out"), "reranker_name": str(reranker)})
     assert list(result.metrics) == ["tiny-bert", "tiny-bert, re-ranked"]
+    alone = evaluate_retrieval(
+        knobs | {"output_dir": str(tmp_path / "one"), "reranker_name": str(reranker), "rerank_depth": 1}
+    )
+    assert alone.metrics["tiny-bert, re-ranked"] == alone.metrics["tiny-bert"]  # one document has one order
     table = result.tables["steps"].iloc[0]
     assert table["before"] == result.metrics["tiny-bert"]["ndcg@10"]
     assert table["after"] == result.metrics["tiny-bert, re-ranked"]["ndcg@10"]

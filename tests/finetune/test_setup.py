@@ -223,6 +223,8 @@ def test_the_model_mines_with_its_prompts_and_queries_alone_with_the_adapter(set
         cosines = vectors @ model.encode([row.anchor], prompt="find: ")[0]
         ranked = [corpus[i] for i in np.argsort(-cosines) if corpus[i] != row.positive]
         assert list(row.negatives) == ranked[1:3]
+    _, drawn = mined(dataclasses.replace(config, mining_choice="random"), model)
+    assert [row.negatives for row in drawn] != [row.negatives for row in found]
 
 
 def test_vectors_of_a_catalogue_must_be_the_models(settings, tiny_models, caplog):

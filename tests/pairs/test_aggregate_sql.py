@@ -28,7 +28,7 @@ def rows():
         for i in range(400)
     ]
     bots = [event("q1", "1", "click", 3, i % 60, session="bot") for i in range(30)]
-    return [*found, *bots, event("q1", "1", "share"), event("q2", "2", "click", session="")]
+    return [*found, *bots, event("q1", "1", "share"), *[event("q2", "2", "click", session="")] * 2]
 
 
 @pytest.mark.parametrize("with_session", [True, False])

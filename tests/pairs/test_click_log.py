@@ -102,6 +102,9 @@ def test_pairs_below_a_share_of_the_logs_click_rate_are_dropped(shop):
     assert set(shop.pairs(propensities="none", min_ctr_ratio=smoothed - 0.001)) == {("a", "1"), ("a", "2"), ("b", "2")}
     assert set(shop.pairs(propensities="none", min_ctr_ratio=smoothed + 0.001)) == {("a", "1"), ("b", "2")}
     assert shop.funnel()["training pairs", "click rate below min_ctr_ratio"] == (1, 2)
+    weaker = (1 + 5 * rate) / 15 / rate
+    assert ("a", "2") in shop.pairs(propensities="none", prior_strength=5, min_ctr_ratio=weaker - 0.001)
+    assert ("a", "2") not in shop.pairs(propensities="none", prior_strength=5, min_ctr_ratio=weaker + 0.001)
 
 
 def test_thresholds_and_caps_have_a_line_in_the_funnel(shop):
@@ -186,6 +189,9 @@ def test_shown_and_never_clicked_items_are_negatives_only_when_asked(shop):
         ("a", "2"): ["green hat"],
         ("b", "2"): ["green hat"],
     }
+    lines = shop.pairs(exposed_negatives=1.0, propensities="none", negatives_per_pair=2, negative_min_impressions=5)
+    assert lines["a", "1"]["negative"] == ["green hat", "warm scarf"]  # the most seen first
+    assert lines["b", "2"]["negative"] == ["green hat"]  # b was never shown the scarf
 
 
 def test_items_of_equal_text_are_one_and_a_query_is_not_its_own_answer(shop):
@@ -227,6 +233,8 @@ def test_the_last_days_are_held_out_with_grades_and_marks(shop):
     ]
     grades = (result.heldout / "qrels/test.tsv").read_text().splitlines()[1:]
     assert grades == ["q1\t1\t1", "q2\t2\t2", "q2\t3\t1", "q3\t4\t1"]
+    one = shop.make(holdout_days=3, max_heldout_queries=1)
+    assert len((one.heldout / "queries.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_is_held_out_does_not_touch_training(shop):
@@ -318,6 +326,29 @@ def test_every_format_gives_the_same_pairs(shop, kind):
             (log / f"dt=2026-11-0{day}").mkdir(parents=True)
             part.write_parquet(log / f"dt=2026-11-0{day}" / "part-0")
     assert shop.pairs(log_path=str(log), **knobs) == expected
+
+
+def test_columns_and_events_of_other_names(shop):
+    rows = [event("a", "1", "show", position=2), event("a", "1", "click"), event("b", "2", "click")]
+    shop.write([(*row[:2], row[2].replace("show", "impression"), *row[3:]) for row in rows])
+    expected = shop.pairs()
+    names = {"query": "q", "item_id": "sku", "event": "what", "time": "at", "position": "place", "session": "uid"}
+    shop.write(rows, tuple(names.values()))
+    columns = {f"{name.removesuffix('_id')}_column": own for name, own in names.items()}
+    headless = shop.folder / "items.csv"
+    headless.write_text(
+        shop.items.read_text().replace('{"item_id": "', "").replace('", "description": "', ",").replace('"}', "")
+    )
+    catalogue = {"catalogue_path": str(headless), "catalogue_columns": ["item_id", "description"]}
+    assert shop.pairs(**columns, **catalogue, impression_event="show") == expected
+
+
+def test_counts_under_other_names(shop):
+    shop.write(COUNTED, COUNTS)
+    expected = shop.pairs()
+    named = {"impression": "views", "click": "taps", "order": "sales"}
+    shop.write(COUNTED, (*COUNTS[:4], *named.values()))
+    assert shop.pairs(count_columns=named) == expected
 
 
 def test_any_number_of_parts_gives_the_same_files(shop, monkeypatch):

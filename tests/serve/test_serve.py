@@ -29,7 +29,7 @@ from ebr_lib.index.change import delete_rows
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.serve import engine as engine_module
 from ebr_lib.serve.config import ServeConfig
-from ebr_lib.serve.engine import Batcher, BusyError
+from ebr_lib.serve.engine import Batcher, BusyError, Engine
 from ebr_lib.serve.judgements import Judgements
 from ebr_lib.serve.run import listening
 from tests.index.test_index import TEXTS, build, embedding_file
@@ -145,6 +145,14 @@ def test_systems_are_compared_and_deleted_rows_are_gone_at_once(shop, tmp_path, 
         _, found, _ = ask("/compare", {"query": "steel pan", "k": 20})
         assert "p2" not in [row["id"] for system in found["systems"] for row in system["results"]]
         assert found["systems"][1]["results"] == [] and len(found["systems"][0]["results"]) == 5
+
+
+def test_an_index_replaced_by_one_of_another_model_is_served_as_what_it_is(tmp_path, tiny_bert, tiny_models):
+    build(embedding_file(tmp_path / "one.txt", tiny_bert), tmp_path / "index")
+    engine = Engine(str(tmp_path / "index"), None, {})
+    assert (engine.label, engine.sides_differ) == ("tiny-bert", False)
+    build(embedding_file(tmp_path / "other.txt", tiny_models("passage")), tmp_path / "index")
+    assert (engine.label, engine.sides_differ) == ("tiny-passage", True)  # without a side a request is refused
 
 
 def test_health_models_and_metrics(ask):

@@ -13,6 +13,7 @@ from tokenizers import processors
 
 from ebr_lib import cli, verify_endpoint
 from ebr_lib.errors import ConfigError, MissingError, ModelError
+from ebr_lib.metrics import unit
 from ebr_lib.model.loading import load_model
 from tests.models import adapted, edit_json
 from tests.servers import as_json, serving, vectors_answer
@@ -178,6 +179,15 @@ def test_vectors_that_are_not_of_length_one(trained, model):
     assert len(causes) == 1, causes
     (cause,) = causes
     assert cause.startswith("normalisation missing (")
+
+
+def test_vectors_that_are_cut_must_have_length_one_again(trained, model):
+    def cut(texts):
+        return encode(model, texts)[:, :16]
+
+    (cause,) = verified(trained, cut, truncate_dim=16).causes
+    assert cause.startswith("normalisation missing (")
+    assert verified(trained, lambda texts: unit(cut(texts)), truncate_dim=16).is_same
 
 
 def test_the_base_model_without_its_adapter_also_with_a_second_mistake(trained, tiny_models):
