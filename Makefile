@@ -21,12 +21,16 @@ FINETUNE_CONFIG.eval_data_path=./train_text/zh/heldout \
 FINETUNE_CONFIG.num_epochs=2 FINETUNE_CONFIG.output_dir=./demo/zh/saved_model \
 INFERENCE_CONFIG.model_name=./demo/zh/saved_model/multilingual-e5-small-peft-lora \
 INFERENCE_CONFIG.data_path=./train_text/zh/catalogue INFERENCE_CONFIG.output_path=./demo/zh/embeds_2.txt \
-VIS_CONFIG.embedding_path=./demo/zh/embeds_2.txt VIS_CONFIG.output_path=./demo/zh/embedding_scatter.png \
+BASE_CONFIG.model_name=multilingual-e5-small BASE_CONFIG.output_path=./demo/zh/embeds_base.txt \
+VIS_CONFIG.embedding_path=./demo/zh/embeds_2.txt VIS_CONFIG.compare_path=./demo/zh/embeds_base.txt \
+VIS_CONFIG.output_path=./demo/zh/embedding_scatter.png \
 'EVAL_CONFIG.models=[multilingual-e5-small,./demo/zh/saved_model/multilingual-e5-small-peft-lora]' \
 EVAL_CONFIG.data_path=./demo/zh/saved_model/multilingual-e5-small-peft-lora \
 EVAL_CONFIG.output_dir=./demo/zh/evaluation \
 INDEX_CONFIG.embedding_path=./demo/zh/embeds_2.txt INDEX_CONFIG.output_dir=./demo/zh/index \
-INDEX_CONFIG.queries_path=./train_text/zh/heldout/queries.jsonl
+INDEX_CONFIG.queries_path=./train_text/zh/heldout/queries.jsonl \
+BASE_INDEX_CONFIG.embedding_path=./demo/zh/embeds_base.txt BASE_INDEX_CONFIG.output_dir=./demo/zh/index_base \
+'SEARCH_QUERIES=[扫地机能扫狗毛吗, 送妈妈的生日礼物, shuimian yanzhao, 宿舍用小功率电饭锅]'
 endef
 
 .PHONY: demo demo-zh test lint audit bench mutate docs clean help

@@ -77,9 +77,21 @@ def check_configs(*, run: Mapping[str, Any] | None = None, **given: Mapping[str,
     on = tuple(stage for stage in kinds if run and run.get(stage))
     if run:
         errors += _check_files({stage: resolved[stage] for stage in on if stage in resolved})
+        errors += _check_base(
+            {stage: resolved[stage].model_name for stage in ("finetune", "base") if stage in on and stage in resolved}
+        )
     if errors:
         raise ConfigError("\n".join(errors))
     return Configs(**resolved, given=tuple(given), on=on)
+
+
+def _check_base(models: Mapping[str, str]) -> Iterator[str]:
+    """An error if the base model is not the one that is fine-tuned: the map would not show what training changed."""
+    if len(set(models.values())) > 1:
+        yield (
+            f"base: model_name is {models['base']}, and fine-tuning begins with {models['finetune']}; give the same, so "
+            "that before and after are of one model"
+        )
 
 
 def _check_files(configs: Mapping[str, Any]) -> Iterator[str]:

@@ -295,12 +295,25 @@ def _settle_bars(notebook: NotebookNode) -> None:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
+            _end_bars(cell.outputs)
             cell.outputs = _joined([shown for shown in cell.outputs if WIDGET not in shown.get("data", {})])
             for shown in cell.outputs:
                 if shown.output_type == "stream":
                     shown.text = re.sub(r"[^\n]*\r(?!\n)", "", shown.text)
             # bars that were cleared leave nothing
             cell.outputs = [shown for shown in cell.outputs if shown.output_type != "stream" or shown.text.strip()]
+
+
+def _end_bars(outputs: Sequence[NotebookNode]) -> None:
+    """Remove what a stream left on its line where its next piece goes back to the beginning of that line, as a bar does
+    that was drawn above a line of the log."""
+    open_line: dict[str, NotebookNode] = {}
+    for shown in outputs:
+        if shown.output_type == "stream":
+            last = open_line.get(shown.name)
+            if last is not None and shown.text.startswith("\r"):
+                last.text = last.text[: last.text.rfind("\n") + 1]
+            open_line[shown.name] = shown
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:

@@ -62,6 +62,15 @@ def test_each_mistake_is_found_before_any_compute_with_the_nearest_name(shop, st
         check_configs(**configs, run=run)
 
 
+def test_before_and_after_are_of_one_model(shop):
+    configs, run = shop
+    base = configs["inference"] | {"model_name": configs["finetune"]["model_name"], "output_path": "base.txt"}
+    run |= {"base": True}
+    check_configs(**configs, base=base, run=run)
+    with pytest.raises(ConfigError, match="base: model_name is all-MiniLM-L6-v2, and fine-tuning"):
+        check_configs(**configs, base=base | {"model_name": "all-MiniLM-L6-v2"}, run=run)
+
+
 def test_mistakes_of_several_stages_are_reported_at_once(shop):
     configs, run = shop
     configs["inference"]["description_column"] = "text"

@@ -67,7 +67,7 @@ from ebr_lib.finetune.strength import (
 from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
 from ebr_lib.finetune.trackers import name_of_run, tensorboard
 from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
-from ebr_lib.logs import logger
+from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.adapters import (
     adapter_weights,
     add_lora,
@@ -491,7 +491,7 @@ def examine_rows(
         masks=config.mask_known_positives,
         bidirectional=config.bidirectional_loss,
     )
-    logger.info("%s", as_text(report.table))
+    logger.info("%s", as_text(report.table), extra=RESULT)  # a notebook has it among the tables of the result
     for advice in report.advice:
         logger.warning("%s", advice)
     logger.info("%s: %s (%s)", PRESET_LINE, *report.preset)
