@@ -89,8 +89,8 @@ def _check_base(models: Mapping[str, str]) -> Iterator[str]:
     """An error if the base model is not the one that is fine-tuned: the map would not show what training changed."""
     if len(set(models.values())) > 1:
         yield (
-            f"base: model_name is {models['base']}, and fine-tuning begins with {models['finetune']}; give the same, so "
-            "that before and after are of one model"
+            f"base: model_name is {models['base']}, and fine-tuning begins with {models['finetune']}; give the same, "
+            "so that before and after are of one model"
         )
 
 
