@@ -72,7 +72,7 @@ def _rows_read(table: str, columns: Columns, meaning: Meaning) -> str:
 def _counted_once(source: str, keys: list[str], columns: Columns) -> str:
     """Equal rows once, if they have a session or a time of day: otherwise they may be several events."""
     names = [*keys, "event", *(["stamp"] if columns.time else []), *(["session"] if columns.session else [])]
-    told_apart = [*(["session <> ''"] if columns.session else []), *([_HAS_CLOCK] if columns.time else [])]
-    once = f"COALESCE({' OR '.join(told_apart)}, FALSE)"
+    distinguished = [*(["session <> ''"] if columns.session else []), *([_HAS_CLOCK] if columns.time else [])]
+    once = f"COALESCE({' OR '.join(distinguished)}, FALSE)"
     chosen = f"{', '.join(names)} FROM {source} WHERE"
     return f"SELECT DISTINCT {chosen} {once}\n  UNION ALL\n  SELECT {chosen} NOT {once}"
