@@ -14,7 +14,7 @@ from ebr_lib.files import write_json
 from ebr_lib.index import store
 from ebr_lib.index.build import appending, vector_batches
 from ebr_lib.index.filters import as_texts
-from ebr_lib.index.search import SearchIndex, open_index
+from ebr_lib.index.opened import SearchIndex, open_index
 from ebr_lib.logs import logger
 from ebr_lib.model.provenance import Provenance
 
@@ -32,7 +32,7 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
     open_index(folder)  # or `locked` would make a folder
     with store.locked(folder):
         held = open_index(folder)
-        next(iter_embeddings(embedding_path, held.rows.column_names[1:]))  # report a missing file or column first
+        next(iter_embeddings(embedding_path, held.columns))  # report a missing file or column first
         _check_same_maker(held, embedding_path)
         with store.changed_together(folder) as new:
             _write_with_rows_of(embedding_path, held, new)
@@ -55,10 +55,10 @@ def _write_with_rows_of(embedding_path: str | Path, held: SearchIndex, folder: P
     of_row, digests = store.read_distinct(store.place_of(held.folder, store.VECTORS_FILE))
     unknown = (i.to_bytes(store.DIGEST) for i in range(len(digests), held.index.ntotal))  # equal to no digest
     distinct = store.Distinct(of_row if len(of_row) else np.arange(len(held.rows)), [*digests, *unknown])
-    columns = held.rows.column_names[1:]
+    columns = held.columns
     first = held.rows.column(store.ROW)[-1].as_py() + 1  # row numbers continue, so that each means one row
     with appending(held.index, distinct, folder / store.ROWS_FILE, columns, held.rows.to_batches()) as append:
-        for batch in vector_batches(embedding_path, columns, held.index.d, "the index"):
+        for batch in vector_batches(embedding_path, columns, held.dim, "the index"):
             append(batch, first)
     size = store.save_vectors(folder, held.index)
     distinct.save(folder / store.VECTORS_FILE)

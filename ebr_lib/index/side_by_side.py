@@ -12,7 +12,8 @@ from ebr_lib.data.queries import DOCUMENT_IDS, read_queries
 from ebr_lib.errors import UserError
 from ebr_lib.index import store
 from ebr_lib.index.config import IndexConfig
-from ebr_lib.index.search import SearchResult, open_index, search
+from ebr_lib.index.opened import open_index
+from ebr_lib.index.search import SearchResult, search
 from ebr_lib.model.provenance import Provenance
 from ebr_lib.tables import TableRepr, make_table, shortened
 

@@ -17,7 +17,8 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.queries import DOCUMENT_TEXTS
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.index import store
-from ebr_lib.index.search import SearchIndex, opened, query_encoder, query_spec
+from ebr_lib.index.opened import SearchIndex, opened
+from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.model.bases import one_sided
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import prompt_of
@@ -49,7 +50,7 @@ class Engine:
         self._kinds: dict[Kind, Encoder] = {}
         held, encoder = self.current()
         encoder.encode(["a"])
-        self.columns = held.rows.column_names[1:]
+        self.columns = held.columns
 
     @property
     def dim(self) -> int:
@@ -72,7 +73,7 @@ class Engine:
     def current(self) -> tuple[SearchIndex, Encoder]:
         """The index and its query encoder, read again if the folder has changed."""
         held = opened(self.folder, store.index_stamp(self.folder))
-        encoder = query_encoder(self._spec(held), Provenance.of(held.manifest), held.index.d, self.folder)
+        encoder = query_encoder(self._spec(held), Provenance.of(held.manifest), held.dim, self.folder)
         if self._kinds.get("query") is not encoder:
             self._kinds = {"query": encoder}
         return held, encoder
@@ -86,7 +87,7 @@ class Engine:
         return held, kinds[kind].encode(texts)
 
     def _spec(self, held: SearchIndex) -> EncoderSpec:
-        spec = query_spec(held.manifest, held.index.d, self._model_name, **self._knobs)
+        spec = query_spec(held.manifest, held.dim, self._model_name, **self._knobs)
         return replace(spec, backend="auto")  # unlike a single search, a server has the time to convert the model
 
     def _other_kind(self, kind: Kind, held: SearchIndex, encoder: Encoder) -> Encoder:

@@ -12,7 +12,8 @@ from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.index.build import fill, new_index, plan_index, train
 from ebr_lib.index.faiss_tools import cells_of
 from ebr_lib.index.measure import Truth, exact_neighbours, measure_point, recall_of, sweep
-from ebr_lib.index.search import SearchIndex, marginal, search
+from ebr_lib.index.opened import SearchIndex, marginal
+from ebr_lib.index.search import search
 from ebr_lib.index.store import read_rows
 from ebr_lib.metrics import unit
 
@@ -153,7 +154,7 @@ def held_rows(found) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,SQ8"])
 def test_filter_through_the_index_when_many_rows_pass(kind, vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr("ebr_lib.index.search.EXACT_ROWS", 10)
+    monkeypatch.setattr("ebr_lib.index.opened.EXACT_ROWS", 10)
     held = build(kind, vectors, tmp_path)[1]
     held.deleted = np.array([5])
     found = held.find(vectors[5], 10, {"half": ["a", "b"]})
@@ -184,7 +185,7 @@ def test_filter_finds_the_nearest_rows_however_far_they_are(kind, two_clusters, 
     query = vectors[~second][0]
     exact = np.flatnonzero(second)[np.argsort(-(vectors[second] @ query))]
     for few in (10, 20_000):
-        monkeypatch.setattr("ebr_lib.index.search.EXACT_ROWS", few)
+        monkeypatch.setattr("ebr_lib.index.opened.EXACT_ROWS", few)
         found = held.find(query, 10, {"half": ["b"]})
         rows = [row["_row"] for _, row in found]
         assert {row["half"] for _, row in found} == {"b"} and len(set(rows)) == 10
@@ -195,7 +196,7 @@ def test_filter_finds_the_nearest_rows_however_far_they_are(kind, two_clusters, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_deleted_rows_are_replaced_by_the_next_nearest(kind, two_clusters, tmp_path, monkeypatch):
-    monkeypatch.setattr("ebr_lib.index.search.EXACT_ROWS", 10)
+    monkeypatch.setattr("ebr_lib.index.opened.EXACT_ROWS", 10)
     vectors, second = two_clusters
     held = build(kind, vectors, tmp_path)[1]
     query = vectors[second][0]
@@ -284,7 +285,7 @@ def test_rows_that_share_a_vector_are_all_found(kind, vectors, shared, tmp_path,
         assert not set(search(held, like=f"id{twins[3]}", k=100, id_column="id").index) & set(twins)
     half = [int(row["id"][2:]) for _, row in held.find(vectors[7], 400, {"half": ["b"]})]
     assert set(twins[twins % 2 == 1].tolist()) <= set(half) and {i % 2 for i in half} == {1} and len(half) == 400
-    monkeypatch.setattr("ebr_lib.index.search.EXACT_ROWS", 10)
+    monkeypatch.setattr("ebr_lib.index.opened.EXACT_ROWS", 10)
     through = [int(row["id"][2:]) for _, row in held.find(vectors[7], 400, {"half": ["b"]})]
     assert set(through[:100]) <= set(half) and len(through) == 400
     held.deleted = twins[1:]

@@ -17,8 +17,9 @@ from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError
 from ebr_lib.index.change import add_rows, delete_rows
 from ebr_lib.index.config import IndexConfig
+from ebr_lib.index.opened import open_index
 from ebr_lib.index.run import build_faiss_index
-from ebr_lib.index.search import open_index, search
+from ebr_lib.index.search import search
 from ebr_lib.index.store import BUILDING, index_stamp
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.spec import EncoderSpec

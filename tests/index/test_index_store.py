@@ -16,8 +16,8 @@ from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.errors import ConfigError, MissingError
 from ebr_lib.index import store as index_store
 from ebr_lib.index.change import add_rows, delete_rows
+from ebr_lib.index.opened import open_index
 from ebr_lib.index.run import build_faiss_index
-from ebr_lib.index.search import open_index
 from tests.children import add_again_and_again, build_again_and_again, ended, hold_an_index_and_be_killed
 
 SPAWN = multiprocessing.get_context("spawn")
