@@ -52,5 +52,9 @@ HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE = "heldout.jsonl", "corpus.jsonl", "quer
 Asked = Literal["auto", "float32", "bfloat16"]  # precision of encoding; float16 is for training on an older GPU
 Backend = Literal["auto", "torch", "openvino"]  # library that runs the transformer when texts are encoded
 
+FusionKind = Literal["none", "rrf", "weighted"]
+FusionChoice = Literal["auto", FusionKind]
+"""How a model's ranking and BM25's become one; auto: as evaluation recommends."""
+
 Choice = bool | Literal["ignore"]
 """True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""

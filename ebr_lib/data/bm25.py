@@ -1,17 +1,24 @@
-"""BM25 over texts in memory, the floor that an embedding model has to beat."""
+"""BM25 over texts: the floor that an embedding model has to beat, and the other half of a hybrid search.
+
+Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, in Lucene's form. What is kept
+are counts, not scores, which change with every text that is added.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebr_lib.arrays import Ints
 from ebr_lib.data.text import split_words
 
 K1, B = 1.5, 0.75
 _TOKEN = re.compile(r"\w+")
+_KEPT = ("starts", "documents", "counts", "lengths")
 
 
 def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
@@ -21,27 +28,83 @@ def bm25_tokens(text: str, stopwords: frozenset[str]) -> list[str]:
 
 
 class Bm25:
-    """BM25 in Lucene's form, with English and Chinese stop words left out."""
+    """BM25 in Lucene's form, with English and Chinese stop words left out.
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        import bm25s
+    Word number w occurs `counts[i]` times in text `documents[i]`, for i from `starts[w]` to `starts[w + 1]`.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
         from bm25s.stopwords import STOPWORDS_CHINESE, STOPWORDS_EN
-        from tqdm.auto import tqdm
 
         self._stopwords = frozenset(STOPWORDS_EN) | frozenset(STOPWORDS_CHINESE)
-        self._index = bm25s.BM25(k1=K1, b=B, method="lucene")
-        # numbers, not texts: each word is in memory once, however often the texts have it
         self._vocabulary: dict[str, int] = {}
+        self.starts, self.lengths = np.zeros(1, np.int64), np.empty(0, np.int32)
+        self.documents, self.counts = np.empty(0, np.int32), np.empty(0, np.int32)
+        self.add(texts)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Add texts, numbered from the last one on."""
+        from tqdm.auto import tqdm
+
         numbers = self._vocabulary
-        bar = tqdm(texts, desc="BM25", unit="doc", delay=2, leave=False)
-        words = [[numbers.setdefault(word, len(numbers)) for word in bm25_tokens(t, self._stopwords)] for t in bar]
-        if numbers:
-            self._index.index((words, numbers), show_progress=False)
+        rows = [
+            np.array([numbers.setdefault(word, len(numbers)) for word in bm25_tokens(text, self._stopwords)], np.int32)
+            for text in tqdm(texts, desc="BM25", unit="doc", delay=2, leave=False)
+        ]
+        words, documents, counts = _counted(rows)
+        words = np.concatenate([np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts)), words])
+        order = np.argsort(words, kind="stable")  # the texts of a word stay in their order
+        self.starts = np.searchsorted(words[order], np.arange(len(numbers) + 1))
+        self.documents = np.concatenate([self.documents, documents + len(self)])[order].astype(np.int32)
+        self.counts = np.concatenate([self.counts, counts])[order].astype(np.int32)
+        self.lengths = np.concatenate([self.lengths, np.array([len(row) for row in rows], np.int32)])
 
     def scores(self, query: str) -> NDArray[np.float32] | None:
         """A score per text, -inf for those that share no word with the query; None if none does."""
-        tokens = [token for token in bm25_tokens(query, self._stopwords) if token in self._vocabulary]
-        if not tokens:
+        tokens = [self._vocabulary.get(token, -1) for token in bm25_tokens(query, self._stopwords)]
+        known = [token for token in tokens if token >= 0]
+        if not known:
             return None
-        found = self._index.get_scores(tokens).astype(np.float32)
-        return np.where(found > 0, found, np.float32("-inf"))
+        found = np.zeros(len(self), np.float32)
+        mean = self.lengths.mean()
+        for token in known:
+            part = slice(self.starts[token], self.starts[token + 1])
+            texts, counts = self.documents[part], self.counts[part]
+            idf = np.log(1 + (len(self) - len(texts) + 0.5) / (len(texts) + 0.5))
+            found[texts] += idf * counts / (counts + K1 * (1 - B + B * self.lengths[texts] / mean))
+        found[found == 0] = -np.inf
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write words and counts to a `.npz` file, which is read without pickle."""
+        words = np.frombuffer("\n".join(self._vocabulary).encode(), np.uint8)
+        with open(path, "wb") as file:
+            np.savez(file, words=words, **{name: getattr(self, name) for name in _KEPT})
+
+    @classmethod
+    def load(cls, path: Path) -> Bm25:
+        """Read what `save` wrote.
+
+        :raises OSError, ValueError, KeyError, zipfile.BadZipFile: the file is damaged.
+        """
+        self = cls()
+        with np.load(path, allow_pickle=False) as file:
+            words = file["words"].tobytes().decode()
+            self._vocabulary = {word: number for number, word in enumerate(words.split("\n") if words else ())}
+            for name in _KEPT:
+                setattr(self, name, file[name])
+        return self
+
+
+def _counted(rows: Sequence[NDArray[np.int32]]) -> tuple[Ints, Ints, Ints]:
+    """How often each word is in each text: words, texts and counts, sorted by both.
+
+    :param rows: the words of each text, as numbers.
+    """
+    texts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    pairs = np.concatenate([*rows, texts[:0]]) * max(len(rows), 1) + texts
+    distinct, counts = np.unique(pairs, return_counts=True)
+    return (*np.divmod(distinct, max(len(rows), 1)), counts)

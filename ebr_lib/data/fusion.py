@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Floats, Ints
+from ebr_lib.names import FusionKind
 
 RRF_K = 60
 
@@ -52,10 +53,57 @@ class Candidates:
 
     def convex(self, weight: float) -> Floats:
         """(1 - weight) · first + weight · second, scores scaled to 0 to 1 per query; 0 for what was not retrieved."""
-        return self._retrieved((1 - weight) * _scaled(self.first) + weight * _scaled(self.second))
+        return self._retrieved((1 - weight) * scaled(self.first) + weight * scaled(self.second))
 
     def _retrieved(self, scores: Floats) -> Floats:
         return np.where(self.ids >= 0, scores, -np.inf)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a model's ranking and BM25's become one. `weight`: BM25's part of a weighted sum."""
+
+    kind: FusionKind = "none"
+    weight: float = 0.0
+
+    def scores(self, candidates: Candidates) -> Floats:
+        """The fused scores of both rankers' documents, the model being the first ranker."""
+        return candidates.convex(self.weight) if self.kind == "weighted" else candidates.rrf()
+
+    @property
+    def how(self) -> dict[str, object]:
+        """Its settings, for a report."""
+        if self.kind == "weighted":
+            return {"fusion": "weighted sum of scaled scores", "weight of BM25": self.weight}
+        return {"fusion": "reciprocal ranks", "k": RRF_K}
+
+    @property
+    def said(self) -> str:
+        """Its name for people."""
+        names = {"none": "仅向量 vectors alone", "rrf": f"与 BM25 融合 fused: RRF, k = {RRF_K}"}
+        return names.get(self.kind, f"与 BM25 融合 fused: weighted sum, {self.weight:g} of it BM25")
+
+
+def reranked_scores(scores: Floats, found: Floats) -> Floats:
+    """A ranking's scores after a reranker has scored its first documents: the others stay below, in their order.
+
+    :param scores: of a list (documents,), best first; `found` the reranker's, of the first documents.
+    """
+    new = scores.astype(np.float64)
+    if len(found):
+        new[len(found) :] += found.min() - 1 - new[0]
+        new[: len(found)] = found
+    return new
+
+
+def scaled(scores: Floats) -> Floats:
+    """Scores (queries, places) from 0 to 1 per query; 0 where there is none (-inf), 1 where all are equal."""
+    found = scores > -np.inf
+    high = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    low = np.where(found, scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+    width = np.where(high > low, high - low, 1.0)
+    alone = np.where(high > low, 0.0, 1.0)  # equal scores count as the best
+    return np.where(found, (np.where(found, scores, 0) - np.where(found, low, 0)) / width + alone, 0.0)
 
 
 def _reciprocal(scores: Floats, k: int) -> Floats:
@@ -67,12 +115,3 @@ def _reciprocal(scores: Floats, k: int) -> Floats:
     ranks = np.empty(scores.shape)
     np.put_along_axis(ranks, order, np.maximum.accumulate(np.where(new, places, 0), axis=1) + 1.0, axis=1)
     return np.where(scores > -np.inf, 1 / (k + ranks), 0.0)
-
-
-def _scaled(scores: Floats) -> Floats:
-    found = scores > -np.inf
-    high = scores.max(axis=1, keepdims=True, initial=-np.inf)
-    low = np.where(found, scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
-    width = np.where(high > low, high - low, 1.0)
-    alone = np.where(high > low, 0.0, 1.0)  # equal scores count as the best
-    return np.where(found, (np.where(found, scores, 0) - np.where(found, low, 0)) / width + alone, 0.0)

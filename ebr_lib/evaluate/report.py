@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ebr_lib.data.advice import Advice
 from ebr_lib.evaluate.compare import Difference
 from ebr_lib.evaluate.steps import StepResult
 from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric
@@ -82,7 +83,7 @@ class Slice:
 @dataclass(frozen=True)
 class Report:
     """All that an evaluation found. `primary`: the measure that decides; `measured`: on which data and when; `how`: the
-    settings of each ranker."""
+    settings of each ranker; `recommended`: what to put after each model."""
 
     title: str
     primary: str
@@ -93,6 +94,7 @@ class Report:
     slices: Sequence[Slice]
     measured: Mapping[str, str]
     how: Mapping[str, Mapping[str, object]]
+    recommended: Mapping[str, Advice]
 
     def html(self) -> str:
         """One HTML page without outside parts."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
+from ebr_lib.data.advice import ADVICE, REPORT_FILE, Advice
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.data.pairs import expand, read_pairs, texts_of
 from ebr_lib.data.text import normalised
@@ -34,7 +35,7 @@ from ebr_lib.evaluate.rankers import (
 )
 from ebr_lib.evaluate.report import Document, Duel, Example, Report, Slice
 from ebr_lib.evaluate.slices import IN_TRAINING, UNSEEN, Slices, query_slices
-from ebr_lib.evaluate.steps import Step, StepResult, fused, reranked
+from ebr_lib.evaluate.steps import Step, StepResult, advice_on, fused, reranked
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
 from ebr_lib.evaluate.trec import QRELS_FILE, run_files, warn_of_earlier_runs, write_qrels, write_run
 from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric, verdict_on
@@ -43,13 +44,14 @@ from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.provenance import identify
 from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import TableRepr, as_html, as_text, html_page, html_verdict, make_table
 
 FEWEST = 10  # queries of a slice for which an interval is given
 SHOWN_DOCUMENTS = 5  # of a query's relevant and retrieved documents in an example
-CONFIG_FILE, HTML_FILE, JSON_FILE = "eval_config.yaml", "report.html", "report.json"
+CONFIG_FILE, HTML_FILE = "eval_config.yaml", "report.html"
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,9 +59,9 @@ class EvalResult(TableRepr):
     """What an evaluation wrote and found.
 
     `verdicts` say which models are better; `metrics` maps ranker to measure to mean; `differences` has all compared
-    pairs of rankers on every measure. `tables` has `measures`, the means with the differences from the first ranker,
-    `differences`, `steps`, what fusion and reranking bring and cost, and `queries`: one row per query, as in
-    `queries_csv`.
+    pairs of rankers on every measure; `recommended` says what to put after each model. `tables` has `measures`, the
+    means with the differences from the first ranker, `differences`, `steps`, what fusion and reranking bring and cost,
+    and `queries`: one row per query, as in `queries_csv`.
     """
 
     report_html: Path
@@ -70,6 +72,7 @@ class EvalResult(TableRepr):
     verdicts: dict[str, Verdict]
     metrics: dict[str, dict[str, float]]
     differences: tuple[Difference, ...]
+    recommended: dict[str, Advice]
     facts: dict[str, Any]
     tables: dict[str, DataFrame] = field(compare=False)
 
@@ -146,18 +149,21 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         "queries": queries,
     }
     logger.info("%s", as_text(tables["measures"]), extra=RESULT)
-    for line in [*verdict_lines(verdicts), *(f"{step.name}: {step.sentence}" for step in report.steps)]:
+    steps = [f"{step.name}: {step.sentence}" for step in report.steps]
+    advice = [f"{name} 建议 recommended: {advice.sentence}" for name, advice in report.recommended.items()]
+    for line in [*verdict_lines(verdicts), *steps, *advice]:
         logger.info("%s", line, extra=RESULT)
     logger.info("报告已保存 report: %s", folder / HTML_FILE)
     return EvalResult(
         report_html=folder / HTML_FILE,
-        report_json=folder / JSON_FILE,
+        report_json=folder / REPORT_FILE,
         queries_csv=folder / QUERIES_TABLE,
         runs=runs,
         qrels=folder / QRELS_FILE,
         verdicts=verdicts,
         metrics={name: dict(means) for name, means in report.means.items()},
         differences=differences,
+        recommended=dict(report.recommended),
         facts=facts,
         tables=tables,
     )
@@ -184,7 +190,7 @@ def _raise_all(errors: list[UserError]) -> None:
 
 def _check_apart(config: EvalConfig, folder: Path) -> None:
     """Make sure that no file of the report is one that is read."""
-    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, JSON_FILE, QUERIES_TABLE, QRELS_FILE)]
+    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, REPORT_FILE, QUERIES_TABLE, QRELS_FILE)]
     runs = run_files(folder, labels(config.models, [BM25_NAME]))
     read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
     corpus = files_of(config.corpus_path) if config.corpus_path else []
@@ -234,7 +240,7 @@ def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
         values = measure(ranking, config.ks)
         measured[name] = _Measured(ranking, values, time.perf_counter() - start, how)
     for step in list(_steps(config, task, measured, reranker)):
-        how = {**step.how, PER_QUERY: round(step.milliseconds, 2)}
+        how = {**step.adds.how, PER_QUERY: round(step.milliseconds, 2)}
         seconds = step.milliseconds * len(task.queries) / 1e3
         measured[step.name] = _Measured(step.ranking, measure(step.ranking, config.ks), seconds, how, step)
     return measured
@@ -321,23 +327,27 @@ def _report(
     for i, duel in enumerate(duels[: len(decided)]):
         verdict = verdict_on(duel.differences[0], unseen.changes[duel.contender] if unseen else None, bm25)
         duels[i] = replace(duel, verdict=verdict)
+    steps = [
+        StepResult(duel.contender, duel.baseline, step.adds, duel.differences[0], step.milliseconds)
+        for duel in duels
+        if (step := measured[duel.contender].step)
+    ]
     return Report(
         title="Retrieval evaluation · 召回评估",
         primary=config.primary_metric,
         facts=facts,
         means={name: m.means() for name, m in measured.items()},
         duels=duels,
-        steps=[
-            StepResult(duel.contender, duel.baseline, duel.differences[0], step.milliseconds)
-            for duel in duels
-            if (step := measured[duel.contender].step)
-        ],
+        steps=steps,
         slices=compared,
         measured={
             "data": ", ".join(filter(None, places)),
             "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         },
         how={name: m.how for name, m in measured.items()},
+        recommended={
+            base: advice_on(s for s in steps if s.base == base) for base in dict.fromkeys(s.base for s in steps)
+        },
     )
 
 
@@ -465,7 +475,13 @@ def _write(
     with written_whole(folder / HTML_FILE) as new:
         new.write_text(report.html(), encoding="utf-8")
     seconds = {name: round(m.seconds, 3) for name, m in measured.items()}
-    write_json(folder / JSON_FILE, {"config": config.to_dict(), "seconds": seconds} | asdict(report))
+    names = labels(config.models, [BM25_NAME] if config.bm25 else [])
+    models = dict(zip(names, config.models, strict=True))
+    advice = {name: found.as_json(identify(models[name]).sha256) for name, found in report.recommended.items()}
+    write_json(
+        folder / REPORT_FILE,
+        {"config": config.to_dict(), "seconds": seconds} | asdict(report) | {ADVICE: advice},
+    )
     config.save(folder / CONFIG_FILE)
     write_qrels(folder / QRELS_FILE, task)
     runs = run_files(folder, measured)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ebr_lib.arrays import Floats, Ints
-from ebr_lib.data.fusion import RRF_K, Candidates
+from ebr_lib.data.advice import Advice, Reranking
+from ebr_lib.data.fusion import Candidates, Fusion, reranked_scores
 from ebr_lib.evaluate.compare import Difference
-from ebr_lib.evaluate.rankers import How
 from ebr_lib.evaluate.task import RetrievalTask
 from ebr_lib.evaluate.verdict import WORDS, Change, shown_metric
 from ebr_lib.metrics import Ranking, measure
@@ -26,8 +26,8 @@ class Step:
 
     name: str
     base: str
+    adds: Fusion | Reranking
     ranking: Ranking
-    how: How
     milliseconds: float
 
 
@@ -37,6 +37,7 @@ class StepResult:
 
     name: str
     base: str
+    adds: Fusion | Reranking
     difference: Difference
     milliseconds: float
 
@@ -62,21 +63,20 @@ def fused(
     """A model's ranking fused with BM25's: by reciprocal ranks, and by a weighted sum of scores.
 
     The weight of a query's sum is chosen on the other half of the queries, so that no query reports a weight that it
-    chose; the weight in `how` is chosen on all of them, to be used later.
+    chose; the weight in `adds` is chosen on all of them, to be used later.
     """
     start = time.perf_counter()
     candidates = Candidates.of((first.ids, first.scores), (bm25.ids, bm25.scores))
-    rrf = Ranking.of_lists(first.relevant, candidates.ids, candidates.rrf(), first.depth)
+    rrf = Ranking.of_lists(first.relevant, candidates.ids, Fusion("rrf").scores(candidates), first.depth)
     cost = bm25_milliseconds + (time.perf_counter() - start) / max(len(rrf.ids), 1) * 1e3
-    yield Step(f"{base} + BM25 (RRF)", base, rrf, {"fusion": "reciprocal ranks", "k": RRF_K}, cost)
+    yield Step(f"{base} + BM25 (RRF)", base, Fusion("rrf"), rrf, cost)
     values = np.stack([_values(first, candidates, weight, metric, ks) for weight in WEIGHTS])
     chosen, weight = cross_fitted(values, seed)
     scores = candidates.convex(WEIGHTS[weight])
     for other in set(chosen.tolist()) - {weight}:
         scores[chosen == other] = candidates.convex(WEIGHTS[other])[chosen == other]
     ranking = Ranking.of_lists(first.relevant, candidates.ids, scores, first.depth)
-    how = {"fusion": "weighted sum of scaled scores", "weight of BM25": WEIGHTS[weight]}
-    yield Step(f"{base} + BM25 (weighted)", base, ranking, how, cost)
+    yield Step(f"{base} + BM25 (weighted)", base, Fusion("weighted", WEIGHTS[weight]), ranking, cost)
 
 
 def _values(first: Ranking, candidates: Candidates, weight: float, metric: str, ks: Sequence[int]) -> Floats:
@@ -110,9 +110,22 @@ def reranked(base: str, name: str, first: Ranking, task: RetrievalTask, scores: 
         if not len(best):
             continue
         found = scores([(task.queries[query], texts[document]) for document in best])
-        new[query, : len(best)] = found
-        # below the lowest of these, in the order and with the ties that they had
-        new[query, len(best) :] += found.min() - 1 - first.scores[query, 0]
+        new[query] = reranked_scores(new[query], found)
     milliseconds = (time.perf_counter() - start) / max(len(new), 1) * 1e3
     ranking = Ranking.of_lists(first.relevant, first.ids, new, first.depth)
-    return Step(f"{base}, re-ranked", base, ranking, {"reranker": name, "documents": depth}, milliseconds)
+    return Step(f"{base}, re-ranked", base, Reranking(name, depth), ranking, milliseconds)
+
+
+def advice_on(steps: Iterable[StepResult]) -> Advice:
+    """What to put after a model: of the steps that are clearly better than the model alone, the best of each kind.
+
+    :param steps: all that were measured after this model.
+    """
+    steps = list(steps)
+    better = sorted((s for s in steps if s.difference.direction == "up"), key=lambda s: -s.difference.after)
+    fusion = next((step.adds for step in better if isinstance(step.adds, Fusion)), None)
+    if fusion is None and any(isinstance(step.adds, Fusion) for step in steps):
+        fusion = Fusion()
+    reranking = next((step.adds for step in better if isinstance(step.adds, Reranking)), None)
+    shown = [s for s in better if s.adds in (fusion, reranking)] or steps
+    return Advice(fusion, reranking, "; ".join(f"{step.name}: {step.sentence}" for step in shown))

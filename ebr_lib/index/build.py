@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.embeddings.base import AGAIN, Embeddings
 from ebr_lib.data.embeddings.files import iter_embeddings
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.index.faiss_tools import Plan, adding, cells_of, comparable_vectors, load_faiss, searched_part
 from ebr_lib.index.measure import Truth, exact_neighbours
-from ebr_lib.index.store import ROW, ROWS_FILE, VECTORS_FILE, Distinct, save_vectors, write_deleted
+from ebr_lib.index.store import (
+    BM25_FILE,
+    ROW,
+    ROWS_FILE,
+    VECTORS_FILE,
+    Distinct,
+    read_rows,
+    save_vectors,
+    write_deleted,
+)
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
 
@@ -268,3 +278,10 @@ def appending(
         for part in before:
             rows.write_batch(part)
         yield append
+
+
+def write_bm25(folder: Path, bm25: Bm25, column: str) -> None:
+    """Add the texts of the rows in a folder that BM25 does not have yet, and write it to that folder."""
+    texts = read_rows(folder / ROWS_FILE).slice(len(bm25)).column(column).to_pylist()
+    bm25.add([text or "" for text in texts])
+    bm25.save(folder / BM25_FILE)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ebr_lib.data.advice import read_advice
+from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.queries import read_queries
+from ebr_lib.index.after import text_column
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.handover import Handover, check_columns, check_paths, errors_of
+from ebr_lib.model.provenance import Provenance
 
 
 def check(config: IndexConfig, before: Handover) -> Iterator[str]:
@@ -18,6 +22,12 @@ def check(config: IndexConfig, before: Handover) -> Iterator[str]:
     found = before.columns_of("embedding_path", config.embedding_path, errors)
     yield from errors
     yield from check_columns({"id_column": config.id_column}, found, config.embedding_path)
+    if config.hybrid and found is not None:
+        place = Path(config.embedding_path).expanduser()
+        encoded = before.encoded.get(place.resolve())
+        encoded = encoded or Provenance.of(read_manifest(place) or {}).description_column
+        yield from errors_of(lambda: text_column(place, found, encoded, config.text_column))
+        yield from errors_of(lambda: read_advice(config.evaluation_dir, None))
     missing = list(check_paths(queries_path=config.queries_path))
     yield from missing
     if (path := config.queries_path) and not missing:

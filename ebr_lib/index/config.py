@@ -20,8 +20,9 @@ from ebr_lib.knobs.fields import (
     Places,
     Positive,
     Seed,
+    Share,
 )
-from ebr_lib.names import Choice, OnChangedVectors
+from ebr_lib.names import Choice, FusionChoice, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,23 @@ class IndexConfig(Config):
         "Search width while building an HNSW graph: higher is slower and more accurate.",
         "HNSW 建图时的搜索宽度：越大越慢、越准。",
     )
+    # words beside vectors
+    hybrid: bool = knob(
+        False,
+        "Also keep a BM25 index of the texts; searches fuse both as evaluation recommends.",
+        "同时保存文本的 BM25 索引；检索时按评估的建议与向量融合。",
+    )
+    text_column: Name | None = knob(
+        None,
+        "Kept column that BM25 reads; null takes the one that was encoded.",
+        "BM25 使用的文本列（须为保留列）；null 使用编码时的文本列。",
+    )
+    evaluation_dir: Place = knob(
+        "./evaluation",
+        "Output folder of `evaluate`; if it measured this model, searches of a hybrid index do what it recommends, "
+        "otherwise they fuse by reciprocal ranks (RRF).",
+        "`evaluate` 的输出目录：评估过此模型时，混合索引的检索按其建议进行，否则用 RRF 融合。",
+    )
     # measuring
     queries_path: Place | None = knob(
         None,
@@ -77,6 +95,10 @@ class IndexConfig(Config):
         "所保存的检索参数须达到的 recall@10（相对精确检索）。",
     )
     seed: Seed = knob(42, "Random seed of sampling and index training.", "抽样与索引训练的随机种子。")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.text_column and not self.hybrid:
+            yield "text_column: only hybrid: true reads it"
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,28 @@ class SearchConfig(Config):
         "From 0, the nearest rows, towards 1, rows unlike those before them (maximal marginal relevance).",
         "多样性：0 返回最近的行，越接近 1 越避免与已返回的行相似（MMR）。",
     )
+    fusion: FusionChoice = knob(
+        "auto",
+        "Of an index built with `hybrid`: rrf fuses with BM25 by reciprocal ranks, weighted by a weighted sum of scores, "
+        "none uses the vectors alone; auto does what evaluation recommends.",
+        "混合索引（`hybrid`）的排序：rrf 按倒数排名与 BM25 融合，weighted 按得分加权求和，none 仅用向量；auto 按评估的建议。",
+    )
+    bm25_weight: Share | None = knob(
+        None,
+        "BM25's part in a weighted sum; null takes the weight that evaluation chose.",
+        "加权求和中 BM25 的权重；null 使用评估选出的权重。",
+    )
+    reranker_name: Place | None = knob(
+        None,
+        "Cross-encoder that reorders the best rows: a folder or a hub name, or auto for the one that evaluation found "
+        "better; null uses none.",
+        "重排模型（cross-encoder，目录或 Hub 名称）；auto 使用评估中更好的那个，null 不重排。",
+    )
+    rerank_depth: Annotated[int, Field(ge=1, le=100)] | None = knob(
+        None,
+        "Rows that the reranker reads; null takes what evaluation measured, otherwise 50.",
+        "交给重排模型的行数；null 与评估时相同，未评估则为 50。",
+    )
     where: tuple[Name, ...] = knob(
         [],
         "Filters on kept columns: `column=value`, or `column=\\N` for null; several values of one column mean any of them.",
@@ -127,3 +171,7 @@ class SearchConfig(Config):
         for condition in self.where:
             if condition.find("=") < 1:
                 yield f"where: {condition!r} is not a filter; use column=value"
+        if self.bm25_weight is not None and self.fusion != "weighted":
+            yield f"bm25_weight: only fusion: weighted uses it, and fusion is {self.fusion}"
+        if self.rerank_depth is not None and self.reranker_name is None:
+            yield "rerank_depth: there is no reranker; give reranker_name"

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.bm25 import Bm25
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.index import store
+from ebr_lib.index.after import After, Found, Hybrid, diverse, fused, reranked
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
     load_faiss,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NO_ROWS = np.empty(0, np.int64)
+VECTORS_ALONE = After()
 POOL = 5  # times k: nearest rows that diverse ones are chosen from
 EXACT_ROWS = 20_000  # up to this many allowed rows, comparing them one by one is faster than scanning all
 SPARE_ROWS = 100  # rows to look for at least, if some may be deleted
@@ -41,6 +44,7 @@ class SearchIndex:
 
     :ivar deleted: numbers of hidden rows.
     :ivar of_row: the number of each row's vector; empty if no two rows share one.
+    :ivar bm25: over the rows' texts, if it is kept; `hybrid` says over which.
     """
 
     folder: Path
@@ -49,6 +53,8 @@ class SearchIndex:
     manifest: dict[str, Any] = field(repr=False)
     deleted: Ints = field(repr=False)
     of_row: Ints = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
+    hybrid: Hybrid | None = field(repr=False, default=None)
+    bm25: Bm25 | None = field(repr=False, default=None)
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.deleted)
@@ -72,31 +78,47 @@ class SearchIndex:
         hidden: Ints = NO_ROWS,
         distinct: bool = False,
         diversity: float = 0.0,
+        after: After = VECTORS_ALONE,
     ) -> list[tuple[float, dict[str, Any]]]:
-        """The k nearest rows of one unit vector: score (cosine) and kept columns, best first; rows with the same
-        vector in their order.
+        """The k best rows for one unit vector: score (cosine) and kept columns, best first; rows with the same vector
+        in their order.
 
-        :param where: column to the allowed values; None is null.
+        :param where: column to the allowed values; None is null. All rankers see the allowed rows alone.
         :param hidden: rows that are not found, nor others with their vectors.
         :param distinct: of rows with the same vector find only the first.
         :param diversity: see `search`.
+        :param after: what changes the order that the vectors give.
         :raises DataError: the vector has another dimension, or a column is not kept.
         """
         if query.shape != (self.dim,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.dim}")
-        allowed = self._allowed(where)
-        vectors = self._with_rows(allowed)
-        vectors[self._vectors_of(hidden)] = False
-        search = self._nearest_of_allowed if where else self._nearest
-        pool = POOL * k if diversity else k
-        scores, ids = self._rows_of(*search(query, pool, vectors), allowed, pool, distinct=distinct)
+        allowed = self._allowed(where, hidden, distinct)
+        wanted = POOL * k if diversity else k
+        found = self._nearest_rows(query, after.rows(wanted), allowed, all_compared=bool(where))
+        if after.is_fused:
+            found = fused(found, self._words(after.text, allowed), after, after.rows(wanted))
+        if after.scores:
+            found = reranked(found, self.texts(found.ids[: after.depth], after.column), after)
+        found = found.at(slice(wanted))
         if diversity:
-            chosen = marginal(scores, reconstructed(self.index, self._vectors_of(ids)), k, diversity)
-            scores, ids = scores[chosen], ids[chosen]
-        found = self.rows.take(ids).to_pylist()
-        return [(float(score), row) for score, row in zip(scores, found, strict=True)]
+            vectors = reconstructed(self.index, self._vectors_of(found.ids))
+            found = diverse(found, vectors, k, diversity, after)
+        if (by_words := found.cosines == -np.inf).any():  # rows that BM25 alone has found
+            found.cosines[by_words] = reconstructed(self.index, self._vectors_of(found.ids[by_words])) @ query
+        rows = self.rows.take(found.ids).to_pylist()
+        return [(float(score), row) for score, row in zip(found.cosines, rows, strict=True)]
 
-    def _allowed(self, where: Mapping[str, Sequence[str | None]]) -> NDArray[np.bool_]:
+    def texts(self, rows: Ints, column: str) -> list[str]:
+        """The texts of rows, empty for null."""
+        return [text or "" for text in self.rows.column(column).take(rows).to_pylist()]
+
+    def _words(self, query: str, allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """BM25's score of every row, -inf for those that share no word with the query or may not be found."""
+        assert self.bm25 is not None
+        scores = self.bm25.scores(query)
+        return np.where(allowed, np.float32("-inf") if scores is None else scores, np.float32("-inf"))
+
+    def _allowed(self, where: Mapping[str, Sequence[str | None]], hidden: Ints, distinct: bool) -> NDArray[np.bool_]:
         """Which rows may be found."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -108,7 +130,20 @@ class SearchIndex:
                 kept = ", ".join(self.columns) or "none"
                 raise DataError(f"{self.folder}: no column {name} to filter by; kept columns are {kept}")
             allowed &= pc.is_in(self.rows.column(name), value_set=pa.array(values, pa.string())).to_numpy()
-        return allowed
+        if not len(self.of_row):
+            allowed[hidden] = False
+            return allowed
+        if len(hidden):
+            allowed &= ~np.isin(self.of_row, self.of_row[hidden])
+        return self._first_of_vectors(allowed) if distinct else allowed
+
+    def _first_of_vectors(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of the allowed rows with one vector, the first alone."""
+        order, _ = self._rows_by_vector
+        rows = order[allowed[order]]
+        first = np.zeros_like(allowed)
+        first[rows[np.diff(self.of_row[rows], prepend=-1) > 0]] = True
+        return first
 
     def _with_rows(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which vectors have a row that may be found."""
@@ -124,17 +159,16 @@ class SearchIndex:
         order = np.argsort(self.of_row, kind="stable")
         return order, np.searchsorted(self.of_row[order], np.arange(self.index.ntotal + 1))
 
-    def _rows_of(
-        self, scores: Vectors, ids: Ints, allowed: NDArray[np.bool_], k: int, *, distinct: bool
-    ) -> tuple[Vectors, Ints]:
-        """The first k rows that have the vectors and may be found."""
-        if not len(self.of_row):
-            return scores, ids
-        order, starts = self._rows_by_vector
-        most = 1 if distinct else k
-        rows = [sharing[allowed[sharing]][:most] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
-        counts = [len(part) for part in rows]
-        return np.repeat(scores, counts)[:k], np.concatenate([np.empty(0, np.int64), *rows])[:k]
+    def _nearest_rows(self, query: Vectors, k: int, allowed: NDArray[np.bool_], *, all_compared: bool) -> Found:
+        """The k nearest of the allowed rows."""
+        search = self._nearest_of_allowed if all_compared else self._nearest
+        scores, ids = search(query, k, self._with_rows(allowed))
+        if len(self.of_row):
+            order, starts = self._rows_by_vector
+            rows = [sharing[allowed[sharing]][:k] for i in ids for sharing in [order[starts[i] : starts[i + 1]]]]
+            scores = np.repeat(scores, [len(part) for part in rows])[:k]
+            ids = np.concatenate([np.empty(0, np.int64), *rows])[:k]
+        return Found(ids, scores, scores)
 
     def _nearest(self, query: Vectors, k: int, allowed: NDArray[np.bool_]) -> tuple[Vectors, Ints]:
         """The k nearest vectors by the index's own search, without those of deleted rows.
@@ -219,24 +253,6 @@ class SearchIndex:
         return int(pc.sum(known).as_py() or 0)
 
 
-def marginal(scores: Vectors, vectors: Vectors, k: int, diversity: float) -> Ints:
-    """Places of k rows by maximal marginal relevance, see `search`; of equal ones the first.
-
-    :param scores: cosines to the query (rows,).
-    :param vectors: unit vectors (rows, dim).
-    """
-    chosen, nearest = list[int](), np.zeros(len(scores))
-    left = np.ones(len(scores), bool)
-    for _ in range(min(k, len(scores))):
-        worth = np.where(left, (1 - diversity) * scores - diversity * nearest, -np.inf)
-        best = int(worth.argmax())
-        chosen.append(best)
-        left[best] = False
-        likeness = vectors @ vectors[best]
-        nearest = likeness if len(chosen) == 1 else np.maximum(nearest, likeness)
-    return np.array(chosen, np.int64)
-
-
 def _found(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:
     """What one query found, without the -1 that Faiss fills up with."""
     there = ids[0] >= 0
@@ -277,7 +293,9 @@ def _open_once(folder: Path) -> SearchIndex:
             "build the index again"
         )
     deleted = store.read_deleted(store.place_of(folder, store.DELETED_FILE), len(rows))
-    return SearchIndex(folder, index, rows, manifest, deleted, of_row)
+    hybrid = Hybrid.of(manifest)
+    bm25 = store.read_bm25(store.place_of(folder, store.BM25_FILE), len(rows)) if hybrid else None
+    return SearchIndex(folder, index, rows, manifest, deleted, of_row, hybrid, bm25)
 
 
 @functools.lru_cache(maxsize=2)

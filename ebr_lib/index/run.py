@@ -8,20 +8,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.arrays import Vectors
+from ebr_lib.data.advice import read_advice
+from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.data.queries import read_queries
 from ebr_lib.errors import DataError
 from ebr_lib.files import check_apart, check_replaceable, make_folder, write_json
-from ebr_lib.index.build import Built, build_index, new_index, plan_index, sample_rows, size_of_file, trained_index
+from ebr_lib.index.after import Hybrid, text_column
+from ebr_lib.index.build import (
+    Built,
+    build_index,
+    new_index,
+    plan_index,
+    sample_rows,
+    size_of_file,
+    trained_index,
+    write_bm25,
+)
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.faiss_tools import Plan
 from ebr_lib.index.measure import Point, draw_curve, remedies, sweep
 from ebr_lib.index.search import query_encoder, query_spec
-from ebr_lib.index.store import CONFIG_FILE, CURVE_FILE, MANIFEST_FILE, OWN_FILES, ROW, changed_together, locked
+from ebr_lib.index.store import (
+    BM25_FILE,
+    CONFIG_FILE,
+    CURVE_FILE,
+    MANIFEST_FILE,
+    OWN_FILES,
+    ROW,
+    changed_together,
+    locked,
+)
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
-from ebr_lib.model.provenance import Provenance
+from ebr_lib.model.provenance import Provenance, identify
 from ebr_lib.tables import TableRepr, html_folded, html_verdict, make_table
 
 if TYPE_CHECKING:
@@ -71,6 +92,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     made_by = read_manifest(path) or {}
     rows, dim = size_of_file(path, made_by)
     _check_columns(path, config.id_column)
+    hybrid = _hybrid(config, made_by) if config.hybrid else None
     if not made_by:
         logger.warning("%s 没有清单 has no manifest: no search can check that its model made it", path)
     with locked(folder):
@@ -83,12 +105,21 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
         with changed_together(folder) as new:
             sample = sample_rows(rows, 0 if queries is not None else config.measure_queries, config.seed)
             built = build_index(path, index, new, sample, queries)
+            if hybrid:
+                write_bm25(new, Bm25(), hybrid.column)
             points, chosen = _measure(built, plan, config.target_recall)
             draw_curve(new / CURVE_FILE, plan, points, chosen, config.target_recall)
             result = _result(config, plan, built, points, chosen)
-            write_json(new / MANIFEST_FILE, _manifest(config, made_by, result, built))
+            about = _manifest(config, made_by, result, built)
+            write_json(new / MANIFEST_FILE, about | ({"hybrid": asdict(hybrid)} if hybrid else {}))
             config.save(new / CONFIG_FILE)
+        if not hybrid:
+            (folder / BM25_FILE).unlink(missing_ok=True)  # of an earlier build, which no manifest names now
     logger.info("%s", result, extra=RESULT)
+    if hybrid:
+        logger.info("检索排序 searches: %s", hybrid.advice.sentence, extra=RESULT)
+        if hybrid.advice.reranking:
+            logger.info("重排须在检索时给出 the reranker is used with search's reranker_name: auto", extra=RESULT)
     logger.info("索引已保存: %s", folder)
     return result
 
@@ -99,6 +130,14 @@ def _check_columns(path: str, id_column: str | None) -> None:
         next(iter_embeddings(path, [id_column]))
     if ROW in next(iter_embeddings(path)).columns:
         raise DataError(f"{path}: the name of its column {ROW} is the index's own; give it another in output_columns")
+
+
+def _hybrid(config: IndexConfig, made_by: Mapping[str, Any]) -> Hybrid:
+    """What BM25 reads, and what searches do with it. Reports a column that is not kept before anything is built."""
+    maker, kept = Provenance.of(made_by), list(next(iter_embeddings(config.embedding_path)).columns)
+    column = text_column(config.embedding_path, kept, maker.description_column, config.text_column)
+    sha256 = identify(config.model_name).sha256 if config.model_name else maker.sha256
+    return Hybrid(column, read_advice(config.evaluation_dir, sha256))
 
 
 def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> Vectors | None:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import pandas as pd
 
+from ebr_lib.data.advice import Advice, Reranking
+from ebr_lib.data.fusion import Fusion
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.index import store
+from ebr_lib.index.after import NO_FUSION, After, text_column
 from ebr_lib.index.config import SearchConfig
 from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.index.opened import NO_ROWS, SearchIndex, opened
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_bases_in
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
+from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.names import Asked, Choice, OnChangedVectors
+from ebr_lib.names import Asked, Choice, FusionChoice, OnChangedVectors
 from ebr_lib.tables import as_html, as_text, make_table
 
 if TYPE_CHECKING:
     from ebr_lib.model.encoder import Encoder
 
 
+RERANKED_ROWS = 50  # as in evaluation, where nothing else is known
+NO_ADVICE = Advice(NO_FUSION, None, "")
 SHOWN = 100  # half-width columns of a kept text that a table shows
 
 
@@ -34,7 +41,8 @@ class SearchResult(pd.DataFrame):
     """What a query found, best first: rank, score (cosine) and the kept columns, which are texts or null.
 
     The index is the row number, as `delete_rows` takes it. `attrs` has `query`, `milliseconds`, which include the
-    encoding of the query, and `text_column`, the column that was encoded.
+    encoding of the query, `text_column`, the column that was encoded, and what the order is by if not by the score:
+    `order`, and `why`.
     """
 
     def __repr__(self) -> str:
@@ -100,6 +108,10 @@ def search(
     where: Mapping[str, object] | None = None,
     distinct: bool | None = None,
     diversity: float = 0.0,
+    fusion: FusionChoice = "auto",
+    bm25_weight: float | None = None,
+    reranker_name: str | None = None,
+    rerank_depth: int | None = None,
     model_name: str | None = None,
     query_prompt: str | None = None,
     trust_remote_code: Choice = False,
@@ -107,6 +119,9 @@ def search(
     on_changed_vectors: OnChangedVectors = "error",
 ) -> SearchResult:
     """Find the k rows nearest to a query, or to rows of the index. Index and model stay loaded for the next search.
+
+    An index built with `hybrid` has two rankers, vectors and BM25, which see the same allowed rows and are then fused;
+    a reranker, if there is one, reorders the best rows after that. The score is the cosine to the query all the same.
 
     :param index: an index folder, or an opened one (`open_index`).
     :param query: the text to search for; None if `like` is given.
@@ -118,14 +133,20 @@ def search(
     :param distinct: of rows with the same vector find only the first; None does so if `like` or `diversity` is given.
     :param diversity: from 0, the nearest, towards 1, those unlike what was found before: the next row has the largest
         (1 - diversity) · cosine to the query - diversity · largest cosine to the rows before it (maximal marginal
-        relevance; Carbonell and Goldstein, SIGIR 1998), among the first 5 · k.
+        relevance; Carbonell and Goldstein, SIGIR 1998), among the first 5 · k. Where the order is not that of cosines,
+        what orders the rows, scaled to 0 to 1, counts for the cosine to the query.
+    :param fusion: rrf, weighted or none; auto does what the index says, see `IndexConfig`. With `like`, BM25 looks for
+        the words of these rows.
+    :param bm25_weight: BM25's part in a weighted sum; None takes what evaluation chose.
+    :param reranker_name: a cross-encoder that reorders the best rows, or auto for the one that evaluation recommends.
+    :param rerank_depth: rows that it reads; None takes what evaluation measured, or else 50.
     :param model_name: the model, if it is not where the index's manifest says.
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
     :param on_changed_vectors: raise an error when the model is no longer what it was, or only warn.
     :raises ConfigError: `k` is not a whole number from 1, `diversity` not from 0 to 1, `where` not a mapping, or both
-        `query` and `like` are given.
+        `query` and `like` are given; fusion with an index that keeps no BM25, or without a weight.
     :raises ModelError: the model is not the one that made the index's vectors.
     :raises DataError: a blank query, an id that no row has, a filter on a column that is not kept, a damaged index.
     :raises MissingError: there is no index at this place.
@@ -135,14 +156,25 @@ def search(
     text = _checked_query(query) if like is None else f"like {like}"
     if not 0 <= diversity < 1:
         raise ConfigError(f"diversity: {diversity!r}; wanted a number from 0 to below 1")
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ConfigError(f"k: {k!r}; wanted a whole number from 1")
+    for name, value in (("k", k), ("rerank_depth", 1 if rerank_depth is None else rerank_depth)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ConfigError(f"{name}: {value!r}; wanted a whole number from 1")
     allowed = allowed_values({} if where is None else where)
     held = index if isinstance(index, SearchIndex) else opened(str(index), store.index_stamp(index))
+    after = after_vectors(
+        held,
+        text,
+        fusion,
+        weight=bm25_weight,
+        reranker=reranker_name,
+        depth=rerank_depth,
+        trust_remote_code=trust_remote_code,
+    )
     start = time.perf_counter()
     if like is not None:
         own = held.rows_like([like] if isinstance(like, str) else list(like), id_column)
         vector = held.mean_vector(own)
+        after = replace(after, text=" ".join(held.texts(own, after.column))) if after.column else after
     else:
         look_for_bases_in(base_model_path)
         knobs = {
@@ -155,16 +187,80 @@ def search(
         own, start = NO_ROWS, time.perf_counter()
         vector = encoder.encode([text])[0]
     distinct = like is not None or diversity > 0 if distinct is None else distinct
-    found = held.find(vector, int(k), allowed, hidden=own, distinct=distinct, diversity=diversity)
+    found = held.find(vector, int(k), allowed, hidden=own, distinct=distinct, diversity=diversity, after=after)
     milliseconds = 1000 * (time.perf_counter() - start)
     names = _answer_names([store.ROW, *held.columns])
     columns = ["rank", "score", *names.values()]
     rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
-    table = make_table(f"检索 search: {text}", columns, rows, width=SHOWN).set_index(names[store.ROW])
+    title = f"检索 search: {text}" + (f" · {after.said}" if after.said else "")
+    table = make_table(title, columns, rows, width=SHOWN).set_index(names[store.ROW])
     result = SearchResult(table)
     encoded = Provenance.of(held.manifest).description_column
     result.attrs = table.attrs | {"query": text, "milliseconds": milliseconds, "text_column": encoded}
+    result.attrs |= {"order": after.said, "why": after.why}
     return result
+
+
+def after_vectors(
+    held: SearchIndex,
+    query: str,
+    fusion: FusionChoice = "auto",
+    *,
+    weight: float | None = None,
+    reranker: str | None = None,
+    depth: int | None = None,
+    trust_remote_code: Choice = False,
+) -> After:
+    """What a search does after the vectors, as its knobs and the index say; see `search`.
+
+    :raises ConfigError: the index keeps no BM25, or evaluation chose no weight or reranker.
+    :raises DataError: the index keeps no texts for the reranker.
+    """
+    advice, column = (held.hybrid.advice, held.hybrid.column) if held.hybrid else (NO_ADVICE, "")
+    chosen, reranking = _fusion(held, advice, fusion, weight), None
+    if reranker is not None:
+        reranking = _reranking(held, advice, reranker, depth)
+        encoded = Provenance.of(held.manifest).description_column
+        column = column or text_column(held.folder, held.columns, encoded)
+    said = [chosen.said] if held.hybrid else []
+    said += [f"重排 re-ranked by {reranking.name}, first {reranking.depth}"] if reranking else []
+    return After(
+        text=query,
+        fusion=chosen,
+        scores=_reranker(reranking.name, trust_remote_code) if reranking else None,
+        depth=reranking.depth if reranking else 0,
+        column=column,
+        said=", ".join(said),
+        why=advice.why if held.hybrid and fusion == "auto" else "",
+    )
+
+
+def _fusion(held: SearchIndex, advice: Advice, kind: FusionChoice, weight: float | None) -> Fusion:
+    known = advice.fusion or NO_FUSION
+    if kind not in get_args(FusionChoice):
+        raise ConfigError(f"fusion: {kind!r}; wanted auto, none, rrf or weighted")
+    if weight is not None and (kind != "weighted" or not 0 <= weight <= 1):
+        raise ConfigError(f"bm25_weight: {weight!r}; wanted a number from 0 to 1, with fusion: weighted")
+    if kind == "auto" or (kind == known.kind and weight is None):
+        return known
+    if kind != "none" and not held.hybrid:
+        raise ConfigError(f"fusion: {kind}: {held.folder} keeps no BM25; build it again with hybrid: true")
+    if kind == "weighted" and weight is None:
+        raise ConfigError("fusion: weighted: no evaluation chose a weight for this index; give bm25_weight")
+    return Fusion(kind, weight or 0.0)
+
+
+def _reranking(held: SearchIndex, advice: Advice, name: str, depth: int | None) -> Reranking:
+    if name != "auto":
+        return Reranking(name, depth or RERANKED_ROWS)
+    if advice.reranking is None:
+        raise ConfigError(f"reranker_name: auto: {held.folder} knows of none that evaluation found better; name one")
+    return replace(advice.reranking, depth=depth or advice.reranking.depth)
+
+
+@functools.lru_cache(maxsize=1)
+def _reranker(name: str, trust_remote_code: Choice) -> Scores:
+    return load_reranker(name, trust_remote_code=trust_remote_code)
 
 
 def _checked_query(query: object) -> str:
@@ -210,6 +306,10 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         where=where,
         distinct=config.distinct,
         diversity=config.diversity,
+        fusion=config.fusion,
+        bm25_weight=config.bm25_weight,
+        reranker_name=config.reranker_name,
+        rerank_depth=config.rerank_depth,
         model_name=config.model_name,
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
@@ -217,4 +317,6 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         on_changed_vectors=config.on_changed_vectors,
     )
     logger.info("%s", result, extra=RESULT)
+    if result.attrs["why"]:
+        logger.info("排序 order: %s (%s)", result.attrs["order"], result.attrs["why"], extra=RESULT)
     return result

@@ -54,7 +54,8 @@ def search_examples(indexes: Indexes, queries: Sequence[str] = (), k: int = 3, *
         for query, by_index in answers.items()
         for rank in range(1, k + 1)
     ]
-    table = make_table("检索 search", ("query", "rank", *folders), rows, width=48)
+    heads = _heads(next(iter(answers.values()), {})) or list(folders)
+    table = make_table("检索 search", ("query", "rank", *heads), rows, width=48)
     return SideBySide(answers, {"found": table})
 
 
@@ -91,7 +92,7 @@ def search_box(indexes: Indexes, k: int = 5, **knobs: Any) -> Any:
 
 def as_columns(answers: Mapping[str, Mapping[str, SearchResult]]) -> str:
     """HTML: a row per query, a column per index. Escaped, for they hold users' texts."""
-    names = next(iter(answers.values()), {})
+    names = _heads(next(iter(answers.values()), {}))
     head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in ("", *names))
     body = "".join(
         f'<tr><td style="text-align:left;vertical-align:top"><b>{html.escape(query)}</b></td>'
@@ -100,6 +101,11 @@ def as_columns(answers: Mapping[str, Mapping[str, SearchResult]]) -> str:
         for query, by_index in answers.items()
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _heads(by_index: Mapping[str, SearchResult]) -> list[str]:
+    """The names of the indexes, and what their rows are ordered by if not by the score."""
+    return [" · ".join(filter(None, (name, found.attrs["order"]))) for name, found in by_index.items()]
 
 
 def _cell(found: SearchResult) -> str:

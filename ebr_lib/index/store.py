@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.bm25 import Bm25
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import make_folder, named_when_full, written_whole
 from ebr_lib.index.faiss_tools import load_faiss
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE = "index.faiss", "rows.arrow", "manifest.json", "deleted.npy"
-VECTORS_FILE = "vectors.npz"
-READ_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, VECTORS_FILE)
+VECTORS_FILE, BM25_FILE = "vectors.npz", "bm25.npz"
+READ_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, VECTORS_FILE, BM25_FILE)
 LOCK, BUILDING, READY = ".lock", ".building", ".ready"
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 OWN_FILES = (*READ_FILES, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
@@ -76,8 +77,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def changed_together(folder: Path) -> Iterator[Path]:
-    """Yield a folder for the files of an index, at least all of `READ_FILES`; they replace those of `folder` if the
-    block raises nothing. The caller holds the lock."""
+    """Yield a folder for the files of an index, at least all of `READ_FILES` (`BM25_FILE` if it is hybrid); they
+    replace those of `folder` if the block raises nothing. The caller holds the lock."""
     new = folder / BUILDING
     new.mkdir()
     try:
@@ -235,6 +236,18 @@ def read_deleted(path: Path, rows: int) -> Ints:
     if deleted.dtype != np.int64 or not ((deleted >= 0) & (deleted < rows)).all():
         raise DataError(f"{path} names rows that the index does not have; remove it to see every row, or build again")
     return deleted
+
+
+def read_bm25(path: Path, rows: int) -> Bm25:
+    """BM25 over the texts of every row.
+
+    :raises DataError: the file is damaged, or has other rows.
+    """
+    with _complete(path):
+        bm25 = Bm25.load(path)
+    if len(bm25) != rows:
+        raise DataError(f"{path} holds {len(bm25):,} texts, the index {rows:,} rows; build the index again")
+    return bm25
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ def check(config: InferenceConfig, before: Handover) -> Iterator[str]:
     look_for_bases_in(config.base_model_path)
     yield from before.check_model("model_name", config.model_name)
     output = Path(config.output_path).expanduser().resolve()
+    before.encoded[output] = config.description_column
     before.columns[output] = config.output_columns  # so that other stages report their own mistakes
     if missing := list(check_paths(data_path=config.data_path)):
         yield from missing

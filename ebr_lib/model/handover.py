@@ -21,12 +21,13 @@ class Handover:
     """What the stages that run before a stage will have written.
 
     :ivar models: folder of each model, and whether it will hold held-out queries.
-    :ivar columns: kept columns of each embedding file.
+    :ivar columns: kept columns of each embedding file, and `encoded` the column of its texts.
     :ivar files: training pairs and held-out folders.
     """
 
     models: dict[Path, bool] = field(default_factory=dict)
     columns: dict[Path, Sequence[str]] = field(default_factory=dict)
+    encoded: dict[Path, str] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)
 
     def check_model(self, knob: str, name: str) -> Iterator[str]:

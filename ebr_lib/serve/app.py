@@ -20,7 +20,9 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank
 from ebr_lib.errors import UserError
 from ebr_lib.index.filters import allowed_values
+from ebr_lib.index.search import after_vectors
 from ebr_lib.logs import logger
+from ebr_lib.names import FusionChoice
 from ebr_lib.serve.engine import Batcher, BusyError, Engine, Kind, Words, embedding_file, hits, shown
 from ebr_lib.serve.guard import Metrics, error_body
 from ebr_lib.serve.judgements import Judgements
@@ -51,11 +53,13 @@ class EmbeddingsRequest(_Body):
 
 
 class SearchRequest(_Body):
-    """A query, and filters on kept columns."""
+    """A query, filters on kept columns, and how vectors and words are fused; see `search`."""
 
     query: Text
     k: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 10
     where: Filter = {}
+    fusion: FusionChoice = "auto"
+    bm25_weight: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class MarkRequest(_Body):
@@ -199,31 +203,39 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _add_search(app: FastAPI, served: Served) -> None:
-    async def found(name: str, body: SearchRequest) -> list[dict[str, Any]]:
-        system, where = served.systems[name], allowed_values(body.where)
+    async def found(system: Engine | Words, body: SearchRequest, fusion: FusionChoice) -> tuple[str, list[Any]]:
+        """The order in words, and the rows."""
+        where, said = allowed_values(body.where), ""
         if isinstance(system, Words):
             held, _ = await asyncio.to_thread(served.engine.current)
             rows = await asyncio.to_thread(system.find, held, body.query, body.k)
         else:
             held, vectors = await served.batcher.vectors(system, "query", [body.query])
-            rows = await asyncio.to_thread(hits, held, vectors[0], body.k, where)
-        return list(shown(rows, served.text, served.ids))
+            after = after_vectors(held, body.query, fusion, weight=body.bm25_weight)
+            rows, said = await asyncio.to_thread(hits, held, vectors[0], body.k, where, after), after.said
+        return said, list(shown(rows, served.text, served.ids))
 
     @app.post("/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
         _check_texts([body.query])
-        return {"query": body.query, "results": await found("index", body)}
+        said, rows = await found(served.engine, body, body.fusion)
+        return {"query": body.query, "order": said or None, "results": rows}
 
     @app.post("/compare")
     async def compare(body: SearchRequest) -> dict[str, Any]:
         _check_texts([body.query])
-        if body.where:
-            raise HTTPException(400, "where: the page compares without filters; use /search")
-        lists = await asyncio.gather(*(found(name, body) for name in served.systems))
-        titles = {name: getattr(system, "label", "BM25") for name, system in served.systems.items()}
+        if body.where or body.fusion != "auto":
+            raise HTTPException(400, "the page compares without filters, and fused beside not; use /search")
+        held, _ = await asyncio.to_thread(served.engine.current)
+        wanted: list[tuple[str, Engine | Words, FusionChoice]]
+        wanted = [(name, system, "none") for name, system in served.systems.items()]
+        if after_vectors(held, body.query).is_fused:
+            wanted.append(("hybrid", served.engine, "auto"))
+        lists = await asyncio.gather(*(found(system, body, fusion) for _, system, fusion in wanted))
+        titles = {name: getattr(system, "label", "BM25") for name, system, _ in wanted}
         systems = [
-            {"name": name, "title": titles[name], "results": rows}
-            for name, rows in zip(served.systems, lists, strict=True)
+            {"name": name, "title": said if name == "hybrid" else titles[name], "results": rows}
+            for (name, _, _), (said, rows) in zip(wanted, lists, strict=True)
         ]
         marks = served.judgements.of(body.query) if served.judgements else {}
         return {"query": body.query, "systems": systems, "marks": marks}

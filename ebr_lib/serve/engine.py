@@ -17,6 +17,7 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.queries import DOCUMENT_TEXTS
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.index import store
+from ebr_lib.index.after import After
 from ebr_lib.index.opened import SearchIndex, opened
 from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.model.bases import one_sided
@@ -113,6 +114,8 @@ class Words:
         self._known = self._read(engine.current()[0])
 
     def _read(self, held: SearchIndex) -> tuple[SearchIndex, Bm25]:
+        if held.bm25 is not None and held.hybrid is not None and held.hybrid.column == self.column:
+            return held, held.bm25
         return held, Bm25([text or "" for text in held.rows.column(self.column).to_pylist()])
 
     def find(self, held: SearchIndex, query: str, k: int) -> list[Hit]:
@@ -241,10 +244,10 @@ def _settle(job: _Job, result: Exception | tuple[SearchIndex, Vectors]) -> None:
 
 
 def hits(
-    held: SearchIndex, vector: Vectors, k: int, where: Mapping[str, Sequence[str | None]] | None = None
+    held: SearchIndex, vector: Vectors, k: int, where: Mapping[str, Sequence[str | None]], after: After
 ) -> list[Hit]:
-    """The k nearest rows."""
-    return held.find(vector, k, where or {})
+    """The k best rows."""
+    return held.find(vector, k, where, after=after)
 
 
 def shown(found: Sequence[Hit], text: str | None, ids: str | None) -> Iterator[dict[str, Any]]:

@@ -7,12 +7,16 @@ import json
 import numpy as np
 import pytest
 
+from ebr_lib.data.advice import Reranking
+from ebr_lib.data.fusion import Fusion
 from ebr_lib.errors import ModelError
+from ebr_lib.evaluate.compare import Difference
 from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.evaluate.run import evaluate_retrieval
-from ebr_lib.evaluate.steps import WEIGHTS, cross_fitted, fused, reranked
+from ebr_lib.evaluate.steps import WEIGHTS, StepResult, advice_on, cross_fitted, fused, reranked
 from ebr_lib.evaluate.task import RetrievalTask
 from ebr_lib.metrics import Ranking, measure
+from ebr_lib.model.provenance import identify
 from tests.models import build_tiny_reranker
 
 
@@ -37,10 +41,10 @@ def test_fusion_finds_the_weight_of_the_ranker_that_is_right():
     settings = {"bm25_milliseconds": 1.0, "metric": "mrr@10", "ks": (1,), "seed": 0}
     rrf, weighted = fused("m", model, bm25, **settings)
     assert measure(weighted.ranking, (1,))["mrr@10"].mean() == 1.0
-    assert weighted.how["weight of BM25"] > 0.5
+    assert weighted.adds.weight > 0.5
     assert 0 < measure(rrf.ranking, (1,))["mrr@10"].mean() < 1.0
     _, other = fused("m", bm25, model, **settings)  # the model is right: nothing of BM25
-    assert other.how["weight of BM25"] == WEIGHTS[0] == 0
+    assert other.adds.weight == WEIGHTS[0] == 0
     np.testing.assert_array_equal(other.ranking.ids[:, 0], bm25.ids[:, 0])
 
 
@@ -57,7 +61,24 @@ def test_a_reranker_reorders_the_best_documents_and_the_rest_follow():
     step = reranked("m", "letters", first, task, by_letter, depth=3)
     assert asked == [("q", "a"), ("q", "b"), ("q", "c")]
     assert step.ranking.ids[0, :6].tolist() == [2, 1, 0, 3, 4, -1]
-    assert step.how == {"reranker": "letters", "documents": 3}
+    assert step.adds == Reranking("letters", 3)
+
+
+def result_of(adds, after: float, p: float) -> StepResult:
+    low = after - 0.51 if p < 0.05 else -0.1
+    return StepResult(
+        "s", "m", adds, Difference("m", "s", "ndcg@10", 0.5, after, after - 0.5, low, 1, p, p, 1, 1, 1), 2
+    )
+
+
+def test_the_best_step_of_each_kind_that_is_clearly_better_is_recommended():
+    rrf, weighted, reranking = Fusion("rrf"), Fusion("weighted", 0.2), Reranking("r", 50)
+    sure = advice_on([result_of(rrf, 0.6, 0.01), result_of(weighted, 0.62, 0.01), result_of(reranking, 0.7, 0.2)])
+    assert (sure.fusion, sure.reranking) == (weighted, None) and "0.500 → 0.620" in sure.why and "0.600" not in sure.why
+    unsure = advice_on([result_of(rrf, 0.6, 0.06), result_of(weighted, 0.4, 0.01), result_of(reranking, 0.7, 0.01)])
+    assert (unsure.fusion, unsure.reranking) == (Fusion("none"), reranking)
+    unmeasured = advice_on([result_of(reranking, 0.5, 0.9)])
+    assert (unmeasured.fusion, unmeasured.reranking) == (None, None)
 
 
 def test_a_reranker_is_measured_beside_its_model(beir, tiny_bert, tmp_path):
@@ -74,5 +95,8 @@ def test_a_reranker_is_measured_beside_its_model(beir, tiny_bert, tmp_path):
     assert table["after"] == result.metrics["tiny-bert, re-ranked"]["ndcg@10"]
     assert "Fused and re-ranked" in result.report_html.read_text()
     assert json.loads(result.report_json.read_text())["steps"][0]["milliseconds"] > 0
+    recommended = json.loads(result.report_json.read_text())["recommended"]["tiny-bert"]
+    assert recommended["sha256"] == identify(str(tiny_bert)).sha256 and recommended["fusion"] is None
+    assert "recommended: " in result.report_html.read_text()
     with pytest.raises(ModelError, match="not a cross-encoder"):
         evaluate_retrieval(knobs | {"output_dir": str(tmp_path / "no"), "reranker_name": str(tiny_bert)})

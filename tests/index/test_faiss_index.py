@@ -9,10 +9,11 @@ import pytest
 
 from ebr_lib.data.embeddings.base import Embeddings
 from ebr_lib.errors import ConfigError, DataError
+from ebr_lib.index.after import marginal
 from ebr_lib.index.build import fill, new_index, plan_index, train
 from ebr_lib.index.faiss_tools import cells_of
 from ebr_lib.index.measure import Truth, exact_neighbours, measure_point, recall_of, sweep
-from ebr_lib.index.opened import SearchIndex, marginal
+from ebr_lib.index.opened import SearchIndex
 from ebr_lib.index.search import search
 from ebr_lib.index.store import read_rows
 from ebr_lib.metrics import unit

@@ -1,0 +1,152 @@
+"""What a search does after the vectors have found rows: fusion with BM25, a reranker, diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.advice import Advice
+from ebr_lib.data.fusion import Candidates, Fusion, reranked_scores, scaled
+from ebr_lib.data.queries import DOCUMENT_TEXTS
+from ebr_lib.errors import DataError
+from ebr_lib.metrics import KS
+from ebr_lib.model.reranker import Scores
+
+NO_FUSION = Fusion()
+FUSED_ROWS = max(KS)  # of each ranker, as evaluation fuses them
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Of an index with BM25: the kept column that BM25 reads, and what evaluation recommends to do with it."""
+
+    column: str
+    advice: Advice
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Hybrid | None:
+        """Read an index's manifest; None if it keeps no BM25."""
+        found = manifest.get("hybrid")
+        return cls(found["column"], Advice.of(found["advice"])) if found else None
+
+
+@dataclass(frozen=True)
+class After:
+    """What changes the order that the vectors give.
+
+    :ivar text: the query, for BM25 and the reranker.
+    :ivar scores: a reranker, which reads the `depth` best rows.
+    :ivar column: the kept column that the reranker reads.
+    :ivar said: the order in words, `why` it is that one; both empty for an index without BM25, and no reranker.
+    """
+
+    text: str = ""
+    fusion: Fusion = NO_FUSION
+    scores: Scores | None = None
+    depth: int = 0
+    column: str = ""
+    said: str = ""
+    why: str = ""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether BM25 counts too."""
+        return self.fusion.kind != "none"
+
+    def rows(self, wanted: int) -> int:
+        """How many rows the vectors have to find."""
+        return max(wanted, FUSED_ROWS if self.is_fused else 0, self.depth if self.scores else 0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows, best first: numbers, cosines to the query (-inf where not computed yet), and what orders them."""
+
+    ids: Ints
+    cosines: NDArray[np.floating]
+    worth: NDArray[np.floating]
+
+    def at(self, places: Ints | slice) -> Found:
+        """The rows at these places."""
+        return Found(self.ids[places], self.cosines[places], self.worth[places])
+
+
+def fused(found: Found, words: NDArray[np.float32], after: After, most: int) -> Found:
+    """Fuse the rows that the vectors found with those that BM25 finds; equal scores in the order of the rows.
+
+    :param words: BM25's score of every row of the index, -inf for those that may not be found.
+    :param most: rows that BM25 gives.
+    """
+    best = _first(words, most)
+    candidates = Candidates.of((found.ids[None], found.worth[None]), (best[None], words[best][None]))
+    ids, cosines, worth = candidates.ids[0], candidates.first[0], after.fusion.scores(candidates)[0]
+    order = np.lexsort((ids, -worth))
+    return Found(ids, cosines, worth).at(order[ids[order] >= 0])
+
+
+def _first(scores: NDArray[np.float32], most: int) -> Ints:
+    """Places of the highest scores, best first, without those of -inf."""
+    there = np.flatnonzero(scores > -np.inf)
+    if len(there) > most:
+        there = there[scores[there] >= np.partition(scores[there], -most)[-most]]
+    return there[np.argsort(-scores[there], kind="stable")][:most]
+
+
+def reranked(found: Found, texts: Sequence[str], after: After) -> Found:
+    """Put the first rows in the order of a reranker.
+
+    :param texts: of the first `after.depth` rows.
+    """
+    assert after.scores is not None
+    worth = reranked_scores(found.worth.astype(np.float64), after.scores([(after.text, text) for text in texts]))
+    order = np.argsort(-worth, kind="stable")
+    return Found(found.ids, found.cosines, worth).at(order)
+
+
+def diverse(found: Found, vectors: Vectors, k: int, diversity: float, after: After) -> Found:
+    """k of the rows by maximal marginal relevance, see `search`.
+
+    :param vectors: unit vectors of the rows (rows, dim).
+    """
+    changed = after.is_fused or after.scores is not None
+    worth = scaled(found.worth[None].astype(np.float64))[0] if changed else found.cosines
+    return found.at(marginal(worth, vectors, k, diversity))
+
+
+def marginal(scores: NDArray[np.floating], vectors: Vectors, k: int, diversity: float) -> Ints:
+    """Places of k rows by maximal marginal relevance, see `search`; of equal ones the first.
+
+    :param scores: cosines to the query (rows,).
+    :param vectors: unit vectors (rows, dim).
+    """
+    chosen, nearest = list[int](), np.zeros(len(scores))
+    left = np.ones(len(scores), bool)
+    for _ in range(min(k, len(scores))):
+        worth = np.where(left, (1 - diversity) * scores - diversity * nearest, -np.inf)
+        best = int(worth.argmax())
+        chosen.append(best)
+        left[best] = False
+        likeness = vectors @ vectors[best]
+        nearest = likeness if len(chosen) == 1 else np.maximum(nearest, likeness)
+    return np.array(chosen, np.int64)
+
+
+def text_column(path: object, columns: Sequence[str], encoded: str | None, wanted: str | None = None) -> str:
+    """The kept column that BM25 and rerankers read: `wanted`, or that of the texts that were encoded, or a usual one.
+
+    :param encoded: the column that was encoded, if that is known.
+    :raises DataError: it is not kept.
+    """
+    usual = (wanted,) if wanted else (encoded,) if encoded else DOCUMENT_TEXTS
+    found = next((name for name in usual if name in columns), None)
+    if found is None:
+        raise DataError(
+            f"{path} keeps no texts (looked for {', '.join(usual)}; kept are {', '.join(columns) or 'none'}); keep the "
+            "text column in the inference run (output_columns), or name another with text_column"
+        )
+    return found
