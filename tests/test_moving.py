@@ -24,7 +24,7 @@ from ebr_lib.inference.store import Store
 from ebr_lib.model.bases import given_bases, look_for_bases_in
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
 from ebr_lib.model.loading import load_model
-from ebr_lib.model.provenance import files_of, identify
+from ebr_lib.model.provenance import identify
 from tests.finetune.conftest import adapter, pairs, same, settings, train  # noqa: F401 - fixtures
 
 
@@ -147,26 +147,6 @@ def test_every_stage_takes_the_place_of_the_base(moved, tmp_path, pairs):  # noq
 
     build_faiss_index({"embedding_path": str(tmp_path / "e.txt"), "output_dir": str(tmp_path / "index")})
     assert search(tmp_path / "index", "warm", 1, base_model_path=str(base))["id"].iloc[0] == "1"
-
-
-def test_vectors_of_an_earlier_version_are_still_those_of_the_model(project, tmp_path):
-    """It counted the place of an adapter's base among the model's files."""
-    from ebr_lib.index.run import build_faiss_index
-    from ebr_lib.index.search import search
-
-    model = str(project / "saved" / "bert-peft-lora")
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.csv").write_text("id\x01description\n1\x01warm\n")
-    out = tmp_path / "e.txt"
-    encoding = {"model_name": model, "data_path": str(tmp_path / "in"), "output_path": str(out)}
-    run_batch_inference(encoding)
-    manifest = json.loads(manifest_path(out).read_text())
-    manifest["settings"]["model files"] = list(files_of(identify(model), with_place=True))
-    write_json(manifest_path(out), manifest)
-    (tmp_path / "in" / "b.csv").write_text("id\x01description\n2\x01pan\n")
-    assert run_batch_inference(encoding | {"append": True}).counts["written"] == 2
-    build_faiss_index({"embedding_path": str(out), "output_dir": str(tmp_path / "index")})
-    assert search(tmp_path / "index", "pan", 1)["id"].iloc[0] == "2"
 
 
 def test_an_output_is_appended_to_when_model_base_and_data_have_moved(moved, tmp_path):

@@ -186,18 +186,11 @@ def _log_model(config: InferenceConfig, facts: EncoderFacts) -> None:
         logger.warning("模型维度不足 truncate_dim %d: the model has only %d dimensions", config.truncate_dim, facts.dim)
 
 
-def _model_files(config: InferenceConfig, identity: ModelIdentity) -> list[str | None]:
-    """What the model is made of; in an earlier version's form where the output appended to has that form."""
-    before = (read_manifest(config.output_path) if config.append else None) or {}
-    earlier = list(files_of(identity, with_place=True))
-    return earlier if (before.get("settings") or {}).get("model files") == earlier else list(files_of(identity))
-
-
 def _settings(
     config: InferenceConfig, facts: EncoderFacts, identity: ModelIdentity, kept: tuple[str, ...]
 ) -> dict[str, Any]:
     """All that decides what is written; speed and place do not."""
-    # settings that came later, only where they matter: outputs from before them can be appended to
+    # only where they matter
     later: dict[str, Any] = {"trust_remote_code": identity.trust_remote_code} if identity.trust_remote_code else {}
     later |= {"backend": facts.backend} if facts.backend != "torch" else {}
     usual = InferenceConfig()
@@ -207,7 +200,7 @@ def _settings(
     return later | {
         "model": identity.sha256 or identity.path,
         "base model": identity.base_sha256 or identity.base_model,
-        "model files": _model_files(config, identity),
+        "model files": list(files_of(identity)),
         "prompt": facts.prompt,
         "max_seq_length": facts.max_seq_length,
         "precision": facts.precision,

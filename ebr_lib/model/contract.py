@@ -28,7 +28,7 @@ SETUP_FILES = ("modules.json", "*config.json", "tokenizer.json", "vocab.txt", "*
 # Largest relative distance of a probe's vector to the saved one that counts as rounding. Measured in float32 on a CPU,
 # models of 6 and 24 layers: 1, 2 and 4 threads 0; alone, without padding 1.6e-6; eager attention 1e-6; without oneDNN
 # 1e-6; AVX2 1.6e-6; without AVX 1.7e-6; against float64 1.5e-6; adapter merged 2.8e-6. With weights or arithmetic in
-# bfloat16 6e-3 to 2e-2: "other" is for those, and for older contracts, which do not say.
+# bfloat16 6e-3 to 2e-2: "other" is for those.
 ROUNDING = {"float32": 3e-4, "other": 4.5e-2}
 UNKNOWN_CAUSE = (
     "a tensor that was not loaded, or other arithmetic; no file, setting or library that is recorded differs"
@@ -50,8 +50,7 @@ class Contract:
 
     `adapter_side` is "both", or "query" if documents keep the base model's vectors. `probes` maps a side to the vectors
     (texts × dimensions) of `PROBES` with that side's prompt. `number_type` is the type of the weights that made them,
-    `libraries` the versions, `base_files` and `own_files` the sha256 of the files of base and model; these are empty in
-    older contracts.
+    `libraries` the versions, `base_files` and `own_files` the sha256 of the files of base and model.
     """
 
     base_model: str
@@ -141,7 +140,7 @@ def check_probes(
     :raises ModelError: they differ by more than rounding, unless `on_changed_vectors` is "warn", which logs it.
     """
     sides = [side] if contract.adapter_side == "query" else [side, "document" if side == "query" else "query"]
-    distance = max(_distance(model, contract, each, folder, name) for each in sides)
+    distance = max(_distance(model, contract, each, name) for each in sides)
     same_type = number_type(model) == contract.number_type
     allowed = ROUNDING[contract.number_type if same_type and contract.number_type in ROUNDING else "other"]
     shorter = _other_length(model, contract, side)
@@ -159,16 +158,12 @@ def check_probes(
     logger.warning("向量与保存时不同 %smatch these (on_changed_vectors: warn)", said)
 
 
-def _distance(model: SentenceTransformer, contract: Contract, side: str, folder: Path, name: str) -> float:
+def _distance(model: SentenceTransformer, contract: Contract, side: str, name: str) -> float:
     """Largest distance of a probe's vector to the saved one, relative to the saved one's length."""
     saved = np.asarray(contract.probes.get(side, []), dtype=np.float64)
     if not saved.size:
         return 0.0
-    prompt = contract.prompts.get(side) or ""
-    if not prompt and not contract.number_type:  # older contracts made these probes with the model's default prompt
-        config = as_mapping(read_json(folder / "config_sentence_transformers.json"))
-        prompt = as_mapping(config.get("prompts")).get(str(config.get("default_prompt_name"))) or ""
-    now = np.asarray(probe_vectors(model, prompt), dtype=np.float64)
+    now = np.asarray(probe_vectors(model, contract.prompts.get(side) or ""), dtype=np.float64)
     if now.shape != saved.shape:
         raise ModelError(f"{name}: vectors of {now.shape[1]} dimensions, the model was saved with {saved.shape[1]}")
     lengths = np.maximum(np.linalg.norm(saved, axis=1), 1e-12)
@@ -189,7 +184,6 @@ def _differences(model: SentenceTransformer, contract: Contract, folder: Path, b
     if contract.trust_remote_code is True and not runs_own_code(model):
         yield "remote code (the model's own code ran then, and its files no longer ask for it)"
     if not contract.merged:  # a merged model does not need its base
-        yield from _tensors_not_loaded(folder, base)
         yield from _changed_files("base", base, contract.base_files)
     yield from _changed_files("model", folder, contract.own_files)
     then = asdict(contract)
@@ -200,20 +194,11 @@ def _differences(model: SentenceTransformer, contract: Contract, folder: Path, b
         for side, text in contract.prompts.items()
         if side in own and own[side] != text
     )
-    if contract.number_type and contract.number_type != (now := number_type(model)):
+    if contract.number_type != (now := number_type(model)):
         yield f"precision ({contract.number_type} then, {now} now)"
     for name, now in library_versions().items():
         if (version := contract.libraries.get(name, now)) != now:
             yield f"library {name} {version} then, {now} now"
-
-
-def _tensors_not_loaded(folder: Path, base_folder: Path | None) -> Iterator[str]:
-    """Name modules after the transformer that earlier versions trained, and that are now loaded from the base."""
-    base = named_sha256(base_folder) if base_folder else {}
-    own = named_sha256(folder)
-    modules = [file for file in sorted(own) if "/" in file and file.endswith(".safetensors")]
-    if trained := [file for file in modules if base.get(file, own[file]) != own[file]]:
-        yield f"tensors not loaded ({', '.join(trained)} differs from the base's, which is loaded; fine-tune again)"
 
 
 def _changed_files(owner: str, folder: Path | None, then: dict[str, str]) -> Iterator[str]:
@@ -243,11 +228,10 @@ def _sha256_of_files(files: tuple[tuple[str, int, int, int], ...]) -> str | None
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool = False) -> dict[str, str]:
+def named_sha256(folder: str | Path, weights: bool = True) -> dict[str, str]:
     """The sha256 of every file that a model's vectors depend on, by its path in the folder.
 
     :param weights: include the weights at the root.
-    :param with_place: count the path of an adapter's base.
     """
     folder = Path(folder)
     modules = read_json(folder / "modules.json") or []
@@ -255,21 +239,20 @@ def named_sha256(folder: str | Path, weights: bool = True, *, with_place: bool =
     files = [file for pattern in patterns[0 if weights else 1 :] for file in folder.glob(pattern)]
     for part in dict.fromkeys(module["path"] for module in modules if module["path"]):
         files += [file for pattern in patterns for file in (folder / part).glob(pattern)]
-    sha256 = sha256_of if with_place else _sha256_without_place
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    return {file.relative_to(folder).as_posix(): _sha256_without_place(file) for file in files}
 
 
-def files_sha256(folder: str | Path, *, with_place: bool = False) -> str:
+def files_sha256(folder: str | Path) -> str:
     """One sha256 for everything that a model's vectors depend on besides the weights of `weights_sha256`.
 
-    It differs for models with equal weights and another pooling, dense layer or tokenizer. The path of an adapter's
-    base does not count, unless `with_place`, as in manifests of earlier versions.
+    It differs for models with equal weights and another pooling, dense layer or tokenizer.
     """
-    named = sorted(named_sha256(folder, weights=False, with_place=with_place).items())
+    named = sorted(named_sha256(folder, weights=False).items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _sha256_without_place(file: Path) -> str:
+    """The sha256 of a file; the path of an adapter's base does not count."""
     if file.name != "adapter_config.json":
         return sha256_of(file)
     values = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}

@@ -52,7 +52,7 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
     return ModelIdentity(name, path, own, base, contract.base_sha256, trust_remote_code)
 
 
-def files_of(identity: ModelIdentity, *, with_place: bool = False) -> tuple[str | None, ...]:
+def files_of(identity: ModelIdentity) -> tuple[str | None, ...]:
     """`files_sha256` of a model, its base and the repositories that hold its code; None for one not on this machine."""
     folders: dict[str, Path | None] = {}
     for name in (identity.path, identity.base_model):
@@ -61,7 +61,7 @@ def files_of(identity: ModelIdentity, *, with_place: bool = False) -> tuple[str 
     repositories = {code.repository for folder in folders.values() if folder for code in own_code(folder)} - {None}
     elsewhere = {name: local_folder(str(name)) for name in sorted(map(str, repositories))}
     places = (elsewhere | folders).values()
-    return tuple(files_sha256(folder, with_place=with_place) if folder else None for folder in places)
+    return tuple(files_sha256(folder) if folder else None for folder in places)
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,10 @@ def changed_files(made: Provenance, model_name: str) -> bool:
 
     With an adapter for queries only, the base made the vectors of documents: only its files count.
     """
-    identity = identify(model_name)
-    recorded = (made.files, files_of(identity), files_of(identity, with_place=True))
-    then, now, before = (tuple(dict.fromkeys(files)) for files in recorded)
+    then, now = (tuple(dict.fromkeys(files)) for files in (made.files, files_of(identify(model_name))))
     if one_sided(model_name):
-        then, now, before = then[-1:], now[-1:], before[-1:]
-    return len(then) == len(now) and None not in (*then, *now) and then not in (now, before)
+        then, now = then[-1:], now[-1:]
+    return len(then) == len(now) and None not in (*then, *now) and then != now
 
 
 def say_changed_files(made: Provenance, model_name: str, where: str, on_changed_vectors: OnChangedVectors) -> None:

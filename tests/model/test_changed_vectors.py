@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ebr_lib.errors import ModelError
 from ebr_lib.evaluate.run import evaluate_retrieval
-from ebr_lib.finetune import saving
 from ebr_lib.finetune.run import train_sentence_transformer
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
@@ -56,21 +55,6 @@ def turned(folder: Path, share: float) -> None:
     edit_json(folder / CONTRACT_FILE, probes=probes)
 
 
-def test_probes_of_an_older_contract_are_compared_with_the_default_prompt(models):
-    folder = models / "adapter"
-    model = load_model(str(folder), device="cpu")
-    probes = {side: saving.probe_vectors(model, "passage: ") for side in ("query", "document")}
-    edit_json(folder / CONTRACT_FILE, probes=probes, number_type="")
-    edit_json(folder / "config_sentence_transformers.json", prompts={"passage": "passage: "})
-    with pytest.raises(ModelError, match=NOT_THOSE):
-        load_model(str(folder), device="cpu")
-    edit_json(folder / "config_sentence_transformers.json", default_prompt_name="passage")
-    assert load_model(str(folder), device="cpu").encode(["warm"]).shape == (1, 32)
-    edit_json(folder / CONTRACT_FILE, number_type="float32")
-    with pytest.raises(ModelError, match=NOT_THOSE):
-        load_model(str(folder), device="cpu")
-
-
 def test_the_cause_of_a_merged_model_is_among_its_own_files(models):
     edit_json(models / "merged" / "1_Pooling" / "config.json", pooling_mode="cls")
     with pytest.raises(
@@ -79,16 +63,7 @@ def test_the_cause_of_a_merged_model_is_among_its_own_files(models):
         load_model(str(models / "merged"), device="cpu")
 
 
-def test_a_module_that_an_earlier_version_trained_is_named(tiny_models, tmp_path):
-    folder = adapted(tiny_models("dense"), tmp_path / "adapter")
-    turned(folder, 0.1)
-    file = folder / "2_Dense" / "model.safetensors"
-    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
-    with pytest.raises(ModelError, match=r"likely cause: tensors not loaded \(2_Dense/model\.safetensors differs"):
-        load_model(str(folder), device="cpu")
-
-
-def test_rounding_is_small_in_float32_and_larger_for_other_types_and_older_contracts(models):
+def test_rounding_is_small_in_float32_and_larger_for_other_types(models):
     folder = models / "adapter"
     assert read_contract(folder).number_type == "float32"
     turned(folder, 1e-4)
@@ -96,20 +71,11 @@ def test_rounding_is_small_in_float32_and_larger_for_other_types_and_older_contr
     turned(folder, 1e-3)
     with pytest.raises(ModelError, match=f"{NOT_THOSE}: 0.001.* of their length away, where 0.0003 is rounding"):
         load_model(str(folder), device="cpu")
-    for number_type in ("bfloat16", ""):
-        edit_json(folder / CONTRACT_FILE, number_type=number_type)
-        load_model(str(folder), device="cpu")
+    edit_json(folder / CONTRACT_FILE, number_type="bfloat16")
+    load_model(str(folder), device="cpu")
     turned(folder, 0.1)
     with pytest.raises(ModelError, match=NOT_THOSE):
         load_model(str(folder), device="cpu")
-
-
-def test_an_older_contract_loads(models):
-    contract = json.loads((models / "adapter" / CONTRACT_FILE).read_text())
-    for new in ("number_type", "libraries", "base_files", "own_files"):
-        del contract[new]
-    (models / "adapter" / CONTRACT_FILE).write_text(json.dumps(contract))
-    assert load_model(str(models / "adapter"), device="cpu").encode(["a"]).shape == (1, 32)
 
 
 def test_bfloat16_weights_are_within_rounding(models):
@@ -121,7 +87,6 @@ def another_pooling(models: Path) -> None:
 
 
 def another_adapter(models: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     file = models / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
