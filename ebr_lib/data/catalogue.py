@@ -74,9 +74,14 @@ def read_catalogue(path: str | Path, column: str | None, knob: str) -> Catalogue
     path = Path(path)
     if not path.exists():
         raise MissingError(f"catalogue {path}: there is no such file or folder")
-    texts, vectors, manifest = (
-        _embedded(path, column, knob) if holds_vectors(path) else (*_plain(path, column, knob), {})
-    )
+    vectors: Vectors | None = None
+    manifest: Mapping[str, Any] = {}
+    if holds_vectors(path):
+        texts, vectors, manifest = _embedded(path, column, knob)
+    else:
+        records = read_records(path)
+        name = text_column(path, records, column, DOCUMENT_TEXTS, knob)
+        texts = [titled(record, name) for record in records]
     kept = [row for row, text in enumerate(texts) if not is_blank(text)]
     if not kept:
         raise DataError(f"{path}: none of its {len(texts)} rows has text; name another column with {knob}")
@@ -86,12 +91,6 @@ def read_catalogue(path: str | Path, column: str | None, knob: str) -> Catalogue
     whole = Catalogue(path, read, text_keys(read), None if vectors is None else vectors[kept], manifest).distinct()
     logger.info("语料 catalogue %s: %d distinct texts of %d rows", path, len(whole), len(texts))
     return whole
-
-
-def _plain(path: Path, column: str | None, knob: str) -> tuple[list[str], None]:
-    records = read_records(path)
-    name = text_column(path, records, column, DOCUMENT_TEXTS, knob)
-    return [titled(record, name) for record in records], None
 
 
 def _embedded(path: Path, column: str | None, knob: str) -> tuple[list[str], Vectors, Mapping[str, Any]]:

@@ -97,14 +97,12 @@ def _values(path: Path, name: str, column: pa.Array) -> list[Any] | None:
     import pyarrow as pa
 
     try:
-        return _texts(column) if isinstance(column, pa.ExtensionArray) else column.to_pylist()
+        if not isinstance(column, pa.ExtensionArray):
+            return column.to_pylist()
+        return [None if value is None else value.decode() for value in _as_bytes(column)]
     except (pa.ArrowException, UnicodeError) as error:
         logger.warning("列已略过 %s: column %s is %s and left out (%s)", path, name, column.type, error)
         return None
-
-
-def _texts(column: pa.Array) -> list[str | None]:
-    return [None if value is None else value.decode() for value in _as_bytes(column)]
 
 
 # --- as text ------------------------------------------------------------------------------------------------------
@@ -134,15 +132,9 @@ def _as_bytes(column: pa.Array) -> list[Any]:
                 None if value is None else str(uuid.UUID(bytes=value)).encode() for value in column.storage.to_pylist()
             ]
         return _as_bytes(column.storage)
-    plain = column if _holds_bytes(column.type) else column.cast(pa.string())
-    return plain.cast(pa.binary()).to_pylist()
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
-    return any(is_one(kind) for is_one in binary)
+    plain = column if any(holds_bytes(column.type) for holds_bytes in binary) else column.cast(pa.string())
+    return plain.cast(pa.binary()).to_pylist()
 
 
 def need_texts(path: Path, kind: str, columns: Iterable[str]) -> None:

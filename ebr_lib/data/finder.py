@@ -102,13 +102,14 @@ def partitions_of(path: Path, root: Path) -> dict[str, bytes | None]:
     place = place.parent if path == root else place
     above = itertools.takewhile(lambda name: "=" in name, reversed(place.parts))
     below = path.relative_to(root).parts[:-1] if path != root else ()
-    return dict(_partition(name) for name in (*reversed(list(above)), *below) if "=" in name[1:])
-
-
-def _partition(folder: str) -> tuple[str, bytes | None]:
-    name, _, value = folder.partition("=")
-    raw = unquote_to_bytes(os.fsencode(value))
-    return unquote(name), None if raw == NULL_PARTITION else raw.decode("utf-8", "backslashreplace").encode()
+    partitions: dict[str, bytes | None] = {}
+    for folder in (*reversed(list(above)), *below):
+        name, is_one, value = folder.partition("=")
+        if name and is_one:
+            raw = unquote_to_bytes(os.fsencode(value))
+            text = raw.decode("utf-8", "backslashreplace").encode()
+            partitions[unquote(name)] = None if raw == NULL_PARTITION else text
+    return partitions
 
 
 class _Walk:
@@ -161,7 +162,7 @@ class _Walk:
             self._visit(path)
         elif not entry.is_file():
             self.left_out[path] = SPECIAL
-        elif not any(_matches(path, pattern) for pattern in self._patterns):
+        elif not any(Path(str(path).lower()).match(pattern.lower()) for pattern in self._patterns):
             self.left_out[path] = PATTERN
         elif entry.is_symlink():
             self._linked_files.append(path)
@@ -180,7 +181,3 @@ def _hidden(name: str) -> str:
     if any(fnmatch.fnmatchcase(name, marker) for marker in (*MARKERS, *DOTTED_MARKERS)):
         return MARKER
     return HIDDEN if name.startswith((".", "_")) else ""
-
-
-def _matches(path: Path, pattern: str) -> bool:
-    return Path(str(path).lower()).match(pattern.lower())

@@ -206,6 +206,7 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
         raise DataError(f"{path} is empty: wanted a header row")
     quoted = _is_quoted(path, layout)
     crlf = b"\r\n" if first.endswith(b"\r\n") and not quoted else b"\n"  # with quotes, rows may end in either
+    is_cr = b"\n" not in first + block and b"\r" in (first + block).rstrip(b"\r")  # as on the first Macintosh
     source = Source(
         path,
         name,
@@ -213,14 +214,15 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
         stamp_of(path),
         unpacked_size(path, kind),
         encoding="utf-8" if bom else _encoding_of(path, sample, layout),
-        newline=b"\r" if _ends_in_cr(first + block) else crlf,
+        newline=b"\r" if is_cr else crlf,
         start=bom,
         kind=kind,
         quoted=quoted,
     )
     header = next(_split_rows(source, layout, Position(1, bom)), None)
     decoded = "utf-8" if _is_transcoded(source, layout.escape) else source.encoding
-    named = tuple(_decoded(name, decoded) for name in header.values) if header else ()
+    names = header.values if header else ()
+    named = tuple((NULL if name is None else name).decode(decoded, "replace") for name in names)
     is_header = layout.columns is None or named == layout.columns
     if _has_loose_quotes(source, header, layout, first + block):
         logger.info("%s: 引号按普通字符读取 (quotes are ordinary characters: they do not enclose fields)", path)
@@ -239,10 +241,6 @@ def _open_text(path: Path, kind: str, layout: Layout, name: str) -> Source:
             ", ".join(named),
         )
     return replace(source, columns=layout.columns)
-
-
-def _decoded(name: Value, encoding: str) -> str:
-    return (NULL if name is None else name).decode(encoding, "replace")
 
 
 def _is_quoted(path: Path, layout: Layout) -> bool:
@@ -265,11 +263,6 @@ def _has_loose_quotes(source: Source, header: Row | None, layout: Layout, sample
         lambda row: row.position.offset < SAMPLE_BYTES, _split_rows(source, layout, Position(1, source.start))
     )
     return any(row.reason in (OPEN_QUOTE, LOOSE_QUOTE) for row in rows)
-
-
-def _ends_in_cr(sample: bytes) -> bool:
-    """Whether rows end in `\\r` alone, as on the first Macintosh."""
-    return b"\n" not in sample and b"\r" in sample.rstrip(b"\r")
 
 
 def _newline_of(path: Path, rows: bytes, header: bytes) -> bytes:

@@ -129,16 +129,17 @@ def expand(pairs: Sequence[Pair]) -> list[TrainingRow]:
     """
     return [
         TrainingRow(
-            pair.anchor, positive, pair.negatives, pair.prompt, pair.weight, (*score, *pair.negative_scores), pair.file
+            pair.anchor,
+            positive,
+            pair.negatives,
+            pair.prompt,
+            pair.weight,
+            (*pair.positive_scores[i : i + 1], *pair.negative_scores),
+            pair.file,
         )
         for pair in pairs
-        for positive, score in zip(pair.positives, _each_score(pair), strict=True)
+        for i, positive in enumerate(pair.positives)
     ]
-
-
-def _each_score(pair: Pair) -> Iterable[tuple[float, ...]]:
-    """The score of each positive, in a tuple that is empty without a teacher."""
-    return [(score,) for score in pair.positive_scores] or [()] * len(pair.positives)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -202,7 +203,9 @@ def read_pairs(
     files = find_pair_files(path)
     reading = _Reading(label_column)
     rows = {file: _read_file(file, reading) for file in files}
-    _say_files(rows)
+    logger.info("读取 read: %s", _shown([f"{_printable(str(file))} ({count} rows)" for file, count in rows.items()]))
+    if empty := [str(file) for file, count in rows.items() if not count]:
+        logger.warning("没有数据行 no rows in: %s", _shown(empty))
     _say_unused(reading)
     _settle_bad_rows(reading, on_bad_row, rejects)
     if not reading.pairs:
@@ -210,19 +213,11 @@ def read_pairs(
     return reading.pairs
 
 
-def training_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `read_pairs` reads, each once, in order.
-
-    :raises MissingError: a path is not there, or a folder has nothing to read.
-    """
-    return list({file.resolve(): file for one in _listed(path) for file in _files_of(one)}.values())
-
-
 _WANTED = "`anchor` and `positive` (or `query` and `pos`), optional `negative`"
 
 
 def find_pair_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `read_pairs` reads, each once.
+    """The files that `read_pairs` reads, each once, in order.
 
     :raises MissingError: a path is not there, or a folder has nothing to read.
     """
@@ -262,12 +257,6 @@ def warn_of_heldout_names(path: str | Path | Sequence[str | Path], pairs: Sequen
 def _shown(names: Sequence[str]) -> str:
     more = f" … and {len(names) - _SHOWN_FILES} more" if len(names) > _SHOWN_FILES else ""
     return ", ".join(names[:_SHOWN_FILES]) + more
-
-
-def _say_files(rows: Mapping[Path, int]) -> None:
-    logger.info("读取 read: %s", _shown([f"{_printable(str(file))} ({count} rows)" for file, count in rows.items()]))
-    if empty := [str(file) for file, count in rows.items() if not count]:
-        logger.warning("没有数据行 no rows in: %s", _shown(empty))
 
 
 def _say_unused(reading: _Reading) -> None:
@@ -356,38 +345,21 @@ def _pair_of(value: Any, reading: _Reading, file: str, line: int) -> Pair:
         raise BadRowError(f"`{media}`: only texts are trained on")
     column = columns["anchor"]
     anchor = (_conversation if column == "messages" else _text)(column, value[column])
-    positives = _texts(columns["positive"], value[columns["positive"]])
+    column = columns["positive"]
+    if value[column] == []:
+        raise BadRowError(f"`{column}` is an empty list; wanted at least one text")
+    positives = [_text(column, one) for one in _each(column, value[column])]
     sources = [*filter(_NUMBERED_NEGATIVE.fullmatch, value), *filter(None, [columns.get("negative")])]
     given = [(column, one) for column in sources for one in _each(column, value[column])]
     negatives = [_text(column, one, wanted=False) for column, one in given if not _is_nothing(one)]
     of_positives, of_negatives = _scores_of(value, positives, given)
     for column in reading.labels_of(value):
         _check_label(column, value.get(column), len(positives), len(negatives))
-    return Pair(
-        anchor,
-        tuple(positives),
-        tuple(negatives),
-        file,
-        line,
-        _prompt_of(value),
-        _weight_of(value),
-        of_positives,
-        of_negatives,
-    )
-
-
-def _prompt_of(row: Mapping[str, Any]) -> str | None:
-    """The prompt of the row's anchor; blank and null count as none, as in tables."""
-    prompt = row.get("prompt")
-    return None if _is_nothing(prompt) else _text("prompt", prompt)
-
-
-def _weight_of(row: Mapping[str, Any]) -> float:
-    """How much the row counts; 1 if it has no `weight`."""
-    weight = _number("weight", row["weight"]) if "weight" in row else 1.0
+    prompt = None if _is_nothing(value.get("prompt")) else _text("prompt", value["prompt"])
+    weight = _number("weight", value.get("weight", 1.0))
     if not 0 <= weight < math.inf:
-        raise BadRowError(f"`weight` is {row['weight']!r}: wanted a number of 0 or more")
-    return weight
+        raise BadRowError(f"`weight` is {value['weight']!r}: wanted a number of 0 or more")
+    return Pair(anchor, tuple(positives), tuple(negatives), file, line, prompt, weight, of_positives, of_negatives)
 
 
 def _scores_of(
@@ -499,12 +471,6 @@ def _says_yes(column: str, label: Any) -> bool:
         f"`{column}` is {label!r}, neither yes (1) nor no (0), and only positive pairs are used: keep the rows "
         f"that are positive, without the column `{column}`; if it is not a label of the pairs, set label_column: none"
     )
-
-
-def _texts(column: str, value: Any) -> list[str]:
-    if value == []:
-        raise BadRowError(f"`{column}` is an empty list; wanted at least one text")
-    return [_text(column, one) for one in _each(column, value)]
 
 
 def _each(column: str, value: Any) -> list[Any]:

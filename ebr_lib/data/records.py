@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 from ebr_lib.data.containers import opened, readable
 from ebr_lib.errors import DataError
@@ -340,17 +340,14 @@ class _JsonText:
 
 def _delimiter_of(head: str, is_column: IsColumn) -> str:
     """The delimiter by which the first line has most known columns; empty where it has none."""
-    known = {mark: sum(map(is_column, _names(_first_line(head), mark))) for mark in _DELIMITERS}
+    line = _first_line(head)
+    known = {mark: sum(is_column(name.strip().strip('"')) for name in line.split(mark)) for mark in _DELIMITERS}
     best = max(_DELIMITERS, key=known.__getitem__)
     return best if known[best] else ""
 
 
 def _first_line(head: str) -> str:
     return head.partition("\n")[0].rstrip("\r")
-
-
-def _names(line: str, delimiter: str) -> list[str]:
-    return [name.strip().strip('"') for name in line.split(delimiter)]
 
 
 def _table_rows(file: Path, delimiter: str, is_column: IsColumn) -> Iterator[RawRow]:
@@ -423,7 +420,8 @@ def _holds_rows(cells: list[str], delimiter: str) -> bool:
 
 def _split_rows(file: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The rows of delimited text, each with the line where it begins, without empty lines."""
-    with opened(file) as raw, _letters(raw) as stream:
+    # bytes that are not UTF-8 are kept, so that they cost one row
+    with io.TextIOWrapper(opened(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         rows = csv_rows(stream, f"{file},", delimiter, quoted=quoted, most_letters=_MOST_LETTERS)
         yield from ((line, cells) for line, cells in rows if cells)
 
@@ -451,13 +449,9 @@ def csv_rows(
         ) from error
 
 
-def _letters(raw: IO[bytes]) -> TextIO:
-    # bytes that are not UTF-8 are kept, so that they cost one row
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
 def _parquet_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
+    from pyarrow.types import is_boolean, is_integer
 
     with pq.ParquetFile(file) as table:
         names = table.schema_arrow.names
@@ -465,18 +459,13 @@ def _parquet_rows(file: Path, is_column: IsColumn) -> Iterator[RawRow]:
         if not any(map(is_column, names)):
             raise DataError(f"{file}: none of its columns is known ({', '.join(names)})")
         # integers are cheap, and may be a label that its name does not show
-        known = [field.name for field in table.schema_arrow if is_column(field.name) or _is_small(field.type)]
+        schema = table.schema_arrow
+        known = [f.name for f in schema if is_column(f.name) or is_boolean(f.type) or is_integer(f.type)]
         number = 0
         for batch in table.iter_batches(_PARQUET_ROWS, columns=known):
             for row in batch.to_pylist():
                 number += 1
                 yield RawRow(number, dict.fromkeys(names) | {name: _decoded_bytes(cell) for name, cell in row.items()})
-
-
-def _is_small(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_boolean(kind) or pa.types.is_integer(kind)
 
 
 def _decoded_bytes(value: Any) -> Any:

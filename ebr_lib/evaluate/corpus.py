@@ -205,8 +205,13 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     if id_column:
         check_ids(path, id_column, all_ids)
     if column:
-        if encoded in (None, column):
-            _check_texts_have_vectors(path, kept[column], valid)
+        # in the column that was encoded, only blank rows have no vector; for others a model gave NaN
+        without = np.flatnonzero(~valid).tolist() if encoded in (None, column) else []
+        if lost := [i for i in without if not is_blank(kept[column][i])]:
+            shown = ", ".join(f"{kept[column][i][:60]!r} (row {i})" for i in lost[:3])
+            raise DataError(
+                f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again"
+            )
         rows = rows[_with_text(path, column, [kept[column][row] for row in rows])]
     ids = [all_ids[row] for row in rows]
     # without text, each row is a document of its own
@@ -238,10 +243,3 @@ def _columns_of(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str, lis
         for name, values in batch.columns.items():
             kept[name] += [value or "" for value in values]
     return np.concatenate(valid), kept
-
-
-def _check_texts_have_vectors(path: Path, texts: Sequence[str], valid: Mask) -> None:
-    """In the column that was encoded, only blank rows have no vector; for others a model gave NaN."""
-    if lost := [i for i in np.flatnonzero(~valid).tolist() if not is_blank(texts[i])]:
-        shown = ", ".join(f"{texts[i][:60]!r} (row {i})" for i in lost[:3])
-        raise DataError(f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again")

@@ -186,7 +186,8 @@ def _nested_judgements(path: Path, records: Sequence[Record]) -> Iterator[Judgem
 def _judgement_rows(path: Path, queries: Collection[str]) -> Iterator[Judgement]:
     chosen: Sequence[int] | None = None
     for number, (line, fields) in enumerate(_judgement_lines(path)):
-        if number == 0 and _is_header(fields, queries):
+        # a first line holds names if it names no query and has no number
+        if number == 0 and fields[0].strip() not in queries and not any(number_in(f) is not None for f in fields):
             chosen = _named_fields(path, fields)
             continue
         if len(fields) <= max(chosen) if chosen else len(fields) not in (3, 4):
@@ -214,11 +215,6 @@ def _judgement_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except DAMAGED as error:
         problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
         raise DataError(f"{path} {problem}: {error}") from error
-
-
-def _is_header(fields: Sequence[str], queries: Collection[str]) -> bool:
-    """A first line holds names if it names no query and has no number."""
-    return fields[0].strip() not in queries and all(number_in(field) is None for field in fields)
 
 
 def _named_fields(path: Path, names: Sequence[str]) -> list[int] | None:

@@ -70,18 +70,14 @@ def fused(
     rrf = Ranking.of_lists(first.relevant, candidates.ids, Fusion("rrf").scores(candidates), first.depth)
     cost = bm25_milliseconds + (time.perf_counter() - start) / max(len(rrf.ids), 1) * 1e3
     yield Step(f"{base} + BM25 (RRF)", base, Fusion("rrf"), rrf, cost)
-    values = np.stack([_values(first, candidates, weight, metric, ks) for weight in WEIGHTS])
+    sums = (Ranking.of_lists(first.relevant, candidates.ids, candidates.convex(w), first.depth) for w in WEIGHTS)
+    values = np.stack([measure(ranking, ks)[metric] for ranking in sums])
     chosen, weight = cross_fitted(values, seed)
     scores = candidates.convex(WEIGHTS[weight])
     for other in set(chosen.tolist()) - {weight}:
         scores[chosen == other] = candidates.convex(WEIGHTS[other])[chosen == other]
     ranking = Ranking.of_lists(first.relevant, candidates.ids, scores, first.depth)
     yield Step(f"{base} + BM25 (weighted)", base, Fusion("weighted", WEIGHTS[weight]), ranking, cost)
-
-
-def _values(first: Ranking, candidates: Candidates, weight: float, metric: str, ks: Sequence[int]) -> Floats:
-    ranking = Ranking.of_lists(first.relevant, candidates.ids, candidates.convex(weight), first.depth)
-    return measure(ranking, ks)[metric]
 
 
 def cross_fitted(values: Floats, seed: int) -> tuple[Ints, int]:

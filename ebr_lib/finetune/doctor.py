@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -169,9 +169,13 @@ def examine(
     known = KnownPositives(rows)
     pairs = known.anchors * (known.documents.max() + 1) + known.documents
     own, differ = known.own_answers(), known.anchors != known.documents
-    masked, without_negatives = _balanced_masking(known, min(batch_size, len(rows)), seed)
-    sample = _sample(rows, seed)
     batch_size = min(batch_size, len(rows))
+    masked, without_negatives = _balanced_masking(known, batch_size, seed)
+    sample = rows
+    if len(rows) > SAMPLE:
+        chosen = np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False)
+        sample = [rows[i] for i in np.sort(chosen)]
+    languages = [language_of(text) for row in sample for text in (row.anchor, row.positive)]
     report = DoctorReport(
         rows=len(rows),
         anchors=len(np.unique(known.anchors)),
@@ -184,7 +188,7 @@ def examine(
         max_seq_length=max_seq_length,
         sampled=len(sample),
         tokens=_tokens(sample, lengths_of, max_seq_length, prompts or {}),
-        languages=_languages(sample),
+        languages={language: languages.count(language) / len(languages) for language in LANGUAGES},
         unknown_share=unknown_of(
             [t for r in sample[:: -(-len(sample) // UNKNOWN_SAMPLE)] for t in (r.anchor, r.positive)]
         ),
@@ -203,7 +207,9 @@ def examine(
         scored=sum(len(row.scores) > 1 for row in rows),
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
-    return _with_advice(report)
+    unfit = filter(None, [unfit_advice(report.unknown_share)])
+    advice = (*unfit, *_row_advice(report), *_batch_advice(report), *_direction_advice(report))
+    return replace(report, advice=advice)
 
 
 # --- counting -----------------------------------------------------------------------------------------------------
@@ -247,13 +253,6 @@ def _both_ways(known: KnownPositives) -> int:
     return int((np.isin(pairs, turned) & (known.anchors != known.documents)).sum())
 
 
-def _sample(rows: Sequence[TrainingRow], seed: int) -> Sequence[TrainingRow]:
-    if len(rows) <= SAMPLE:
-        return rows
-    chosen = np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False)
-    return [rows[i] for i in np.sort(chosen)]
-
-
 def _tokens(
     rows: Sequence[TrainingRow], lengths_of: LengthsOf, limit: int, prompts: Mapping[str, str]
 ) -> tuple[ColumnTokens, ...]:
@@ -289,11 +288,6 @@ def _column_tokens(column: str, lengths: NDArray[np.int64], limit: int) -> Colum
     )
 
 
-def _languages(rows: Sequence[TrainingRow]) -> dict[str, float]:
-    found = [language_of(text) for row in rows for text in (row.anchor, row.positive)]
-    return {language: found.count(language) / len(found) for language in LANGUAGES}
-
-
 def _most_frequent(texts: Sequence[str], numbers: NDArray[np.int64], count: int) -> tuple[tuple[str, int], ...]:
     """The texts of the most frequent numbers, with their counts."""
     _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
@@ -320,7 +314,11 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
         ("空文本 empty texts", report.empty_texts),
     ]
     table = [(name, f"{count:,}", _percent(count, report.rows)) for name, count in counts]
-    table += [_token_row(column, report.max_seq_length) for column in report.tokens]
+    for column in report.tokens:
+        tokens = f"over {report.max_seq_length} tokens (mean {column.mean:.0f}, longest {column.longest})"
+        lost = f", 丢失 lost {_percent(column.lost_share, 1)}" if column.over else ""
+        share = _percent(column.over, column.texts) + lost
+        table.append((f"{column.column} 超过 {tokens}", f"{column.over:,}", share))
     table += [(f"语言 language: {name}", "", _percent(share, 1)) for name, share in report.languages.items() if share]
     table.append(("未知 token unknown tokens", "", f"{report.unknown_share:.1%}"))
     if report.sampled < report.rows:
@@ -346,78 +344,73 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     return table
 
 
-def _token_row(column: ColumnTokens, limit: int) -> tuple[str, str, str]:
-    name = f"{column.column} 超过 over {limit} tokens (mean {column.mean:.0f}, longest {column.longest})"
-    lost = f", 丢失 lost {_percent(column.lost_share, 1)}" if column.over else ""
-    return name, f"{column.over:,}", _percent(column.over, column.texts) + lost
-
-
 # --- advice -------------------------------------------------------------------------------------------------------
 
 
-def _with_advice(report: DoctorReport) -> DoctorReport:
-    return replace(report, advice=tuple(line for check in _CHECKS if (line := check(report))))
+def _row_advice(report: DoctorReport) -> Iterator[str]:
+    """What is wrong with the rows themselves."""
+    if report.rows < FEW_ROWS:
+        yield (
+            f"训练数据过少：只有 {report.rows} 条（少于 {FEW_ROWS} 条），模型容易过拟合。"
+            f"请补充数据，或使用更强的正则化：{STRONG_PRESET}，或专为小数据准备的 {SMALL_DATA_PRESET}。 "
+            f"Only {report.rows} training rows (under {FEW_ROWS}): the model will memorise them; add data, or use "
+            f"the stronger regularisation of {STRONG_PRESET}, or {SMALL_DATA_PRESET}, which is made for few rows."
+        )
+    if report.duplicate_share >= 0.01:
+        yield (
+            f"{report.duplicates:,} 行重复（{report.duplicate_share:.1%}），请去重。 "
+            f"{report.duplicates:,} rows repeat the anchor and positive of another ({report.duplicate_share:.1%}): "
+            "remove them, or the model trains on them more than on others."
+        )
+    if report.positives_as_negatives:
+        yield (
+            f"{report.positives_as_negatives:,} 个负样本同时是该 anchor 的正样本；"
+            "mask_known_positives 会屏蔽它们，但最好修正数据。 "
+            f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives "
+            "leaves them out of the loss, but correct the data."
+        )
+    if report.anchor_is_positive:
+        yield (
+            f"{report.anchor_is_positive:,} 行的 anchor 与 positive 相同，不提供信息，请删除。 "
+            f"{report.anchor_is_positive:,} rows have the same text as anchor and as positive: they teach nothing; "
+            "remove them."
+        )
+    if report.empty_texts:
+        yield f"{report.empty_texts:,} 个文本为空，请删除。 {report.empty_texts:,} texts are empty: remove them."
+    if cut := [column for column in report.tokens if column.over > 0.05 * column.texts]:
+        names = ", ".join(f"{column.column} {_percent(column.over, column.texts)}" for column in cut)
+        enough = max(column.p95 for column in cut)
+        yield (
+            f"文本被截断（{names}）：max_seq_length 为 {enough} 才能完整容纳 95% 的文本；"
+            "模型不支持时，请把要点放在前面。 "
+            f"Texts are cut ({names}): max_seq_length {enough} would hold 95% of them, if the model takes that many; "
+            "otherwise put what matters first."
+        )
 
 
-def _few_rows(report: DoctorReport) -> str | None:
-    if report.rows >= FEW_ROWS:
-        return None
-    return (
-        f"训练数据过少：只有 {report.rows} 条（少于 {FEW_ROWS} 条），模型容易过拟合。"
-        f"请补充数据，或使用更强的正则化：{STRONG_PRESET}，或专为小数据准备的 {SMALL_DATA_PRESET}。 "
-        f"Only {report.rows} training rows (under {FEW_ROWS}): the model will memorise them; add data, or use "
-        f"the stronger regularisation of {STRONG_PRESET}, or {SMALL_DATA_PRESET}, which is made for few rows."
-    )
-
-
-def _duplicates(report: DoctorReport) -> str | None:
-    if report.duplicate_share < 0.01:
-        return None
-    return (
-        f"{report.duplicates:,} 行重复（{report.duplicate_share:.1%}），请去重。 "
-        f"{report.duplicates:,} rows repeat the anchor and positive of another ({report.duplicate_share:.1%}): remove "
-        "them, or the model trains on them more than on others."
-    )
-
-
-def _contradictions(report: DoctorReport) -> str | None:
-    if not report.positives_as_negatives:
-        return None
-    return (
-        f"{report.positives_as_negatives:,} 个负样本同时是该 anchor 的正样本；"
-        "mask_known_positives 会屏蔽它们，但最好修正数据。 "
-        f"{report.positives_as_negatives:,} negatives are known positives of their anchor: mask_known_positives leaves "
-        "them out of the loss, but correct the data."
-    )
-
-
-def _trivial(report: DoctorReport) -> str | None:
-    if not report.anchor_is_positive:
-        return None
-    return (
-        f"{report.anchor_is_positive:,} 行的 anchor 与 positive 相同，不提供信息，请删除。 "
-        f"{report.anchor_is_positive:,} rows have the same text as anchor and as positive: they teach nothing; remove "
-        "them."
-    )
-
-
-def _empty(report: DoctorReport) -> str | None:
-    if not report.empty_texts:
-        return None
-    return f"{report.empty_texts:,} 个文本为空，请删除。 {report.empty_texts:,} texts are empty: remove them."
-
-
-def _too_long(report: DoctorReport) -> str | None:
-    cut = [column for column in report.tokens if column.over > 0.05 * column.texts]
-    if not cut:
-        return None
-    names = ", ".join(f"{column.column} {_percent(column.over, column.texts)}" for column in cut)
-    enough = max(column.p95 for column in cut)
-    return (
-        f"文本被截断（{names}）：max_seq_length 为 {enough} 才能完整容纳 95% 的文本；模型不支持时，请把要点放在前面。 "
-        f"Texts are cut ({names}): max_seq_length {enough} would hold 95% of them, if the model takes that many; "
-        "otherwise put what matters first."
-    )
+def _batch_advice(report: DoctorReport) -> Iterator[str]:
+    """What the rows make of a batch."""
+    if masked := _masked_away(report):
+        yield masked
+        return
+    if report.false_negatives > 0.005 * report.negatives:
+        random = _percent(report.false_negatives, report.negatives)
+        balanced = _percent(report.false_negatives_balanced, report.negatives)
+        # where a few documents have most rows, no order keeps them apart
+        balancing = "balanced_batches, " if report.false_negatives_balanced < report.false_negatives / 2 else ""
+        knobs = f"{balancing}mask_known_positives"
+        yield (
+            f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。"
+            f"请保持 {knobs} 开启（默认）。 "
+            f"Documents repeat: {random} of a random batch's negatives are known positives, {balanced} of a balanced "
+            f"one's. Keep on, as is the default: {knobs}."
+        )
+    if report.documents < report.batch_size:
+        yield (
+            f"不同文档只有 {report.documents} 个，少于批大小 {report.batch_size}：更大的批不会带来更多负例。 "
+            f"There are {report.documents} different documents, fewer than the batch of {report.batch_size}: a batch "
+            f"over {report.documents} adds no new negatives; hard negatives or a smaller batch may."
+        )
 
 
 def _masked_away(report: DoctorReport) -> str | None:
@@ -448,57 +441,11 @@ def _masked_away(report: DoctorReport) -> str | None:
     )
 
 
-def _popular_documents(report: DoctorReport) -> str | None:
-    if report.false_negatives <= 0.005 * report.negatives or _masked_away(report):
-        return None
-    random = _percent(report.false_negatives, report.negatives)
-    balanced = _percent(report.false_negatives_balanced, report.negatives)
-    if report.false_negatives_balanced < report.false_negatives / 2:
-        knobs = "balanced_batches, mask_known_positives"
-    else:  # a few documents have most rows: no order keeps them apart
-        knobs = "mask_known_positives"
-    return (
-        f"文档重复出现：随机批次中 {random} 的负例其实是正例，均衡批次中为 {balanced}。请保持 {knobs} 开启（默认）。 "
-        f"Documents repeat: {random} of a random batch's negatives are known positives, {balanced} of a balanced "
-        f"one's. Keep on, as is the default: {knobs}."
-    )
-
-
-def _item_to_item(report: DoctorReport) -> str | None:
-    if report.bidirectional or report.on_both_sides < 0.1 * report.anchors:
-        return None
-    return (
-        f"{report.on_both_sides:,} 个 anchor 同时是别的 anchor 的正例（{report.both_ways:,} 行双向成对），"
-        "像是商品到商品的数据：可试 bidirectional_loss: true，并让两侧使用相同的提示词。 "
-        f"{report.on_both_sides:,} anchors are positives of other anchors ({report.both_ways:,} rows go both ways): "
-        "this looks like item-to-item data; try bidirectional_loss: true, with one prompt for both sides."
-    )
-
-
-def _few_documents(report: DoctorReport) -> str | None:
-    if report.documents >= report.batch_size or _masked_away(report):
-        return None
-    return (
-        f"不同文档只有 {report.documents} 个，少于批大小 {report.batch_size}：更大的批不会带来更多负例。 "
-        f"There are {report.documents} different documents, fewer than the batch of {report.batch_size}: a batch over "
-        f"{report.documents} adds no new negatives; hard negatives or a smaller batch may."
-    )
-
-
-def _unfit(report: DoctorReport) -> str | None:
-    return unfit_advice(report.unknown_share)
-
-
-_CHECKS = (
-    _unfit,
-    _few_rows,
-    _duplicates,
-    _contradictions,
-    _trivial,
-    _empty,
-    _too_long,
-    _masked_away,
-    _popular_documents,
-    _few_documents,
-    _item_to_item,
-)
+def _direction_advice(report: DoctorReport) -> Iterator[str]:
+    if not report.bidirectional and report.on_both_sides >= 0.1 * report.anchors:
+        yield (
+            f"{report.on_both_sides:,} 个 anchor 同时是别的 anchor 的正例（{report.both_ways:,} 行双向成对），"
+            "像是商品到商品的数据：可试 bidirectional_loss: true，并让两侧使用相同的提示词。 "
+            f"{report.on_both_sides:,} anchors are positives of other anchors ({report.both_ways:,} rows go both "
+            "ways): this looks like item-to-item data; try bidirectional_loss: true, with one prompt for both sides."
+        )

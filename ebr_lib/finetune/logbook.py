@@ -65,10 +65,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def draw_curve(log: Path, picture: Path, metric: str, *, threshold: float = 0.0) -> None:
+def draw_curve(log: Path, picture: Path, metric: str, *, best_step: int | None = None) -> None:
     """Draw training loss, held-out loss and held-out metric over the steps, and mark the step whose weights are kept.
 
-    :param threshold: the smallest improvement that counted.
+    :param best_step: that step, if there is one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -91,20 +91,10 @@ def draw_curve(log: Path, picture: Path, metric: str, *, threshold: float = 0.0)
         right = left.twinx()
         right.plot(*zip(*evaluated, strict=True), "s-", color="tab:green", label=f"held-out {metric}", markersize=4)
         right.set_ylabel(metric)
-    if (best := best_step(evaluated, metric, threshold)) is not None:
-        left.axvline(best, color="0.4", linestyle=":", label=f"best step {best}")
+    if best_step is not None:
+        left.axvline(best_step, color="0.4", linestyle=":", label=f"best step {best_step}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(picture)
-
-
-def best_step(evaluated: Sequence[tuple[int, float]], metric: str, threshold: float) -> int | None:
-    """The step whose weights `KeepBest` keeps, from (step, value); step 0 is before training, and never kept."""
-    sign = -1 if metric == LOWER_IS_BETTER else 1
-    step, best = None, -math.inf
-    for at, value in evaluated:
-        if at and sign * value - best > threshold:
-            step, best = at, sign * value
-    return step
 
 
 def _compared(entry: Mapping[str, Any]) -> Any:

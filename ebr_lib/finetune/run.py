@@ -134,7 +134,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         tables=tables,
     )
     if trainer.is_world_process_zero():
-        _save(config, rows, model, base, paths=paths, result=result, reporting=halves.reporting if halves else None)
+        reporting, best_step = halves.reporting if halves else None, trainer.best_step
+        _save(config, rows, model, base, paths=paths, result=result, reporting=reporting, best_step=best_step)
         for name in ("strengths", "before_after"):
             if name in tables:
                 logger.info("%s", as_text(tables[name]), extra=RESULT)
@@ -277,6 +278,7 @@ def _save(
     paths: Paths,
     result: FinetuneResult,
     reporting: NDArray[np.bool_] | None,
+    best_step: int | None,
 ) -> None:
     """Save the model, and beside it all that explains it; remove the checkpoints once everything is in place."""
     from ebr_lib.finetune import logbook, saving
@@ -290,9 +292,7 @@ def _save(
         config.save(folder / CONFIG_FILE)
         shutil.copy(paths.checkpoints / LOG_FILE, folder / LOG_FILE)
         logbook.log_result(folder / LOG_FILE, result)
-        logbook.draw_curve(
-            folder / LOG_FILE, folder / CURVE_FILE, config.best_metric, threshold=config.early_stopping_threshold
-        )
+        logbook.draw_curve(folder / LOG_FILE, folder / CURVE_FILE, config.best_metric, best_step=best_step)
         save_heldout(rows, folder, reporting)
         if config.mine_hard_negatives or config.reranker_name:
             save_rows(rows.train, folder / MINED_FILE)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ebr_lib.data.pairs import training_files
+from ebr_lib.data.pairs import find_pair_files
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.extras import require
 from ebr_lib.files import make_folder, sha256_of, write_json
@@ -212,10 +212,7 @@ class _State:
 def _what_decides(config: FinetuneConfig, sweep: Sweep) -> dict[str, Any]:
     """All that the trials of one sweep share; more of them may be asked for later."""
     knobs = {name: value for name, value in config.to_dict().items() if name in NAMED or name not in FREE_ON_RESUME}
-    files = [
-        *training_files(config.data_path),
-        *(training_files(config.eval_data_path) if config.eval_data_path else ()),
-    ]
+    files = [file for path in (config.data_path, config.eval_data_path) if path for file in find_pair_files(path)]
     shared = knobs | {"data files": [sha256_of(file) for file in files]} | sweep.model_dump(exclude={"trials"})
     return json.loads(json.dumps(shared))
 

@@ -206,12 +206,17 @@ class EbrTrainer(SentenceTransformerTrainer):
         return next((one for one in self.callback_handler.callbacks if isinstance(one, KeepBest)), None)
 
     @property
+    def best_step(self) -> int | None:
+        """The step with the best weights; None where nothing was evaluated."""
+        return self._best.best_step if self._best and self._best.best is not None else None
+
+    @property
     def measured_best(self) -> GroupMeans | None:
         """The means of the best weights, as measured in training: the same number in log, curve and table.
 
         None where this process did not measure them, as after a resumed run that got no better.
         """
-        return self.measured.get(self._best.best_step) if self._best and self._best.best is not None else None
+        return None if self.best_step is None else self.measured.get(self.best_step)
 
     def restore_best(self) -> None:
         """Put the best weights back into the model."""

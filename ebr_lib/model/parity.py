@@ -160,15 +160,12 @@ def _compare_side(
     own = {kind: vectors[:, :dims] for kind, vectors in whole.items()}
     gaps = [Gap(trained.side, kind, _distance(given[kind], own[kind])) for kind in given]
     search = _Search(trained, texts, given, allowed, dims)
-    return gaps, itertools.chain(_wrong_lengths(given, own, whole), search.causes(), _refusal(refused))
-
-
-def _refusal(message: str) -> Iterator[str]:
-    if message:
-        yield (
-            f"truncation (long texts are refused: {message}; start TEI with --auto-truncate, or let every request to "
-            "vLLM say truncate_prompt_tokens)"
-        )
+    long_texts = (
+        f"truncation (long texts are refused: {refused}; start TEI with --auto-truncate, or let every request to vLLM "
+        "say truncate_prompt_tokens)"
+    )
+    causes = itertools.chain(_wrong_lengths(given, own, whole), search.causes(), [long_texts] if refused else [])
+    return gaps, causes
 
 
 def _checked(vectors: Vectors, count: int, dim: int) -> Vectors:

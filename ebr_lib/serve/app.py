@@ -152,15 +152,14 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    def sender(name: str) -> Any:
+        async def send() -> FileResponse:
+            return FileResponse(HERE / name)
+
+        return send
+
     for path, name in (("/", "page.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
-        app.get(path, name=name)(_file(name))
-
-
-def _file(name: str) -> Any:
-    async def send() -> FileResponse:
-        return FileResponse(HERE / name)
-
-    return send
+        app.get(path, name=name)(sender(name))
 
 
 def _add_vectors(app: FastAPI, served: Served) -> None:

@@ -345,12 +345,17 @@ def find_clusters(unit: Vectors, k: int | None, labels: int, seed: int, typical:
     place[order] = np.arange(len(order))
     codes = place[codes]
     separated = separation(unit, codes)
+
+    def nearest(rows: Ints) -> tuple[int, ...]:
+        products = unit[rows] @ unit[rows].mean(axis=0)
+        return tuple(rows[np.argsort(-products, kind="stable")[:typical]].tolist())
+
     return Clusters(
         codes=codes,
         why=why,
         silhouette=separated.silhouette if separated else float("nan"),
         sizes=tuple(int(s) for s in sizes[order]),
-        typical=tuple(_typical(unit, np.flatnonzero(codes == c), typical) for c in range(len(sizes))),
+        typical=tuple(nearest(np.flatnonzero(codes == c)) for c in range(len(sizes))),
     )
 
 
@@ -380,11 +385,6 @@ def _kmeans(unit: Vectors, k: int, seed: int) -> Ints:
     trainer = faiss.Kmeans(dim, k, niter=25, nredo=2, spherical=True, seed=seed, min_points_per_centroid=1)
     trainer.train(unit)
     return np.asarray(trainer.index.search(unit, 1)[1][:, 0], dtype=np.int64)
-
-
-def _typical(unit: Vectors, rows: Ints, most: int) -> tuple[int, ...]:
-    products = unit[rows] @ unit[rows].mean(axis=0)
-    return tuple(int(r) for r in rows[np.argsort(-products, kind="stable")[:most]])
 
 
 def agreement(codes: Ints, others: Ints) -> tuple[float, float]:

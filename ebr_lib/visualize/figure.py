@@ -70,7 +70,9 @@ def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str)
     across, down = min(2, len(panels)), (len(panels) + 1) // 2
     side = PANEL if across > 1 else SINGLE
     width = across * side + EDGE
-    upright = max(map(_height_to_width, panels)) * (side - 0.2)  # height of a map
+    across_up = [np.ptp(panel.coords, axis=0) for panel in panels]
+    # as flat as the points are, at most square
+    upright = max(float(np.clip(up / w if w > 0 else 1, FLATTEST, 1)) for w, up in across_up) * (side - 0.2)
     title = wrapped(title, width - 2 * EDGE, size_in_inches(TITLE_SIZE, "bold"))
     caption = wrapped(caption, width - 2 * EDGE, size_in_inches(SMALL_SIZE))
     legend = _Legend.of(groups, width - 2 * EDGE)
@@ -89,12 +91,6 @@ def _composed(panels: Sequence[Panel], groups: Groups, title: str, caption: str)
     )
     legend.draw(figure, bottom + legend.height)
     return figure
-
-
-def _height_to_width(panel: Panel) -> float:
-    """Shape of a map's frame: as flat as its points are, at most square."""
-    across, up = np.ptp(panel.coords, axis=0)
-    return float(np.clip(up / across if across > 0 else 1, FLATTEST, 1))
 
 
 def _draw_panel(axes: Axes, panel: Panel, groups: Groups) -> None:

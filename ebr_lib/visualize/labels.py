@@ -102,7 +102,7 @@ def cores_of(coords: Points, groups: Groups) -> Points:
         near = labelled & ((coords >= core.min(axis=0)) & (coords <= core.max(axis=0))).all(axis=1)
         counts = np.bincount(codes[near])
         if counts[code] == counts.max():
-            places[code] = _middle(core)
+            places[code] = core[((core - np.median(core, axis=0)) ** 2).sum(axis=1).argmin()]  # its middle
     return places
 
 
@@ -116,11 +116,6 @@ def _core(points: Points, cells: int = 10) -> Points:
     np.add.at(counts, (cell[:, 0], cell[:, 1]), 1)
     densest = np.unravel_index(uniform_filter(counts, 3, mode="constant").argmax(), counts.shape)
     return points[(np.abs(cell - densest) <= 1).all(axis=1)]
-
-
-def _middle(core: Points) -> Points:
-    """The point in the middle of a core."""
-    return core[((core - np.median(core, axis=0)) ** 2).sum(axis=1).argmin()]
 
 
 @dataclass

@@ -112,7 +112,10 @@ def visualize_embeddings(config: VisConfig | Mapping[str, Any] | None = None) ->
     require("view")
     _check_places(config)
     vectors, old = _read(config)
-    _warn_of_absent_fonts(config.chinese_fonts)
+    # only of fonts that the user named; the default names those of every system
+    named = [name for name in config.chinese_fonts if name not in VisConfig().chinese_fonts]
+    if absent := fonts.absent_fonts(named):
+        logger.warning("chinese_fonts: 没有字体 no font %s here; using others", ", ".join(absent))
     health = health_of(vectors, config.seed)
     labels = _labels(vectors, config.label_column)
     wanted = len(labels.names) if labels and len(labels.names) <= SCORED else 0
@@ -149,12 +152,6 @@ def _read(config: VisConfig) -> tuple[LabelledVectors, LabelledVectors | None]:
     if config.compare_path is None:
         return read_labelled(path, label, text, None, kept), None
     return read_both(path, config.compare_path, label=label, text=text, key=config.id_column, kept=kept)
-
-
-def _warn_of_absent_fonts(names: Sequence[str]) -> None:
-    """Only of fonts that the user named; the default names those of every system."""
-    if absent := fonts.absent_fonts([name for name in names if name not in VisConfig().chinese_fonts]):
-        logger.warning("chinese_fonts: 没有字体 no font %s here; using others", ", ".join(absent))
 
 
 def _labels(vectors: LabelledVectors, column: str | None) -> Groups | None:
@@ -228,18 +225,14 @@ def _written(
 def _title(config: VisConfig, n: int) -> str:
     """The model, or both, the data and the number of items, as far as manifests say."""
     manifest = read_manifest(config.embedding_path) or {}
-    models = [_model_in(path) for path in (config.compare_path, config.embedding_path) if path]
+    files = [path for path in (config.compare_path, config.embedding_path) if path]
+    # a file's own name where no manifest has the model's
+    models = [Path(Provenance.of(read_manifest(path) or {}).name or path).name for path in files]
     inputs = [Path(file["path"]).name for file in manifest.get("inputs", [])]
     data = inputs[0] if inputs else ""
     if len(inputs) > 1:
         data += f" and {len(inputs) - 1} more"
     return " · ".join(filter(None, [" → ".join(models), data, f"{n:,} items"]))
-
-
-def _model_in(path: str) -> str:
-    """The name of the model that made an embedding file; the file's own name where no manifest has it."""
-    name = Provenance.of(read_manifest(path) or {}).name
-    return Path(name or path).name
 
 
 def _panels(maps: Maps, before: Maps | None) -> Iterator[Panel]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,8 +155,11 @@ def tables_of(now: Side, before: Side | None, labels: Groups | None) -> dict[str
         among = f": neighbours among the {drawn:,} projected rows" if drawn < len(now.vectors) else ""
         tables["labels"] = _score_table(now, before, labels, f"Labels ({labels.title}){among}")
         tables["confusions"] = _confusion_table(now, labels, among)
-    meanings = _meaning_table(tables.values(), now, before)
-    return {"numbers": _short_table(now, before)} | tables | {"meanings": meanings}
+    measures = (name.removesuffix(" before").removesuffix(" after") for table in tables.values() for name in table)
+    meanings = MEANINGS | {KEPT: (MEANINGS[KEPT][0], _meaning_of_kept(now, before))}
+    rows = [(name, *meanings[name]) for name in dict.fromkeys(measures) if name in meanings]
+    explained = make_table("What the columns mean", ("column", "better", "meaning"), rows)
+    return {"numbers": _short_table(now, before)} | tables | {"meanings": explained}
 
 
 def _short_table(now: Side, before: Side | None) -> DataFrame:
@@ -237,14 +239,6 @@ def _moved_table(now: Side, before: Side, most: int = 10) -> DataFrame:
     columns = ("item", STILL, MOVED_TO, "nearest before", "nearest after")
     title = f"Neighbours that changed most (on average {shared.mean():.0%} are still there)"
     return make_table(title, columns, shown, width=50)
-
-
-def _meaning_table(tables: Iterable[DataFrame], now: Side, before: Side | None) -> DataFrame:
-    """What the columns of the other tables mean, each once."""
-    measures = (name.removesuffix(" before").removesuffix(" after") for table in tables for name in table)
-    meanings = MEANINGS | {KEPT: (MEANINGS[KEPT][0], _meaning_of_kept(now, before))}
-    rows = [(name, *meanings[name]) for name in dict.fromkeys(measures) if name in meanings]
-    return make_table("What the columns mean", ("column", "better", "meaning"), rows)
 
 
 def _meaning_of_kept(now: Side, before: Side | None) -> str:

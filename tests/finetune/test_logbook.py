@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ebr_lib.finetune.callbacks import KeepBest
-from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, best_step, causes_of_nan, draw_curve, read_log
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan, draw_curve, read_log
 
 HARMLESS = RunFacts(
     rows=5000, anchors=4000, documents=3000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000
@@ -129,22 +128,6 @@ def test_the_curve_of_training_is_on_the_scale_of_the_held_out_loss(tmp_path, mo
     assert drawn == [("training loss", [2.0, 1.5]), ("held-out loss", [2.1])]
 
 
-@pytest.mark.parametrize(
-    ("values", "metric", "threshold", "step"),
-    [
-        ([(0, 0.9), (5, 0.5), (10, 0.6), (15, 0.6)], "ndcg@10", 0.0, 10),
-        ([(0, 0.1), (5, 0.5), (10, 0.6), (15, 0.58)], "ndcg@10", 0.2, 5),
-        ([(0, 0.1), (5, 2.0), (10, 1.5), (15, 1.7)], "loss", 0.0, 10),
-        ([(0, 0.1)], "ndcg@10", 0.0, None),
-    ],
-)
-def test_the_best_step_is_the_one_that_is_kept(values, metric, threshold, step):
-    kept = KeepBest(metric, 0, threshold, "")
-    for at, value in values[1:]:
-        kept.offer(value, at)
-    assert best_step(values, metric, threshold) == step == (kept.best_step or None)
-
-
 @pytest.mark.parametrize("metric", ["ndcg@10", "loss"])
 def test_the_curve_is_a_picture_of_what_was_logged(tmp_path, metric):
     log = tmp_path / "log.jsonl"
@@ -152,5 +135,5 @@ def test_the_curve_is_a_picture_of_what_was_logged(tmp_path, metric):
         '{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 1.0, "eval_ndcg@10": 0.5}\n{"step": 3, "loss": null}\n'
         '{"step": 4, "eval_loss": null, "eval_ndcg@10": null}\n'
     )
-    draw_curve(log, tmp_path / "curve.png", metric)
+    draw_curve(log, tmp_path / "curve.png", metric, best_step=2)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
