@@ -213,12 +213,9 @@ class KnownPositives:
         self.columns[:, 1:][np.arange(self.columns.shape[1] - 1) < per_row[:, None]] = negatives
         self._columns = torch.from_numpy(self.columns)
         self._anchors = torch.from_numpy(self.anchors)
-        self._pairs = torch.from_numpy(self._coded())
-
-    def _coded(self) -> Ints:
-        one, other = self.anchors, self.documents
-        texts = np.arange(self._base)
-        return np.unique(np.concatenate([one * self._base + other, other * self._base + one, texts * (self._base + 1)]))
+        one, other, base = self.anchors, self.documents, self._base
+        coded = np.concatenate([one * base + other, other * base + one, np.arange(base) * (base + 1)])
+        self._pairs = torch.from_numpy(np.unique(coded))
 
     def mask(self, rows: Tensor) -> Tensor:
         """Which documents of a batch answer which of its anchors, each row's own positive included.

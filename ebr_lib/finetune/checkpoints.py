@@ -36,7 +36,8 @@ def find_checkpoint(folder: Path, run: Mapping[str, Any], *, resume: bool) -> st
             return last
         logger.info("没有可继续的检查点，从头训练 no checkpoint to go on from in %s: starting at the beginning", folder)
     if note.is_file() and _last_complete_checkpoint(folder):
-        aside = _free_name(folder.with_name(folder.name + ".previous"))
+        places = (folder.with_name(f"{folder.name}.previous{f'-{n}' if n > 1 else ''}") for n in count(1))
+        aside = next(place for place in places if not place.exists())
         folder.rename(aside)
         logger.warning("上次中断的检查点已移到 checkpoints of an unfinished run were moved to %s", aside)
     elif note.is_file():
@@ -61,12 +62,6 @@ def _rename_moved_run(folder: Path, run: Mapping[str, Any]) -> None:
             note.parent.rename(folder)
             logger.info("检查点已改名 checkpoints of the same run: %s is now %s", note.parent, folder)
             return
-
-
-def _free_name(place: Path) -> Path:
-    """`place`, or with the first free number after it."""
-    names = (place if n == 1 else place.with_name(f"{place.name}-{n}") for n in count(1))
-    return next(name for name in names if not name.exists())
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:

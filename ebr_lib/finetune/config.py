@@ -447,5 +447,3 @@ class FinetuneConfig(Config):
             yield "mining_corpus_path does nothing alone: set mine_hard_negatives or positive_rank_max"
         if self.reranker_name and not (self.mine_hard_negatives or self.distill_weight):
             yield "reranker_name does nothing alone: set mine_hard_negatives or distill_weight"
-        if self.logq_correction and (self.shares or self.one_file_batches):
-            yield "logq_correction counts each row once per epoch; choose it, or shares and one_file_batches"

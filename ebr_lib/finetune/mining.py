@@ -76,7 +76,9 @@ def mine_hard_negatives(
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
     found = _far_enough(pool, first_rank, last_rank, margin)
     candidates = _without_dropped(_candidates(found, pool), rows, [pool.texts[i] for i in found.document], dropped)
-    preferred = [_preferred(places, choice, (seed, row)) for row, places in enumerate(candidates)]
+    preferred = candidates
+    if choice == "random":
+        preferred = [np.random.default_rng((seed, row)).permutation(places) for row, places in enumerate(candidates)]
     if reranker is None:
         taken = [np.sort(places[:count]) for places in preferred]
     else:
@@ -136,7 +138,8 @@ def _far_enough(pool: Pool, first: int, last: int, margin: float | None) -> _Fou
     if first > last:
         return _Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     groups = _groups(np.bincount(pairs.anchor), last)
-    parts = [_searched(vectors, _of_anchors(pairs, group), first, last, margin) for group in groups]
+    chosen = (np.isin(pairs.anchor, group) for group in groups)
+    parts = [_searched(vectors, Pairs(pairs.anchor[c], pairs.document[c]), first, last, margin) for c in chosen]
     anchor, document, cosine = map(np.concatenate, zip(*parts, strict=True))
     return _Found(anchor, document, cosine).at(np.argsort(anchor, kind="stable"))
 
@@ -149,11 +152,6 @@ def _groups(positives: Ints, window: int) -> Iterator[Ints]:
         size = max(1, int(np.searchsorted(cells, _CELLS, side="right")))
         yield order[:size]
         order = order[size:]
-
-
-def _of_anchors(pairs: Pairs, anchors: Ints) -> Pairs:
-    here = np.isin(pairs.anchor, anchors)
-    return Pairs(pairs.anchor[here], pairs.document[here])
 
 
 def _searched(vectors: _Vectors, pairs: Pairs, first: int, last: int, margin: float | None) -> _Found:
@@ -215,11 +213,6 @@ def _without_dropped(
         answers = barred.get(normalised(row.anchor), set())
         kept.append(places[[normalised(texts[place]) not in answers for place in places]] if answers else places)
     return kept
-
-
-def _preferred(places: Ints, choice: MiningChoice, seed: tuple[int, int]) -> Ints:
-    """A row's candidates in the order in which they are taken."""
-    return places if choice == "top" else np.random.default_rng(seed).permutation(places)
 
 
 class _Judge:

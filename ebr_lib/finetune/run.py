@@ -84,7 +84,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     rows = _read(config, paths)
     catalogue = _read_catalogue(config, rows)
 
-    from ebr_lib.finetune import setup  # loads torch for seconds: not before config and data are known to be right
+    # these load torch for seconds: not before config and data are known to be right
+    from ebr_lib.finetune import logbook, setup
 
     guard = setup.read_guard_task(config)
     config, precision = setup.settle_precision(config)
@@ -103,13 +104,13 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     first, first_guard = setup.measure(config, rows.task, model), setup.measure_guard(config, guard, model)
     measuring = time.perf_counter() - start
     fp16 = precision.dtype == "float16"
-    watch = setup.make_watch(config, report, model, fp16=fp16)
+    watch = setup.make_watch(config, report, model)
     halves = setup.halves_to_measure(config, rows.task) if rows.task else None
     trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16, halves=halves)
     trainer.first_means = rows.task.means(first, halves.choosing) if rows.task and halves else None
     checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base, catalogue))
     config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
-    watch.causes_of_nan = setup.causes_of_nan_in(config, fp16=fp16)
+    watch.causes_of_nan = logbook.causes_of_nan(config.learning_rate, config.temperature, fp16)
     seconds = _train(trainer, paths, checkpoint, measuring=measuring)
     _check_end(model, paths, watch.causes_of_nan)
     settled = setup.settle_strength(
@@ -187,11 +188,6 @@ def _read_catalogue(config: FinetuneConfig, rows: Rows) -> Catalogue | None:
     return kept
 
 
-def _by_file(config: FinetuneConfig) -> bool:
-    """Whether batches depend on the files that rows come from."""
-    return bool(config.shares) or config.one_file_batches
-
-
 def _what_decides(
     config: FinetuneConfig, rows: Rows, base: ModelIdentity, catalogue: Catalogue | None
 ) -> dict[str, Any]:
@@ -208,9 +204,10 @@ def _what_decides(
     for knob in ("guide_model", "reranker_name"):
         if run[knob]:
             run[f"{knob}_sha256"] = sorted(weights_of(run[knob]))
+    by_file = bool(config.shares) or config.one_file_batches  # batches depend on the files that rows come from
     return run | {
         "data_sha256": rows.sha256,
-        "rows_per_file": list(Counter(row.file for row in rows.train).values()) if _by_file(config) else None,
+        "rows_per_file": list(Counter(row.file for row in rows.train).values()) if by_file else None,
         "mining_corpus_sha256": catalogue.sha256 if catalogue else None,
         "model_sha256": base.sha256 or base.name,
         "base_sha256": base.base_sha256 or base.base_model,

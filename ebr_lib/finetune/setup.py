@@ -31,7 +31,7 @@ from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.guard import read_guard
 from ebr_lib.finetune.guide import Guide
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
-from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts
 from ebr_lib.finetune.losses import ContrastiveLoss, Guided, base_model_only
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
@@ -507,8 +507,8 @@ def _column_prompts(config: FinetuneConfig, model: SentenceTransformer) -> dict[
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTransformer, *, fp16: bool) -> LossWatch:
-    """What warns when the loss goes wrong."""
+def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTransformer) -> LossWatch:
+    """What warns when the loss goes wrong; the causes of NaN are added when the temperature is settled."""
     facts = RunFacts(
         rows=report.rows,
         anchors=report.anchors,
@@ -517,12 +517,7 @@ def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTran
         learning_rate=config.learning_rate,
         trainable_parameters=trainable_counts(model)[0],
     )
-    return LossWatch(facts, causes_of_nan_in(config, fp16=fp16))
-
-
-def causes_of_nan_in(config: FinetuneConfig, *, fp16: bool) -> list[str]:
-    """What may make this run's numbers too large."""
-    return causes_of_nan(config.learning_rate, config.temperature, fp16)
+    return LossWatch(facts, [])
 
 
 def make_trainer(

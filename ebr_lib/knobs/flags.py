@@ -100,23 +100,26 @@ def _metavar(kind: Any) -> str:
     return text if len(text) <= LONGEST_CHOICES else "CHOICE" if all(map(str.islower, words)) else "VALUE"
 
 
-def _value_words(kind: Any) -> Iterator[str]:
-    if kind is type(None):
-        return
-    if kind == Place:
-        yield "PATH"
-    elif get_origin(kind) in (typing.Union, types.UnionType, tuple):
+def _leaves(kind: Any) -> Iterator[Any]:
+    """The types and choices that a union, a list or a constrained type is made of, without None."""
+    if get_origin(kind) in (typing.Union, types.UnionType, tuple):
         for inner in get_args(kind):
-            if inner is not Ellipsis:
-                yield from _value_words(inner)
-    elif get_origin(kind) is typing.Annotated:
-        yield from _value_words(get_args(kind)[0])
-    elif get_origin(kind) is typing.Literal:
-        yield from map(str, get_args(kind))
-    elif get_origin(kind) is dict:
-        yield "YAML"
-    else:
-        yield {bool: "true|false", int: "INT", float: "NUMBER"}.get(kind, "TEXT")
+            yield from _leaves(inner)
+    elif get_origin(kind) is typing.Annotated and kind != Place:
+        yield from _leaves(get_args(kind)[0])
+    elif kind not in (type(None), Ellipsis):
+        yield kind
+
+
+def _value_words(kind: Any) -> Iterator[str]:
+    for leaf in _leaves(kind):
+        if get_origin(leaf) is typing.Literal:
+            yield from map(str, get_args(leaf))
+        elif leaf == Place:
+            yield "PATH"
+        else:
+            word = "YAML" if get_origin(leaf) is dict else "TEXT"
+            yield {bool: "true|false", int: "INT", float: "NUMBER"}.get(leaf, word)
 
 
 def _range_of(kind: Any) -> str:
@@ -184,14 +187,7 @@ def _list_items(part: str) -> list[str]:
 
 
 def _takes_text(kind: Any) -> bool:
-    if get_origin(kind) is typing.Annotated:
-        return _takes_text(get_args(kind)[0])
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_takes_text(k) for k in get_args(kind)) and not any(_is_number(k) for k in get_args(kind))
-    if get_origin(kind) is typing.Literal:
-        return all(isinstance(v, str) for v in get_args(kind))
-    return kind is str
-
-
-def _is_number(kind: Any) -> bool:
-    return (get_args(kind)[0] if get_origin(kind) is typing.Annotated else kind) in (int, float)
+    leaves = list(_leaves(kind))
+    return any(leaf in (str, Place) or get_origin(leaf) is typing.Literal for leaf in leaves) and not (
+        int in leaves or float in leaves
+    )

@@ -50,11 +50,6 @@ def test_unreachable_hub_says_what_to_do(caplog):
     assert "nobody/no-such-model is not a folder here; asking the hub" in caplog.text
 
 
-def test_remote_code_is_off_and_the_error_names_the_argument(tiny_models):
-    with pytest.raises(ModelError, match="trust_remote_code"):
-        load_model(str(tiny_models("kalm")), device="cpu")
-
-
 def test_remote_code_runs_when_allowed_and_looks_both_ways(tiny_models):
     import torch
 
