@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
@@ -43,7 +44,7 @@ from ebr_lib.finetune.processes import from_first_process, is_first_process, tra
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
 from ebr_lib.finetune.reranking import remembered_scores, with_teacher_scores
 from ebr_lib.finetune.rows import Rows
-from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC
+from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC, NO_WARM_UP, scheduler_extras
 from ebr_lib.finetune.signals import ExpectedCounts
 from ebr_lib.finetune.sources import (
     NO_IN_BATCH_NEGATIVES,
@@ -66,7 +67,7 @@ from ebr_lib.finetune.strength import (
 )
 from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
 from ebr_lib.finetune.trackers import name_of_run, tensorboard
-from ebr_lib.finetune.trainer import EbrTrainer, training_arguments
+from ebr_lib.finetune.trainer import EbrTrainer, count_steps
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.adapters import (
     adapter_weights,
@@ -92,6 +93,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from sentence_transformers import SentenceTransformer
 
+# every second layer is run again in backward: half of the activations, for a quarter more time
+CHECKPOINTED = 2
 SIDES: dict[str, Side] = {"anchor": "query", "positive": "document"}
 
 
@@ -582,29 +585,14 @@ def make_trainer(
     mix = _mix(config, rows)
     run_name = name_of_run(config.run_name, model_label(config.model_name))
     arguments = training_arguments(
+        config,
         paths.checkpoints,
         rows=len(rows.train) if mix is None else mix.batches_in(batching.compared) * batching.compared,
         batch_size=batching.compared,
-        num_epochs=config.num_epochs,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
         evaluate=rows.task is not None,
         per_device_eval_batch_size=data.eval_batch,
-        learning_rate=config.learning_rate,
-        warmup_ratio=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.gradient_checkpointing,
         fp16=fp16,
-        dataloader_num_workers=config.dataloader_num_workers,
-        pin_memory=config.dataloader_pin_memory,
-        metric_for_best_model=f"eval_{config.best_metric}",
-        greater_is_better=config.best_metric != LOWER_IS_BETTER,
         prompts=prompts,
-        seed=config.seed,
-        report_to=[name for name in config.report_to if name != "tensorboard"],
         run_name=run_name,
     )
     noise = None
@@ -633,6 +621,53 @@ def make_trainer(
         anchor_prompts=anchor_prompts,
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
+    )
+
+
+def training_arguments(
+    config: FinetuneConfig, folder: Path, *, rows: int, batch_size: int, evaluate: bool, **more: Any
+) -> SentenceTransformerTrainingArguments:
+    """The library's arguments: what the knobs say, and what follows from the number of steps.
+
+    :param rows: training rows of an epoch.
+    :param more: further arguments, as the library names them.
+    """
+    name, rises = config.lr_scheduler_type, config.best_metric != LOWER_IS_BETTER
+    if config.warmup_ratio and name in NO_WARM_UP:
+        logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", config.warmup_ratio, name)
+    steps = count_steps(rows, batch_size, config.gradient_accumulation_steps, config.num_epochs)
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=config.num_epochs,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=scheduler_extras(name, steps, config.num_epochs, config.learning_rate, rises),
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"every_n_layers": CHECKPOINTED},
+        metric_for_best_model=f"eval_{config.best_metric}",
+        greater_is_better=rises,
+        eval_strategy=("steps" if config.eval_steps else "epoch") if evaluate else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.save_steps else "epoch",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, min(50, steps // 40)),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # which would log 0 for NaN
+        dataloader_num_workers=config.dataloader_num_workers,
+        dataloader_drop_last=world_size() > 1,  # as the library insists; `EpochBatches` drops nothing
+        dataloader_pin_memory=config.dataloader_pin_memory and training_device() != "cpu",
+        ddp_find_unused_parameters=False,
+        use_cpu=training_device() == "cpu",
+        seed=config.seed,
+        report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
+        **more,
     )
 
 

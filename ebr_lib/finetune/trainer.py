@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import trainer as library_trainer
@@ -38,8 +38,7 @@ from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator, PromptC
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
-from ebr_lib.finetune.processes import training_device, world_size
-from ebr_lib.finetune.schedulers import NO_WARM_UP, scheduler_extras
+from ebr_lib.finetune.processes import world_size
 from ebr_lib.finetune.sources import Mix, MixedBatches
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import adapter_weights, read_adapter, set_adapter_weights
@@ -51,71 +50,12 @@ from ebr_lib.names import LOW_MEMORY_PRESET, METRICS
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
 
 MEMORY_ADVICE = "train_batch_size → gradient_accumulation_steps → gradient_checkpointing → max_seq_length"
-# every second layer is run again in backward: half of the activations, for a quarter more time
-CHECKPOINTED = 2
-
-
-# --- arguments ----------------------------------------------------------------------------------------------------
 
 
 def count_steps(rows: int, batch_size: int, accumulation: int, epochs: float) -> int:
     """Steps of a run, as the library counts them: an epoch's last batch and last step may be smaller."""
     batches = -(-rows // (batch_size * world_size()))
     return math.ceil(-(-batches // accumulation) * epochs)
-
-
-def training_arguments(
-    folder: Path,
-    *,
-    rows: int,
-    batch_size: int,
-    num_epochs: float,
-    gradient_accumulation_steps: int,
-    lr_scheduler_type: str,
-    learning_rate: float,
-    warmup_ratio: float,
-    greater_is_better: bool,
-    eval_steps: int,
-    save_steps: int,
-    evaluate: bool,
-    pin_memory: bool = False,
-    report_to: Sequence[str] = (),
-    **others: Any,
-) -> SentenceTransformerTrainingArguments:
-    """The library's arguments, with those that depend on the number of steps."""
-    if warmup_ratio and lr_scheduler_type in NO_WARM_UP:
-        logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", warmup_ratio, lr_scheduler_type)
-    steps = count_steps(rows, batch_size, gradient_accumulation_steps, num_epochs)
-    return SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        num_train_epochs=num_epochs,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        lr_scheduler_type=lr_scheduler_type,
-        lr_scheduler_kwargs=scheduler_extras(lr_scheduler_type, steps, num_epochs, learning_rate, greater_is_better),
-        learning_rate=learning_rate,
-        warmup_steps=warmup_ratio,
-        greater_is_better=greater_is_better,
-        eval_strategy=("steps" if eval_steps else "epoch") if evaluate else "no",
-        eval_steps=eval_steps or None,
-        save_strategy="steps" if save_steps else "epoch",
-        save_steps=save_steps or 500,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=max(1, min(50, steps // 40)),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # which would log 0 for NaN
-        dataloader_drop_last=world_size() > 1,  # as the library insists; `EpochBatches` drops nothing
-        dataloader_pin_memory=pin_memory and training_device() != "cpu",
-        ddp_find_unused_parameters=False,
-        use_cpu=training_device() == "cpu",
-        activation_checkpointing_kwargs={"every_n_layers": CHECKPOINTED},
-        report_to=list(report_to),
-        **others,
-    )
-
-
-# --- the trainer --------------------------------------------------------------------------------------------------
 
 
 class EbrTrainer(SentenceTransformerTrainer):

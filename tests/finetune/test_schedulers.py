@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from ebr_lib.errors import ConfigError
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC, Scheduler, scheduler_extras
-from ebr_lib.finetune.trainer import training_arguments
+from ebr_lib.finetune.setup import training_arguments
 from tests.finetune.conftest import step
 
 
@@ -113,9 +113,6 @@ def test_a_scheduler_that_follows_the_metric_needs_held_out_rows(name):
 @pytest.mark.parametrize("name", [*FOLLOW_THE_METRIC, "constant"])
 def test_a_scheduler_without_warm_up_warns_of_the_knob(tmp_path, caplog, name):
     with caplog.at_level(logging.WARNING, "ebr_lib"):
-        training_arguments(
-            tmp_path, rows=10, batch_size=2, num_epochs=1, gradient_accumulation_steps=1, lr_scheduler_type=name,
-            learning_rate=1e-3, warmup_ratio=0.2, greater_is_better=True, eval_steps=0, save_steps=0, evaluate=True,
-            metric_for_best_model="eval_loss",
-        )  # fmt: skip
+        config = FinetuneConfig(lr_scheduler_type=name, warmup_ratio=0.2)
+        training_arguments(config, tmp_path, rows=10, batch_size=2, evaluate=True)
     assert any("warmup_ratio" in line and name in line for line in caplog.messages)

@@ -24,6 +24,7 @@ from ebr_lib.errors import ModelError
 from ebr_lib.finetune import memory, preflight, setup
 from ebr_lib.finetune import trainer as training
 from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.noise import TextNoise
 from ebr_lib.model import precision as model_precision
@@ -109,13 +110,10 @@ def test_the_seed_decides_the_new_adapter_and_the_order(settings):
 )
 def test_memory_is_pinned_for_a_gpu(wanted, device, pinned, monkeypatch):
     found: dict = {}
-    monkeypatch.setattr(training, "training_device", lambda: device)
-    monkeypatch.setattr(training, "SentenceTransformerTrainingArguments", lambda **given: found.update(given))
-    training.training_arguments(
-        Path("unused"), rows=10, batch_size=2, num_epochs=1, gradient_accumulation_steps=1, lr_scheduler_type="linear",
-        learning_rate=1e-3, warmup_ratio=0.0, greater_is_better=True, eval_steps=0, save_steps=0, evaluate=False,
-        pin_memory=wanted,
-    )  # fmt: skip
+    monkeypatch.setattr(setup, "training_device", lambda: device)
+    monkeypatch.setattr(setup, "SentenceTransformerTrainingArguments", lambda **given: found.update(given))
+    config = FinetuneConfig(dataloader_pin_memory=wanted)
+    setup.training_arguments(config, Path("unused"), rows=10, batch_size=2, evaluate=False)
     assert found["dataloader_pin_memory"] is pinned
 
 
@@ -218,7 +216,7 @@ def test_mixed_precision_reaches_every_forward_and_not_the_loss(settings, monkey
         logits.add((queries @ candidates.T).dtype)
         return entropy(self, queries, candidates, *more)
 
-    monkeypatch.setattr(setup, "training_arguments", lambda folder, **more: arguments(folder, **more, bf16=True))
+    monkeypatch.setattr(setup, "training_arguments", lambda *given, **more: arguments(*given, **more, bf16=True))
     monkeypatch.setattr(BertIntermediate, "forward", spy)
     monkeypatch.setattr(ContrastiveLoss, "_cross_entropy", spy_loss)
     in_preflight: list[int] = []
