@@ -9,29 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebr_lib.config import check_configs
-    from ebr_lib.evaluate.config import EvalConfig
-    from ebr_lib.evaluate.run import evaluate_retrieval
-    from ebr_lib.export.config import ExportConfig
-    from ebr_lib.export.run import export_model
-    from ebr_lib.finetune.config import FinetuneConfig
-    from ebr_lib.finetune.run import train_sentence_transformer
-    from ebr_lib.index.change import add_rows, delete_rows
-    from ebr_lib.index.config import IndexConfig, SearchConfig
-    from ebr_lib.index.run import build_faiss_index
-    from ebr_lib.index.search import search
-    from ebr_lib.index.side_by_side import search_box, search_examples
-    from ebr_lib.inference.config import InferenceConfig
-    from ebr_lib.inference.run import run_batch_inference
-    from ebr_lib.logs import show_logs
-    from ebr_lib.pairs.config import PairsConfig
-    from ebr_lib.pairs.run import make_training_pairs
-    from ebr_lib.serve.config import ServeConfig
-    from ebr_lib.serve.run import serve_index
-    from ebr_lib.verify.config import VerifyConfig
-    from ebr_lib.verify.run import verify_endpoint
-    from ebr_lib.visualize.config import VisConfig
-    from ebr_lib.visualize.run import visualize_embeddings
+    from ebr_lib.config import check_configs as check_configs
+    from ebr_lib.evaluate.config import EvalConfig as EvalConfig
+    from ebr_lib.evaluate.run import evaluate_retrieval as evaluate_retrieval
+    from ebr_lib.export.config import ExportConfig as ExportConfig
+    from ebr_lib.export.run import export_model as export_model
+    from ebr_lib.finetune.config import FinetuneConfig as FinetuneConfig
+    from ebr_lib.finetune.run import train_sentence_transformer as train_sentence_transformer
+    from ebr_lib.index.change import add_rows as add_rows
+    from ebr_lib.index.change import delete_rows as delete_rows
+    from ebr_lib.index.config import IndexConfig as IndexConfig
+    from ebr_lib.index.config import SearchConfig as SearchConfig
+    from ebr_lib.index.run import build_faiss_index as build_faiss_index
+    from ebr_lib.index.search import search as search
+    from ebr_lib.index.side_by_side import search_box as search_box
+    from ebr_lib.index.side_by_side import search_examples as search_examples
+    from ebr_lib.inference.config import InferenceConfig as InferenceConfig
+    from ebr_lib.inference.run import run_batch_inference as run_batch_inference
+    from ebr_lib.logs import show_logs as show_logs
+    from ebr_lib.pairs.config import PairsConfig as PairsConfig
+    from ebr_lib.pairs.run import make_training_pairs as make_training_pairs
+    from ebr_lib.serve.config import ServeConfig as ServeConfig
+    from ebr_lib.serve.run import serve_index as serve_index
+    from ebr_lib.verify.config import VerifyConfig as VerifyConfig
+    from ebr_lib.verify.run import verify_endpoint as verify_endpoint
+    from ebr_lib.visualize.config import VisConfig as VisConfig
+    from ebr_lib.visualize.run import visualize_embeddings as visualize_embeddings
 
 __version__ = "0.1.0"
 
@@ -64,34 +67,7 @@ _HOMES = {
     "show_logs": "logs",
 }
 
-__all__ = [
-    "EvalConfig",
-    "ExportConfig",
-    "FinetuneConfig",
-    "IndexConfig",
-    "InferenceConfig",
-    "PairsConfig",
-    "SearchConfig",
-    "ServeConfig",
-    "VerifyConfig",
-    "VisConfig",
-    "add_rows",
-    "build_faiss_index",
-    "check_configs",
-    "delete_rows",
-    "evaluate_retrieval",
-    "export_model",
-    "make_training_pairs",
-    "run_batch_inference",
-    "search",
-    "search_box",
-    "search_examples",
-    "serve_index",
-    "show_logs",
-    "train_sentence_transformer",
-    "verify_endpoint",
-    "visualize_embeddings",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - type checkers read the imports above
 
 
 def __getattr__(name: str) -> Any:

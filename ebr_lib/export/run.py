@@ -13,15 +13,15 @@ from ebr_lib.export.config import ExportConfig
 from ebr_lib.extras import require
 from ebr_lib.files import check_apart, written_whole
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in, one_sided
+from ebr_lib.model.bases import look_for_bases_in, one_sided, sides_have_own_weights
 from ebr_lib.model.contract import read_contract
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.merged import make_servable, save_merged
-from ebr_lib.model.packaged import find_model, local_folder
+from ebr_lib.model.packaged import find_model
 from ebr_lib.model.parity import Trained, compare
 from ebr_lib.model.remote_code import forget_own_code, own_code
 from ebr_lib.model.served import served_folder, trained_sides, with_prompts
-from ebr_lib.model.shapes import Side, sides_differ
+from ebr_lib.model.shapes import Side
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.tables import TableRepr, make_table
 
@@ -124,12 +124,7 @@ def _sides(config: ExportConfig) -> list[Trained]:
         trust_remote_code=config.trust_remote_code,
     )
     other: Side = "document" if config.side == "query" else "query"
-    return trained_sides(spec, [config.side] if _sides_differ(config.model_name) else [config.side, other])
-
-
-def _sides_differ(name: str) -> bool:
-    folder = local_folder(name)
-    return one_sided(name) or (folder is not None and sides_differ(folder))
+    return trained_sides(spec, [config.side] if sides_have_own_weights(config.model_name) else [config.side, other])
 
 
 def _distance(new: Path, part: str, sides: list[Trained]) -> float:
@@ -148,7 +143,7 @@ def _distance(new: Path, part: str, sides: list[Trained]) -> float:
 
 
 def _say_other_side(config: ExportConfig) -> None:
-    if _sides_differ(config.model_name):
+    if sides_have_own_weights(config.model_name):
         other = "document" if config.side == "query" else "query"
         logger.warning(
             "只导出了 %s 一侧 only the %s side was exported: the model encodes %s texts with other weights; export "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from ebr_lib.files import followed
@@ -25,17 +25,9 @@ def check(config: InferenceConfig, before: Handover) -> Iterator[str]:
         return
 
     def read() -> None:
-        before.columns[output] = _kept(config)
+        place, layout, kept = followed(Path(config.output_path)), layout_of(config), config.output_columns
+        found = find_inputs(config.data_path, config.file_patterns, place, written_beside(place))
+        sources = open_inputs(found, layout, [config.description_column, *kept], kept)
+        before.columns[output] = kept_columns(sources, kept, config.output_path, layout)
 
     yield from errors_of(read)
-
-
-def _kept(config: InferenceConfig) -> Sequence[str]:
-    """The columns that the output will keep.
-
-    :raises DataError: the catalogue has no files, or not the columns.
-    """
-    output, layout = followed(Path(config.output_path)), layout_of(config)
-    found = find_inputs(config.data_path, config.file_patterns, output, written_beside(output))
-    sources = open_inputs(found, layout, [config.description_column, *config.output_columns], config.output_columns)
-    return kept_columns(sources, config.output_columns, config.output_path, layout)

@@ -10,6 +10,7 @@ from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.model.contract import Contract, read_contract, weights_sha256
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.remote_code import as_mapping, read_json
+from ebr_lib.model.shapes import sides_differ
 
 given_bases: dict[str, None] = {}
 """Folders that the user gave, in their order."""
@@ -36,6 +37,12 @@ def one_sided(model_name: str) -> bool:
     folder = local_folder(model_name)
     contract = read_contract(folder) if folder else None
     return contract is not None and contract.adapter_side == "query"
+
+
+def sides_have_own_weights(model_name: str) -> bool:
+    """Whether documents are encoded with other weights than queries."""
+    folder = local_folder(model_name)
+    return one_sided(model_name) or (folder is not None and sides_differ(folder))
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebr_lib.model.bases import given_bases, look_for_bases_in, one_sided
+from ebr_lib.model.bases import given_bases, look_for_bases_in, sides_have_own_weights
 from ebr_lib.model.loading import load_model, prompt_of
-from ebr_lib.model.packaged import local_folder
-from ebr_lib.model.shapes import Side, sides_differ
+from ebr_lib.model.shapes import Side
 from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
 
 if TYPE_CHECKING:
@@ -69,7 +68,6 @@ class EncoderSpec:
     def encoder_pair(self) -> tuple[Encoder, Encoder]:
         """Encoders for queries and for documents, of one loaded model where both sides share their weights."""
         queries = self.encoder("query")
-        folder = local_folder(self.model_name)
-        if one_sided(self.model_name) or (folder is not None and sides_differ(folder)):
+        if sides_have_own_weights(self.model_name):
             return queries, self.encoder("document")
         return queries, queries.with_prompt(prompt_of(queries.model, "document", self.document_prompt))

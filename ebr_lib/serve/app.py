@@ -23,7 +23,7 @@ from ebr_lib.index.filters import allowed_values
 from ebr_lib.index.search import after_vectors
 from ebr_lib.logs import logger
 from ebr_lib.names import FusionChoice
-from ebr_lib.serve.engine import Batcher, BusyError, Engine, Kind, Words, embedding_file, hits, shown
+from ebr_lib.serve.engine import Batcher, BusyError, Engine, Kind, Words, embedding_file, shown
 from ebr_lib.serve.guard import Metrics, error_body
 from ebr_lib.serve.judgements import Judgements
 
@@ -211,7 +211,7 @@ def _add_search(app: FastAPI, served: Served) -> None:
         else:
             held, vectors = await served.batcher.vectors(system, "query", [body.query])
             after = after_vectors(held, body.query, fusion, weight=body.bm25_weight)
-            rows, said = await asyncio.to_thread(hits, held, vectors[0], body.k, where, after), after.said
+            rows, said = await asyncio.to_thread(held.find, vectors[0], body.k, where, after=after), after.said
         return said, list(shown(rows, served.text, served.ids))
 
     @app.post("/search")

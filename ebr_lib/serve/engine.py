@@ -17,15 +17,13 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.queries import DOCUMENT_TEXTS
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.index import store
-from ebr_lib.index.after import After
 from ebr_lib.index.opened import SearchIndex, opened
 from ebr_lib.index.search import query_encoder, query_spec
-from ebr_lib.model.bases import one_sided
+from ebr_lib.model.bases import sides_have_own_weights
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import prompt_of
-from ebr_lib.model.packaged import local_folder, model_label
+from ebr_lib.model.packaged import model_label
 from ebr_lib.model.provenance import Provenance
-from ebr_lib.model.shapes import sides_differ
 from ebr_lib.model.spec import EncoderSpec
 
 Kind = Literal["query", "document", "none"]
@@ -101,9 +99,7 @@ class Engine:
 
     def _own_weights(self, held: SearchIndex) -> bool:
         """Whether documents have other weights than queries."""
-        name = self._spec(held).model_name
-        folder = local_folder(name)
-        return one_sided(name) or (folder is not None and sides_differ(folder))
+        return sides_have_own_weights(self._spec(held).model_name)
 
 
 class Words:
@@ -241,13 +237,6 @@ def _settle(job: _Job, result: Exception | tuple[SearchIndex, Vectors]) -> None:
         job.done.set_exception(result)
     else:
         job.done.set_result(result)
-
-
-def hits(
-    held: SearchIndex, vector: Vectors, k: int, where: Mapping[str, Sequence[str | None]], after: After
-) -> list[Hit]:
-    """The k best rows."""
-    return held.find(vector, k, where, after=after)
 
 
 def shown(found: Sequence[Hit], text: str | None, ids: str | None) -> Iterator[dict[str, Any]]:
