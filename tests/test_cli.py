@@ -79,7 +79,8 @@ def test_a_query_that_is_given_twice_is_refused(ran, capsys):
 
 def test_errors_name_the_command_and_the_knob(capsys):
     assert main(["finetune", "--num_epochs", "-1"]) == 2
-    assert capsys.readouterr().err.startswith("error: finetune: 1 error\n  - num_epochs: -1")
+    error = capsys.readouterr().err
+    assert error.startswith("error: finetune: 1 error\n  - num_epochs: -1 is not allowed") and "Traceback" not in error
 
 
 def test_after_a_stage_comes_what_to_run_next(ran, capsys):

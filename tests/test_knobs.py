@@ -200,13 +200,6 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     assert "--noise_porb: unknown; did you mean noise_prob?" in capsys.readouterr().err
 
 
-def test_a_value_out_of_range_exits_with_2_and_no_stack(capsys):
-    assert main_finetune(["--lora_dropout", "1.5"]) == 2
-    error = capsys.readouterr().err
-    assert "lora_dropout: 1.5 is not allowed" in error
-    assert "Traceback" not in error
-
-
 HEAVY = {"torch", "transformers", "sklearn", "matplotlib", "faiss"}
 
 
