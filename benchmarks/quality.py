@@ -2,13 +2,17 @@
 
     python benchmarks/quality.py --data DIR               # all sets except cmrc, three seeds
     python benchmarks/quality.py --data DIR --sets cmrc --multilingual MODEL
+    python benchmarks/quality.py --data DIR --alone       # ours by default, and with every knob changed alone
     python benchmarks/quality.py --data DIR --results FILE --contenders "ours, defaults"    # in pieces
     python benchmarks/quality.py --data DIR --quick       # few rows, one seed: to see that it runs
 
 Equal pairs, steps, batch, rank and learning rate. All contenders run in our trainer, whose loss is the library's to
 rounding (see training.py for the gap), so that a table takes minutes: "random batches" is MultipleNegativesRankingLoss
-with the library's default sampler, "no duplicates" the same with its NO_DUPLICATES. The first seed of "random batches"
-is trained with the library's own trainer too, and so is its GISTEmbedLoss, whose guide is the untrained model.
+with the library's default sampler, "no duplicates" the same with its NO_DUPLICATES. One seed is trained with the
+library's own trainer: "random batches", its GISTEmbedLoss, whose guide is the untrained model, and its DistillKLDivLoss
+added to MultipleNegativesRankingLoss (the last two with NO_DUPLICATES). The teacher is the untrained model; it scores
+the positive and two near documents of each pair. Replay, and a guard that chooses, are pairs of the guard's kind
+without its queries.
 
 Queries that choose something (a strength of the adapter) are other ones than those trained on and those reported; only
 contenders that choose get them. `--results` keeps every single result as a line, and skips those that it has.
@@ -36,24 +40,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from a checkout
 
 Pairs = list[tuple[str, str]]
 
+OTHER_KIND, TAUGHT = "other_kind.jsonl", "taught.jsonl"  # files that a run writes where its knobs name them
+
 RANDOM, NO_DUPLICATES, OURS = "random batches", "no duplicates", "ours, defaults"
 SCALE_ONLY, BATCHES_ONLY = "random batches, rsLoRA", "ours, without rsLoRA"
 MASK_ONLY, LIBRARY = "random batches, known positives masked", "random batches, the library's own trainer, one seed"
 GIST, UNTRAINED = "GISTEmbedLoss, the library's own trainer, one seed", "untrained"
-ONE_SEED = (LIBRARY, GIST)
+KD = "DistillKLDivLoss beside it, the library's own trainer, one seed"
+ONE_SEED = (LIBRARY, GIST, KD)
+REPLAY, GUARD, TEACHER = "ours, replay of a quarter", "ours, a guard", "ours, a teacher"
 FOUND = ("temperature", "adapter_strength")  # what a run finds by itself
 FIXED = "ours, temperature 0.05, adapter_strength 1"
 TEMPERATURE_ONLY, STRENGTH_ONLY = "ours, temperature auto, adapter_strength 1", "ours, temperature 0.05, strength auto"
@@ -67,6 +76,7 @@ STOCK = {
 CONTENDERS: dict[str, dict[str, Any]] = {
     LIBRARY: {},
     GIST: {},
+    KD: {},
     RANDOM: STOCK,
     NO_DUPLICATES: STOCK,
     MASK_ONLY: STOCK | {"mask_known_positives": True},
@@ -77,15 +87,45 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     STRENGTH_ONLY: {"temperature": 0.05},
     OURS: {},
 }
+CHANGES = (  # of the defaults, one at a time
+    "use_rslora=false",
+    "lora_alpha=16",
+    "lora_alpha=64",
+    "lora_dropout=0",
+    "learning_rate=1e-4",
+    "learning_rate=4e-4",
+    "balanced_batches=false",
+    "mask_known_positives=false",
+    "label_smoothing=0.1",
+    "logq_correction=true",
+    "false_negative_margin=0",
+    "bidirectional_loss=true",
+    "mine_hard_negatives=2",
+    "positive_rank_max=50",
+    "noise_enabled=true",
+)
+
+
+def changed(words: Iterable[str]) -> dict[str, Any]:
+    """Knobs out of NAME=VALUE."""
+    return {name: json.loads(value) for name, value in (word.split("=", 1) for word in words)}
+
+
+ALONE = {f"ours, {change}": changed([change]) for change in CHANGES} | {
+    REPLAY: {"replay_data_path": OTHER_KIND, "replay_share": 0.25},
+    GUARD: {"guard_data_path": OTHER_KIND},
+    TEACHER: {"data_path": TAUGHT, "distill_weight": 1.0},
+}
 
 
 @dataclass(frozen=True)
 class Search:
-    """Queries, documents, and the numbers of the documents that answer each query."""
+    """Queries, documents, and the numbers of the documents that answer each query; `pairs` are others of its kind."""
 
     queries: list[str]
     documents: list[str]
     answers: list[list[int]]
+    pairs: Pairs = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,7 +151,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=[name for name in SETS if name != "cmrc"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    everyone = CONTENDERS | ALONE
+    parser.add_argument("--contenders", nargs="+", choices=everyone, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--alone", action="store_true", help="ours by default, and with every knob changed alone")
     parser.add_argument("--knob", nargs="*", default=[], metavar="NAME=VALUE", help="a further contender: ours with …")
     parser.add_argument("--multilingual", help="model of the Chinese set")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines: a result each, not measured again")
@@ -119,12 +161,10 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     if "cmrc" in args.sets and not args.multilingual:
         parser.error("the set cmrc is Chinese: give the folder of a model that knows it with --multilingual")
-    names = [RANDOM, OURS] if args.quick else args.contenders
-    contenders = {UNTRAINED: {}} | {name: CONTENDERS[name] for name in names}
+    names = [OURS, *ALONE] if args.alone else [RANDOM, OURS] if args.quick else args.contenders
+    contenders = {UNTRAINED: {}} | {name: everyone[name] for name in names}
     if args.knob:
-        contenders["ours, " + " ".join(args.knob)] = {
-            name: json.loads(value) for name, value in (knob.split("=", 1) for knob in args.knob)
-        }
+        contenders["ours, " + " ".join(args.knob)] = changed(args.knob)
     results = Results(args.results)
     for name in args.sets:
         task = SETS[name](args.data)
@@ -190,7 +230,8 @@ def of_names(data: Path, queries: int | None = None) -> Search:
     names = sorted({intent for _, intent in test})
     random.Random(0).shuffle(test)
     test = test[:queries]
-    return Search([text for text, _ in test], names, [[names.index(intent)] for _, intent in test])
+    pairs = [(text, intent.replace("_", " ")) for text, intent in banking(data, "train")]
+    return Search([text for text, _ in test], names, [[names.index(intent)] for _, intent in test], pairs)
 
 
 def intents(data: Path) -> Set:
@@ -222,9 +263,12 @@ def shop_search() -> Search:
     queries: dict[str, list[str]] = {}
     for anchor, positive in shop_pairs("heldout/queries.jsonl"):
         queries.setdefault(anchor, []).append(positive)
-    trained = [positive for _, positive in shop_pairs("queries.jsonl")]
-    documents = list(dict.fromkeys([text for texts in queries.values() for text in texts] + trained))
-    return Search(list(queries), documents, [[documents.index(text) for text in texts] for texts in queries.values()])
+    pairs = shop_pairs("queries.jsonl")
+    documents = list(
+        dict.fromkeys([text for texts in queries.values() for text in texts] + [text for _, text in pairs])
+    )
+    answers = [[documents.index(text) for text in texts] for texts in queries.values()]
+    return Search(list(queries), documents, answers, pairs)
 
 
 def shop(data: Path) -> Set:
@@ -360,6 +404,11 @@ def trained(task: Set, model: str, knobs: Mapping[str, Any], seed: int, folder: 
         **task.knobs,
         **knobs,
     }
+    for name, value in knobs.items():
+        if value == OTHER_KIND:
+            config[name] = write_pairs(Path(folder) / OTHER_KIND, task.guard.pairs)
+        if value == TAUGHT:
+            config[name] = write_lines(Path(folder) / TAUGHT, taught(task, model))
     if getattr(FinetuneConfig.resolve(config), "adapter_strength", 1) == "auto":
         config["eval_data_path"] = write_pairs(Path(folder) / "choosing.jsonl", task.choosing)
     result = train_sentence_transformer(config)
@@ -371,11 +420,36 @@ def write_rows(place: Path, task: Set) -> str:
     """Write the set's rows as they are, or its pairs."""
     from training import write_pairs
 
-    if not task.rows:
-        return write_pairs(place, task.pairs)
-    lines = (json.dumps(row, ensure_ascii=False) for row in task.rows)
-    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return write_lines(place, task.rows) if task.rows else write_pairs(place, task.pairs)
+
+
+def write_lines(place: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    place.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(place)
+
+
+def taught(task: Set, model: str, negatives: int = 2) -> list[dict[str, Any]]:
+    """Each pair with the nearest documents that do not answer it, and the scores of all by the model as it is."""
+    from training import TEMPERATURE
+
+    from ebr_lib.model.loading import load_model
+
+    place = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in task.pairs))}
+    documents = list(place)
+    answers: dict[str, set[int]] = {}
+    for query, text in task.pairs:
+        answers.setdefault(query, set()).add(place[text])
+    loaded = load_model(model, max_seq_length=int(task.knobs.get("max_seq_length", 128)))
+    queries, vectors = encoded(loaded, ([query for query, _ in task.pairs], documents), task.knobs.get("prompt", {}))
+    rows = []
+    for (query, text), scores in zip(task.pairs, queries @ vectors.T / TEMPERATURE, strict=True):
+        others = [number for number in np.argsort(-scores).tolist() if number not in answers[query]][:negatives]
+        found = [float(scores[number]) for number in (place[text], *others)]
+        rows.append({
+            "anchor": query, "positive": text, "negative": [documents[number] for number in others],
+            "pos_scores": found[:1], "neg_scores": found[1:],
+        })  # fmt: skip
+    return rows
 
 
 def without_duplicates(run: Callable[[], Trained]) -> Trained:
@@ -397,15 +471,20 @@ def without_duplicates(run: Callable[[], Trained]) -> Trained:
         setup.EbrTrainer = kept  # type: ignore[misc]
 
 
-def judged(search: Search, model: Any, given: Mapping[str, str]) -> dict[str, float]:
-    """Means over the queries, with the model's prompts or those given; equal scores do not occur."""
+def encoded(model: Any, texts: tuple[list[str], list[str]], given: Mapping[str, str]) -> list[NDArray[np.float32]]:
+    """Vectors of queries and of documents, with the model's prompts or those given."""
     from ebr_lib.model.encoder import Encoder
     from ebr_lib.model.loading import prompt_of
 
-    queries, documents = (
-        Encoder(model, prompt=prompt_of(model, side) or given.get(column, ""), precision="auto").encode(texts)
-        for side, column, texts in (("query", "anchor", search.queries), ("document", "positive", search.documents))
-    )
+    return [
+        Encoder(model, prompt=prompt_of(model, side) or given.get(column, ""), precision="auto").encode(of_side)
+        for side, column, of_side in zip(("query", "document"), ("anchor", "positive"), texts, strict=True)
+    ]
+
+
+def judged(search: Search, model: Any, given: Mapping[str, str]) -> dict[str, float]:
+    """Means over the queries, with the model's prompts or those given; equal scores do not occur."""
+    queries, documents = encoded(model, (search.queries, search.documents), given)
     ranked = np.argsort(-(queries @ documents.T), axis=1)[:, :10]
     hits = np.array([np.isin(row, answers) for row, answers in zip(ranked, search.answers, strict=True)])
     discount = 1 / np.log2(np.arange(2, 12))
@@ -427,24 +506,68 @@ def judged_twice(task: Set, model: str) -> dict[str, float]:
     return judged(task.search, loaded, prompts) | {"guard": judged(task.guard, loaded, prompts)["ndcg@10"]}
 
 
-def by_the_library(task: Set, model: str, contender: str, seed: int, folder: str) -> Trained:
-    """A model trained by the library's own trainer, in float32."""
-    from training import TEMPERATURE, Job, stock_trainer, write_pairs
+def gist(job: Any, trained: Any) -> Any:
+    """GISTEmbedLoss guided by the untrained model."""
+    from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+    from training import TEMPERATURE
 
-    from ebr_lib.model.adapters import merge_adapter
     from ebr_lib.model.loading import load_model
 
-    def gist(trained: Any) -> Any:
-        from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+    guide = load_model(job.model, max_seq_length=job.max_seq_length)
+    return GISTEmbedLoss(trained, guide, temperature=TEMPERATURE)
 
-        guide = load_model(model, max_seq_length=job.max_seq_length)
-        return GISTEmbedLoss(trained, guide, temperature=TEMPERATURE)
 
-    pairs = write_pairs(Path(folder) / "pairs.jsonl", task.pairs)
-    knobs = task.knobs
+def ranking_and_teacher(trained: Any) -> Any:
+    """MultipleNegativesRankingLoss + DistillKLDivLoss, whose factor temperature² is taken out: both weigh alike."""
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+    from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.util import pairwise_cos_sim
+    from torch import nn
+    from training import TEMPERATURE
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ranking = MultipleNegativesRankingLoss(trained, scale=1 / TEMPERATURE)
+            self.teacher = DistillKLDivLoss(
+                trained, pairwise_cos_sim, student_temperature=TEMPERATURE, teacher_temperature=1.0
+            )
+
+        def forward(self, features: Any, labels: Any) -> Any:
+            vectors = embed_columns(trained, features)
+            divergence = self.teacher.compute_loss_from_embeddings(vectors, labels) / TEMPERATURE**2
+            return self.ranking.compute_loss_from_embeddings(vectors, labels) + divergence
+
+    return Both()
+
+
+def as_the_library_reads(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `taught` with a column per negative, and the scores as its label."""
+    negatives = {f"negative_{number}": text for number, text in enumerate(row["negative"], 1)}
+    texts = {"anchor": row["anchor"], "positive": row["positive"], **negatives}
+    return texts | {"label": [*row["pos_scores"], *row["neg_scores"]]}
+
+
+def by_the_library(task: Set, model: str, contender: str, seed: int, folder: str) -> Trained:
+    """A model trained by the library's own trainer, in float32."""
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from training import Job, stock_trainer, write_pairs
+
+    from ebr_lib.model.adapters import merge_adapter
+
+    place, knobs = Path(folder) / "pairs.jsonl", task.knobs
+    prompts = knobs.get("prompt", {})
+    if contender == KD:
+        rows = taught(task, model)
+        pairs = write_lines(place, map(as_the_library_reads, rows))
+        prompts = prompts and prompts | dict.fromkeys(("negative_1", "negative_2"), prompts["positive"])
+    else:
+        pairs = write_pairs(place, task.pairs)
     job = Job(model, pairs, knobs["train_batch_size"], 0.1, knobs.get("max_seq_length", 128), seed)
-    loss = gist if contender == GIST else None
-    trainer = stock_trainer(job, folder, epochs=knobs.get("num_epochs", 1), make_loss=loss, prompts=knobs.get("prompt"))
+    loss = {GIST: partial(gist, job), KD: ranking_and_teacher}.get(contender)
+    trainer = stock_trainer(job, folder, epochs=knobs.get("num_epochs", 1), make_loss=loss, prompts=prompts)
+    if contender != LIBRARY:
+        trainer.args.batch_sampler = BatchSamplers.NO_DUPLICATES
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -40,6 +40,7 @@ def test_what_earlier_stages_will_write_counts_as_there(shop):
     ("stage", "knobs", "said"),
     [
         ("finetune", {"data_path": "trian.jsonl"}, "data_path: trian.jsonl is not there; did you mean train.jsonl"),
+        ("finetune", {"replay_data_path": "trian.jsonl"}, "replay_data_path: trian.jsonl is not there"),
         ("finetune", {"model_name": "./no"}, "model_name: model ./no: no such folder"),
         ("inference", {"model_name": "saved/tiny-bert-peft-lroa"}, "did you mean tiny-bert-peft-lora"),
         ("inference", {"model_name": "infer"}, "infer is a folder without a model"),

@@ -15,14 +15,15 @@ def check(config: FinetuneConfig, before: Handover) -> Iterator[str]:
     """Yield what is wrong; add the model that will be saved to what is handed over."""
     look_for_bases_in(config.base_model_path)
     yield from before.check_model("model_name", config.model_name)
-    train, heldout = before.not_written(config.data_path), before.not_written(config.eval_data_path)
-    missing = list(check_paths(data_path=train, eval_data_path=heldout))
+    pairs = {name: getattr(config, name) for name in ("data_path", "eval_data_path", "replay_data_path")}
+    read = {name: before.not_written(given) for name, given in pairs.items()}
+    missing = list(check_paths(**read, guard_data_path=before.not_written(config.guard_data_path)))
     yield from missing
     paths = Paths.of(config.output_dir, config.model_name)
     if not missing:
-        for data in filter(None, (train, heldout)):
+        for data in filter(None, read.values()):
             yield from errors_of(lambda data=data: find_pair_files(data))  # type: ignore[misc] # bound at once
-        yield from errors_of(lambda: paths.check([config.data_path, config.eval_data_path, config.presets]))
+        yield from errors_of(lambda: paths.check([*pairs.values(), config.guard_data_path, config.presets]))
     holds_out = bool(config.eval_ratio or config.eval_data_path)
     before.models[paths.adapter.resolve()] = holds_out
     if config.merge_adapter:

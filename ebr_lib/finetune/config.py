@@ -138,6 +138,17 @@ class FinetuneConfig(Config):
         "下降超过 `guard_tolerance` 的强度。",
     )
     guard_tolerance: Share = knob(0.01, "Largest loss of nDCG@10 on the guard.", "防遗忘集上允许下降的 nDCG@10。")
+    replay_data_path: Places | None = knob(
+        None,
+        "Replay, against forgetting: pairs of a more general or an earlier kind, in the formats of training data, of which "
+        "every batch holds `replay_share`. Rows that ask what is held out or guarded are left out.",
+        "回放，防遗忘：更通用或更早的样本对，格式与训练数据相同，每批都含 `replay_share` 的比例。与验证集、防遗忘集查询相同的行不用。",
+    )
+    replay_share: Annotated[float, Field(gt=0, lt=1)] = knob(
+        0.2,
+        "Share of each batch that is replayed. An epoch still uses every training row once, so it has more steps.",
+        "每批中回放样本的比例。每轮仍用到所有训练行，因此步数变多。",
+    )
     contrastive_batch_size: Count = knob(
         0,
         "Pairs per contrastive batch, embedded `train_batch_size` at a time (GradCache); 0 means `train_batch_size`.",
@@ -411,11 +422,6 @@ class FinetuneConfig(Config):
             )
         if self.matryoshka_weights and not any(self.matryoshka_weights):
             yield "matryoshka_weights: one has to be above 0"
-        if self.logq_correction and (self.shares or self.one_file_batches):
-            yield (
-                "logq_correction needs every row once per epoch, in batches of all files: turn off shares and "
-                "one_file_batches"
-            )
         if self.guide_model and self.false_negative_margin is None:
             yield "guide_model judges false_negative_margin: set that too, such as to 0"
         if self.fp16 and self.bf16:
@@ -439,11 +445,18 @@ class FinetuneConfig(Config):
                 f"mine_hard_negatives: {self.mine_hard_negatives} is more than the ranks from mining_rank_min "
                 f"{self.mining_rank_min} to mining_rank_max {self.mining_rank_max}"
             )
-        if (self.shares or self.one_file_batches) and not self.balanced_batches:
-            yield "shares and one_file_batches need balanced_batches"
+        if (self.shares or self.one_file_batches or self.replay_data_path) and not self.balanced_batches:
+            yield "shares, one_file_batches and replay_data_path need balanced_batches"
+        if self.replay_data_path and (self.contrastive_batch_size or self.train_batch_size) < 2:
+            yield "replay_data_path needs batches of at least 2 pairs: raise train_batch_size or contrastive_batch_size"
         if (total := sum(self.shares.values())) > 1.000001:
             yield f"shares add up to {total:g}; wanted at most 1"
         if self.mining_corpus_path and not (self.mine_hard_negatives or self.positive_rank_max):
             yield "mining_corpus_path does nothing alone: set mine_hard_negatives or positive_rank_max"
         if self.reranker_name and not (self.mine_hard_negatives or self.distill_weight):
             yield "reranker_name does nothing alone: set mine_hard_negatives or distill_weight"
+        if self.logq_correction and (self.shares or self.one_file_batches):
+            yield (
+                "logq_correction needs every row once per epoch, in batches of all files: turn off shares and "
+                "one_file_batches"
+            )

@@ -172,11 +172,18 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     def _components(self, loss: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss, or the parts whose sum it is."""
-        parts = {"contrastive": loss - torch.stack(list(self._added.values())).sum() if self._added else loss}
-        parts |= self._added
+        parts = {"contrastive": self._contrastive(loss)} | self._added
         if self.l1:
             parts["l1"] = self.l1 * sum_of_absolutes(self.weights)
         return parts if len(parts) > 1 else loss
+
+    def _contrastive(self, loss: Tensor) -> Tensor:
+        """The loss without what the batch's has besides."""
+        return loss - torch.stack(list(self._added.values())).sum() if self._added else loss
+
+    def contrastive_loss(self, reps: list[list[Tensor]], labels: Tensor) -> Tensor:
+        """The contrastive part of `calculate_loss`, in training."""
+        return self._contrastive(self.calculate_loss(reps, labels))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

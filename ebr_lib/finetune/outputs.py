@@ -156,7 +156,7 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
     # the documents of the held-out measure first, in its order: evaluation then encodes the same batches, to the bit
     measured = rows.task.documents if rows.task else ()
     texts = dict.fromkeys((*measured, *(row.positive for row in (*rows.train, *rows.heldout))))
-    seen = texts_of(rows.train)
+    seen = texts_of(rows.trained)
     _write_lines(folder / CORPUS_FILE, ({"text": text, "seen": normalised(text) in seen} for text in texts))
 
 
@@ -192,11 +192,14 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def card_facts(result: FinetuneResult, data_path: str | Sequence[str]) -> dict[str, object]:
+def card_facts(
+    result: FinetuneResult, data_path: str | Sequence[str], replay_path: str | Sequence[str] | None = None
+) -> dict[str, object]:
     """What the model card says of the training."""
-    places = data_path if isinstance(data_path, str) else ", ".join(data_path)
+    replay = {} if replay_path is None else {"replayed in every batch": _places(replay_path)}
     return {
-        "data": f"{places} ({result.train_rows} rows; {result.heldout_rows} held out)",
+        "data": f"{_places(data_path)} ({result.train_rows} rows; {result.heldout_rows} held out)",
+        **replay,
         "steps": f"{result.steps} in {result.seconds:.0f} s",
         "temperature": f"{result.temperature:g}",
         "strength of the adapter": f"{result.adapter_strength:g}",
@@ -204,3 +207,7 @@ def card_facts(result: FinetuneResult, data_path: str | Sequence[str]) -> dict[s
         "settings": f"`{CONFIG_FILE}`, itself a preset that repeats the run",
         "log": f"`{LOG_FILE}`, `{CURVE_FILE}`",
     }
+
+
+def _places(path: str | Sequence[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)

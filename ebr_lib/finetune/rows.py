@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ebr_lib.data.pairs import Pair, TrainingRow, expand, read_pairs, warn_of_heldout_names
+from ebr_lib.data.pairs import Pair, TrainingRow, expand, read_pairs, texts_of, warn_of_heldout_names
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
 from ebr_lib.finetune.prompts import own_prompts
+from ebr_lib.finetune.replay import read_replay, without_asked
 from ebr_lib.finetune.split import near_duplicate_groups, split_pairs
 from ebr_lib.logs import logger
 from ebr_lib.names import OnBadRow
@@ -26,13 +27,34 @@ Places = str | Sequence[str]
 class Rows:
     """Training rows, held-out rows, and the held-out rows as a retrieval task (None when nothing is held out).
 
-    `sha256` is that of all rows as they were read.
+    `sha256` is that of all rows as they were read. `replay` has the rows of another kind that are trained on beside.
     """
 
     train: Sequence[TrainingRow]
     heldout: Sequence[TrainingRow]
     task: HeldoutTask | None
     sha256: str
+    replay: Sequence[TrainingRow] = ()
+
+    @property
+    def trained(self) -> list[TrainingRow]:
+        """All rows that are trained on, the replayed ones last."""
+        return [*self.train, *self.replay]
+
+    def with_replay(self, path: Places) -> Rows:
+        """Read what is replayed, without rows that ask what is held out; held-out queries know what is seen."""
+        rows = without_asked(read_replay(path, self.train), {row.anchor for row in self.heldout}, "held out")
+        if self.heldout:
+            warn_of_leaks(*([Pair(row.anchor, (row.positive,)) for row in side] for side in (rows, self.heldout)))
+        task = self.task and self.task.seen_by(texts_of([*self.train, *rows]))
+        return replace(self, replay=rows, task=task, sha256=_sha256(self.train, self.heldout, rows))
+
+    def without_guarded(self, queries: Collection[str]) -> Rows:
+        """Leave out replayed rows that ask what the guard asks."""
+        if not self.replay:
+            return self
+        rows = without_asked(self.replay, queries, "guard")
+        return replace(self, replay=rows, sha256=_sha256(self.train, self.heldout, rows))
 
 
 def read_rows(

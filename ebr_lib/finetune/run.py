@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
     "base_model_path",
     "data_path",
     "eval_data_path",
+    "replay_data_path",
     "mining_corpus_path",
     "label_column",
     "output_dir",
@@ -76,6 +77,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         config.eval_data_path,
         config.mining_corpus_path,
         config.guard_data_path,
+        config.replay_data_path,
         config.presets,
     ]
     paths.check(inputs)
@@ -87,7 +89,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     # these load torch for seconds: not before config and data are known to be right
     from ebr_lib.finetune import logbook, setup
 
-    guard = setup.read_guard_task(config)
+    guard, rows = setup.read_guard_task(config, rows)
     config, precision = setup.settle_precision(config)
     model = setup.make_model(config, precision)
     _check_start(model, config.model_name)
@@ -163,7 +165,7 @@ def _identify(config: FinetuneConfig) -> ModelIdentity:
 
 def _read(config: FinetuneConfig, paths: Paths) -> Rows:
     writes_rejects = config.on_bad_row == "skip" and is_first_process()
-    return read_rows(
+    rows = read_rows(
         config.data_path,
         config.eval_data_path,
         on_bad_row=config.on_bad_row,
@@ -175,6 +177,7 @@ def _read(config: FinetuneConfig, paths: Paths) -> Rows:
         leave_out_own=config.leave_out_own != "none",
         seed=config.seed,
     )
+    return rows if config.replay_data_path is None else rows.with_replay(config.replay_data_path)
 
 
 def _read_catalogue(config: FinetuneConfig, rows: Rows) -> Catalogue | None:
@@ -196,7 +199,7 @@ def _what_decides(
 
     run = {name: value for name, value in config.to_dict().items() if name not in FREE_ON_RESUME}
     # those that only some runs have; without them the record is as it always was
-    alone = without_in_batch_negatives([row.file for row in (*rows.train, *rows.heldout)])
+    alone = without_in_batch_negatives([row.file for row in (*rows.trained, *rows.heldout)])
     if alone is not None:
         run["rows_without_in_batch_negatives"] = [
             [is_alone, len(list(same))] for is_alone, same in groupby(alone.tolist())
@@ -295,7 +298,8 @@ def _save(
             save_rows(rows.train, folder / MINED_FILE)
         titles = {"before_after": "Before and after", "strengths": "Strengths of the adapter", "data": "Data"}
         tables = {title: as_text(result.tables[name]) for name, title in titles.items() if name in result.tables}
-        card = saving.model_card(result.model_path, base, contract, card_facts(result, config.data_path), tables)
+        facts = card_facts(result, config.data_path, config.replay_data_path)
+        card = saving.model_card(result.model_path, base, contract, facts, tables)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if config.merge_adapter:
         with written_whole(paths.merged) as folder:

@@ -151,7 +151,7 @@ def use_own_prompts(rows: Rows, model: SentenceTransformer, prompt: str | Mappin
     chosen = query_prompt(rows.train, prompt_of(model, "query"), given=given)
     if chosen != prompt_of(model, "query"):
         model.prompts["query"] = chosen
-    several = {row.prompt for row in (*rows.train, *rows.heldout)} - {None, chosen}
+    several = {row.prompt for row in (*rows.trained, *rows.heldout)} - {None, chosen}
     if several and not all(getattr(module, "include_prompt", True) for module in model):
         raise ModelError(
             f"rows have several prompts, such as {sorted(map(str, several))[0]!r}, and this model's pooling leaves the "
@@ -235,11 +235,12 @@ def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTra
     return task.measure_model(as_served(config, model), query_only=query_only, backend=config.backend)
 
 
-def read_guard_task(config: FinetuneConfig) -> HeldoutTask | None:
-    """The search that must not get worse, if there is one."""
+def read_guard_task(config: FinetuneConfig, rows: Rows) -> tuple[HeldoutTask | None, Rows]:
+    """The search that must not get worse, if there is one, and the rows without replayed ones that ask the same."""
     if config.guard_data_path is None:
-        return None
-    return read_guard(config.guard_data_path, config.eval_corpus_size, config.seed)
+        return None, rows
+    guard = read_guard(config.guard_data_path, config.eval_corpus_size, config.seed)
+    return guard, rows.without_guarded(guard.queries)
 
 
 def measure_guard(config: FinetuneConfig, guard: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
@@ -294,7 +295,7 @@ def with_mined_negatives(
         return rows
     # one process mines: another might round a cosine otherwise, and all have to number the same rows
     mined = from_first_process(_mined(config, rows.train, model, catalogue, noisy) if is_first_process() else None)
-    task = rows.task.seen_by(texts_of(mined)) if rows.task else None
+    task = rows.task.seen_by(texts_of([*mined, *rows.replay])) if rows.task else None
     return dataclasses.replace(rows, train=mined, task=task)
 
 
@@ -540,7 +541,7 @@ def make_trainer(
     """
     if config.best_metric == LOWER_IS_BETTER and halves is not None:
         rows = _without_reporting(rows, halves)
-    data = make_datasets(rows.train, rows.heldout, batching.compared, config.seed)
+    data, mix = make_datasets(rows.trained, rows.heldout, batching.compared, config.seed), _mix(config, rows, batching)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
     anchor_prompts = None
@@ -576,13 +577,12 @@ def make_trainer(
         teacher=data.scores,
         distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature,
-        guide=_make_guide(config, data, rows.train, model),
+        guide=_make_guide(config, data, rows.trained, model),
         false_negative_margin=config.false_negative_margin or 0.0,
         bidirectional=config.bidirectional_loss,
         matryoshka_weights=config.matryoshka_weights,
-        **_expected_counts(config, data, batching),
+        **_expected_counts(config, data, batching, mix),
     )
-    mix = _mix(config, rows)
     run_name = name_of_run(config.run_name, model_label(config.model_name))
     arguments = training_arguments(
         config,
@@ -679,19 +679,27 @@ def _without_reporting(rows: Rows, halves: Halves) -> Rows:
     return dataclasses.replace(rows, heldout=[row for row in rows.heldout if normalised(row.anchor) not in left_out])
 
 
-def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
-    """The rows that each epoch takes, if that is not each once; logs the rows per file.
+def _mix(config: FinetuneConfig, rows: Rows, batching: Batching) -> Mix | None:
+    """The rows that each epoch takes, if that is not each once; logs the rows per file, and those replayed per batch.
 
     :raises ConfigError: a share names no training file, or several processes train.
     """
-    if not (config.shares or config.one_file_batches):
+    if not (config.shares or config.one_file_batches or rows.replay):
         return None
     if world_size() > 1:
-        raise ConfigError("shares and one_file_batches work in one process; start training without torchrun")
+        raise ConfigError(
+            "shares, one_file_batches and replay_data_path work in one process; start training without torchrun"
+        )
     files = [row.file for row in rows.train]
     counts = rows_per_file(files, config.shares)
     logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
-    return Mix.of(files, counts, config.one_file_batches)
+    mix = Mix.of(files, counts, config.one_file_batches, len(rows.replay), config.replay_share)
+    if rows.replay:
+        replayed = mix.replayed_in(batching.compared)
+        logger.info(
+            "每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, batching.compared, len(rows.replay)
+        )
+    return mix
 
 
 def _rows_alone(rows: Rows, negatives: int, *, bidirectional: bool) -> Tensor | None:
@@ -700,7 +708,7 @@ def _rows_alone(rows: Rows, negatives: int, *, bidirectional: bool) -> Tensor | 
     :raises ConfigError: their documents would be compared with the anchors of other rows.
     :raises DataError: no row has a negative.
     """
-    alone = without_in_batch_negatives([row.file for row in (*rows.train, *rows.heldout)])
+    alone = without_in_batch_negatives([row.file for row in (*rows.trained, *rows.heldout)])
     if alone is None:
         return None
     if bidirectional:
@@ -734,13 +742,19 @@ def _make_guide(
     return Guide(columns, data.known, *encoders_of(guide, False, backend=config.backend, show_bar=True)).cosines
 
 
-def _expected_counts(config: FinetuneConfig, data: Datasets, batching: Batching) -> dict[str, ExpectedCounts]:
+def _expected_counts(
+    config: FinetuneConfig, data: Datasets, batching: Batching, mix: Mix | None
+) -> dict[str, ExpectedCounts]:
     if not config.logq_correction:
         return {}
     compared = batching.compared * world_size()
-    how = {"masked": config.mask_known_positives, "balanced": config.balanced_batches}
+    masked, balanced = config.mask_known_positives, config.balanced_batches
+    rates = mix.rates(compared) if mix else None
     sides = {"document_counts": data.known.columns, "anchor_counts": data.known.anchors[:, None]}
-    return {name: ExpectedCounts(numbers, compared, **how) for name, numbers in sides.items()}
+    return {
+        name: ExpectedCounts(numbers, compared, masked=masked, balanced=balanced, rates=rates)
+        for name, numbers in sides.items()
+    }
 
 
 def settle_temperature(config: FinetuneConfig, trainer: EbrTrainer, paths: Paths, *, resumed: bool) -> FinetuneConfig:

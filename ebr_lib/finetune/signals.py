@@ -69,12 +69,17 @@ class ExpectedCounts:
     :param batch_size: rows that are compared, by all processes.
     :param masked: whether copies of an anchor's own positive leave the softmax.
     :param balanced: whether copies are dealt to different batches.
+    :param rates: how often each row is in a batch, shape (rows,), where that differs (replay), of balanced batches.
     """
 
-    def __init__(self, numbers: Ints, batch_size: int, *, masked: bool, balanced: bool) -> None:
+    def __init__(
+        self, numbers: Ints, batch_size: int, *, masked: bool, balanced: bool, rates: Floats | None = None
+    ) -> None:
         rows, batch = len(numbers), min(batch_size, len(numbers))
         cells = np.bincount(numbers.ravel())
         counts = cells * batch / rows
+        if rates is not None:
+            counts = np.bincount(numbers.ravel(), weights=np.repeat(rates, numbers.shape[1])).astype(np.float64)
         once = np.minimum(counts, 1.0) if balanced else _chance_of_any(np.minimum(cells, rows), batch, rows)
         self.log_counts = torch.from_numpy(np.log(counts[numbers])).float()
         self.log_own = torch.from_numpy(np.log((once if masked else counts)[numbers[:, 0]])).float()

@@ -1,4 +1,6 @@
-"""Several training files: their shares of an epoch, batches of one file, and files without in-batch negatives."""
+"""Several training files: their shares of an epoch, batches of one file, replay in every batch, and files without
+in-batch negatives.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +14,55 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ebr_lib.arrays import Ints
+from ebr_lib.arrays import Floats, Ints
 from ebr_lib.errors import ConfigError
 from ebr_lib.finetune.batches import BalancedBatchSampler
 
 NO_IN_BATCH_NEGATIVES = "no_in_batch_neg"  # FlagEmbedding's ending of names
+REPLAYED = -1
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The rows that each epoch takes, and whether a batch holds rows of one file alone.
+    """The rows that each epoch takes, whether a batch holds rows of one file alone, and what every batch replays.
 
-    :ivar files: number of each row's file, shape (rows,).
+    :ivar files: number of each row's file, shape (rows,); `REPLAYED` for a row that is replayed.
     :ivar counts: rows per epoch of each file, shape (files,).
+    :ivar replay_share: the replayed share of each batch.
     """
 
     files: Ints
     counts: Ints
     one_file: bool
+    replay_share: float = 0.0
 
     @classmethod
-    def of(cls, files: Sequence[str], counts: Mapping[str, int], one_file: bool) -> Mix:
-        """From the file of each row, and the rows per epoch of each file."""
+    def of(
+        cls, files: Sequence[str], counts: Mapping[str, int], one_file: bool, replayed: int = 0, share: float = 0.0
+    ) -> Mix:
+        """From the file of each row, and the rows per epoch of each file.
+
+        :param replayed: rows after these of which each batch holds a `share`.
+        """
         numbers = {name: number for number, name in enumerate(counts)}
-        return cls(np.array([numbers[name] for name in files]), np.array([*counts.values()]), one_file)
+        of_rows = [numbers[name] for name in files] + [REPLAYED] * replayed
+        return cls(np.array(of_rows), np.array([*counts.values()]), one_file, share if replayed else 0.0)
+
+    def replayed_in(self, batch_size: int) -> int:
+        """Replayed rows per batch: the number nearest to the share that leaves room for both kinds."""
+        return min(max(1, round(self.replay_share * batch_size)), batch_size - 1) if self.replay_share else 0
 
     def batches_in(self, batch_size: int) -> int:
         """Batches per epoch."""
-        return int((-(-self.counts // batch_size)).sum()) if self.one_file else -(-int(self.counts.sum()) // batch_size)
+        size = batch_size - self.replayed_in(batch_size)
+        return int((-(-self.counts // size)).sum()) if self.one_file else -(-int(self.counts.sum()) // size)
+
+    def rates(self, batch_size: int) -> Floats:
+        """How often each row is in a full batch of all files on average, shape (rows,), if an epoch has each once."""
+        replayed, is_replayed = self.replayed_in(batch_size), self.files == REPLAYED
+        count = is_replayed.sum()
+        own = len(self.files) - count
+        return np.where(is_replayed, replayed / max(count, 1), min(batch_size - replayed, own) / own)
 
 
 def rows_per_file(files: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
@@ -90,7 +113,8 @@ class MixedBatches(Sampler[list[int]]):
 
     A file with c rows of n per epoch gives every row c // n times and the rest at random without repeats, drawn again
     each epoch by (seed, epoch). With `one_file`, each file is dealt by itself, its last batch may be short, and batches
-    of all files are shuffled.
+    of all files are shuffled. To each batch are added as many replayed rows, dealt and drawn alike; what an epoch does
+    not draw of them, later ones may.
     """
 
     def __init__(self, mix: Mix, documents: Ints, anchors: Ints, *, batch_size: int, seed: int) -> None:
@@ -108,18 +132,22 @@ class MixedBatches(Sampler[list[int]]):
         rng = np.random.default_rng((self.seed, self.epoch))
         drawn = [_drawn(np.flatnonzero(self.mix.files == n), count, rng) for n, count in enumerate(self.mix.counts)]
         groups = drawn if self.mix.one_file else [np.concatenate(drawn)]
-        batches = [batch for rows in groups if len(rows) for batch in self._dealt(rows)]
+        replayed = self.mix.replayed_in(self.batch_size)
+        batches = [batch for rows in groups if len(rows) for batch in self._dealt(rows, self.batch_size - replayed)]
         order = rng.permutation(len(batches)) if self.mix.one_file else range(len(batches))
-        for place in order:
-            yield batches[place]
-
-    def _dealt(self, rows: Ints) -> list[list[int]]:
-        batches = BalancedBatchSampler(
-            self._documents[rows], self._anchors[rows], batch_size=self.batch_size, seed=self.seed
+        others = np.flatnonzero(self.mix.files == REPLAYED)
+        replay = (
+            self._dealt(_drawn(others, replayed * len(batches), rng), replayed) if replayed else [[]] * len(batches)
         )
+        for place, more in zip(order, replay, strict=True):
+            yield batches[place] + more
+
+    def _dealt(self, rows: Ints, size: int) -> list[list[int]]:
+        batches = BalancedBatchSampler(self._documents[rows], self._anchors[rows], batch_size=size, seed=self.seed)
         batches.set_epoch(self.epoch)
         found = [rows[batch].tolist() for batch in batches]
-        if self.mix.one_file and len(found) > 1 and len(found[-1]) == 1:  # alone it would be compared with nothing
+        alone = self.mix.one_file and not self.mix.replay_share and len(found) > 1 and len(found[-1]) == 1
+        if alone:  # it would be compared with nothing
             found[-1].append(found[0][0])
         return found
 

@@ -24,7 +24,9 @@ Sample = Sequence[tuple[list[list[Tensor]], Tensor]]
 
 
 def best_temperature(loss: ContrastiveLoss, sample: Sample) -> tuple[float, dict[float, float]]:
-    """The temperature of `TEMPERATURES` with the smallest loss, and the loss at each.
+    """The temperature of `TEMPERATURES` with the smallest contrastive loss, and that loss at each, as training has it:
+    with logQ, the guide's and the known positives' masks, row weights and both directions, without smoothing, teacher
+    and L1.
 
     `UNKNOWN` where no loss is a finite number. For one batch the loss is convex in 1 / temperature, so there is one
     minimum.
@@ -35,12 +37,14 @@ def best_temperature(loss: ContrastiveLoss, sample: Sample) -> tuple[float, dict
 
 
 def _loss_at(loss: ContrastiveLoss, sample: Sample, temperature: float) -> float:
-    """Mean over the pairs of the sample, without smoothing and L1; leaves the loss as it was."""
-    kept = loss.temperature, loss.heldout
-    loss.temperature, loss.heldout = temperature, None
+    """Mean over the pairs of the sample; leaves the loss as it was."""
+    inner = getattr(loss.model, "module", loss.model)
+    kept, mode = (loss.temperature, loss.masked, loss.guided, loss.negatives), inner.training
+    loss.temperature, inner.training = temperature, True  # the vectors are there: the mode only chooses the loss
     try:
         with torch.no_grad():
-            parts = [float(loss.calculate_loss(vectors, labels)) * len(labels) for vectors, labels in sample]
+            parts = [float(loss.contrastive_loss(vectors, labels)) * len(labels) for vectors, labels in sample]
     finally:
-        loss.temperature, loss.heldout = kept
+        loss.temperature, loss.masked, loss.guided, loss.negatives = kept
+        inner.training = mode
     return sum(parts) / sum(len(labels) for _, labels in sample)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ebr_lib.errors import ConfigError, DataError
+from ebr_lib.finetune.signals import ExpectedCounts
 from ebr_lib.finetune.sources import (
     Mix,
     MixedBatches,
@@ -68,6 +69,58 @@ def test_an_epoch_has_the_rows_of_its_shares(one_file):
     assert len({row for found in epochs for batch in found for row in batch if row < 60}) > 25  # drawn again
     batches.set_epoch(0)
     assert list(batches) == epochs[0]
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_every_batch_replays_its_share(one_file):
+    """Of 8 rows per batch 2 are replayed, so 6 are not: 100 rows in 17 batches, or 10 + 5 + 2 by file."""
+    mix = Mix.of(FILES, rows_per_file(FILES, {}), one_file, replayed=50, share=0.25)
+    batches = MixedBatches(mix, np.arange(150) % 70, np.arange(150), batch_size=8, seed=3)
+    epochs = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        epochs.append(list(batches))
+    for found in epochs:
+        assert len(found) == len(batches) == 17
+        assert all(sum(row >= 100 for row in batch) == 2 and len(batch) <= 8 for batch in found)
+        assert sorted(row for batch in found for row in batch if row < 100) == list(range(100))
+        assert len({row for batch in found for row in batch if row >= 100}) == 34  # no row twice before all were once
+        if one_file:
+            assert all(len({FILES[row] for row in batch if row < 100}) == 1 for batch in found)
+    assert len({row for found in epochs for batch in found for row in batch}) > 134 and epochs[0] != epochs[1]
+    batches.set_epoch(0)
+    assert list(batches) == epochs[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "replayed"), [(0.2, 6, 1), (0.01, 6, 1), (0.99, 6, 5), (0.5, 2, 1), (0, 6, 0)]
+)
+def test_both_kinds_have_room_in_a_batch(share, size, replayed):
+    assert Mix.of(FILES, rows_per_file(FILES, {}), False, replayed=9, share=share).replayed_in(size) == replayed
+
+
+def test_few_rows_are_replayed_again_and_again():
+    mix = Mix.of(FILES, rows_per_file(FILES, {}), False, replayed=3, share=0.5)
+    found = list(MixedBatches(mix, np.arange(103), np.arange(103), batch_size=8, seed=0))
+    times = Counter(row for batch in found for row in batch if row >= 100)
+    assert sorted(times.values()) == [33, 33, 34]  # four in each of 25 batches
+
+
+def test_logq_with_replay_by_hand():
+    """In batches of 4 with one replayed row: half of 6 rows, and one of 2. Document 1 has 2 · 1/2 + 1/2 places."""
+    mix = Mix.of(["a"] * 6, {"a": 6}, False, replayed=2, share=0.25)
+    assert mix.rates(4).tolist() == [0.5] * 8
+    assert Mix.of(["a"] * 6, {"a": 6}, False, replayed=4, share=0.25).rates(64).tolist() == [1.0] * 6 + [4.0] * 4
+    documents = np.array([[1], [1], [2], [3], [4], [5], [1], [6]])
+    counts, masked = (
+        ExpectedCounts(documents, 4, masked=masked, balanced=True, rates=mix.rates(4)) for masked in (False, True)
+    )
+    assert counts.log_counts.exp().flatten().tolist() == pytest.approx([1.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5])
+    assert masked.log_own.exp().tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 0.5])
+    # over the epoch's two batches, the mean number of each document is its count
+    found = list(MixedBatches(mix, documents[:, 0], np.arange(8), batch_size=4, seed=1))
+    times = Counter(int(documents[row, 0]) for batch in found for row in batch)
+    assert {n: count / len(found) for n, count in times.items()} == {1: 1.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5}
 
 
 def test_names_of_files_without_in_batch_negatives():

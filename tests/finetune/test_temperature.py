@@ -15,6 +15,7 @@ from ebr_lib.finetune import setup
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.losses import ContrastiveLoss, HeldoutRows
 from ebr_lib.finetune.paths import Paths
+from ebr_lib.finetune.signals import ExpectedCounts
 from ebr_lib.finetune.temperature import PAIRS, TEMPERATURES, UNKNOWN, best_temperature
 from ebr_lib.model.loading import load_model
 from tests.finetune.conftest import adapter, make_trainer, same, train
@@ -40,6 +41,28 @@ def test_a_wider_spread_of_cosines_asks_for_a_larger_temperature(spread):
     found, losses = best_temperature(ContrastiveLoss(Still()).eval(), batches)
     assert found == min(TEMPERATURES, key=lambda t: abs(np.log(t / (spread / np.log(3)))))
     assert losses[found] == pytest.approx(0.562, abs=0.01)  # the entropy of ¾ and ¼
+
+
+def test_the_search_sees_the_loss_of_training():
+    """The guide's mask, logQ and weights, which evaluation leaves out; smoothing, teacher and counts stay away."""
+    (queries, documents), labels = random_vectors(4, 2), torch.arange(4)
+    counts = ExpectedCounts(np.array([[1], [1], [2], [3]]), 4, masked=False, balanced=True)
+    cosines = torch.eye(4)
+    cosines[0, 2] = 1.5  # the guide finds document 2 nearer to anchor 0 than its own
+    weights = torch.tensor([2.0, 0.5, 0.5, 1.0])
+    loss = ContrastiveLoss(
+        Still(), document_counts=counts, guide=lambda rows: cosines, row_weights=weights, label_smoothing=0.3, l1=9.0,
+        teacher=torch.tensor([[1.0]]).repeat(4, 1), distill_weight=5.0,
+    ).eval()  # fmt: skip
+    found, losses = best_temperature(loss, [([queries, documents], labels)])
+    unit = [torch.nn.functional.normalize(side[0], dim=1) for side in (queries, documents)]
+    for temperature in TEMPERATURES:
+        logits = unit[0] @ unit[1].T / temperature - torch.tensor([2.0, 2.0, 1.0, 1.0]).log()
+        logits[0, 2] = -torch.inf
+        wanted = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
+        assert losses[temperature] == pytest.approx(wanted.item(), rel=1e-4)
+    assert found == min(losses, key=losses.get)
+    assert not loss.model.training and loss.take_masked_share() is None
 
 
 def test_no_finite_loss_leaves_the_usual_temperature():
