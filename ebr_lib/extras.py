@@ -15,6 +15,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "sweep": ("optuna",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "modelscope": ("modelscope",),
     "notebook": ("nbclient", "nbformat", "ipykernel"),
 }
 """Extra in pyproject.toml to the modules that it installs."""

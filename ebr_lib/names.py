@@ -56,5 +56,7 @@ FusionKind = Literal["none", "rrf", "weighted"]
 FusionChoice = Literal["auto", FusionKind]
 """How a model's ranking and BM25's become one; auto: as evaluation recommends."""
 
+Hub = Literal["auto", "huggingface", "modelscope"]  # where models that are not folders are downloaded from
+
 Choice = bool | Literal["ignore"]
 """True: run the model's own code. "ignore": load the library's class of its type. False: refuse such a model."""

@@ -21,7 +21,7 @@ from ebr_lib.finetune.trainer import EbrTrainer
 from ebr_lib.inference.job import Job
 from ebr_lib.inference.resume import JOB_FILE, with_known_names
 from ebr_lib.inference.store import Store
-from ebr_lib.model.bases import given_bases, look_for_bases_in
+from ebr_lib.model.bases import given_bases, look_for_models
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.provenance import identify
@@ -77,17 +77,17 @@ def test_a_base_that_was_moved_can_be_given(moved, project, tmp_path):
     with pytest.raises(MissingError, match=r"is an adapter on .*bert, which is not here; .*base_model_path"):
         load_model(folder, device="cpu")
     wrong = other_weights(base, tmp_path / "wrong")
-    look_for_bases_in([str(wrong)])
+    look_for_models([str(wrong)], "auto")
     with pytest.raises(ModelError, match=r"trained on .*bert with weights of sha256 .*, found .* at .*wrong"):
         load_model(folder, device="cpu")
-    look_for_bases_in(str(base))
+    look_for_models(str(base), "auto")
     saved = str(project / "saved" / "bert-peft-lora")
     np.testing.assert_array_equal(
         load_model(folder, device="cpu").encode(["warm"]), load_model(saved, device="cpu").encode(["warm"])
     )
     assert identify(folder).base_model == str(base)
     with pytest.raises(MissingError, match=r"base_model_path \./nowhere: no such folder"):
-        look_for_bases_in("./nowhere")
+        look_for_models("./nowhere", "auto")
 
 
 def test_what_was_moved_together_is_found(moved, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_another_model_at_the_place_of_the_base_is_passed_over(moved):
     other_weights(base, Path(folder).parents[1] / "bases" / "bert")
     with pytest.raises(ModelError, match="put the original base model there, or set base_model_path"):
         load_model(folder, device="cpu")
-    look_for_bases_in(str(base))
+    look_for_models(str(base), "auto")
     assert identify(folder).base_model == str(base)
 
 

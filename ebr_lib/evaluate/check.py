@@ -8,7 +8,7 @@ from pathlib import Path
 from ebr_lib.data.queries import need_column, query_texts, read_records
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.task import find_sources
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_paths, errors_of
 
 SMALL = 16 << 20  # bytes of a file of queries that is read to check its columns
@@ -16,7 +16,7 @@ SMALL = 16 << 20  # bytes of a file of queries that is read to check its columns
 
 def check(config: EvalConfig, before: Handover) -> Iterator[str]:
     """Yield what is wrong."""
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     for name in config.models:
         yield from before.check_model("models", name)
     planned = Path(config.corpus_path).expanduser().resolve() in before.columns if config.corpus_path else False

@@ -14,6 +14,7 @@ from ebr_lib.knobs.fields import (
     BASE_PATH,
     CHANGED_VECTORS,
     DEVICE,
+    HUB,
     LABEL_COLUMN,
     OWN_LENGTH,
     PRECISION,
@@ -28,7 +29,7 @@ from ebr_lib.knobs.fields import (
     Positive,
     Seed,
 )
-from ebr_lib.names import Asked, Backend, Choice, EvalMetric, LeaveOutOwn, OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, EvalMetric, Hub, LeaveOutOwn, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class EvalConfig(Config):
         "加在每个文档前的提示词；null 使用各模型训练时的提示词。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     max_seq_length: Length | None = knob(None, *OWN_LENGTH)

@@ -42,7 +42,7 @@ from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric, verdict_on
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.reranker import Scores, load_reranker
@@ -125,7 +125,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: data or a model is not there.
     """
     config = EvalConfig.resolve(config)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     _check_remote_code(config)
     folder = make_folder(Path(config.output_dir))
     _check_apart(config, folder)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ebr_lib.knobs.checks import Config, knob
-from ebr_lib.knobs.fields import BASE_PATH, REMOTE_CODE, Place, Places
-from ebr_lib.names import Choice
+from ebr_lib.knobs.fields import BASE_PATH, HUB, REMOTE_CODE, Place, Places
+from ebr_lib.names import Choice, Hub
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,5 @@ class ExportConfig(Config):
         "查询与文档使用不同权重的模型，导出哪一侧。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)

@@ -13,7 +13,7 @@ from ebr_lib.export.config import ExportConfig
 from ebr_lib.extras import require
 from ebr_lib.files import check_apart, written_whole
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in, one_sided, sides_have_own_weights
+from ebr_lib.model.bases import look_for_models, one_sided, sides_have_own_weights
 from ebr_lib.model.contract import read_contract
 from ebr_lib.model.loading import load_model
 from ebr_lib.model.merged import make_servable, save_merged
@@ -54,7 +54,7 @@ def export_model(config: ExportConfig | Mapping[str, Any] | None = None) -> Expo
     :raises NotInstalledError: the packages that write ONNX are missing.
     """
     config = ExportConfig.resolve(config)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     if "onnx" in config.graphs:
         require("onnx")
     folder = Path(config.output_dir)

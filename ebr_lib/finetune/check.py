@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from ebr_lib.data.pairs import find_pair_files
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.paths import Paths
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_paths, errors_of
 
 
 def check(config: FinetuneConfig, before: Handover) -> Iterator[str]:
     """Yield what is wrong; add the model that will be saved to what is handed over."""
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     yield from before.check_model("model_name", config.model_name)
     pairs = {name: getattr(config, name) for name in ("data_path", "eval_data_path", "replay_data_path")}
     read = {name: before.not_written(given) for name, given in pairs.items()}

@@ -14,6 +14,7 @@ from ebr_lib.knobs.fields import (
     BACKEND,
     BASE_PATH,
     CHANGED_VECTORS,
+    HUB,
     LABEL_COLUMN,
     REMOTE_CODE,
     Count,
@@ -33,6 +34,7 @@ from ebr_lib.names import (
     BestMetric,
     Choice,
     Column,
+    Hub,
     MiningChoice,
     NoiseKind,
     OnBadRow,
@@ -52,6 +54,7 @@ class FinetuneConfig(Config):
         "基座模型：内置的 all-MiniLM-L6-v2、本地目录或 Hub 名称。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     data_path: Places = knob(

@@ -22,7 +22,7 @@ from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.rows import Rows, read_rows
 from ebr_lib.finetune.trackers import need_trackers
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.contract import PROBES
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.main_guard import refuse_script_without_guard
@@ -81,7 +81,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         config.presets,
     ]
     paths.check(inputs)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     paths.check_base(_identify(config))
     rows = _read(config, paths)
     catalogue = _read_catalogue(config, rows)

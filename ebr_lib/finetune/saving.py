@@ -18,6 +18,7 @@ from ebr_lib.model.contract import (
     probe_vectors,
     setup_of,
 )
+from ebr_lib.model.hubs import MODELSCOPE
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.provenance import ModelIdentity
@@ -70,7 +71,8 @@ def make_contract(
 def save_adapter(model: SentenceTransformer, folder: Path, base: ModelIdentity, contract: Contract) -> None:
     """Save adapter, tokenizer, pooling, prompts and contract as a folder that sentence-transformers loads too."""
     config = model.transformers_model.peft_config[ADAPTER_NAME]
-    config.base_model_name_or_path = find_model(base.base_model)
+    place = find_model(base.base_model)  # other libraries do not know names of ModelScope
+    config.base_model_name_or_path = str(local_folder(place)) if place.startswith(MODELSCOPE) else place
     if isinstance(config.target_modules, set):  # written in the order of this process's hashes, it differs between runs
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), create_model_card=False)

@@ -10,14 +10,14 @@ from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.queries import read_queries
 from ebr_lib.index.after import text_column
 from ebr_lib.index.config import IndexConfig
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_columns, check_paths, errors_of
 from ebr_lib.model.provenance import Provenance
 
 
 def check(config: IndexConfig, before: Handover) -> Iterator[str]:
     """Yield what is wrong."""
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     errors: list[str] = []
     found = before.columns_of("embedding_path", config.embedding_path, errors)
     yield from errors

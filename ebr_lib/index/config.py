@@ -12,6 +12,7 @@ from ebr_lib.knobs.checks import Config, knob
 from ebr_lib.knobs.fields import (
     BASE_PATH,
     CHANGED_VECTORS,
+    HUB,
     QUERY_COLUMN,
     QUERY_PROMPT,
     REMOTE_CODE,
@@ -22,7 +23,7 @@ from ebr_lib.knobs.fields import (
     Seed,
     Share,
 )
-from ebr_lib.names import Choice, FusionChoice, OnChangedVectors
+from ebr_lib.names import Choice, FusionChoice, Hub, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class IndexConfig(Config):
         "编码查询的模型；null 使用向量文件清单中记录的模型。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
@@ -163,6 +165,7 @@ class SearchConfig(Config):
         "模型被移动后的位置；null 使用索引中记录的路径。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     query_prompt: str | None = knob(None, *QUERY_PROMPT)

@@ -41,7 +41,7 @@ from ebr_lib.index.store import (
     locked,
 )
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.provenance import Provenance, identify
 from ebr_lib.tables import TableRepr, html_folded, html_verdict, make_table
 
@@ -84,7 +84,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     path, folder = config.embedding_path, Path(config.output_dir)
     make_folder(folder if folder.is_dir() else folder.parent)
     check_replaceable(folder, OWN_FILES.__contains__)

@@ -21,11 +21,11 @@ from ebr_lib.index.config import SearchConfig
 from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.index.opened import NO_ROWS, SearchIndex, opened
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
 from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.names import Asked, Choice, FusionChoice, OnChangedVectors
+from ebr_lib.names import Asked, Choice, FusionChoice, Hub, OnChangedVectors
 from ebr_lib.tables import as_html, as_text, make_table
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def search(
     query_prompt: str | None = None,
     trust_remote_code: Choice = False,
     base_model_path: str | Sequence[str] | None = None,
+    hub: Hub = "auto",
     on_changed_vectors: OnChangedVectors = "error",
 ) -> SearchResult:
     """Find the k rows nearest to a query, or to rows of the index. Index and model stay loaded for the next search.
@@ -144,6 +145,7 @@ def search(
     :param query_prompt: put before the query; None takes what the model was trained with.
     :param trust_remote_code: as when the index's vectors were made; see `load_model`.
     :param base_model_path: where the base of a fine-tuned model is now, if it was moved.
+    :param hub: where a model that is not here is downloaded from: auto, huggingface or modelscope.
     :param on_changed_vectors: raise an error when the model is no longer what it was, or only warn.
     :raises ConfigError: `k` is not a whole number from 1, `diversity` not from 0 to 1, `where` not a mapping, or both
         `query` and `like` are given; fusion with an index that keeps no BM25, or without a weight.
@@ -176,7 +178,7 @@ def search(
         vector = held.mean_vector(own)
         after = replace(after, text=" ".join(held.texts(own, after.column))) if after.column else after
     else:
-        look_for_bases_in(base_model_path)
+        look_for_models(base_model_path, hub)
         knobs = {
             "query_prompt": query_prompt,
             "trust_remote_code": trust_remote_code,
@@ -314,6 +316,7 @@ def run_search(config: SearchConfig | Mapping[str, Any] | None = None) -> Search
         query_prompt=config.query_prompt,
         trust_remote_code=config.trust_remote_code,
         base_model_path=config.base_model_path,
+        hub=config.hub,
         on_changed_vectors=config.on_changed_vectors,
     )
     logger.info("%s", result, extra=RESULT)

@@ -9,13 +9,13 @@ from ebr_lib.files import followed
 from ebr_lib.inference.config import InferenceConfig
 from ebr_lib.inference.inputs import find_inputs, kept_columns, open_inputs
 from ebr_lib.inference.run import layout_of, written_beside
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_paths, errors_of
 
 
 def check(config: InferenceConfig, before: Handover) -> Iterator[str]:
     """Yield what is wrong; add the columns that will be kept to what is handed over."""
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     yield from before.check_model("model_name", config.model_name)
     output = Path(config.output_path).expanduser().resolve()
     before.encoded[output] = config.description_column

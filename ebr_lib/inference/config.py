@@ -14,6 +14,7 @@ from ebr_lib.knobs.fields import (
     BASE_PATH,
     CHANGED_VECTORS,
     DEVICE,
+    HUB,
     OWN_LENGTH,
     PRECISION,
     REMOTE_CODE,
@@ -26,7 +27,7 @@ from ebr_lib.knobs.fields import (
     Share,
     delimiter_byte,
 )
-from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, Hub, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class InferenceConfig(Config):
         "模型：微调后的目录（`./saved_model/…-peft-lora`）、内置模型、本地目录或 Hub 名称。",
     )
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
     # input

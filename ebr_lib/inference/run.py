@@ -24,7 +24,7 @@ from ebr_lib.inference.report import Bar, by_name, check_losses, count_rows, log
 from ebr_lib.inference.resume import drop_run, new_inputs, refuse_other_engine, with_known_names
 from ebr_lib.knobs.fields import delimiter_byte
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify
@@ -76,7 +76,7 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     """
     started = time.perf_counter()
     config = InferenceConfig.resolve(config)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     output = followed(Path(config.output_path))
     check_apart([output, manifest_path(output), _config_path(output), rejects_path(output)], [config.presets])
     (check_output_folder if config.engine == "ray" else check_output_file)(output)

@@ -36,6 +36,12 @@ BASE_PATH = (
     "recognized by the sha256 of its weights.",
     "微调模型的基座模型被移动后的位置：目录或目录列表；按权重的 sha256 识别。",
 )
+HUB = (
+    "Where a model that is not a folder here is downloaded from; auto asks ModelScope for names that begin with "
+    "`modelscope:`, and for others if Hugging Face cannot be reached and the extra `modelscope` is installed.",
+    "本机没有的模型从哪里下载；auto 时，以 `modelscope:` 开头的名称向 ModelScope 请求，其余向 Hugging Face 请求，连接不上且已装附加项 `modelscope` "
+    "时改用 ModelScope。",
+)
 CHANGED_VECTORS = (
     "When a fine-tuned model's probe vectors differ from those saved with it, or a model's files have changed since it "
     "made an index's vectors: error stops; warn logs it and continues.",

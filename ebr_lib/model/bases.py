@@ -6,23 +6,26 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ebr_lib.errors import MissingError, ModelError
+from ebr_lib.errors import MissingError, ModelError, NotInstalledError
 from ebr_lib.model.contract import Contract, read_contract, weights_sha256
+from ebr_lib.model.hubs import MODELSCOPE, ask_hub, cached
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.remote_code import as_mapping, read_json
 from ebr_lib.model.shapes import sides_differ
+from ebr_lib.names import Hub
 
 given_bases: dict[str, None] = {}
 """Folders that the user gave, in their order."""
 
 
-def look_for_bases_in(places: str | Iterable[str] | None) -> None:
-    """From now on, look for the bases of saved adapters in these folders first.
+def look_for_models(places: str | Iterable[str] | None, hub: Hub) -> None:
+    """From now on, look for the bases of saved adapters in these folders first, and for names on this hub.
 
     A folder is used only for adapters that were trained on its weights.
 
     :raises MissingError: a folder does not exist.
     """
+    ask_hub(hub)
     for place in [places] if isinstance(places, str) else places or ():
         folder = None
         with contextlib.suppress(MissingError):
@@ -61,7 +64,8 @@ def base_place(name: str, where: str, contract: Contract) -> str:
     for place in dict.fromkeys(_possible_bases(Path(where), contract)):
         folder = local_folder(place)
         found = weights_sha256(folder) if folder else None
-        if wanted in (None, found) or folder is None:
+        not_here_yet = folder is None or (found is None and place.startswith(MODELSCOPE))
+        if not_here_yet or wanted in (None, found):
             return place
         others.append(f"found {found or 'none'} at {folder}")
     moved = "or set base_model_path to the folder where it is now"
@@ -82,9 +86,9 @@ def _possible_bases(adapter: Path, contract: Contract) -> Iterator[str]:
     if contract.base_sha256:
         yield from given_bases
     named = ""
-    with contextlib.suppress(MissingError):
+    with contextlib.suppress(MissingError, NotInstalledError):
         named = find_model(contract.base_model)
-    if named and Path(named).is_dir():
+    if named and (Path(named).is_dir() or (named.startswith(MODELSCOPE) and cached(named))):
         yield named
     saved_from = Path(adapter_base(adapter) or "")
     if saved_from.is_absolute():
@@ -95,6 +99,8 @@ def _possible_bases(adapter: Path, contract: Contract) -> Iterator[str]:
     elif named:
         yield named
     yield from given_bases
+    if contract.base_model.startswith(MODELSCOPE):  # it was in the cache of another machine then
+        yield contract.base_model
 
 
 def _moved_along(adapter: Path, base: Path) -> Iterator[str]:

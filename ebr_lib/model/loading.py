@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from ebr_lib.errors import MissingError, ModelError
-from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, is_adapted, load_adapter, merge_adapter, restore_adapter
 from ebr_lib.model.bases import adapter_base, base_place
 from ebr_lib.model.contract import check_probes, read_contract
+from ebr_lib.model.hubs import MODELSCOPE, HubError, fetch_weights, hub_of
+from ebr_lib.model.hubs import fetch_configs as fetch_configs_of_hub
 from ebr_lib.model.packaged import PACKAGED_NAME, find_model, local_folder
 from ebr_lib.model.pickles import pickle_error, refuse_pickles
 from ebr_lib.model.remote_code import OwnCode, check_loaded, decide, module_folders, own_code
@@ -35,7 +36,17 @@ from ebr_lib.names import Choice, OnChangedVectors
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    HubError,
+)
 
 
 def check_remote_code(name: str, choice: Choice, made_with: Choice | None = None) -> Choice:
@@ -115,7 +126,7 @@ def load_model(
     else:
         base = where if contract.merged else base_place(name, where, contract)
     adapted = base != where
-    fetch_configs(base)
+    base = fetch_configs(base)
     check_remote_code(name, trust_remote_code)
     model = _load(
         base if adapted else name,
@@ -159,16 +170,17 @@ def _base_of_adapter_alone(where: str) -> str | None:
     return find_model(base) if base else None
 
 
-def fetch_configs(where: str) -> None:
-    """Download the configs and .py files of a model that is not on this machine, to read them before its weights."""
-    if local_folder(where) is not None:
-        return
-    from huggingface_hub import snapshot_download
+def fetch_configs(where: str) -> str:
+    """Download the configs and .py files of a model that is not on this machine, to read them before its weights.
 
-    logger.info("本机没有模型 %s，向模型库请求 (%s is not a folder here; asking the hub)", where, where)
+    :returns: the name under which the model is known from now on, which may be another hub's.
+    :raises ModelError: its hub cannot be reached, or does not have it.
+    """
+    if local_folder(where) is not None:
+        return where
     try:
-        snapshot_download(where, allow_patterns=["*.json", "*.py"])
-    except (OSError, ValueError) as error:
+        return fetch_configs_of_hub(where)
+    except HubError as error:
         raise load_error(where, where, error) from error
 
 
@@ -193,6 +205,7 @@ def _load(
         if folder := local_folder(where):
             refuse_no_embedding_model(name, folder)
             refuse_pickles(name, folder)
+        where = fetch_weights(where)
         with whole(name):
             model = SentenceTransformer(where, trust_remote_code=choice is True, device=device, model_kwargs=kwargs)
     except ModelError:
@@ -253,9 +266,10 @@ def load_error(name: str, where: str, error: Exception, choice: Choice = False) 
     if is_folder:
         return ModelError(f"model {name}: the folder {where} does not load as a sentence-transformers model: {reason}")
     if "safetensors" in reason:
-        return pickle_error(name, "what the hub holds")
+        return pickle_error(name, f"what {hub_of(where)} holds")
+    others = f"HF_ENDPOINT names a mirror, `{MODELSCOPE}` before the name asks ModelScope"
     return ModelError(
-        f"model {name} is not a folder here, and the hub did not provide it ({reason}); check the name and the network "
-        "(the environment variable HF_ENDPOINT names a mirror of the hub), or download it elsewhere and give its "
+        f"model {name} is not a folder here, and {hub_of(where)} did not provide it ({reason}); check the name and the "
+        f"network{'' if where.startswith(MODELSCOPE) else f' ({others})'}, or download it elsewhere and give its "
         f"folder, or use the packaged {PACKAGED_NAME}"
     )

@@ -1,4 +1,4 @@
-"""Model names: a packaged model, a folder, or a name on the Hugging Face hub."""
+"""Model names: a packaged model, a folder, or a name on a hub."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import has_home, sha256_of, written_whole
 from ebr_lib.logs import logger
 from ebr_lib.model.contract import CONTRACT_FILE, files_sha256, weights_sha256
+from ebr_lib.model.hubs import cached, with_hub
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def packaged_model(name: str = PACKAGED_NAME) -> Path:
 
 
 def find_model(name: str) -> str:
-    """Resolve a model name to what sentence-transformers loads: the absolute path of a folder, or a hub name.
+    """Resolve a model name: the absolute path of a folder, or a name on a hub, on ModelScope with its `modelscope:`.
 
     :raises MissingError: the name is a path, or next to models that were fine-tuned here, and no such folder exists.
+    :raises NotInstalledError: the package that downloads from ModelScope is missing.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -99,7 +101,7 @@ def find_model(name: str) -> str:
             f"model {name}: no such folder; fine-tuned models in {folder.parent}: {', '.join(ours)}; "
             "give one of them, or fine-tune first"
         )
-    return name
+    return with_hub(name)
 
 
 def model_label(name: str) -> str:
@@ -111,15 +113,7 @@ def model_label(name: str) -> str:
 def local_folder(name: str) -> Path | None:
     """Folder that a model name loads from, which may be in the hub's cache; None where this machine has none."""
     where = find_model(name)
-    if Path(where).is_dir():
-        return Path(where)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(where, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        return None
+    return Path(where) if Path(where).is_dir() else cached(where)
 
 
 # --- multilingual-e5-small from its 4-bit image -------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ebr_lib.errors import ModelError
+from ebr_lib.model.hubs import fetch_whole, with_hub
 from ebr_lib.model.remote_code import module_folders
 
 # file names of pickled weights, and of the safetensors that are loaded instead
@@ -50,9 +51,7 @@ def to_safetensors(name: str, target: str) -> Path:
     """
     folder, copy = Path(name).expanduser(), Path(target)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name))
+        folder = fetch_whole(with_hub(name))
     if copy.exists():
         raise ModelError(f"{copy} exists; give another folder, or move it")
     try:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebr_lib.errors import MissingError, ModelError
+from ebr_lib.errors import MissingError, ModelError, NotInstalledError
 from ebr_lib.logs import logger
 from ebr_lib.model.bases import base_place, one_sided
 from ebr_lib.model.contract import files_sha256, read_contract, weights_sha256
+from ebr_lib.model.hubs import MODELSCOPE
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.remote_code import own_code
@@ -38,6 +39,8 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
 
     :param trust_remote_code: as `check_remote_code` returns it.
     """
+    place = find_model(name)
+    name = place if place.startswith(MODELSCOPE) else name  # whatever the knob `hub` was then
     folder = local_folder(name)
     contract = read_contract(folder) if folder else None
     own = weights_sha256(folder) if folder else None
@@ -45,7 +48,7 @@ def identify(name: str, trust_remote_code: Choice = False) -> ModelIdentity:
     if contract is None or contract.merged:  # a merged model is its own base
         return ModelIdentity(name, path, own, name, own, trust_remote_code)
     base = contract.base_model
-    with contextlib.suppress(MissingError, ModelError):  # loading the model reports it
+    with contextlib.suppress(MissingError, ModelError, NotInstalledError):  # loading the model reports it
         base = base_place(name, path, contract)
         if find_model(contract.base_model) == base:
             base = contract.base_model
@@ -56,7 +59,7 @@ def files_of(identity: ModelIdentity) -> tuple[str | None, ...]:
     """`files_sha256` of a model, its base and the repositories that hold its code; None for one not on this machine."""
     folders: dict[str, Path | None] = {}
     for name in (identity.path, identity.base_model):
-        with contextlib.suppress(MissingError):
+        with contextlib.suppress(MissingError, NotInstalledError):
             folders[name] = local_folder(name)
     repositories = {code.repository for folder in folders.values() if folder for code in own_code(folder)} - {None}
     elsewhere = {name: local_folder(str(name)) for name in sorted(map(str, repositories))}

@@ -10,6 +10,7 @@ import numpy as np
 
 from ebr_lib.arrays import Floats, not_finite
 from ebr_lib.errors import ModelError, NotFiniteError
+from ebr_lib.model.hubs import fetch_weights
 from ebr_lib.model.loading import LOAD_ERRORS, fetch_configs, load_error
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.pickles import refuse_pickles
@@ -48,8 +49,7 @@ def load_reranker(
     :raises ModelError: it is not a cross-encoder with one score per pair, it does not load, or it needs
         `trust_remote_code`.
     """
-    where = find_model(name)
-    fetch_configs(where)
+    where = fetch_configs(find_model(name))
     folder = local_folder(where)
     if folder is not None:
         _refuse_no_reranker(name, folder)
@@ -96,7 +96,7 @@ def _load(name: str, where: str, choice: Choice, device: str | None) -> CrossEnc
     try:
         with whole(name, unused=()):
             model = CrossEncoder(
-                where,
+                fetch_weights(where),
                 trust_remote_code=choice is True,
                 device=device,
                 activation_fn=torch.nn.Identity(),

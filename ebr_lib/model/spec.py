@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebr_lib.model.bases import given_bases, look_for_bases_in, sides_have_own_weights
+from ebr_lib.model.bases import given_bases, look_for_models, sides_have_own_weights
+from ebr_lib.model.hubs import asked_hub
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.shapes import Side
-from ebr_lib.names import Asked, Backend, Choice, OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, Hub, OnChangedVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -36,10 +37,11 @@ class EncoderSpec:
     trust_remote_code: Choice = False
     on_changed_vectors: OnChangedVectors = "error"
     base_folders: tuple[str, ...] = field(default_factory=lambda: tuple(given_bases))  # for another process
+    hub: Hub = field(default_factory=asked_hub)  # too
 
     def model(self, side: Side) -> SentenceTransformer:
         """Load the model, its adapter merged."""
-        look_for_bases_in(self.base_folders)
+        look_for_models(self.base_folders, self.hub)
         return load_model(
             self.model_name,
             trust_remote_code=self.trust_remote_code,

@@ -11,6 +11,7 @@ from ebr_lib.knobs.checks import Config, knob
 from ebr_lib.knobs.fields import (
     BASE_PATH,
     CHANGED_VECTORS,
+    HUB,
     QUERY_PROMPT,
     REMOTE_CODE,
     TOKEN_FILE,
@@ -18,7 +19,7 @@ from ebr_lib.knobs.fields import (
     Place,
     Places,
 )
-from ebr_lib.names import Choice, OnChangedVectors
+from ebr_lib.names import Choice, Hub, OnChangedVectors
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class ServeConfig(Config):
     )
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
 

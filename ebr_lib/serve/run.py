@@ -15,7 +15,7 @@ from ebr_lib.errors import ConfigError
 from ebr_lib.extras import require
 from ebr_lib.files import read_token
 from ebr_lib.logs import logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.serve.config import ServeConfig
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def listening(config: ServeConfig) -> Iterator[Running]:
     token = read_token(config.token_file)
     if not config.is_local and token is None:
         raise ConfigError(f"host {config.host}: others could search and judge; give a token_file as well")
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     with _listening_at(config.host, config.port) as found:
         served = _served(config)
         hosts = frozenset({"127.0.0.1", "localhost", "[::1]"}) if config.is_local else None

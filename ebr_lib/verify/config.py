@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ebr_lib.knobs.checks import Config, knob
-from ebr_lib.knobs.fields import BASE_PATH, DEVICE, REMOTE_CODE, TOKEN_FILE, Name, Place, Places, Positive
-from ebr_lib.names import Choice
+from ebr_lib.knobs.fields import BASE_PATH, DEVICE, HUB, REMOTE_CODE, TOKEN_FILE, Name, Place, Places, Positive
+from ebr_lib.names import Choice, Hub
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class VerifyConfig(Config):
     token_file: Place | None = knob(None, *TOKEN_FILE)
     timeout: Annotated[float, Field(gt=0, le=3600)] = knob(60.0, "Seconds to wait for an answer.", "等待应答的秒数。")
     trust_remote_code: Choice = knob(False, *REMOTE_CODE)
+    hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     device: str | None = knob(None, *DEVICE)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.errors import MissingError, ModelError
 from ebr_lib.files import read_token
 from ebr_lib.logs import RESULT, logger
-from ebr_lib.model.bases import look_for_bases_in
+from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.packaged import find_model, local_folder, model_label
 from ebr_lib.model.parity import Gap, Served, Trained, compare
 from ebr_lib.model.served import served_folder, trained_sides, with_prompts
@@ -49,7 +49,7 @@ def verify_endpoint(config: VerifyConfig | Mapping[str, Any] | None = None) -> V
     :raises MissingError: a folder is not there.
     """
     config = VerifyConfig.resolve(config)
-    look_for_bases_in(config.base_model_path)
+    look_for_models(config.base_model_path, config.hub)
     find_model(config.model_name)
     endpoint = _endpoint(config) if config.is_address else None
     spec = EncoderSpec(

@@ -47,7 +47,7 @@ def test_unreachable_hub_says_what_to_do(caplog):
         pytest.raises(ModelError, match=r"check the name and the network .*HF_ENDPOINT"),
     ):
         load_model("nobody/no-such-model")
-    assert "nobody/no-such-model is not a folder here; asking the hub" in caplog.text
+    assert "nobody/no-such-model，向 Hugging Face 请求 (not here; asking Hugging Face)" in caplog.text
 
 
 def test_remote_code_runs_when_allowed_and_looks_both_ways(tiny_models):
