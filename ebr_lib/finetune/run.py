@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FREE_ON_RESUME = (
     "model_name",
     "base_model_path",
+    "hub",
     "data_path",
     "eval_data_path",
     "replay_data_path",
