@@ -147,6 +147,31 @@ def test_systems_are_compared_and_deleted_rows_are_gone_at_once(shop, tmp_path, 
         assert found["systems"][1]["results"] == [] and len(found["systems"][0]["results"]) == 5
 
 
+def test_a_hybrid_index_is_searched_as_evaluation_recommends_and_shown_beside_the_vectors(tmp_path, tiny_bert):
+    knobs = {"id_column": "id", "hybrid": True, "evaluation_dir": str(tmp_path / "none")}
+    mine = build(embedding_file(tmp_path / "e.txt", tiny_bert), tmp_path / "index", **knobs).folder
+    words = {"query": "洗发水 pan", "k": 6}
+    wanted = {name: search(mine, **words, fusion=name)["id"].tolist() for name in ("rrf", "none")}
+    assert wanted["rrf"] != wanted["none"]
+    with running(tmp_path, index_dir=str(mine), base_index_dir=None, judgements_dir=str(tmp_path / "marks")) as ask:
+
+        def found(**more) -> tuple[list[str], str]:
+            _, answer, _ = ask("/search", words | more)
+            return [row["id"] for row in answer["results"]], answer["order"]
+
+        assert found() == (wanted["rrf"], "与 BM25 融合 fused: RRF, k = 60")
+        assert found(fusion="none") == (wanted["none"], "仅向量 vectors alone")
+        assert set(found(fusion="weighted", bm25_weight=1.0)[0][:1]) <= {"p2", "p5"}
+        status, refused, _ = ask("/search", words | {"fusion": "weighted"})
+        assert status == 400 and "no evaluation chose a weight" in refused["error"]["message"]
+        systems = {one["name"]: one for one in ask("/compare", words)[1]["systems"]}
+        assert list(systems) == ["index", "bm25", "hybrid"] and "RRF" in systems["hybrid"]["title"]
+        for name, key in (("index", "none"), ("hybrid", "rrf")):
+            assert [row["id"] for row in systems[name]["results"]] == wanted[key]
+        assert {row["id"] for row in systems["bm25"]["results"]} == {"p2", "p5"}
+        assert ask("/compare", words | {"fusion": "rrf"})[0] == 400
+
+
 def test_an_index_replaced_by_one_of_another_model_is_served_as_what_it_is(tmp_path, tiny_bert, tiny_models):
     build(embedding_file(tmp_path / "one.txt", tiny_bert), tmp_path / "index")
     engine = Engine(str(tmp_path / "index"), None, {})
@@ -240,6 +265,7 @@ def test_a_full_queue_refuses(monkeypatch):
         ("/search", {"query": "a", "k": 0}, 422, "greater than or equal to 1"),
         ("/search", {"query": "a", "k": 101}, 422, "less than or equal to 100"),
         ("/search", {"query": "a", "where": {"colour": "red"}}, 400, "no column colour"),
+        ("/search", {"query": "a", "fusion": "rrf"}, 400, "keeps no BM25"),
         ("/search", {"query": "a", "index_dir": "/etc"}, 422, "index_dir: Extra inputs"),
         ("/compare", {"query": "a", "where": {"kind": "kind1"}}, 400, "without filters"),
         ("/marks", {"query": "a", "id": "p0", "grade": 5}, 422, "grade"),
