@@ -10,40 +10,32 @@ from torch import Tensor
 
 from ebr_lib.arrays import Encode, Ints
 from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.finetune.losses import Guided
 from ebr_lib.logs import logger
 
 
-class Guide:
-    """Vectors of all training texts by a model that does not change, made once; each different text is encoded once.
+def guide(
+    columns: Sequence[Sequence[str]], known: KnownPositives, encode_queries: Encode, encode_documents: Encode
+) -> Guided:
+    """A function to the cosines of a batch's anchors and documents, in the order of `KnownPositives.mask`, float32.
 
-    In memory they take 2 bytes per number: 1 GB for a million texts of 512 dimensions.
+    Each different text is encoded once, now. In memory the vectors take 2 bytes per number: 1 GB for a million texts of
+    512 dimensions.
 
     :param columns: the texts of each column, the anchors first; equally many in each.
     :param known: the numbers of these texts.
     :param encode_queries: returns vectors of length one, as `encode_documents` does.
     """
+    logger.info("计算参照向量 encoding the training texts once, to find false negatives")
+    anchors, anchor_of = _encoded(columns[:1], known.anchors[:, None], encode_queries)
+    documents, document_of = _encoded(columns[1:], known.columns, encode_documents)
 
-    def __init__(
-        self,
-        columns: Sequence[Sequence[str]],
-        known: KnownPositives,
-        encode_queries: Encode,
-        encode_documents: Encode,
-    ) -> None:
-        logger.info("计算参照向量 encoding the training texts once, to find false negatives")
-        anchors, *documents = columns
-        self._anchors, self._anchor_of = _encoded([anchors], known.anchors[:, None], encode_queries)
-        self._documents, self._document_of = _encoded(documents, known.columns, encode_documents)
-
-    def cosines(self, rows: Tensor) -> Tensor:
-        """Cosines between the anchors and the documents of a batch, in the order of `KnownPositives.mask`.
-
-        :param rows: row numbers, shape (n,).
-        :return: float32, shape (n, n · columns), on the device of `rows`.
-        """
+    def cosines(rows: Tensor) -> Tensor:
         here = rows.cpu()
-        anchors = self._anchors[self._anchor_of[here, 0]].to(rows.device).float()
-        return anchors @ self._documents[self._document_of[here].T.flatten()].to(rows.device).float().T
+        queries = anchors[anchor_of[here, 0]].to(rows.device).float()
+        return queries @ documents[document_of[here].T.flatten()].to(rows.device).float().T
+
+    return cosines
 
 
 def _encoded(columns: Sequence[Sequence[str]], numbers: Ints, encode: Encode) -> tuple[Tensor, Tensor]:

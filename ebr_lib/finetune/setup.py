@@ -30,7 +30,7 @@ from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import Datasets, make_datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.guard import read_guard
-from ebr_lib.finetune.guide import Guide
+from ebr_lib.finetune.guide import guide
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
 from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts
 from ebr_lib.finetune.losses import ContrastiveLoss, Guided, base_model_only
@@ -732,14 +732,12 @@ def _make_guide(
     if config.false_negative_margin is None:
         return None
     columns = [data.train[name][:] for name in data.train.column_names if name != "label"]
+    make = partial(encoders_of, query_only=False, backend=config.backend, show_bar=True)
     if config.guide_model is None:
-        own = own_prompts(rows)
         with base_model_only(model):
-            return Guide(
-                columns, data.known, *encoders_of(model, False, backend=config.backend, show_bar=True, own_prompts=own)
-            ).cosines
-    guide = load_model(config.guide_model, trust_remote_code=config.trust_remote_code, device=training_device())
-    return Guide(columns, data.known, *encoders_of(guide, False, backend=config.backend, show_bar=True)).cosines
+            return guide(columns, data.known, *make(model, own_prompts=own_prompts(rows)))
+    other = load_model(config.guide_model, trust_remote_code=config.trust_remote_code, device=training_device())
+    return guide(columns, data.known, *make(other))
 
 
 def _expected_counts(

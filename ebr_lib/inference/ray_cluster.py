@@ -20,7 +20,7 @@ from ebr_lib.files import check_replaceable, make_folder, replace_folder, write_
 from ebr_lib.inference.encode import run_job
 from ebr_lib.inference.job import REJECT_HEADER, Check, Job, OnProgress, Outcome, Tally
 from ebr_lib.inference.local import EncoderFacts, LocalEncoder
-from ebr_lib.inference.resume import JOB_FILE, drop_run, refuse_other_job
+from ebr_lib.inference.resume import JOB_FILE, changes, drop_run, refuse_changes
 from ebr_lib.logs import logger
 from ebr_lib.model.spec import EncoderSpec
 
@@ -162,7 +162,7 @@ def _begin(job: Job) -> None:
     if note.exists():
         begun = json.loads(note.read_text(encoding="utf-8"))
         if not begun.get("failed"):
-            refuse_other_job(job, begun["settings"], begun["inputs"])
+            refuse_changes(job, changes(job, begun["settings"], begun["inputs"], by_name=True))
             return
         if (begun["settings"], begun["inputs"]) == (job.settings, list(job.inputs)):
             return

@@ -45,7 +45,7 @@ def start_or_continue(job: Job, store: Store) -> tuple[Job, dict[str, Any], Prog
                 "or drop it with restart: true"
             )
         back, state, progress = _reread_changed(job, store.state, store.progress)
-    _refuse(job, changes(job, state["settings"], state["inputs"], state["earlier"], new_are_fine=job.append))
+    refuse_changes(job, changes(job, state["settings"], state["inputs"], state["earlier"], new_are_fine=job.append))
     if back:
         store.go_back(progress)
     if not state["done"]:
@@ -167,15 +167,12 @@ def _reread_changed(job: Job, state: dict[str, Any], progress: list[Progress]) -
     return False, state, progress[0]
 
 
-def refuse_other_job(job: Job, settings: dict[str, Any], inputs: Inputs) -> None:
-    """Check that the interrupted run had the same settings and the same files, whatever these hold.
+def refuse_changes(job: Job, found: list[str]) -> None:
+    """Check that nothing has changed since the interrupted run.
 
-    :raises DataError: it had others.
+    :param found: what `changes` found.
+    :raises DataError: something has.
     """
-    _refuse(job, changes(job, settings, inputs, by_name=True))
-
-
-def _refuse(job: Job, found: list[str]) -> None:
     if found:
         raise DataError(
             f"{job.folder} holds an unfinished run that cannot be continued, for these have changed:\n"

@@ -14,29 +14,17 @@ from ebr_lib.files import written_whole
 from ebr_lib.tables import squeezed, wrapped
 from ebr_lib.visualize.fonts import LATIN, fonts_for, quiet_fonts
 from ebr_lib.visualize.groups import GREY, PALETTE, SHOWN, Groups, Panel, Points
-from ebr_lib.visualize.labels import (
-    DPI,
-    EDGE,
-    ENTRY,
-    FLATTEST,
-    GAP,
-    LEGEND_SIZE,
-    LINE,
-    NAMED,
-    PANEL,
-    SINGLE,
-    SMALL_SIZE,
-    TITLE_SIZE,
-    marker,
-    name_groups,
-    size_in_inches,
-)
+from ebr_lib.visualize.labels import DPI, NAMED, marker, name_groups, size_in_inches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
+PANEL, SINGLE = 5.5, 7.5  # inches: width of a map beside another one, and alone
+EDGE, GAP, LINE, ENTRY = 0.15, 0.15, 0.18, 0.23  # inches; LINE and ENTRY are lines of caption and legend
+FLATTEST = 0.6  # height of a map, of its width
+TITLE_SIZE, LEGEND_SIZE, SMALL_SIZE = 14.0, 9.5, 9.0  # points
 SHADED = 100_000  # above this many points, density is drawn instead
 # kinds of picture, and the metadata that would make each file different
 KINDS: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-PANEL, SINGLE = 5.5, 7.5  # inches: width of a map beside another one, and alone
-EDGE, GAP, LINE, ENTRY, DPI = 0.15, 0.15, 0.18, 0.23, 180  # inches; LINE and ENTRY are lines of caption and legend
-FLATTEST = 0.6  # height of a map, of its width
-TITLE_SIZE, LEGEND_SIZE, SMALL_SIZE = 14.0, 9.5, 9.0  # points
+DPI = 180
 NAME_SIZES = (9.5, 7.5)  # points, of a name among up to `MANY` labels, and among more
 MANY, NAMED = 25, 150  # labels; `NAMED` are named on a map at most
 NAME_WIDTH = 1.6  # inches, of a name on the map at most

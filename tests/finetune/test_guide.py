@@ -10,7 +10,7 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import ConfigError
 from ebr_lib.finetune.batches import KnownPositives
 from ebr_lib.finetune.config import FinetuneConfig
-from ebr_lib.finetune.guide import Guide
+from ebr_lib.finetune.guide import guide
 from tests.finetune.conftest import close, make_trainer, same, step, write_rows
 
 
@@ -25,9 +25,9 @@ def test_cosines_by_hand():
         return np.stack([vectors[text.lower()] for text in texts])
 
     columns = [[row.anchor for row in rows], [row.positive for row in rows], [row.negatives[0] for row in rows]]
-    guide = Guide(columns, KnownPositives(rows), encode, encode)
+    cosines = guide(columns, KnownPositives(rows), encode, encode)
     assert [sorted(texts) for texts in encoded] == [["a", "b"], ["x", "y", "z"]]  # equal texts once
-    found = guide.cosines(torch.tensor([2, 1]))
+    found = cosines(torch.tensor([2, 1]))
     #           z    Y | x    z
     wanted = [[0.0, 0.8, 0.6, 0.0], [1.0, 0.0, 0.0, 1.0]]
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-3, rtol=0)
