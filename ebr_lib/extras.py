@@ -12,6 +12,7 @@ EXTRAS = {
     "index": ("faiss",),
     "view": ("faiss", "sklearn", "umap", "openTSNE", "threadpoolctl"),
     "onnx": ("onnx", "onnxscript"),
+    "milvus": ("pymilvus", "milvus_lite"),
     "tensorboard": ("tensorboard",),
     "sweep": ("optuna",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),

@@ -18,6 +18,7 @@ from ebr_lib.metrics import KS
 from ebr_lib.model.reranker import Scores
 
 NO_FUSION = Fusion()
+POOL = 5  # times k: nearest rows that diverse ones are chosen from
 FUSED_ROWS = max(KS)  # of each ranker, as evaluation fuses them
 
 
@@ -61,6 +62,9 @@ class After:
     def rows(self, wanted: int) -> int:
         """How many rows the vectors have to find."""
         return max(wanted, FUSED_ROWS if self.is_fused else 0, self.depth if self.scores else 0)
+
+
+VECTORS_ALONE = After()
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,15 @@ def size_of_file(path: str, made_by: Mapping[str, Any]) -> tuple[int, int]:
     for batch in iter_embeddings(path, ()):
         rows += len(batch)
         dim = dim or batch.vectors.shape[1]
-    _need_vectors(path, rows)
+    need_vectors(path, rows)
     return rows, dim
 
 
-def _need_vectors(path: str, found: int) -> None:
+def need_vectors(path: str, found: int) -> None:
+    """Make sure that an embedding file holds vectors.
+
+    :raises DataError: it holds none.
+    """
     if not found:
         raise DataError(f"{path} holds no vectors; {AGAIN}")
 
@@ -165,7 +169,7 @@ def trained_index(
             parts.append(unit(batch.vectors[sample[low:high] - done]))
         done += len(batch)
     vectors = np.concatenate(parts)
-    _need_vectors(path, len(vectors))
+    need_vectors(path, len(vectors))
     vectors = vectors[Distinct().place(vectors)]
     if is_auto and len(vectors) < cells_of(index):
         plan = plan_index(len(vectors), index.d)  # nearly all rows share their vectors
@@ -207,7 +211,7 @@ def build_index(path: str, index: Any, folder: Path, sample: Ints, queries: Vect
     start = time.perf_counter()
     batches = vector_batches(path, None, index.d, MANIFEST_SAYS)
     distinct, taken, own = fill(index, batches, folder / ROWS_FILE, sample)
-    _need_vectors(path, index.ntotal)
+    need_vectors(path, index.ntotal)
     written = save_vectors(folder, index)
     distinct.save(folder / VECTORS_FILE)
     write_deleted(folder, sample[:0])

@@ -11,10 +11,11 @@ from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import iter_embeddings
 from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import write_json
-from ebr_lib.index import store
+from ebr_lib.index import milvus_upload, store
 from ebr_lib.index.build import appending, vector_batches, write_bm25
 from ebr_lib.index.filters import as_texts
-from ebr_lib.index.opened import SearchIndex, open_index
+from ebr_lib.index.milvus import MilvusIndex
+from ebr_lib.index.opened import Opened, SearchIndex, open_index
 from ebr_lib.logs import logger
 from ebr_lib.model.provenance import Provenance
 
@@ -22,7 +23,8 @@ from ebr_lib.model.provenance import Provenance
 def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
     """Add the rows of an embedding file to an index; returns how many it then has, without hidden ones.
 
-    The measured setting stays; build the index again when it has grown by much.
+    The measured setting stays; build the index again when it has grown by much. In Milvus, new rows replace those with
+    their ids, and are found as they arrive.
 
     :raises ModelError: another model made the new vectors, or another prompt or length.
     :raises DataError: another dimension, or a kept column is missing.
@@ -34,6 +36,8 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
         held = open_index(folder)
         next(iter_embeddings(embedding_path, held.columns))  # report a missing file or column first
         _check_same_maker(held, embedding_path)
+        if isinstance(held, MilvusIndex):
+            return milvus_upload.append(held, str(embedding_path))
         with store.changed_together(folder) as new:
             _write_with_rows_of(embedding_path, held, new)
             added = store.read_rows(new / store.ROWS_FILE).slice(len(held.rows))
@@ -68,7 +72,7 @@ def _write_with_rows_of(embedding_path: str | Path, held: SearchIndex, folder: P
     write_json(folder / store.MANIFEST_FILE, held.manifest | numbers)
 
 
-def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
+def _check_same_maker(held: Opened, embedding_path: str | Path) -> None:
     """New rows must have the model and settings of the index's; another precision is only warned about."""
     maker, new = Provenance.of(held.manifest), Provenance.of(read_manifest(embedding_path) or {})
     if maker.sha256 != new.sha256 and not maker.weights & new.weights:
@@ -87,7 +91,7 @@ def _check_same_maker(held: SearchIndex, embedding_path: str | Path) -> None:
 
 
 def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -> int:
-    """Hide rows from every search, until the index is built again; returns how many rows are left.
+    """Hide rows from every search, until the index is built again; returns how many rows are left. Milvus deletes them.
 
     :param ids: one id or several.
     :param column: the kept column that holds the ids; None takes the index's `id_column`, else the row numbers.
@@ -100,7 +104,10 @@ def delete_rows(index_dir: str | Path, ids: object, column: str | None = None) -
     open_index(folder)  # or `locked` would make a folder
     with store.locked(folder):
         held = open_index(folder)
-        numbers = held.numbers_of(wanted, column or held.manifest["id_column"] or store.ROW)
+        column = column or held.manifest["id_column"] or store.ROW
+        if isinstance(held, MilvusIndex):
+            return milvus_upload.delete(held, wanted, column)
+        numbers = held.numbers_of(wanted, column)
         deleted = np.union1d(held.deleted, numbers)
         store.write_deleted(folder, deleted)
     return len(held.rows) - len(deleted)

@@ -10,6 +10,8 @@ from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.queries import read_queries
 from ebr_lib.index.after import text_column
 from ebr_lib.index.config import IndexConfig
+from ebr_lib.index.milvus import check_milvus
+from ebr_lib.index.milvus_upload import kind_in
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_columns, check_paths, errors_of
 from ebr_lib.model.provenance import Provenance
@@ -32,5 +34,7 @@ def check(config: IndexConfig, before: Handover) -> Iterator[str]:
     yield from missing
     if (path := config.queries_path) and not missing:
         yield from errors_of(lambda: read_queries(Path(path), config.query_column))
+    if kind_in(config.kind):
+        yield from errors_of(lambda: check_milvus(config.uri, config.milvus_token_file))
     if config.model_name:
         yield from before.check_model("model_name", config.model_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -43,8 +44,26 @@ class IndexConfig(Config):
     )
     kind: Name = knob(
         "auto",
-        "Faiss factory string (`Flat`, `HNSW32`, `IVF4096,SQ8`), or auto: Flat up to 50,000 rows, HNSW up to a million, IVF above.",
-        "Faiss factory 字符串（如 `Flat`、`HNSW32`、`IVF4096,SQ8`）；auto 按行数选择：5 万以内用 Flat，百万以内用 HNSW，更大用 IVF。",
+        "Faiss factory string (`Flat`, `HNSW32`, `IVF4096,SQ8`), or auto: Flat up to 50,000 rows, HNSW up to a million, IVF "
+        "above. `milvus`, or `milvus:HNSW32`, builds a Milvus collection.",
+        "Faiss factory 字符串（如 `Flat`、`HNSW32`、`IVF4096,SQ8`）；auto 按行数选择：5 万以内用 Flat，百万以内用 HNSW，更大用 IVF。"
+        "`milvus` 或 `milvus:HNSW32` 建 Milvus 集合。",
+    )
+    milvus_uri: Name | None = knob(
+        None,
+        "With kind milvus: its address (`http://localhost:19530`); null takes the environment's MILVUS_URI, or else a file of "
+        "Milvus Lite in `output_dir`.",
+        "kind 为 milvus 时的地址（如 `http://localhost:19530`）；null 取环境变量 MILVUS_URI，没有时用 `output_dir` 中的 Milvus Lite 文件。",
+    )
+    milvus_token_file: Place | None = knob(
+        None,
+        "File with Milvus's token, or `user:password`; null takes the environment's MILVUS_TOKEN.",
+        "存放 Milvus 令牌（或 `用户:密码`）的文件；null 取环境变量 MILVUS_TOKEN。",
+    )
+    collection: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,200}$")] = knob(
+        "ebr",
+        "Name (an alias) under which Milvus has the finished collection.",
+        "建好的集合在 Milvus 中的名称（别名）。",
     )
     compression: Literal["sq8", "pq"] = knob(
         "sq8",
@@ -98,7 +117,18 @@ class IndexConfig(Config):
     )
     seed: Seed = knob(42, "Random seed of sampling and index training.", "抽样与索引训练的随机种子。")
 
+    @property
+    def uri(self) -> str | None:
+        """Address of Milvus; None is a file in the output folder."""
+        return self.milvus_uri or os.environ.get("MILVUS_URI")
+
     def conflicts(self) -> Iterator[str]:
+        if self.milvus_uri and "@" in self.milvus_uri:
+            yield "milvus_uri: leave user and password out of it; put them into milvus_token_file or MILVUS_TOKEN"
+        if (self.milvus_uri or self.milvus_token_file) and not self.kind.startswith("milvus"):
+            yield f"milvus_uri and milvus_token_file need kind: milvus, not {self.kind}"
+        if self.hybrid and self.kind.startswith("milvus"):
+            yield "hybrid: a collection of Milvus keeps no BM25 here; use another kind, or leave hybrid out"
         if self.text_column and not self.hybrid:
             yield "text_column: only hybrid: true reads it"
 

@@ -68,6 +68,8 @@ def comparable_vectors(index: Any) -> Any:
 def cells_of(index: Any) -> int:
     """Cells of an inverted file, 0 for other kinds."""
     faiss = load_faiss()
+    if not isinstance(index, faiss.Index):
+        return int(index.cells)
     ivf = faiss.try_extract_index_ivf(index)
     return ivf.nlist if ivf is not None else 0
 
@@ -144,7 +146,8 @@ def of_all_cells(index: Any, allowed: Any) -> Any:
 
 def reconstructed(index: Any, ids: Ints) -> Vectors:
     """Vectors as the index holds them."""
-    ivf = load_faiss().try_extract_index_ivf(index)
+    faiss = load_faiss()
+    ivf = faiss.try_extract_index_ivf(index) if isinstance(index, faiss.Index) else None
     if ivf is not None and ivf.direct_map.no():
         ivf.make_direct_map()  # without it an inverted file cannot give back single vectors
     vectors: Vectors = index.reconstruct_batch(ids)

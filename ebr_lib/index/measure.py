@@ -60,11 +60,11 @@ class Truth:
 
 
 def exact_neighbours(index: Any, batches: Iterable[Vectors], queries: Vectors, own: Ints) -> Truth:
-    """Search exactly, on GPUs if Faiss has any: in the index's own vectors if it holds them uncompressed, otherwise in
-    the batches."""
+    """Search exactly, on GPUs if Faiss has any: in the index's own vectors if it holds them uncompressed, otherwise, or
+    without an index of Faiss, in the batches."""
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
-    if (flat := flat_of(index)) is not None:
+    if index is not None and (flat := flat_of(index)) is not None:
         starts = range(0, flat.ntotal, CHUNK)
         batches = (flat.reconstruct_n(start, min(CHUNK, flat.ntotal - start)) for start in starts)
     scores, ids = knn_ground_truth(queries, batches, TRUTH_DEPTH + 1, load_faiss().METRIC_INNER_PRODUCT)

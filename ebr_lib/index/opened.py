@@ -16,7 +16,7 @@ from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.bm25 import Bm25
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.index import store
-from ebr_lib.index.after import After, Found, Hybrid, diverse, fused, reranked
+from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, diverse, fused, reranked
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
     load_faiss,
@@ -25,14 +25,13 @@ from ebr_lib.index.faiss_tools import (
     search_parameters,
     transformed,
 )
+from ebr_lib.index.milvus import KIND, MilvusIndex, open_collection
+from ebr_lib.index.store import NO_ROWS
 from ebr_lib.metrics import unit
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NO_ROWS = np.empty(0, np.int64)
-VECTORS_ALONE = After()
-POOL = 5  # times k: nearest rows that diverse ones are chosen from
 EXACT_ROWS = 20_000  # up to this many allowed rows, comparing them one by one is faster than scanning all
 SPARE_ROWS = 100  # rows to look for at least, if some may be deleted
 TRIES, PAUSE = 3, 0.02  # a reader reads a folder so often, with pauses in seconds, before it believes a fault
@@ -241,6 +240,10 @@ class SearchIndex:
             raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
         return np.flatnonzero(pc.is_in(values, value_set=pa.array(list(ids), pa.string())).to_numpy())
 
+    def first_texts(self, column: str, most: int) -> list[str | None]:
+        """Values of a kept column, of the first rows."""
+        return list(self.rows.column(column).slice(0, most).to_pylist())
+
     def known_among(self, added: pa.Table) -> int:
         """How many added rows have an id that a row here, not hidden, has; 0 if no column is known to hold ids."""
         import pyarrow as pa
@@ -259,7 +262,10 @@ def _found(scores: Vectors, ids: Ints) -> tuple[Vectors, Ints]:
     return scores[0][there], ids[0][there]
 
 
-def open_index(folder: str | Path) -> SearchIndex:
+Opened = SearchIndex | MilvusIndex
+
+
+def open_index(folder: str | Path) -> Opened:
     """Open an index folder, all its files in one state, even while another process replaces them.
 
     :raises MissingError: it is not an index folder.
@@ -281,8 +287,10 @@ def open_index(folder: str | Path) -> SearchIndex:
     raise DataError(f"{folder} is being rewritten all the time; search when that is done")
 
 
-def _open_once(folder: Path) -> SearchIndex:
+def _open_once(folder: Path) -> Opened:
     manifest = store.read_manifest(folder)
+    if KIND in manifest:
+        return open_collection(folder, manifest)
     index = store.read_vectors(store.place_of(folder, store.INDEX_FILE), manifest["index_bytes"])
     rows = store.read_rows(store.place_of(folder, store.ROWS_FILE))
     of_row, _ = store.read_distinct(store.place_of(folder, store.VECTORS_FILE))
@@ -299,6 +307,6 @@ def _open_once(folder: Path) -> SearchIndex:
 
 
 @functools.lru_cache(maxsize=2)
-def opened(folder: str, stamp: tuple[tuple[int, ...], ...]) -> SearchIndex:
+def opened(folder: str, stamp: tuple[tuple[int, ...], ...]) -> Opened:
     """`open_index`, cached while the folder's files stay as they are (`index_stamp`)."""
     return open_index(folder)

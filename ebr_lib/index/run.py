@@ -1,4 +1,4 @@
-"""Extension stage: a Faiss index over an embedding file, measured."""
+"""Extension stage: a Faiss index, or a Milvus collection, over an embedding file, measured."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ from ebr_lib.index.build import (
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.faiss_tools import Plan
 from ebr_lib.index.measure import Point, draw_curve, remedies, sweep
+from ebr_lib.index.milvus import KIND, Server, address_of
+from ebr_lib.index.milvus_upload import Collection, build_collection, kind_in, new_collection, plan_collection
 from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.index.store import (
     BM25_FILE,
     CONFIG_FILE,
     CURVE_FILE,
     MANIFEST_FILE,
+    MILVUS_FILES,
     OWN_FILES,
     ROW,
     changed_together,
@@ -80,39 +83,47 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     :param config: an IndexConfig, a dict of its knobs, or None for the defaults.
     :raises ConfigError: a knob is unknown or out of range (all are listed), `kind` is not a factory string, or
         `output_dir` holds other files than an index.
-    :raises DataError: the embedding file is broken, or the queries' model is not the one that made it.
+    :raises DataError: the embedding file is broken, the queries' model is not the one that made it, or Milvus is not
+        reached any more; the same call then continues.
     :raises MissingError: the embedding file is not there; run the inference stage first.
     """
     config = IndexConfig.resolve(config)
     look_for_models(config.base_model_path, config.hub)
     path, folder = config.embedding_path, Path(config.output_dir)
     make_folder(folder if folder.is_dir() else folder.parent)
-    check_replaceable(folder, OWN_FILES.__contains__)
+    check_replaceable(folder, (MILVUS_FILES if kind_in(config.kind) else OWN_FILES).__contains__)
     check_apart([folder], [*files_of(path), config.queries_path, config.presets])
     made_by = read_manifest(path) or {}
     rows, dim = size_of_file(path, made_by)
+    contract = _contract(config, made_by, dim)
     _check_columns(path, config.id_column)
     hybrid = _hybrid(config, made_by) if config.hybrid else None
     if not made_by:
         logger.warning("%s 没有清单 has no manifest: no search can check that its model made it", path)
     with locked(folder):
-        plan = plan_index(rows, dim, config.kind, config.compression)
-        index = new_index(plan, dim, config.ef_construction)  # refuse unusable kinds before encoding the queries
+        plan, index = _empty_index(config, folder, rows, contract)
         queries = _real_queries(config, made_by, dim)
         is_auto, effort = config.kind == "auto", config.ef_construction
         plan, index = trained_index(path, plan, index, rows, ef_construction=effort, is_auto=is_auto, seed=config.seed)
         logger.info("索引类型: %s (%s; %d dimensions)", plan.factory, plan.why, dim)
         with changed_together(folder) as new:
             sample = sample_rows(rows, 0 if queries is not None else config.measure_queries, config.seed)
-            built = build_index(path, index, new, sample, queries)
+            if isinstance(index, Collection):
+                built = build_collection(path, index, sample, queries)
+            else:
+                built = build_index(path, index, new, sample, queries)
             if hybrid:
                 write_bm25(new, Bm25(), hybrid.column)
             points, chosen = _measure(built, plan, config.target_recall)
             draw_curve(new / CURVE_FILE, plan, points, chosen, config.target_recall)
             result = _result(config, plan, built, points, chosen)
-            about = _manifest(config, made_by, result, built)
-            write_json(new / MANIFEST_FILE, about | ({"hybrid": asdict(hybrid)} if hybrid else {}))
+            about = _manifest(config, contract, result, built) | ({"hybrid": asdict(hybrid)} if hybrid else {})
+            if isinstance(index, Collection):
+                about |= index.publish(config.uri, config.milvus_token_file)
+            write_json(new / MANIFEST_FILE, about)
             config.save(new / CONFIG_FILE)
+        if isinstance(index, Collection):
+            index.finish()
         if not hybrid:
             (folder / BM25_FILE).unlink(missing_ok=True)  # of an earlier build, which no manifest names now
     logger.info("%s", result, extra=RESULT)
@@ -122,6 +133,18 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
             logger.info("重排须在检索时给出 the reranker is used with search's reranker_name: auto", extra=RESULT)
     logger.info("索引已保存: %s", folder)
     return result
+
+
+def _empty_index(config: IndexConfig, folder: Path, rows: int, contract: dict[str, Any]) -> tuple[Plan, Any]:
+    """The plan, and an index of Faiss or a collection of Milvus to fill; an unusable kind is refused here, before
+    queries are encoded."""
+    effort, dim = config.ef_construction, int(contract["dimension"])
+    if (inner := kind_in(config.kind)) is None:
+        plan = plan_index(rows, dim, config.kind, config.compression)
+        return plan, new_index(plan, dim, effort)
+    plan, index = plan_collection(rows, inner, effort)
+    server = Server(address_of(folder, config.uri), config.milvus_token_file)
+    return plan, new_collection(folder, server, config.collection, (plan, index), contract)
 
 
 def _check_columns(path: str, id_column: str | None) -> None:
@@ -161,7 +184,8 @@ def _measure(built: Built, plan: Plan, target: float) -> tuple[list[Point], Poin
     """Measure settings and choose one; if none reaches the target, log the kinds that do."""
     points, chosen = sweep(built.index, built.truth, plan, target)
     if chosen.recall < target:
-        better = remedies(built.index, built.truth, plan, target)
+        is_faiss = not isinstance(built.index, Collection)
+        better = remedies(built.index, built.truth, plan, target) if is_faiss else [(f"{KIND}:Flat", 1.0)]
         logger.warning(
             "召回不足: recall@10 %.4f is the best that %s gives here, target_recall is %.4f; "
             "以下 kind 实测可达到 (measured to reach it): %s",
@@ -199,8 +223,19 @@ def _result(config: IndexConfig, plan: Plan, built: Built, points: list[Point], 
     )
 
 
-def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResult, built: Built) -> dict[str, Any]:
+def _contract(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Which model made the vectors and how, their dimension, and the column of ids."""
     maker = Provenance.of(made_by)
+    names = ("max_seq_length", "prompt", "precision", "description_column")
+    return {
+        "model": (made_by.get("model") or {}) | ({"asked_for": config.model_name} if config.model_name else {}),
+        "settings": {name: getattr(maker, name) for name in names} | {"model files": list(maker.files)},
+        "dimension": dim,
+        "id_column": config.id_column,
+    }
+
+
+def _manifest(config: IndexConfig, contract: dict[str, Any], result: IndexResult, built: Built) -> dict[str, Any]:
     return {
         "index_bytes": built.bytes,
         "vectors": int(built.index.ntotal),
@@ -208,8 +243,6 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
         "why": result.why,
         "metric": "inner product of unit vectors",
         "rows": result.rows,
-        "dimension": result.dimension,
-        "id_column": config.id_column,
         "search": {"knob": result.knob, "setting": result.chosen.setting, "target_recall": config.target_recall},
         "measured": {
             "queries": result.measured_on,
@@ -218,9 +251,5 @@ def _manifest(config: IndexConfig, made_by: Mapping[str, Any], result: IndexResu
             "bytes_per_vector": result.bytes_per_vector,
         },
         "embedding_path": config.embedding_path,
-        "model": (made_by.get("model") or {}) | ({"asked_for": config.model_name} if config.model_name else {}),
-        "settings": {
-            name: getattr(maker, name) for name in ("max_seq_length", "prompt", "precision", "description_column")
-        }
-        | {"model files": list(maker.files)},
+        **contract,
     }

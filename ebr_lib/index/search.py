@@ -19,7 +19,8 @@ from ebr_lib.index import store
 from ebr_lib.index.after import NO_FUSION, After, text_column
 from ebr_lib.index.config import SearchConfig
 from ebr_lib.index.filters import allowed_values, check_unicode
-from ebr_lib.index.opened import NO_ROWS, SearchIndex, opened
+from ebr_lib.index.opened import Opened, opened
+from ebr_lib.index.store import NO_ROWS
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
@@ -99,7 +100,7 @@ def query_encoder(spec: EncoderSpec, maker: Provenance, dim: int, where: str) ->
 
 
 def search(
-    index: str | Path | SearchIndex,
+    index: str | Path | Opened,
     query: str | None = None,
     k: int = 10,
     *,
@@ -162,7 +163,7 @@ def search(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ConfigError(f"{name}: {value!r}; wanted a whole number from 1")
     allowed = allowed_values({} if where is None else where)
-    held = index if isinstance(index, SearchIndex) else opened(str(index), store.index_stamp(index))
+    held = opened(str(index), store.index_stamp(index)) if isinstance(index, str | Path) else index
     after = after_vectors(
         held,
         text,
@@ -204,7 +205,7 @@ def search(
 
 
 def after_vectors(
-    held: SearchIndex,
+    held: Opened,
     query: str,
     fusion: FusionChoice = "auto",
     *,
@@ -237,7 +238,7 @@ def after_vectors(
     )
 
 
-def _fusion(held: SearchIndex, advice: Advice, kind: FusionChoice, weight: float | None) -> Fusion:
+def _fusion(held: Opened, advice: Advice, kind: FusionChoice, weight: float | None) -> Fusion:
     known = advice.fusion or NO_FUSION
     if kind not in get_args(FusionChoice):
         raise ConfigError(f"fusion: {kind!r}; wanted auto, none, rrf or weighted")
@@ -252,7 +253,7 @@ def _fusion(held: SearchIndex, advice: Advice, kind: FusionChoice, weight: float
     return Fusion(kind, weight or 0.0)
 
 
-def _reranking(held: SearchIndex, advice: Advice, name: str, depth: int | None) -> Reranking:
+def _reranking(held: Opened, advice: Advice, name: str, depth: int | None) -> Reranking:
     if name != "auto":
         return Reranking(name, depth or RERANKED_ROWS)
     if advice.reranking is None:

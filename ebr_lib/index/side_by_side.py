@@ -131,8 +131,8 @@ def usual_queries(folder: str | Path, most: int = EXAMPLES) -> list[str]:
         return read_queries(Path(config.queries_path), config.query_column)[:most]
     held = open_index(folder)
     encoded = Provenance.of(held.manifest).description_column
-    column = next((name for name in (*TITLES, encoded) if name in held.rows.column_names), held.rows.column_names[-1])
-    texts = held.rows.column(column).slice(0, 20 * most).to_pylist()
+    column = next((name for name in (*TITLES, encoded) if name in held.columns), held.columns[-1])
+    texts = held.first_texts(column, 20 * most)
     return [shortened(text, 60) for text in dict.fromkeys(texts) if text and text.strip()][:most]
 
 

@@ -35,7 +35,10 @@ VECTORS_FILE, BM25_FILE = "vectors.npz", "bm25.npz"
 READ_FILES = (INDEX_FILE, ROWS_FILE, MANIFEST_FILE, DELETED_FILE, VECTORS_FILE, BM25_FILE)
 LOCK, BUILDING, READY = ".lock", ".building", ".ready"
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
-OWN_FILES = (*READ_FILES, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
+SHARED_FILES = (MANIFEST_FILE, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
+OWN_FILES = (*READ_FILES, *SHARED_FILES)
+UPLOAD_FILE, APPEND_FILE, LITE_FILE = ".upload.json", ".append.json", "milvus.db"  # two states of uploads
+MILVUS_FILES = (*SHARED_FILES, UPLOAD_FILE, APPEND_FILE, LITE_FILE)
 WAIT_SECONDS = 600.0
 
 
@@ -117,6 +120,7 @@ def index_stamp(folder: str | Path) -> tuple[tuple[int, ...], ...]:
 
 
 DIGEST = 16  # bytes by which equal vectors are found
+NO_ROWS = np.empty(0, np.int64)
 ROW = "_row"  # sidecar column: number of the row in the embedding file
 
 

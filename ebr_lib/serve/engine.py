@@ -17,7 +17,7 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.queries import DOCUMENT_TEXTS
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.index import store
-from ebr_lib.index.opened import SearchIndex, opened
+from ebr_lib.index.opened import Opened, SearchIndex, opened
 from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.model.bases import sides_have_own_weights
 from ebr_lib.model.encoder import Encoder
@@ -69,7 +69,7 @@ class Engine:
         made_by = Provenance.of(held.manifest).name
         return model_label(self._model_name or made_by or self._spec(held).model_name)
 
-    def current(self) -> tuple[SearchIndex, Encoder]:
+    def current(self) -> tuple[Opened, Encoder]:
         """The index and its query encoder, read again if the folder has changed."""
         held = opened(self.folder, store.index_stamp(self.folder))
         encoder = query_encoder(self._spec(held), Provenance.of(held.manifest), held.dim, self.folder)
@@ -77,7 +77,7 @@ class Engine:
             self._kinds = {"query": encoder}
         return held, encoder
 
-    def encode(self, kind: Kind, texts: Sequence[str]) -> tuple[SearchIndex, Vectors]:
+    def encode(self, kind: Kind, texts: Sequence[str]) -> tuple[Opened, Vectors]:
         """Vectors of texts, and the index that they belong to."""
         held, encoder = self.current()
         kinds = self._kinds
@@ -85,19 +85,19 @@ class Engine:
             kinds[kind] = self._other_kind(kind, held, encoder)
         return held, kinds[kind].encode(texts)
 
-    def _spec(self, held: SearchIndex) -> EncoderSpec:
+    def _spec(self, held: Opened) -> EncoderSpec:
         spec = query_spec(held.manifest, held.dim, self._model_name, **self._knobs)
         return replace(spec, backend="auto")  # unlike a single search, a server has the time to convert the model
 
-    def _other_kind(self, kind: Kind, held: SearchIndex, encoder: Encoder) -> Encoder:
+    def _other_kind(self, kind: Kind, held: Opened, encoder: Encoder) -> Encoder:
         if kind == "document" and self._own_weights(held):
             return replace(self._spec(held), document_prompt=Provenance.of(held.manifest).prompt).encoder("document")
         return encoder.with_prompt("" if kind == "none" else self._document_prompt(held, encoder))
 
-    def _document_prompt(self, held: SearchIndex, encoder: Encoder) -> str:
+    def _document_prompt(self, held: Opened, encoder: Encoder) -> str:
         return prompt_of(encoder.model, "document", Provenance.of(held.manifest).prompt)
 
-    def _own_weights(self, held: SearchIndex) -> bool:
+    def _own_weights(self, held: Opened) -> bool:
         """Whether documents have other weights than queries."""
         return sides_have_own_weights(self._spec(held).model_name)
 
@@ -109,12 +109,14 @@ class Words:
         self.column = column
         self._known = self._read(engine.current()[0])
 
-    def _read(self, held: SearchIndex) -> tuple[SearchIndex, Bm25]:
+    def _read(self, held: Opened) -> tuple[SearchIndex, Bm25]:
+        if not isinstance(held, SearchIndex):
+            raise DataError(f"{held.folder}: BM25 reads no rows from Milvus; serve it with bm25: false")
         if held.bm25 is not None and held.hybrid is not None and held.hybrid.column == self.column:
             return held, held.bm25
         return held, Bm25([text or "" for text in held.rows.column(self.column).to_pylist()])
 
-    def find(self, held: SearchIndex, query: str, k: int) -> list[Hit]:
+    def find(self, held: Opened, query: str, k: int) -> list[Hit]:
         """The k best rows that share a word with the query."""
         known = self._known  # one read: another thread may replace it
         if known[0] is not held:
@@ -122,10 +124,11 @@ class Words:
         scores = known[1].scores(query)
         if scores is None:
             return []
-        scores[held.deleted] = -np.inf
+        rows = known[0]
+        scores[rows.deleted] = -np.inf
         best = np.argsort(-scores, kind="stable")[:k]
         best = best[np.isfinite(scores[best])]
-        return list(zip(scores[best].tolist(), held.rows.take(best).to_pylist(), strict=True))
+        return list(zip(scores[best].tolist(), rows.rows.take(best).to_pylist(), strict=True))
 
 
 def shown_column(engine: Engine, wanted: str | None, ids: str | None) -> str | None:
@@ -161,7 +164,7 @@ class _Job:
     engine: Engine
     kind: Kind
     texts: Sequence[str]
-    done: asyncio.Future[tuple[SearchIndex, Vectors]]
+    done: asyncio.Future[tuple[Opened, Vectors]]
 
 
 class Batcher:
@@ -180,7 +183,7 @@ class Batcher:
         """Requests that no batch has taken yet."""
         return self._queue.qsize()
 
-    async def vectors(self, engine: Engine, kind: Kind, texts: Sequence[str]) -> tuple[SearchIndex, Vectors]:
+    async def vectors(self, engine: Engine, kind: Kind, texts: Sequence[str]) -> tuple[Opened, Vectors]:
         """Vectors of one request's texts.
 
         :raises BusyError: too many requests wait.
@@ -230,7 +233,7 @@ def _batch_of(job: _Job) -> tuple[int, str]:
     return id(job.engine), job.kind
 
 
-def _settle(job: _Job, result: Exception | tuple[SearchIndex, Vectors]) -> None:
+def _settle(job: _Job, result: Exception | tuple[Opened, Vectors]) -> None:
     if job.done.done():  # the client has left
         return
     if isinstance(result, Exception):

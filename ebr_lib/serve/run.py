@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.errors import ConfigError
 from ebr_lib.extras import require
 from ebr_lib.files import read_token
+from ebr_lib.index.milvus import MilvusIndex
 from ebr_lib.logs import logger
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.serve.config import ServeConfig
@@ -124,7 +125,9 @@ def _served(config: ServeConfig) -> Served:
     systems["index"] = engine
     if ids is not None:
         need_column(engine, ids, "id_column")
-    if config.bm25 and text is not None:
+    if isinstance(engine.current()[0], MilvusIndex):
+        logger.info("索引在 Milvus 中，页面不显示 BM25: the page shows no BM25 beside an index in Milvus")
+    elif config.bm25 and text is not None:
         systems["bm25"] = Words(engine, text)
     if ids is None:
         logger.warning("未指定 ID 列，页面不能标注 nothing can be judged: no id_column; give one that the index keeps")
