@@ -286,12 +286,18 @@ class MilvusIndex:
             limit = min(4 * limit, MOST_ROWS)
 
     def _hits(self, query: Vectors, limit: int, expression: str) -> list[dict[str, Any]]:
-        """What Milvus finds; if a graph or a few cells hold too few of the allowed entities, by its widest search."""
+        """What Milvus finds. If a graph or a few cells give too few of the allowed entities, all of them are compared
+        here, or, if these are too many to send, the widest search is used."""
         knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
         hits = self._ask(query, limit, expression, search_setting(knob, setting, limit))
-        if knob and len(hits) < limit and len(hits) < self.server.count(self.name, expression):
-            hits = self._ask(query, limit, expression, search_setting(knob, MOST_ROWS, limit))
-        return hits
+        if not knob or len(hits) == limit or len(hits) == (allowed := self.server.count(self.name, expression)):
+            return hits
+        if allowed > MOST_ROWS:
+            return self._ask(query, limit, expression, search_setting(knob, MOST_ROWS, limit))
+        fields = [ROW, SAME, VECTOR, *self.fields.values()]
+        entities = self.entities(expression, fields, limit=allowed)
+        hits = [{"distance": float(np.array(entity.pop(VECTOR), np.float32) @ query), **entity} for entity in entities]
+        return sorted(hits, key=lambda hit: -hit["distance"])[:limit]
 
     def _ask(self, query: Vectors, limit: int, expression: str, params: Mapping[str, int]) -> list[dict[str, Any]]:
         found = self.server.call(
