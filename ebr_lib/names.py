@@ -49,6 +49,9 @@ FULL_PRESET = "configs/finetune/full_regularization.yaml"
 
 HELDOUT_FILE, CORPUS_FILE, QUERIES_FILE = "heldout.jsonl", "corpus.jsonl", "queries.jsonl"
 
+VectorType = Literal["float32", "float16", "int8", "binary"]
+"""Numbers that an embedding file holds; binary is one bit per dimension."""
+
 Asked = Literal["auto", "float32", "bfloat16"]  # precision of encoding; float16 is for training on an older GPU
 Backend = Literal["auto", "torch", "openvino"]  # library that runs the transformer when texts are encoded
 

@@ -28,6 +28,6 @@ def check(config: InferenceConfig, before: Handover) -> Iterator[str]:
         place, layout, kept = followed(Path(config.output_path)), layout_of(config), config.output_columns
         found = find_inputs(config.data_path, config.file_patterns, place, written_beside(place))
         sources = open_inputs(found, layout, [config.description_column, *kept], kept)
-        before.columns[output] = kept_columns(sources, kept, config.output_path, layout)
+        before.columns[output] = kept_columns(sources, kept, config.output_path, layout, config.vector_type)
 
     yield from errors_of(read)

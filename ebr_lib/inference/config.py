@@ -27,7 +27,9 @@ from ebr_lib.knobs.fields import (
     Share,
     delimiter_byte,
 )
-from ebr_lib.names import Asked, Backend, Choice, Hub, OnChangedVectors
+from ebr_lib.names import Asked, Backend, Choice, Hub, OnChangedVectors, VectorType
+
+NOT_WHOLE_BYTES = "binary needs a multiple of 8 dimensions, not {}; set truncate_dim to one"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class InferenceConfig(Config):
     output_columns: tuple[Name, ...] = knob(
         [], "Columns kept with the vector, in this order; empty keeps all.", "输出中保留的列及顺序；留空保留全部。"
     )
+    vector_type: VectorType = knob(
+        "float32",
+        "Numbers of the output: float16, int8 or binary take 2, 4 or 32 times less room than float32, in Parquet and "
+        "`.npy`. int8 and binary are multiplied by their column `vector_scale`.",
+        "输出向量的数值类型：float16、int8、binary 的体积分别是 float32 的 1/2、1/4、1/32，仅限 Parquet 与 `.npy`；"
+        "int8 与 binary 须乘以 `vector_scale` 列还原。",
+    )
     output_header: bool = knob(
         True,
         "Write a header row with the column names (text only); use false for files that Hive loads as a table.",
@@ -169,6 +178,7 @@ class InferenceConfig(Config):
 
     def conflicts(self) -> Iterator[str]:
         yield from self._format_conflicts()
+        yield from self._output_conflicts()
         yield from self._engine_conflicts()
 
     def _format_conflicts(self) -> Iterator[str]:
@@ -183,14 +193,24 @@ class InferenceConfig(Config):
             yield f"columns: {', '.join(self.columns)} do not contain description_column {self.description_column!r}"
         if len(set(self.columns)) != len(self.columns):
             yield "columns: a name occurs twice"
+
+    def _output_conflicts(self) -> Iterator[str]:
         if len(set(self.output_columns)) != len(self.output_columns):
             yield "output_columns: a name occurs twice"
         if self.output_path.endswith((".gz", ".bz2", ".xz", ".zst", ".zip")):
             yield f"output_path: {self.output_path!r} compressed output is not supported; use .txt or .parquet"
         if not self.output_header and self.output_path.lower().endswith((".parquet", ".npy")):
             yield f"output_header: only text output has a header row, and {self.output_path!r} is not text; leave output_header out"
-        if "vector" in self.output_columns:
-            yield "output_columns: `vector` is the name of the output's own column; rename that column of the input"
+        for name in ("vector", *(["vector_scale"] if self.vector_type in ("int8", "binary") else [])):
+            if name in self.output_columns:
+                yield f"output_columns: `{name}` is the name of the output's own column; rename that column of the input"
+        if self.vector_type != "float32" and not self.output_path.lower().endswith((".parquet", ".npy")):
+            yield (
+                f"vector_type: {self.vector_type} is written to .parquet and .npy; {self.output_path!r} is text, whose "
+                "vectors Hive loads as ARRAY<FLOAT>"
+            )
+        if self.vector_type == "binary" and (self.truncate_dim or 0) % 8:
+            yield f"vector_type: {NOT_WHOLE_BYTES.format(self.truncate_dim)}"
 
     def _quoting_conflicts(self) -> Iterator[str]:
         sign = escape_byte(self.escaped_by)

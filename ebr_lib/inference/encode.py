@@ -120,7 +120,15 @@ def _write_rows(  # noqa: PLR0917
     job: Job, store: Store, encoder: TextEncoder, state: dict[str, Any], progress: Progress, on_progress: OnProgress
 ) -> Progress:
     """Encode and write all windows that are left; returns the last progress."""
-    sink = open_sink(job.output, job.folder, job.kept, encoder.dim, progress.sizes, header=job.with_header)
+    sink = open_sink(
+        job.output,
+        job.folder,
+        job.kept,
+        encoder.dim,
+        progress.sizes,
+        header=job.with_header,
+        vector_type=job.vector_type,
+    )
     with contextlib.closing(sink), open_work(job.folder / REJECTS, progress.sizes) as rejects:
         if progress.sizes is None:
             rejects.write(REJECT_HEADER)

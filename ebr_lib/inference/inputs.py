@@ -11,7 +11,8 @@ from typing import Any
 
 from ebr_lib.data.columnar import NoTextError, need_texts
 from ebr_lib.data.containers import COLUMNAR, readable
-from ebr_lib.data.embeddings.base import VECTOR, is_plain, is_text, manifest_path
+from ebr_lib.data.embeddings.base import is_plain, is_text, manifest_path
+from ebr_lib.data.embeddings.codes import own_columns
 from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of, partitions_of
 from ebr_lib.data.hive import OLD_ORC_NAME, Layout, Source, is_empty, open_source, read_rows
 from ebr_lib.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from ebr_lib.files import sha256_of
 from ebr_lib.inference.hints import HINT_ROWS, Reject, likely_knobs
 from ebr_lib.inference.job import SKIPPED, work_folder
 from ebr_lib.logs import logger
-from ebr_lib.names import did_you_mean
+from ebr_lib.names import VectorType, did_you_mean
 
 SAMPLED_BYTES, SAMPLED_ROWS = 1 << 24, 100_000  # input of this size is sampled first; rows of the sample
 
@@ -123,12 +124,14 @@ def given_columns(sources: Sequence[Source]) -> list[str]:
     return list(dict.fromkeys(name for source in sources for name in partitions_of(Path(source.name), Path())))
 
 
-def kept_columns(sources: list[Source], wanted: Sequence[str], output: str, layout: Layout) -> tuple[str, ...]:
+def kept_columns(
+    sources: list[Source], wanted: Sequence[str], output: str, layout: Layout, vector_type: VectorType
+) -> tuple[str, ...]:
     """The columns to keep beside the vector: those wanted, else all of the files.
 
     :raises DataError: the files differ in their columns, or text cannot hold the name of one.
     """
-    kept = tuple(wanted) or _all_columns(sources)
+    kept = tuple(wanted) or _all_columns(sources, own_columns(vector_type))
     path, encoding = sources[0].path, sources[0].encoding
     for name in kept:
         if "\ufffd" in name:
@@ -146,7 +149,7 @@ def kept_columns(sources: list[Source], wanted: Sequence[str], output: str, layo
     return kept
 
 
-def _all_columns(sources: list[Source]) -> tuple[str, ...]:
+def _all_columns(sources: list[Source], own: Sequence[str]) -> tuple[str, ...]:
     first = sources[0]
     for source in sources[1:]:
         if set(source.columns) != set(first.columns):
@@ -155,8 +158,8 @@ def _all_columns(sources: list[Source]) -> tuple[str, ...]:
                 f"{source.path} and {first.path} do not have the same columns ({odd} is in one of them only); "
                 "name those to keep in output_columns"
             )
-    if VECTOR in first.columns:
-        raise DataError(f"{first.path} has a column `{VECTOR}` already; name the columns to keep in output_columns")
+    if taken := [name for name in own if name in first.columns]:
+        raise DataError(f"{first.path} has a column `{taken[0]}` already; name the columns to keep in output_columns")
     return first.columns
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Vectors
 from ebr_lib.data.embeddings.base import DELIMITER
 from ebr_lib.data.hive import EMPTY_LINE, HEADER_AGAIN, Layout, Source
+from ebr_lib.names import VectorType
 
 REJECT_HEADER = DELIMITER.join([b"file", b"line", b"offset", b"reason", b"raw"]) + b"\n"
 EMPTY_TEXTS = ("null text", "blank text", "empty text")
@@ -70,6 +71,7 @@ class Job:
     window_rows: int = 16384
     append: bool = False
     with_header: bool = True
+    vector_type: VectorType = "float32"
 
     @property
     def folder(self) -> Path:

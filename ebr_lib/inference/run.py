@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ebr_lib.data.embeddings.base import ending_of, ids_path, manifest_path, read_manifest
 from ebr_lib.data.finder import FoundFiles
 from ebr_lib.data.hive import Layout, Source
+from ebr_lib.errors import ConfigError
 from ebr_lib.files import check_apart, check_output_file, followed, write_json
-from ebr_lib.inference.config import InferenceConfig, escape_byte
+from ebr_lib.inference.config import NOT_WHOLE_BYTES, InferenceConfig, escape_byte
 from ebr_lib.inference.encode import explain_full_disk
 from ebr_lib.inference.inputs import check_sample, find_inputs, hash_inputs, kept_columns, open_inputs
 from ebr_lib.inference.job import Job, Outcome, rejects_path, work_folder
@@ -84,11 +85,13 @@ def run_batch_inference(config: InferenceConfig | Mapping[str, Any] | None = Non
     found = find_inputs(config.data_path, config.file_patterns, output, written_beside(output))
     layout = layout_of(config)
     sources = open_inputs(found, layout, [config.description_column, *config.output_columns], config.output_columns)
-    kept = kept_columns(sources, config.output_columns, config.output_path, layout)
+    kept = kept_columns(sources, config.output_columns, config.output_path, layout, config.vector_type)
     wanted = [*kept, config.description_column]
     check_sample(config.data_path, _not_held(config, sources, output), wanted, layout, config.max_rejected_share)
     logger.info("推理输入: %d 个文件, %.1f MB (input files)", len(sources), sum(s.size for s in sources) / 1e6)
     with _engine(config) as engine:
+        if config.vector_type == "binary" and engine.facts.dim % 8:
+            raise ConfigError(f"vector_type: {NOT_WHOLE_BYTES.format(engine.facts.dim)}")
         # again: a model of the hub is here only now
         choice = check_remote_code(config.model_name, config.trust_remote_code)
         identity = identify(config.model_name, choice)
@@ -194,7 +197,7 @@ def _settings(
     later: dict[str, Any] = {"trust_remote_code": identity.trust_remote_code} if identity.trust_remote_code else {}
     later |= {"backend": facts.backend} if facts.backend != "torch" else {}
     usual = InferenceConfig()
-    for name in ("quoting", "escaped_by", "output_header"):
+    for name in ("quoting", "escaped_by", "output_header", "vector_type"):
         if (value := getattr(config, name)) != getattr(usual, name):
             later[name] = value
     return later | {
@@ -233,6 +236,7 @@ def _job(config: InferenceConfig, sources: list[Source], layout: Layout, setting
         window_rows=config.window_rows,
         append=config.append,
         with_header=config.output_header,
+        vector_type=config.vector_type,
     )
     if config.restart and job.folder.exists():
         logger.info("放弃未完成的运行: %s (restart: the unfinished run is dropped)", job.folder)

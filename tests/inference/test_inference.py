@@ -997,3 +997,40 @@ def test_the_manifest_names_files_that_were_not_read(tmp_path: Path, encoder: Fa
     catalogue(tmp_path, ["1\x01a\x01x"])
     catalogue(tmp_path, ["2\x01b\x01x"], "b.txt")
     assert json.loads(run(tmp_path).manifest.read_text())["not_read"] == {"b.txt": "no pattern matches the name"}
+
+
+# --- vectors in fewer bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_int8_is_written_appended_and_read_back_exactly(tmp_path: Path, encoder: FakeEncoder, ending: str):
+    rows = [f"{i}\x01text {i}\x01x" for i in range(20)] + ["20\x01\x01blank"]
+    catalogue(tmp_path, rows[:9])
+    knobs = {"vector_type": "int8", "on_empty_text": "empty", "output_path": str(tmp_path / f"o{ending}")}
+    result = run(tmp_path, window_rows=4, **knobs)
+    assert json.loads(result.manifest.read_text())["settings"]["vector_type"] == "int8"
+    catalogue(tmp_path, rows[9:], "b.csv")
+    back = read_embeddings(run(tmp_path, append=True, **knobs).output)
+    vectors = np.stack([fake_vector(f"text {i}") for i in range(20)])
+    scales = vectors.max(axis=1, keepdims=True) / np.float32(127)  # none of them is below 0
+    assert (back.vectors == np.round(vectors / scales) * scales).all()
+    assert back.columns["id"] == [str(i) for i in range(20)]
+    assert back.total == 21
+    with pytest.raises(DataError, match="vector_type: 'int8' then, None now"):
+        run(tmp_path, append=True, **knobs | {"vector_type": "float32"})
+
+
+def test_vectors_in_fewer_bytes_have_their_limits(tmp_path: Path, encoder: FakeEncoder):
+    catalogue(tmp_path, ["1\x01a\x01x"], header="id\x01description\x01vector_scale")
+    out = str(tmp_path / "o.parquet")
+    with pytest.raises(ConfigError, match=r"int8 is written to \.parquet and \.npy; './faiss/embeds_2\.txt' is text"):
+        InferenceConfig.resolve({"vector_type": "int8"})
+    with pytest.raises(ConfigError, match="`vector_scale` is the name of the output's own column"):
+        InferenceConfig.resolve({"vector_type": "int8", "output_path": out, "output_columns": ["vector_scale"]})
+    with pytest.raises(DataError, match="has a column `vector_scale` already"):
+        run(tmp_path, vector_type="int8", output_path=out)
+    with pytest.raises(ConfigError, match="binary needs a multiple of 8 dimensions, not 12"):
+        InferenceConfig.resolve({"vector_type": "binary", "output_path": out, "truncate_dim": 12})
+    with pytest.raises(ConfigError, match="binary needs a multiple of 8 dimensions, not 6"):
+        run(tmp_path, vector_type="binary", output_path=out, output_columns=["id"])
+    assert read_embeddings(run(tmp_path, output_path=out).output).columns["vector_scale"] == ["x"]

@@ -137,12 +137,13 @@ class Case(NamedTuple):
     kills: int
     heal_rows: bool = False
     appends: bool = False
+    vector_type: str = "float32"
 
 
 CASES = [
     Case(".txt", 8),
     Case(".parquet", 3),
-    Case(".npy", 3),
+    Case(".npy", 3, vector_type="int8"),
     Case(".txt", 3, heal_rows=True),
     Case(".txt", 3, appends=True),
 ]
@@ -163,6 +164,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
         "device": "cpu",
         "heal_rows": case.heal_rows,
         "append": case.appends,
+        "vector_type": case.vector_type,
     }
 
     def at(folder: str) -> dict:

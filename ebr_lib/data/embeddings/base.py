@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.fields import NULL
 from ebr_lib.errors import DataError
+from ebr_lib.names import VectorType
 
 DELIMITER = b"\x01"
 VECTOR = "vector"
+SCALE = "vector_scale"  # the column of what int8 and bits are multiplied with
 AGAIN = "write it again"  # the way out of most of what can be wrong with such a file
 PART_PREFIX = "part-"  # of the files of a folder that is one embedding file
 TEXT, PARQUET, NPY = ".txt", ".parquet", ".npy"
@@ -105,13 +107,15 @@ def place_beside(path: str | Path, place_of: Callable[[str | Path], Path]) -> Pa
 # --- checks of what is read ---------------------------------------------------------------------------------------
 
 
-def choose_columns(path: Path, found: Sequence[str], columns: Sequence[str] | None) -> list[str]:
-    """The columns to read; None takes all but the vector.
+def choose_columns(
+    path: Path, found: Sequence[str], columns: Sequence[str] | None, own: Sequence[str] = (VECTOR,)
+) -> list[str]:
+    """The columns to read; None takes all but the vectors' own.
 
     :raises DataError: a column is not in the file.
     """
     if columns is None:
-        return [name for name in found if name != VECTOR]
+        return [name for name in found if name not in own]
     if missing := [name for name in columns if name not in found]:
         raise DataError(f"{path}: no column {', '.join(missing)}; its columns are {', '.join(found)}")
     return list(columns)
@@ -164,17 +168,26 @@ class Sink:
     """Takes rows in order into append-only work files, so that an interrupted run can cut them to a known size.
 
     :param columns: names of the kept columns.
+    :param dim: dimensions of the vectors.
     :param sizes: what `commit` returned when the run was interrupted; what was written since is cut off.
     :param header: text begins with the names of its columns.
+    :param vector_type: numbers that are stored; text holds float32.
     """
 
     PLACES: ClassVar[Mapping[str, Callable[[Path], Path]]]
     """Names of the work files; where each goes for the place of the embedding file, in this order."""
 
     def __init__(
-        self, folder: Path, columns: Sequence[str], dim: int, sizes: Mapping[str, int] | None, header: bool
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        dim: int,
+        sizes: Mapping[str, int] | None,
+        *,
+        header: bool,
+        vector_type: VectorType,
     ) -> None:
-        self.columns, self.dim = list(columns), dim
+        self.columns, self.dim, self.vector_type = list(columns), dim, vector_type
         self.files = {name: open_work(folder / name, sizes) for name in self.PLACES}
         if sizes is None:
             self.begin(header)

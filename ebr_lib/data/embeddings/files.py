@@ -31,6 +31,7 @@ from ebr_lib.data.embeddings.base import (
 )
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import room_beside
+from ebr_lib.names import VectorType
 
 Reader = Callable[
     [Path, "Sequence[str] | None", "int | None", "Sequence[str] | None"], Iterator[tuple[int, Embeddings]]
@@ -110,6 +111,13 @@ def iter_embeddings(
         )
 
 
+def is_exact(path: str | Path) -> bool:
+    """Whether an embedding file holds float32, and not numbers of fewer bytes."""
+    part = _parts(Path(path))[0]
+    stored = {PARQUET: parquet.number_bytes, NPY: npy.number_bytes}.get(ending_of(part))
+    return stored is None or stored(part) >= 4
+
+
 def _names_without_header(manifest: dict[str, Any] | None) -> list[str] | None:
     """The columns of text that has no header row, as its manifest says; None where it has one."""
     settings = (manifest or {}).get("settings") or {}
@@ -147,9 +155,15 @@ def open_sink(
     sizes: Mapping[str, int] | None = None,
     *,
     header: bool = True,
+    vector_type: VectorType = "float32",
 ) -> Sink:
-    """Open the work files of an embedding file in `folder`, in the format of the ending of `place`; see `Sink`."""
-    return _format_of(place)[1](folder, columns, dim, sizes, header)
+    """Open the work files of an embedding file in `folder`, in the format of the ending of `place`; see `Sink`.
+
+    :raises ValueError: the format does not hold such numbers.
+    """
+    if vector_type != "float32" and ending_of(place) not in (PARQUET, NPY):
+        raise ValueError(f"{place}: text holds float32, not {vector_type}")
+    return _format_of(place)[1](folder, columns, dim, sizes, header=header, vector_type=vector_type)
 
 
 def finish_sink(place: str | Path, folder: Path) -> None:
@@ -167,12 +181,14 @@ def write_embeddings(
     columns: Mapping[str, Sequence[str | None]],
     vectors: Vectors,
     valid: NDArray[np.bool_] | None = None,
+    vector_type: VectorType = "float32",
 ) -> Path:
     """Write a whole embedding file at once, in the format of its ending.
 
     :param columns: the kept columns, each as long as the vectors.
     :param vectors: float32, rows × dimensions.
     :param valid: which rows have a vector; None takes those that are not all NaN.
+    :param vector_type: numbers to store; text holds float32 only.
     :raises DataError: a value holds what separates fields or rows, or is `\\N`, in a format that is text.
     """
     path = Path(path)
@@ -186,7 +202,9 @@ def write_embeddings(
         raise DataError(f"{path}: row {bad[0]}: {bad[1]!r} cannot stand in delimited text; write .parquet")
     with room_beside(path) as folder:
         folder.mkdir()
-        with contextlib.closing(open_sink(path, folder, list(columns), vectors.shape[1])) as sink:
+        with contextlib.closing(
+            open_sink(path, folder, list(columns), vectors.shape[1], vector_type=vector_type)
+        ) as sink:
             sink.append(rows, vectors, valid)
             sink.commit()
         finish_sink(path, folder)

@@ -123,7 +123,7 @@ def _is_number(value: bytes) -> bool:
         return False
 
 
-def _vector_texts(vectors: Vectors) -> list[bytes]:
+def vector_texts(vectors: Vectors) -> list[bytes]:
     """Each row as shortest round-trip decimals (Ryu, through orjson) separated by single spaces."""
     import orjson
 
@@ -152,7 +152,7 @@ class TextSink(Sink):
         """Append rows as lines; see `Sink`."""
         for start in range(0, len(rows), FORMAT_ROWS):
             part = slice(start, start + FORMAT_ROWS)
-            texts = iter(_vector_texts(vectors[part][valid[part]]))
+            texts = iter(vector_texts(vectors[part][valid[part]]))
             filled = zip(rows[part], valid[part].tolist(), strict=True)
             lines = [line_of([*row, next(texts) if has_one else b""]) for row, has_one in filled]
             self.files[ROWS].write(b"\n".join(lines) + b"\n")
