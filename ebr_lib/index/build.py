@@ -20,8 +20,9 @@ from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.embeddings.base import AGAIN, Embeddings
 from ebr_lib.data.embeddings.files import iter_embeddings
+from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import ConfigError, DataError
-from ebr_lib.index.faiss_tools import Plan, adding, cells_of, comparable_vectors, load_faiss, searched_part
+from ebr_lib.index.faiss_tools import Plan, adding, cells_of, comparable_vectors, searched_part
 from ebr_lib.index.measure import Truth, exact_neighbours
 from ebr_lib.index.store import (
     BM25_FILE,

@@ -6,23 +6,14 @@ the index itself stays on the CPU, so that every machine can load it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ebr_lib.arrays import Ints, Vectors
-from ebr_lib.extras import require
+from ebr_lib.data.faiss_library import load_faiss
 
 REFINE_FACTOR = 16.0  # candidates per result that compressed vectors hand to re-ranking
-
-
-def load_faiss() -> Any:
-    """Import Faiss on first use; untyped, as its own type stubs lack much of it."""
-    require("index")
-    import faiss
-
-    return faiss
 
 
 # --- the kind -----------------------------------------------------------------------------------------------------
@@ -96,18 +87,6 @@ def flat_of(index: Any) -> Any:
     faiss = load_faiss()
     held = faiss.downcast_index(getattr(index, "storage", index))
     return held if isinstance(held, faiss.IndexFlat) else None
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let Faiss run in one thread."""
-    faiss = load_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def search_parameters(index: Any, knob: str | None, setting: int) -> Any:

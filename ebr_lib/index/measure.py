@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.faiss_library import load_faiss, one_thread
 from ebr_lib.index.faiss_tools import (
     REFINE_FACTOR,
     Plan,
     cells_of,
     flat_of,
-    load_faiss,
-    one_thread,
     reconstructed,
     search_parameters,
     searched_part,

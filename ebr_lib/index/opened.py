@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.bm25 import Bm25
+from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.index import store
 from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, diverse, fused, reranked
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
-    load_faiss,
     of_all_cells,
     reconstructed,
     search_parameters,

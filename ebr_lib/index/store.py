@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.bm25 import Bm25
+from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.files import make_folder, named_when_full, written_whole
-from ebr_lib.index.faiss_tools import load_faiss
 from ebr_lib.logs import logger
 
 if TYPE_CHECKING:
