@@ -109,6 +109,22 @@ class EvalConfig(Config):
     slice_columns: tuple[Name, ...] = knob(
         [], "Columns of the query file; each of their values is measured separately.", "按这些查询列的取值分组评估。"
     )
+    frontier: bool = knob(
+        False,
+        "Also measure how small and fast the vectors of the last of `models` can be served: fewer dimensions, fewer bytes "
+        "per number, kinds of index. Holds all vectors in memory.",
+        "同时评估 `models` 中最后一个模型的向量能以多小的体积、多快的速度上线：降维、低精度与各类索引。全部向量会放进内存。",
+    )
+    frontier_dims: tuple[Positive, ...] = knob(
+        [],
+        "Dimensions to cut to; empty takes those that the model names (Matryoshka), else halves down to 64.",
+        "评估哪些截断维度；留空则用模型注明的 Matryoshka 维度，没有注明时逐次减半，直到 64。",
+    )
+    frontier_tolerance: Annotated[float, Field(gt=0, le=1)] = knob(
+        0.01,
+        "The smallest size is recommended whose loss of `primary_metric`, with its 95 % interval, stays below this.",
+        "推荐 `primary_metric` 的损失（含 95% 区间）小于该值的最小方案。",
+    )
     # encoding
     query_prompt: str | None = knob(None, *QUERY_PROMPT)
     document_prompt: str | None = knob(
@@ -154,6 +170,10 @@ class EvalConfig(Config):
     def conflicts(self) -> Iterator[str]:
         if not self.models and not self.bm25:
             yield "models is empty and bm25 is off: there is nothing to measure"
+        if self.frontier and not self.models:
+            yield "frontier measures the vectors of a model, and models is empty"
+        if self.frontier_dims and not self.frontier:
+            yield "frontier_dims: only with frontier: true"
         if not (self.data_path or self.queries_path):
             yield "set data_path or queries_path"
         if not self.ks:

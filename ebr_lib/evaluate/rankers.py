@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ebr_lib.arrays import Vectors
 from ebr_lib.data.bm25 import K1, B, Bm25
 from ebr_lib.data.embeddings.base import read_manifest
+from ebr_lib.data.embeddings.files import is_exact
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.evaluate.corpus import Corpus
 from ebr_lib.evaluate.task import RetrievalTask
@@ -43,10 +42,11 @@ def labels(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
     return [f"./{name}" if name in taken else name for name in names]
 
 
-def check_model(spec: EncoderSpec, corpus: Corpus, *, load: bool) -> bool:
+def check_model(spec: EncoderSpec, corpus: Corpus, *, load: bool, exact: bool = False) -> bool:
     """Whether the model's document vectors are stored, see `stored_vectors`.
 
     :param load: also load the model, to see that it loads.
+    :param exact: vectors that are stored in fewer bytes than float32 do not count.
     :raises MissingError: the model is not there.
     :raises ModelError: it does not load, or not with this length.
     :raises DataError: the corpus holds other vectors, and no texts.
@@ -54,13 +54,16 @@ def check_model(spec: EncoderSpec, corpus: Corpus, *, load: bool) -> bool:
     find_model(spec.model_name)
     if load:
         spec.model("query")
-    return stored_vectors(spec, corpus)
+    return stored_vectors(spec, corpus, exact=exact)
 
 
-def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tuple[Ranking, How]:
+def rank_with_model(
+    spec: EncoderSpec, task: RetrievalTask, stored: bool, keep: list[Vectors] | None = None
+) -> tuple[Ranking, How]:
     """Rank a task's documents by the inner product of unit vectors, a batch of documents in memory at a time.
 
     :param stored: read the documents' vectors from the embedding file that is the corpus; otherwise encode the texts.
+    :param keep: takes the vectors of the queries, then those of each batch of documents.
     :raises ConfigError: the stored vectors have other dimensions than the queries'.
     """
     corpus = task.corpus
@@ -80,6 +83,9 @@ def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tup
         documents, prompt, source = _encoded(encoder, corpus, spec.model_name), encoder.prompt, "encoded"
     own = task.query_prompts if spec.query_prompt is None else ()
     vectors = queries.encode_each(task.queries, own or [None] * len(task.queries))
+    if keep is not None:
+        keep.append(vectors)
+        documents = _kept(documents, keep)
     ranking = rank_vectors(vectors, documents, task.relevant, left_out=task.own)
     unknown = max(side.stats.unknown_share for side in ([queries] if stored else [queries, encoder]))
     if advice := unfit_advice(unknown):
@@ -97,19 +103,27 @@ def rank_with_model(spec: EncoderSpec, task: RetrievalTask, stored: bool) -> tup
     }
 
 
-def stored_vectors(spec: EncoderSpec, corpus: Corpus) -> bool:
+def _kept(batches: Iterable[Vectors], keep: list[Vectors]) -> Iterator[Vectors]:
+    for batch in batches:
+        keep.append(batch)
+        yield batch
+
+
+def stored_vectors(spec: EncoderSpec, corpus: Corpus, *, exact: bool = False) -> bool:
     """Whether the corpus is an embedding file of this model with these settings; without a manifest that is assumed
     when there is no text.
 
+    :param exact: vectors that are stored in fewer bytes than float32 do not count.
     :raises DataError: it is not, and there are no texts to encode.
     """
     if corpus.vectors is None:
         return False
     maker = Provenance.of(read_manifest(corpus.vectors) or {})
-    if maker.sha256 is None and corpus.texts is None:
+    rounded = ["stored in fewer bytes than float32"] if exact and not is_exact(corpus.vectors) else []
+    if maker.sha256 is None and corpus.texts is None and not rounded:
         logger.warning("%s 没有清单 has no manifest: assumed to be vectors of %s", corpus.vectors, spec.model_name)
         return True
-    wrong = [] if maker.weights & weights_of(spec.model_name) else [f"made by {maker.said}"]
+    wrong = rounded if maker.weights & weights_of(spec.model_name) else [*rounded, f"made by {maker.said}"]
     code = check_remote_code(spec.model_name, spec.trust_remote_code)
     if maker.trust_remote_code is not None:
         wrong += maker.differences({"trust_remote_code": code})
@@ -134,7 +148,7 @@ def stored_vectors(spec: EncoderSpec, corpus: Corpus) -> bool:
     return not wrong
 
 
-def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[NDArray[np.float32]]:
+def _encoded(encoder: Encoder, corpus: Corpus, name: str) -> Iterator[Vectors]:
     from tqdm.auto import tqdm
 
     assert corpus.texts is not None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ebr_lib.data.advice import Advice
 from ebr_lib.evaluate.compare import Difference
+from ebr_lib.evaluate.frontier import Frontier
 from ebr_lib.evaluate.steps import StepResult
 from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric
 
@@ -83,7 +84,8 @@ class Slice:
 @dataclass(frozen=True)
 class Report:
     """All that an evaluation found. `primary`: the measure that decides; `measured`: on which data and when; `how`: the
-    settings of each ranker; `recommended`: what to put after each model."""
+    settings of each ranker; `recommended`: what to put after each model; `frontier`: sizes for serving, if they were
+    measured."""
 
     title: str
     primary: str
@@ -95,6 +97,7 @@ class Report:
     measured: Mapping[str, str]
     how: Mapping[str, Mapping[str, object]]
     recommended: Mapping[str, Advice]
+    frontier: Frontier | None = None
 
     def html(self) -> str:
         """One HTML page without outside parts."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
+from ebr_lib.arrays import Vectors
 from ebr_lib.data.advice import ADVICE, REPORT_FILE, Advice
 from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.data.pairs import expand, read_pairs, texts_of
@@ -22,6 +23,7 @@ from ebr_lib.evaluate.columns import Columns
 from ebr_lib.evaluate.compare import Difference, bootstrap, changed_most, compare
 from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.corpus import Corpus
+from ebr_lib.evaluate.frontier import Frontier, draw_frontier, measure_sizes
 from ebr_lib.evaluate.per_query import QUERIES_TABLE, query_table, write_query_table
 from ebr_lib.evaluate.rankers import (
     BM25_NAME,
@@ -34,24 +36,28 @@ from ebr_lib.evaluate.rankers import (
     rank_with_model,
 )
 from ebr_lib.evaluate.report import Document, Duel, Example, Report, Slice
+from ebr_lib.evaluate.sizes import halves
 from ebr_lib.evaluate.slices import IN_TRAINING, UNSEEN, Slices, query_slices
 from ebr_lib.evaluate.steps import Step, StepResult, advice_on, fused, reranked
 from ebr_lib.evaluate.task import RetrievalTask, find_sources, read_task
 from ebr_lib.evaluate.trec import QRELS_FILE, run_files, warn_of_earlier_runs, write_qrels, write_run
 from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric, verdict_on
+from ebr_lib.extras import require
 from ebr_lib.files import check_apart, make_folder, write_json, written_whole
 from ebr_lib.logs import RESULT, logger
 from ebr_lib.metrics import Ranking, Values, measure
 from ebr_lib.model.bases import look_for_models
+from ebr_lib.model.contract import trained_dims
 from ebr_lib.model.loading import check_remote_code
+from ebr_lib.model.packaged import local_folder
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.reranker import Scores, load_reranker
 from ebr_lib.model.spec import EncoderSpec
-from ebr_lib.tables import TableRepr, as_html, as_text, html_page, html_verdict, make_table
+from ebr_lib.tables import TableRepr, as_html, as_text, html_folded, html_page, html_verdict, make_table
 
 FEWEST = 10  # queries of a slice for which an interval is given
 SHOWN_DOCUMENTS = 5  # of a query's relevant and retrieved documents in an example
-CONFIG_FILE, HTML_FILE = "eval_config.yaml", "report.html"
+CONFIG_FILE, HTML_FILE, PICTURE_FILE = "eval_config.yaml", "report.html", "frontier.png"
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +67,7 @@ class EvalResult(TableRepr):
     `verdicts` say which models are better; `metrics` maps ranker to measure to mean; `differences` has all compared
     pairs of rankers on every measure; `recommended` says what to put after each model. `tables` has `measures`, the
     means with the differences from the first ranker, `differences`, `steps`, what fusion and reranking bring and cost,
-    and `queries`: one row per query, as in `queries_csv`.
+    `queries`: one row per query, as in `queries_csv`, and with `frontier`, sizes for serving, all that were measured.
     """
 
     report_html: Path
@@ -75,9 +81,11 @@ class EvalResult(TableRepr):
     recommended: dict[str, Advice]
     facts: dict[str, Any]
     tables: dict[str, DataFrame] = field(compare=False)
+    frontier: Frontier | None = None
 
     def __repr__(self) -> str:
-        return "\n".join([*verdict_lines(self.verdicts), super().__repr__()])
+        sizes = [self.frontier.sentence] if self.frontier else []
+        return "\n".join([*verdict_lines(self.verdicts), *sizes, super().__repr__()])
 
     def _repr_html_(self) -> str:
         verdicts = [html_verdict(verdict.sentence, verdict.notes, of) for of, verdict in self.verdicts.items()]
@@ -87,6 +95,9 @@ class EvalResult(TableRepr):
             rest += (
                 f"<details><summary>融合与重排 fusion and reranking</summary>{as_html(self.tables['steps'])}</details>"
             )
+        if self.frontier:
+            rest += html_verdict(self.frontier.sentence, of=f"体积与速度 sizes for serving: {self.frontier.model}")
+            rest += html_folded([self.tables["frontier"]], "各种体积 all sizes")
         first = measures.head(1)
         first.attrs["title"] = ""
         return "".join([*verdicts, as_html(first), rest, html_page(self.report_html, "报告 report")])
@@ -131,10 +142,12 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     _check_apart(config, folder)
     task, facts = _read_task(config)
     logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _listed(facts))
-    measured = _rank(config, task)
+    kept: list[Vectors] | None = [] if config.frontier else None
+    measured = _rank(config, task, kept)
+    frontier = _frontier(config, task, kept) if kept else None
     warn_of_earlier_runs(folder, measured)
     slices = query_slices(task)
-    report = _report(config, task, measured, facts, slices)
+    report = replace(_report(config, task, measured, facts, slices), frontier=frontier)
     values = {name: m.values[config.primary_metric] for name, m in measured.items()}
     rankings = {name: m.ranking for name, m in measured.items()}
     queries = query_table(task, slices, config.primary_metric, values, rankings)
@@ -148,10 +161,12 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         "steps": _steps_table(report),
         "queries": queries,
     }
+    if frontier:
+        tables["frontier"] = frontier.table()
     logger.info("%s", as_text(tables["measures"]), extra=RESULT)
     steps = [f"{step.name}: {step.sentence}" for step in report.steps]
     advice = [f"{name} 建议 recommended: {advice.sentence}" for name, advice in report.recommended.items()]
-    for line in [*verdict_lines(verdicts), *steps, *advice]:
+    for line in [*verdict_lines(verdicts), *steps, *advice, *([frontier.sentence] if frontier else [])]:
         logger.info("%s", line, extra=RESULT)
     logger.info("报告已保存 report: %s", folder / HTML_FILE)
     return EvalResult(
@@ -166,6 +181,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
         recommended=dict(report.recommended),
         facts=facts,
         tables=tables,
+        frontier=frontier,
     )
 
 
@@ -190,7 +206,7 @@ def _raise_all(errors: list[UserError]) -> None:
 
 def _check_apart(config: EvalConfig, folder: Path) -> None:
     """Make sure that no file of the report is one that is read."""
-    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, REPORT_FILE, QUERIES_TABLE, QRELS_FILE)]
+    written = [folder / name for name in (CONFIG_FILE, HTML_FILE, REPORT_FILE, PICTURE_FILE, QUERIES_TABLE, QRELS_FILE)]
     runs = run_files(folder, labels(config.models, [BM25_NAME]))
     read = [config.data_path, config.queries_path, config.qrels_path, config.train_data_path, config.presets]
     corpus = files_of(config.corpus_path) if config.corpus_path else []
@@ -223,14 +239,19 @@ def _read_task(config: EvalConfig) -> tuple[RetrievalTask, dict[str, Any]]:
     return task, task.facts() | {"queries_in_training": leaked}
 
 
-def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
-    """Rank and measure: each model, then BM25, then what may come after a model."""
+def _rank(config: EvalConfig, task: RetrievalTask, keep: list[Vectors] | None) -> dict[str, _Measured]:
+    """Rank and measure: each model, then BM25, then what may come after a model.
+
+    :param keep: takes the vectors of the last model.
+    """
     stored, reranker = _check_rankers(config, task.corpus)
-    names = labels(config.models, [BM25_NAME] if config.bm25 else [])
+    names = _labels(config)
     rankers = {
         name: partial(rank_with_model, spec, task, is_stored)
         for name, (spec, is_stored) in zip(names, stored.items(), strict=True)
     }
+    if keep is not None:
+        rankers[names[-1]] = partial(rankers[names[-1]], keep=keep)
     if config.bm25:
         rankers[BM25_NAME] = partial(rank_with_bm25, task)
     measured = {}
@@ -244,6 +265,38 @@ def _rank(config: EvalConfig, task: RetrievalTask) -> dict[str, _Measured]:
         seconds = step.milliseconds * len(task.queries) / 1e3
         measured[step.name] = _Measured(step.ranking, measure(step.ranking, config.ks), seconds, how, step)
     return measured
+
+
+def _labels(config: EvalConfig) -> list[str]:
+    return labels(config.models, [BM25_NAME] if config.bm25 else [])
+
+
+def _frontier(config: EvalConfig, task: RetrievalTask, kept: Sequence[Vectors]) -> Frontier:
+    """Sizes for serving the last model, whose vectors were kept: the queries', then the documents' in batches."""
+    queries, documents = kept[0], np.concatenate(kept[1:])
+    full = queries.shape[1]
+    if large := [dim for dim in config.frontier_dims if dim > full]:
+        logger.warning(
+            "frontier_dims: 略过 left out: %s; the vectors have %d dimensions", ", ".join(map(str, large)), full
+        )
+    dims = config.frontier_dims or _trained_dims(config.models[-1]) or halves(full)
+    return measure_sizes(
+        _labels(config)[-1],
+        queries,
+        documents,
+        task.relevant,
+        task.own,
+        metric=config.primary_metric,
+        dims=[dim for dim in dims if dim <= full],
+        tolerance=config.frontier_tolerance,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+
+
+def _trained_dims(model: str) -> Sequence[int]:
+    folder = local_folder(model)
+    return trained_dims(folder) if folder else ()
 
 
 def _steps(
@@ -286,11 +339,14 @@ def _check_rankers(config: EvalConfig, corpus: Corpus) -> tuple[dict[EncoderSpec
             on_changed_vectors=config.on_changed_vectors,
         )
         try:
-            stored[spec] = check_model(spec, corpus, load=len(config.models) > 1)
+            exact = config.frontier and name == config.models[-1]
+            stored[spec] = check_model(spec, corpus, load=len(config.models) > 1, exact=exact)
         except UserError as error:
             errors.append(error)
     reranker = None
     try:
+        if config.frontier:
+            require("index")
         if config.bm25:
             check_texts(corpus, "BM25", "set bm25 to false")
         if config.reranker_name:
@@ -475,14 +531,17 @@ def _write(
     with written_whole(folder / HTML_FILE) as new:
         new.write_text(report.html(), encoding="utf-8")
     seconds = {name: round(m.seconds, 3) for name, m in measured.items()}
-    names = labels(config.models, [BM25_NAME] if config.bm25 else [])
+    names = _labels(config)
     models = dict(zip(names, config.models, strict=True))
     advice = {name: found.as_json(identify(models[name]).sha256) for name, found in report.recommended.items()}
-    write_json(
-        folder / REPORT_FILE,
-        {"config": config.to_dict(), "seconds": seconds} | asdict(report) | {ADVICE: advice},
-    )
+    found = {"config": config.to_dict(), "seconds": seconds} | asdict(report) | {ADVICE: advice}
+    if report.frontier:
+        found["frontier"]["sentence"] = report.frontier.sentence
+    write_json(folder / REPORT_FILE, found)
     config.save(folder / CONFIG_FILE)
+    (folder / PICTURE_FILE).unlink(missing_ok=True)  # of an earlier evaluation
+    if report.frontier:
+        draw_frontier(folder / PICTURE_FILE, report.frontier)
     write_qrels(folder / QRELS_FILE, task)
     runs = run_files(folder, measured)
     for name, path in runs.items():

@@ -92,6 +92,17 @@ def read_contract(folder: str | Path) -> Contract | None:
         ) from error
 
 
+def trained_dims(folder: Path) -> tuple[int, ...]:
+    """Dimensions to which a model says that its vectors can be cut (Matryoshka); empty where it says nothing."""
+    if (contract := read_contract(folder)) and contract.matryoshka_dims:
+        return tuple(contract.matryoshka_dims)
+    for name in ("config_sentence_transformers.json", "config.json"):
+        said = as_mapping(read_json(folder / name))
+        if dims := said.get("matryoshka_dims") or said.get("matryoshka_dimensions"):
+            return tuple(map(int, dims))
+    return ()
+
+
 def setup_of(model: SentenceTransformer) -> dict[str, Any]:
     """A model's pooling, normalisation and dimension, as keys of a `Contract`."""
     pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
