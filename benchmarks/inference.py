@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -225,17 +226,24 @@ def memory_turn(run: Callable[[], Vectors], clock: Callable[[], float], forward:
     return Turn(clock() - start, forward.seconds(), vectors[:SAMPLE])
 
 
+def reordered(texts: Sequence[str], count: int) -> list[str]:
+    """`count` texts as long as these on average: these again and again, their words in another order."""
+    draw, found = random.Random(0), list[str]()
+    for number in range(count):
+        words = texts[number % len(texts)].split()
+        found.append(" ".join(draw.sample(words, len(words))))
+    return found
+
+
 def files_turn(task: Task, precision: str, clock: Callable[[], float], forward: Forward) -> Turn:
     """Seconds of the whole stage, less those of making its encoder, which the others have made beforehand.
 
     With rows enough that what comes before and after does not decide; the seconds are those of `task.texts` alone.
     """
-    from shapes import varied
-
     from ebr_lib.data.embeddings.files import read_embeddings
     from ebr_lib.model.spec import EncoderSpec
 
-    texts = list(task.texts) + varied(task.texts, task.rows)[len(task.texts) :]
+    texts = list(task.texts) + reordered(task.texts, task.rows - len(task.texts))
     start = clock()
     EncoderSpec(task.model, precision=precision).encoder("document")  # type: ignore[arg-type]
     making = clock() - start

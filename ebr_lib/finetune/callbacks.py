@@ -239,6 +239,10 @@ class TrainingBar(TrainerCallback):
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
+        """Take the bar away."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, as after an error, of which a callback hears nothing."""
         if self.bar is not None:
             self.bar.close()

@@ -241,6 +241,7 @@ def _train(trainer: EbrTrainer, paths: Paths, checkpoint: str | None, *, measuri
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
+            trainer.bar.close()
             trainer.stop.put_handlers_back()
     if trainer.stop.received:
         advice = f"go on with resume_from_checkpoint: auto (checkpoints in {paths.checkpoints})"

@@ -109,7 +109,8 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.nan = StopOnNaN(self.loss.weights)
         self.add_callback(self.nan)
         self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
-        self.add_callback(TrainingBar())
+        self.bar = TrainingBar()
+        self.add_callback(self.bar)
         self.add_callback(EvaluationLines())
         self.add_callback(MeasureFirst(self._log_first))
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ebr_lib import evaluate_retrieval, train_sentence_transformer
@@ -286,6 +287,18 @@ def test_a_run_that_ends_in_nan_saves_nothing_and_loses_nothing(settings, monkey
     assert any("the training loss is nan" in line for line in caplog.messages)
     (folder,) = Path(settings["output_dir"]).glob("*-peft-lora")
     assert same({n.removeprefix("base_model.model."): w for n, w in load_file(folder / ADAPTER_FILE).items()}, before)
+
+
+def test_training_that_fails_leaves_no_bar(settings, monkeypatch):
+    class Fail(training.TrainingBar):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(training, "TrainingBar", Fail)
+    shown = set(getattr(tqdm, "_instances", ()))
+    with pytest.raises(RuntimeError, match="in the middle") as failed:
+        train(settings)
+    assert set(tqdm._instances) <= shown, failed  # the traceback keeps an open bar alive
 
 
 @pytest.mark.parametrize("knobs", [{"temperature": 1e-45}, {"learning_rate": 1e30, "train_batch_size": 64}])
