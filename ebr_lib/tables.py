@@ -148,8 +148,12 @@ class TableRepr:
 
 def html_link(path: Path) -> str:
     """A paragraph that opens a file from a notebook of the folder in which the program runs."""
-    link = html.escape(os.path.relpath(path), quote=True)
+    link = _address(path)
     return f'<p><a href="{link}" target="_blank">{link}</a></p>'
+
+
+def _address(path: Path) -> str:
+    return html.escape(os.path.relpath(path), quote=True)
 
 
 def html_verdict(sentence: str, notes: Iterable[str] = (), of: str = "") -> str:
@@ -186,14 +190,17 @@ def html_page(path: Path, name: str, height: int = 600) -> str:
 def html_picture(path: Path, alt: str, height: int | None = None) -> str:
     """The picture itself, if it is there and a notebook shows its kind; otherwise a link to it.
 
-    :param height: pixels that it takes at most.
+    :param height: pixels that it takes at most; a click then opens the file.
     """
     kind = MIME.get(path.suffix.lower())
     if kind is None or not path.is_file():
         return html_link(path)
     data = base64.b64encode(path.read_bytes()).decode()
     most = f";max-height:{height}px" if height else ""
-    return f'<img style="max-width:100%{most}" alt="{alt}" src="data:{kind};base64,{data}">'
+    shown = f'<img style="max-width:100%{most}" alt="{alt}" src="data:{kind};base64,{data}">'
+    return (
+        f'<a href="{_address(path)}" target="_blank" title="点击看原图 open the file">{shown}</a>' if height else shown
+    )
 
 
 def columns_of(text: str) -> int:

@@ -52,7 +52,7 @@ TOGETHER = {
     "test_inference": "test_run",
 }
 # Files that start processes, kernels or clusters: a CI job of their own.
-APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_ray"}
+APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_notebook_page", "test_ray"}
 # Files and tests that train often, over lines that others run too: measuring coverage doubles the time of a training.
 UNWATCHED = {
     "test_checkpoints",

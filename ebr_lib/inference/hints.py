@@ -14,6 +14,7 @@ from ebr_lib.data.fields import LOOSE_QUOTE
 from ebr_lib.data.hive import OPEN_QUOTE, Layout
 
 HINT_ROWS = 1000
+LINES = 5  # that an error names
 SIGNS = {b"\x01": "\\001", b"\t": "\\t", b",": ",", b"|": "|", b";": ";"}
 WIDTH = re.compile(r"(\d+) fields, wanted (\d+)")
 
@@ -53,6 +54,15 @@ def likely_knobs(rejects: Sequence[Reject], layout: Layout, given: Sequence[str]
     return found
 
 
+def first_lines(rejects: Sequence[Reject]) -> str:
+    """Where the first rejects are: `a.csv, line 2, 5, 8 …`."""
+    if not rejects:
+        return ""
+    lines = [str(reject.line) for reject in rejects if reject.file == rejects[0].file]
+    more = " …" if len(rejects) > LINES else ""
+    return f"{rejects[0].file.decode(errors='replace')}, line {', '.join(lines[:LINES])}{more}"
+
+
 def _broken_quotes(rejects: Sequence[Reject]) -> Iterator[str]:
     broken = [reject.raw for reject in rejects if reject.reason in (OPEN_QUOTE, LOOSE_QUOTE)]
     if broken and 2 * sum(b'\\"' in raw for raw in broken) >= len(broken):
@@ -80,6 +90,8 @@ def _widths(rejects: Sequence[Reject], layout: Layout, given: Sequence[str]) -> 
         yield f"another sign separates their fields: --delimiter '{SIGNS[sign]}'"
     elif not layout.heal and _broken_by_newlines(odd, wanted):
         yield "newlines inside fields broke them: --heal_rows true"
+    elif layout.delimiter == b"," and usual > wanted:
+        yield "they hold a comma inside a field: put such fields in quotes, or export with another delimiter"
     elif usual > 1 and 2 * count > widths.total():
         kind = "more" if usual > wanted else "fewer"
         yield (

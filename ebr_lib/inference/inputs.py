@@ -17,7 +17,7 @@ from ebr_lib.data.finder import EMPTY, OWN, FoundFiles, find_files, name_of, par
 from ebr_lib.data.hive import OLD_ORC_NAME, Layout, Source, is_empty, open_source, read_rows
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.files import sha256_of
-from ebr_lib.inference.hints import HINT_ROWS, Reject, likely_knobs
+from ebr_lib.inference.hints import HINT_ROWS, Reject, first_lines, likely_knobs
 from ebr_lib.inference.job import SKIPPED, work_folder
 from ebr_lib.logs import logger
 from ebr_lib.names import VectorType, did_you_mean
@@ -213,5 +213,6 @@ def most_common(reasons: Counter[str]) -> str:
 
 
 def hints(rejects: Sequence[Reject], layout: Layout, sources: Sequence[Source]) -> str:
-    """Lines that name the knobs which would probably read the rejects."""
-    return "".join(f"\n  - {hint}" for hint in likely_knobs(rejects, layout, given_columns(sources)))
+    """Lines that say where the first rejects are, and which knobs would probably read them."""
+    found = [first_lines(rejects), *likely_knobs(rejects, layout, given_columns(sources))]
+    return "".join(f"\n  - {hint}" for hint in found if hint)

@@ -43,7 +43,7 @@ from ebr_lib.pairs.rows import (
 )
 from ebr_lib.pairs.sources import Table, open_table
 from ebr_lib.pairs.sql import aggregation_sql
-from ebr_lib.tables import TableRepr, as_text, html_link
+from ebr_lib.tables import TableRepr, as_text, html_folded, html_link, html_verdict
 
 if TYPE_CHECKING:
     import polars as pl
@@ -74,7 +74,12 @@ class PairsResult(TableRepr):
     tables: dict[str, DataFrame] = field(compare=False)
 
     def _repr_html_(self) -> str:
-        return super()._repr_html_() + html_link(self.report_html)
+        said = self.tables["funnel"].attrs["title"]
+        return (
+            html_verdict(said)
+            + html_folded(self.tables.values(), "各步去掉多少 all tables")
+            + html_link(self.report_html)
+        )
 
 
 @dataclass(frozen=True)

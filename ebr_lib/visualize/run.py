@@ -41,6 +41,7 @@ NUMBERS, CONFIG, PAGE, POINTS, MAPS = BESIDE = (
     ".maps.npz",
 )  # endings of the files beside the picture
 LISTED = 20  # rows of a table that are shown
+SCREEN = 720  # pixels that a notebook shows the picture in; the file has all of its own
 NO_LABEL_TITLE = "k-means cluster"
 
 
@@ -68,7 +69,7 @@ class VisResult(TableRepr):
     def _repr_html_(self) -> str:
         return "".join([
             html_verdict(self.verdict),
-            html_picture(self.picture, "maps"),
+            html_picture(self.picture, "maps", height=SCREEN),
             html_page(self.explorer, "交互图 explorer", 760) if self.explorer else "",
             html_folded(map(_head, self.tables.values()), "全部数字 all numbers"),
         ])  # fmt: skip
