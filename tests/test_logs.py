@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,3 +49,24 @@ def test_lines_below_the_level_are_not_shown(place, capsys):
     logger.info("news")
     logger.warning("trouble")
     assert "trouble" in (shown := capsys.readouterr().out) and "news" not in shown
+
+
+def log_texts(file: Path):
+    """The constant texts that a file logs for users, each with its line."""
+    for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        match call:
+            case ast.Call(func=ast.Attribute(ast.Name("logger"), "info" | "warning" | "error"), args=[first, *_]):
+                parts = [part.value for part in ast.walk(first) if isinstance(part, ast.Constant)]
+                yield call.lineno, "".join(map(str, parts))
+
+
+def test_every_line_of_the_log_is_chinese_then_english():
+    """Formats alone (`%s`) aside; lines that the Chinese guide names may have short English after them."""
+    broken = []
+    for file in (Path(__file__).parent.parent / "ebr_lib").rglob("*.py"):
+        for line, text in log_texts(file):
+            words = re.sub(r"%[-.\d]*[a-z]|\\\d+", "", text)
+            chinese, english = re.search("[一-鿿]", words), re.search("[A-Za-z]+ [A-Za-z]|[A-Za-z]{3,}", words)
+            if (chinese or english) and not (chinese and english):
+                broken.append(f"{file.name}:{line}: {text[:60]}")
+    assert broken == []

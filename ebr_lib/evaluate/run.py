@@ -141,7 +141,7 @@ def evaluate_retrieval(config: EvalConfig | Mapping[str, Any] | None = None) -> 
     folder = make_folder(Path(config.output_dir))
     _check_apart(config, folder)
     task, facts = _read_task(config)
-    logger.info("评估: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _listed(facts))
+    logger.info("评估 evaluation: %d 个查询, %d 篇文档 (%s)", len(task.queries), len(task.corpus), _listed(facts))
     kept: list[Vectors] | None = [] if config.frontier else None
     measured = _rank(config, task, kept)
     frontier = _frontier(config, task, kept) if kept else None

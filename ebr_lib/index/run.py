@@ -131,7 +131,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
         logger.info("检索排序 searches: %s", hybrid.advice.sentence, extra=RESULT)
         if hybrid.advice.reranking:
             logger.info("重排须在检索时给出 the reranker is used with search's reranker_name: auto", extra=RESULT)
-    logger.info("索引已保存: %s", folder)
+    logger.info("索引已保存 index saved: %s", folder)
     return result
 
 

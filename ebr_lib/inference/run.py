@@ -271,7 +271,7 @@ def _manifest(job: Job, identity: ModelIdentity, outcome: Outcome) -> dict[str, 
 def _result(job: Job, outcome: Outcome, bar: Bar, seconds: float) -> InferenceResult:
     counts = outcome.tally.counts
     table = make_table(str(job.output), ("项目 what", "值 value"), count_rows(counts, bar, outcome.size))
-    logger.info("向量已保存: %s (%d 行, %.1f 秒)", job.output, counts["written"], seconds)
+    logger.info("向量已保存: %s (%d 行 rows, %.1f 秒 s)", job.output, counts["written"], seconds)
     logger.info("%s", as_text(table), extra=RESULT)
     log_rejects(job, outcome.tally)
     if advice := unfit_advice(token_stats(counts).unknown_share):

@@ -170,7 +170,7 @@ class Encoder:
         # static embeddings only add vectors up: another type would gain nothing and lose digits
         chosen = choose_precision(precision if hasattr(model[0], "model") else "float32", model.device.type)
         if chosen.why:
-            logger.info("precision: %s", chosen.why)
+            logger.info("精度 precision: %s", chosen.why)
         if model.device.type == "cpu":
             keep_freed_memory()
         self.precision: str = chosen.dtype
@@ -465,5 +465,5 @@ def _tokenizer_of(model: SentenceTransformer, prompt: str) -> Tokenizer | None:
         tokenizer = Tokenizer(model, prompt)
         if tokenizer.agrees_with(model):
             return tokenizer
-    logger.info("this model prepares texts in its own way; sentence-transformers encodes them")
+    logger.info("由 sentence-transformers 编码 sentence-transformers encodes: the model prepares texts in its own way")
     return None

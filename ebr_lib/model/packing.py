@@ -248,9 +248,9 @@ def packed_forward(model: SentenceTransformer, *, one_row: bool = True) -> Packe
                 return packed
             better = PackedForward(model, causal=causal, one_row=True)
             if reason := _difference(better):
-                logger.info("texts share rows of their own length, not one: %s", reason)
+                logger.info("文本按长度合并成行 texts share rows of their own length, not one: %s", reason)
             return packed if reason else better
-    logger.info("texts are padded, not packed: %s", reason)
+    logger.info("文本以填充方式编码 texts are padded, not packed: %s", reason)
     return None
 
 

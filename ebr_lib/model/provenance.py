@@ -155,7 +155,7 @@ def say_changed_files(made: Provenance, model_name: str, where: str, on_changed_
     )
     if on_changed_vectors == "error":
         raise ModelError(f"{said}; on_changed_vectors: warn goes on")
-    logger.warning("模型文件已改变 %s", said)
+    logger.warning("模型文件已改变 model files changed: %s", said)
 
 
 def weights_of(model_name: str) -> frozenset[str]:

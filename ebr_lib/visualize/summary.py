@@ -117,7 +117,7 @@ def health_of(vectors: LabelledVectors, seed: int) -> measure.Health:
         seed=seed,
     )
     for sentence in found.warnings():
-        logger.warning("向量检查 %s: %s", vectors.path, sentence)
+        logger.warning("向量检查 check of the vectors %s: %s", vectors.path, sentence)
     return found
 
 
