@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SAME_SCORE = 1e-6  # scores this close are a tie
+SAME_MEAN = 5e-4  # a mean that is higher by less is not better
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Frontier:
         """The rows that no other one beats in bytes and in the measure, smallest first."""
         found: list[Row] = []
         for row in sorted(self.rows, key=lambda row: (row.size.bytes, -row.mean)):
-            if not found or row.mean > found[-1].mean:
+            if not found or row.mean > found[-1].mean + SAME_MEAN:
                 found.append(row)
         return found
 
