@@ -24,8 +24,10 @@ K, DOCUMENTS, QUERIES, DIM = 5, 120, 24, 32
 def vectors():
     generator = np.random.default_rng(3)
     documents = unit(generator.standard_normal((DOCUMENTS, DIM)).astype(np.float32))
-    noise = generator.standard_normal((QUERIES, DIM)).astype(np.float32)
-    return unit(documents[:QUERIES] + 0.25 * noise), documents
+    noise = generator.standard_normal((2, QUERIES, DIM)).astype(np.float32)
+    queries = unit(documents[:QUERIES] + 0.25 * noise[0])
+    documents[60 : 60 + QUERIES] = unit(queries + 0.1 * noise[1])  # each query's own, for every other one
+    return queries, documents
 
 
 RELEVANT = [{i: 2, i + QUERIES: 1} for i in range(QUERIES)]
@@ -125,10 +127,10 @@ def test_the_smallest_size_within_the_tolerance_is_recommended(vectors):
     found = measured(vectors, tolerance=1.0)
     assert found.recommended is min(found.rows, key=lambda row: row.size.bytes)
     assert "建议 use 16 binary Flat" in found.sentence and "loses less than 1" in found.sentence
-    strict = measured(vectors, tolerance=0.05)
-    kept = [row for row in strict.rows if row.change.low > -0.05]
-    assert strict.recommended.size.bytes == min(row.size.bytes for row in kept)
-    assert len(kept) < len(strict.rows)
+    least = -found.recommended.change.low
+    assert measured(vectors, tolerance=least + 1e-6).recommended.size == found.recommended.size
+    strict = measured(vectors, tolerance=least - 1e-6)
+    assert strict.recommended.size.bytes > found.recommended.size.bytes
     worse = frontier.Frontier("m", "recall@5", DOCUMENTS, QUERIES, 0.05, strict.rows, strict.rows[0])
     assert "保持 keep 32 float32 Flat" in worse.sentence
     best = strict.best

@@ -13,7 +13,7 @@ SHORT = Difference("a", "b", "ndcg@10", 0.5, 0.55, 0.05, 0.01, 0.1, p=0.03, p_ho
 
 def report_of(means, duels, slices=(), **more) -> Report:
     return Report(
-        "r", "ndcg@10", {"queries": 6}, means, duels, (), slices, {"data": "d" * 99, "date": "today"}, {}, **more
+        "r", "ndcg@10", {"queries": 6}, means, duels, (), slices, {"data": "d" * 99, "date": "today"}, {}, {}, **more
     )
 
 
