@@ -152,17 +152,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=[name for name in SETS if name != "cmrc"])
     parser.add_argument("--seeds", type=int, default=3)
     everyone = CONTENDERS | ALONE
-    parser.add_argument("--contenders", nargs="+", choices=everyone, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", choices=everyone, metavar="NAME")
     parser.add_argument("--alone", action="store_true", help="ours by default, and with every knob changed alone")
     parser.add_argument("--knob", nargs="*", default=[], metavar="NAME=VALUE", help="a further contender: ours with …")
     parser.add_argument("--multilingual", help="model of the Chinese set")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines: a result each, not measured again")
-    parser.add_argument("--quick", action="store_true", help="few rows, one seed, two contenders")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows, one seed, two contenders unless others are given"
+    )
     args = parser.parse_args(words)
     if "cmrc" in args.sets and not args.multilingual:
         parser.error("the set cmrc is Chinese: give the folder of a model that knows it with --multilingual")
-    names = [OURS, *ALONE] if args.alone else [RANDOM, OURS] if args.quick else args.contenders
-    contenders = {UNTRAINED: {}} | {name: everyone[name] for name in names}
+    usual = [OURS, *ALONE] if args.alone else [RANDOM, OURS] if args.quick else CONTENDERS
+    contenders = {UNTRAINED: {}} | {name: everyone[name] for name in args.contenders or usual}
     if args.knob:
         contenders["ours, " + " ".join(args.knob)] = changed(args.knob)
     results = Results(args.results)
