@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +11,12 @@ import torch
 from ebr_lib.errors import ModelError
 from ebr_lib.extras import require
 from ebr_lib.model.attention import attention, evaluating
-from ebr_lib.model.openvino import example_input
+from ebr_lib.model.openvino import converted, example_input, quiet_tracing
 from ebr_lib.model.served import GRAPHS, STATES, VECTOR
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
-
-INPUTS = ("input_ids", "attention_mask")
 
 
 class _WholeModel(torch.nn.Module):
@@ -57,8 +52,7 @@ def write_graph(model: SentenceTransformer, kind: str, folder: Path) -> Path:
     # window attention becomes NaN where a window holds nothing but padding; plain attention does not
     with torch.no_grad(), evaluating(model), attention(model, "eager") if kind == "openvino" else nullcontext():
         try:
-            with _quiet():
-                write(model, place)
+            write(model, place)
         except Exception as error:  # tracing runs the model's own code: anything may come
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"the model cannot be written as {kind}: {reason}") from error
@@ -68,10 +62,7 @@ def write_graph(model: SentenceTransformer, kind: str, folder: Path) -> Path:
 def _write_openvino(model: SentenceTransformer, place: Path) -> None:
     import openvino
 
-    shape, kind = openvino.PartialShape([-1, -1]), openvino.Type.i64
-    graph = openvino.convert_model(
-        _WholeModel(model), example_input=example_input(model), input=[(name, shape, kind) for name in INPUTS]
-    )
+    graph = converted(_WholeModel(model), model)
     for port, name in zip(graph.outputs, (STATES, VECTOR), strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(graph, place, compress_to_fp16=False)
@@ -81,30 +72,15 @@ def _write_onnx(model: SentenceTransformer, place: Path) -> None:
     require("onnx")
     example = example_input(model)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    torch.onnx.export(
-        _WholeModel(model),
-        tuple(example[name] for name in INPUTS),
-        str(place),
-        input_names=list(INPUTS),
-        output_names=[STATES, VECTOR],
-        dynamic_shapes=tuple({0: batch, 1: length} for _ in INPUTS),
-        dynamo=True,
-        external_data=sum(weight.nbytes for weight in model.parameters()) > 1 << 30,
-        verbose=False,
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ignore what exporters print of branches that tracing cannot follow; comparing the vectors shows whether they
-    matter."""
-    root = logging.getLogger()
-    level, disabled = root.level, logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        root.setLevel(level)
+    with quiet_tracing():
+        torch.onnx.export(
+            _WholeModel(model),
+            tuple(example.values()),
+            str(place),
+            input_names=list(example),
+            output_names=[STATES, VECTOR],
+            dynamic_shapes=tuple({0: batch, 1: length} for _ in example),
+            dynamo=True,
+            external_data=sum(weight.nbytes for weight in model.parameters()) > 1 << 30,
+            verbose=False,
+        )

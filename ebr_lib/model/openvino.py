@@ -93,7 +93,7 @@ class CompiledTransformer:
             "NUM_STREAMS": streams,
         }
         try:
-            graph = _convert(model)
+            graph = converted(_States(model[0]), model)
             self._compiled = core().compile_model(graph, "CPU", settings)
         except Exception as error:  # tracing runs the model's own code: anything may come
             raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
@@ -142,15 +142,14 @@ class _States(torch.nn.Module):
         return self.transformer(features)["token_embeddings"].float()
 
 
-def _convert(model: SentenceTransformer) -> Any:
+def converted(module: torch.nn.Module, model: SentenceTransformer) -> Any:
+    """The OpenVINO graph of a module that takes the ids and the mask of a model's texts."""
     import openvino
 
     shape, kind = openvino.PartialShape([-1, -1]), openvino.Type.i64
     example = example_input(model)
-    with torch.no_grad(), evaluating(model), _quiet():
-        return openvino.convert_model(
-            _States(model[0]), example_input=example, input=[(name, shape, kind) for name in example]
-        )
+    with torch.no_grad(), evaluating(model), quiet_tracing():
+        return openvino.convert_model(module, example_input=example, input=[(name, shape, kind) for name in example])
 
 
 def example_input(model: SentenceTransformer) -> dict[str, Tensor]:
@@ -160,18 +159,20 @@ def example_input(model: SentenceTransformer) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_tracing() -> Iterator[None]:
     """Ignore warnings of branches that tracing cannot follow; comparing the vectors shows whether they matter.
 
     OpenVINO also sets the root logger to errors only, and does not undo that if a conversion fails.
     """
     root = logging.getLogger()
-    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    level, filters, handlers, disabled = root.level, root.filters[:], root.handlers[:], root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         root.setLevel(level)
         root.filters[:], root.handlers[:] = filters, handlers
 
