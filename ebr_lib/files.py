@@ -55,9 +55,12 @@ def full_disk(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def named_when_full(place: Path) -> Iterator[None]:
+def named_when_full(
+    place: Path, advice: str = "what was there before stays. Make room and run the same call again"
+) -> Iterator[None]:
     """Turn any library's error about a full disk into one that names the place.
 
+    :param advice: what is left, and what to do.
     :raises DataError: the disk is full.
     """
     try:
@@ -67,9 +70,7 @@ def named_when_full(place: Path) -> Iterator[None]:
     except Exception as error:  # each library has its own class
         if (said := full_disk(error)) is None:
             raise
-        raise DataError(
-            f"{place}: the disk is full ({said}); what was there before stays. Make room and run the same call again"
-        ) from error
+        raise DataError(f"{place}: the disk is full ({said}); {advice}") from error
 
 
 @contextlib.contextmanager

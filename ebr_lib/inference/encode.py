@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from ebr_lib.arrays import Vectors, broken_alone, not_finite
 from ebr_lib.data.embeddings.base import Sink, open_work, sync
 from ebr_lib.data.embeddings.files import finish_sink, open_sink, size_of
 from ebr_lib.errors import DataError, NotFiniteError
-from ebr_lib.files import full_disk
+from ebr_lib.files import named_when_full
 from ebr_lib.inference.job import (
     EXAMPLES,
     REJECT_HEADER,
@@ -42,6 +40,8 @@ from ebr_lib.inference.windows import Window, read_windows
 from ebr_lib.tables import shortened
 
 WRITE_ROWS = 1 << 12
+FULL = "the rows written so far are whole and stay there. Make room and run the same call again: it continues"
+"""What a run says of a full disk."""
 
 
 def run_job(job: Job, encoder: TextEncoder, on_progress: OnProgress, check: Check | None = None) -> Outcome:
@@ -53,7 +53,7 @@ def run_job(job: Job, encoder: TextEncoder, on_progress: OnProgress, check: Chec
     :raises DataError: a setting or an input differs from the interrupted run's; the disk is full; an input changed
         while it was read; or a text is empty and `on_empty_text` says error.
     """
-    with explain_full_disk(job.folder):
+    with named_when_full(job.folder, FULL):
         job.folder.mkdir(parents=True, exist_ok=True)
         drop_failed(job)
         with contextlib.closing(Store(job.folder)) as store:
@@ -71,23 +71,6 @@ def run_job(job: Job, encoder: TextEncoder, on_progress: OnProgress, check: Chec
             finish_sink(job.output, job.folder)
             _move_rejects(job, outcome)
             return replace(outcome, size=size_of(job.output))
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn what a full disk raises into an error that says what is left and what to do.
-
-    :raises DataError: the disk is full.
-    """
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if (said := full_disk(error)) is None:
-            raise
-        raise DataError(
-            f"{folder}: the disk is full ({said}); the rows written so far are whole and stay there. "
-            "Make room and run the same call again: it continues"
-        ) from error
 
 
 def _outcome(state: dict[str, Any], tally: Tally) -> Outcome:

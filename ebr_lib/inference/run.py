@@ -14,9 +14,9 @@ from ebr_lib.data.embeddings.base import ending_of, ids_path, manifest_path, rea
 from ebr_lib.data.finder import FoundFiles
 from ebr_lib.data.hive import Layout, Source
 from ebr_lib.errors import ConfigError
-from ebr_lib.files import check_apart, check_output_file, followed, write_json
+from ebr_lib.files import check_apart, check_output_file, followed, named_when_full, write_json
 from ebr_lib.inference.config import NOT_WHOLE_BYTES, InferenceConfig, escape_byte
-from ebr_lib.inference.encode import explain_full_disk
+from ebr_lib.inference.encode import FULL
 from ebr_lib.inference.inputs import check_sample, find_inputs, hash_inputs, kept_columns, open_inputs
 from ebr_lib.inference.job import Job, Outcome, rejects_path, work_folder
 from ebr_lib.inference.local import EncoderFacts, LocalEngine
@@ -106,7 +106,7 @@ def _finish(
     job: Job, engine: LocalEngine | RayEngine, identity: ModelIdentity, config: InferenceConfig, found: FoundFiles
 ) -> tuple[Outcome, Bar]:
     """Run a job to its end, the manifest included."""
-    with explain_full_disk(job.folder), contextlib.closing(Bar()) as bar:
+    with named_when_full(job.folder, FULL), contextlib.closing(Bar()) as bar:
         outcome = engine.run(job, bar, partial(check_losses, job, config.max_rejected_share))
         write_json(manifest_path(job.output), _manifest(job, identity, outcome) | {"not_read": found.named()})
         config.save(_config_path(job.output))
