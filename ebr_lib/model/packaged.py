@@ -93,8 +93,8 @@ def find_model(name: str) -> str:
         return str(packaged_model(Path(name).name))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MissingError(
-            f"model {name}: no such folder (looked at {folder.resolve()}); "
-            f"put the model there, or use a hub name, or the packaged {PACKAGED_NAME}"
+            f"model {name}: no such folder (looked at {folder.resolve()}); fine-tune first, or put it "
+            f"there, or use a hub name, or the packaged {PACKAGED_NAME}"
         )
     if ours := sorted(contract.parent.name for contract in folder.parent.glob(f"*/{CONTRACT_FILE}") if "/" in name):
         raise MissingError(
