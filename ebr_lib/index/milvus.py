@@ -39,6 +39,9 @@ TIE = 1e-6
 CONNECT_SECONDS, CALL_SECONDS = 10.0, 60.0
 LONG_SECONDS = 3600.0  # for one call that writes, indexes or loads a whole collection
 LOST_SECONDS = 60.0  # a lost connection is tried for so long
+LITE_OPTIONS = {
+    "grpc.keepalive_time_ms": 330_000
+}  # its server hangs up on whoever pings often while it builds an index
 CONNECT_FAILED, NOT_LOADED = 2, 101  # codes of Milvus's errors
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,200}")
 RESERVED = {"and", "or", "not", "in", "like", "is", "null", "true", "false", "exists", "vector", "rowid", "timestamp"}
@@ -71,7 +74,9 @@ class Server:
         token = read_token(token_file) or os.environ.get("MILVUS_TOKEN", "")
         is_file = uri.endswith(".db")
         try:
-            self._client = pymilvus.MilvusClient(uri, token=token, timeout=CONNECT_SECONDS)
+            self._client = pymilvus.MilvusClient(
+                uri, token=token, timeout=CONNECT_SECONDS, grpc_options=LITE_OPTIONS if is_file else {}
+            )
         except (self._error, ValueError, OSError) as error:
             reason = str(getattr(error, "message", error))
             advice = (
@@ -87,7 +92,7 @@ class Server:
         :param seconds: how long one call may take.
         :raises DataError: Milvus refuses, or the connection stays lost.
         """
-        end, pause = time.monotonic() + LOST_SECONDS, 0.1
+        end, pause = None, 0.1
         while True:
             try:
                 return getattr(self._client, method)(*args, timeout=seconds, **arguments)
@@ -97,6 +102,7 @@ class Server:
                     continue
                 if not _is_lost(error):
                     raise DataError(f"Milvus at {self.uri} refuses {method}: {error.message}") from error
+                end = end or time.monotonic() + LOST_SECONDS  # from now on: the call itself may have taken long
                 if time.monotonic() + pause > end:
                     raise DataError(
                         f"the connection to Milvus at {self.uri} is lost ({error.message}); run the same call again "

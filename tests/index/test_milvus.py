@@ -26,6 +26,8 @@ from ebr_lib.index.opened import open_index
 from ebr_lib.index.run import build_faiss_index
 from ebr_lib.index.search import search
 from ebr_lib.index.side_by_side import usual_queries
+from ebr_lib.serve.config import ServeConfig
+from ebr_lib.serve.run import _served
 from tests.index.test_index import embedding_file
 
 pytest.importorskip("pymilvus", reason="needs requirements-milvus.txt")
@@ -155,6 +157,9 @@ def test_search_gives_the_table_of_faiss(tmp_path, tiny_bert):
     for asked in ({"query": "steel pan"}, {"query": "鞋", "where": {"kind": "kitchen"}}, {"like": ["p1", "p2"]}):
         wanted, found = (search(folder, k=4, **asked) for folder in folders)
         pd.testing.assert_frame_equal(found, wanted, atol=1e-5, rtol=0)
+    served = _served(ServeConfig.resolve({"index_dir": str(folders[1]), "judgements_dir": str(tmp_path / "judged")}))
+    held, vectors = served.engine.encode("query", ["steel frying pan"])
+    assert list(served.systems) == ["index"] and held.find(vectors[0], 1, {})[0][1]["description"] == "steel frying pan"
     assert usual_queries(folders[1], 2) == usual_queries(folders[0], 2)
     with pytest.raises(DataError, match="1 ids are not in column id"):
         search(folders[1], like="p99")
@@ -402,9 +407,9 @@ def test_the_token_reaches_milvus_and_no_file(shop, tmp_path, server, monkeypatc
 
     seen, real = list[str](), pymilvus.MilvusClient
 
-    def client(uri, token, timeout):
+    def client(uri, token, **more):
         seen.append(token)
-        return real(uri, timeout=timeout)
+        return real(uri, **more)
 
     client.create_schema, client.prepare_index_params = real.create_schema, real.prepare_index_params
     monkeypatch.setattr(pymilvus, "MilvusClient", client)
