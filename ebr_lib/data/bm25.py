@@ -7,13 +7,12 @@ are counts, not scores, which change with every text that is added.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebr_lib.arrays import Ints
 from ebr_lib.data.text import split_words
 
 K1, B = 1.5, 0.75
@@ -47,6 +46,7 @@ class Bm25:
 
     def add(self, texts: Iterable[str]) -> None:
         """Add texts, numbered from the last one on."""
+        from scipy.sparse import coo_array, csc_array, vstack
         from tqdm.auto import tqdm
 
         numbers = self._vocabulary
@@ -54,13 +54,17 @@ class Bm25:
             np.array([numbers.setdefault(word, len(numbers)) for word in bm25_tokens(text, self._stopwords)], np.int32)
             for text in tqdm(texts, desc="BM25", unit="doc", delay=2, leave=False)
         ]
-        words, documents, counts = _counted(rows)
-        words = np.concatenate([np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts)), words])
-        order = np.argsort(words, kind="stable")  # the texts of a word stay in their order
-        self.starts = np.searchsorted(words[order], np.arange(len(numbers) + 1))
-        self.documents = np.concatenate([self.documents, documents + len(self)])[order].astype(np.int32)
-        self.counts = np.concatenate([self.counts, counts])[order].astype(np.int32)
-        self.lengths = np.concatenate([self.lengths, np.array([len(row) for row in rows], np.int32)])
+        lengths = np.array([len(row) for row in rows], np.int32)
+        words = np.concatenate([*rows, np.empty(0, np.int32)])
+        texts_of_words = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
+        del rows
+        ones, size = np.ones(len(words), np.int32), (len(lengths), len(numbers))
+        new = coo_array((ones, (texts_of_words, words)), shape=size).tocsc()
+        old = csc_array((self.counts, self.documents, self.starts), shape=(len(self), len(self.starts) - 1))
+        old.resize(len(self), len(numbers))
+        found = vstack((old, new), format="csc") if len(self) else new
+        self.starts, self.documents, self.counts = found.indptr, found.indices, found.data
+        self.lengths = np.concatenate([self.lengths, lengths])
 
     def scores(self, query: str) -> NDArray[np.float32] | None:
         """A score per text, -inf for those that share no word with the query; None if none does."""
@@ -97,14 +101,3 @@ class Bm25:
             for name in _KEPT:
                 setattr(self, name, file[name])
         return self
-
-
-def _counted(rows: Sequence[NDArray[np.int32]]) -> tuple[Ints, Ints, Ints]:
-    """How often each word is in each text: words, texts and counts, sorted by both.
-
-    :param rows: the words of each text, as numbers.
-    """
-    texts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    pairs = np.concatenate([*rows, texts[:0]]) * max(len(rows), 1) + texts
-    distinct, counts = np.unique(pairs, return_counts=True)
-    return (*np.divmod(distinct, max(len(rows), 1)), counts)
