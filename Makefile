@@ -14,9 +14,17 @@ ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 # from Python 3.12 on, coverage costs little with sys.monitoring
 CORE = $(shell $(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')")
 
+# training, and the choice of the best step, see the click log alone; the evaluation asks judged queries that are in no log
+DEMO := RUN_PAIRS=true RUN_EVALUATION=true RUN_INDEX=true FINETUNE_CONFIG.data_path=./click_pairs/pairs.jsonl \
+	FINETUNE_CONFIG.eval_data_path=./click_pairs/heldout/pairs.jsonl FINETUNE_CONFIG.num_epochs=2 \
+	EVAL_CONFIG.data_path=./train_text/heldout/queries.jsonl EVAL_CONFIG.corpus_path=./faiss/embeds_2.txt \
+	EVAL_CONFIG.corpus_column=description EVAL_CONFIG.train_data_path=./click_pairs/pairs.jsonl
+
 define CHINESE_SHOP
-RUN_EVALUATION=true RUN_INDEX=true \
-FINETUNE_CONFIG.model_name=multilingual-e5-small FINETUNE_CONFIG.data_path=./train_text/zh \
+RUN_PAIRS=true RUN_EVALUATION=true RUN_INDEX=true \
+PAIRS_CONFIG.log_path=./train_text/zh/click_log/events.csv.gz PAIRS_CONFIG.catalogue_path=./train_text/zh/catalogue \
+PAIRS_CONFIG.time_zone=Asia/Shanghai PAIRS_CONFIG.output_dir=./demo/zh/click_pairs \
+FINETUNE_CONFIG.model_name=multilingual-e5-small FINETUNE_CONFIG.data_path=./demo/zh/click_pairs/pairs.jsonl \
 FINETUNE_CONFIG.eval_data_path=./train_text/zh/heldout \
 FINETUNE_CONFIG.num_epochs=2 FINETUNE_CONFIG.output_dir=./demo/zh/saved_model \
 INFERENCE_CONFIG.model_name=./demo/zh/saved_model/multilingual-e5-small-peft-lora \
@@ -50,8 +58,8 @@ $(VENV)/installed-dev: $(VENV)/installed $(wildcard requirements-*.txt)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/installed ## fine-tune, encode and draw the sample data: the executed notebook and its files
-	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set RUN_PAIRS=true RUN_EVALUATION=true RUN_INDEX=true
+demo: $(VENV)/installed ## from the sample click log to an index: the executed notebook and its files
+	$(OFFLINE) $(BIN)/python -m ebr_lib notebook --set $(DEMO)
 
 $(VENV)/installed-zh: $(VENV)/installed requirements-zh.txt
 	$(BIN)/pip install --quiet -r requirements-zh.txt

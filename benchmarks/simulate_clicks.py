@@ -1,6 +1,8 @@
 """A click log of a shop whose truth is known, from a seed; for tests, the sample data and benchmarks.
 
     python benchmarks/simulate_clicks.py --pairs train_text/queries.jsonl --out DIR     # events.csv.gz, items.jsonl
+    python benchmarks/simulate_clicks.py --pairs train_text/zh/queries.jsonl --catalogue train_text/zh/catalogue \
+        --searches 4000 --out DIR                                                       # events.csv.gz of its ids
     python benchmarks/simulate_clicks.py --rows 10000000 --out DIR                      # a large log, for speed
 
 Users look at a position with a chance that falls with it (position-based model), and click a looked-at item with its
@@ -58,9 +60,28 @@ class Habits:
     propensities: Sequence[float] = (1.0, 0.7, 0.5, 0.38, 0.3, 0.25, 0.2, 0.17)
 
 
-def shop_of(pairs: Sequence[Mapping[str, str]]) -> Shop:
-    """The shop of training rows with anchor, positive and category: each text is an item."""
-    ids = {text: f"S{number:03d}" for number, text in enumerate(dict.fromkeys(row["positive"] for row in pairs), 1)}
+def read_lines(file: Path) -> list[dict[str, str]]:
+    """Rows of a JSON lines file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def ids_in(catalogue: Path) -> dict[str, str]:
+    """The id of each description of a catalogue in Hive text."""
+    ids = {}
+    for file in sorted(catalogue.iterdir()):
+        head, *lines = (line.split("\x01") for line in file.read_text(encoding="utf-8").splitlines())
+        id_, text = head.index("item_id"), head.index("description")
+        ids |= {fields[text]: fields[id_] for fields in lines}
+    return ids
+
+
+def shop_of(pairs: Sequence[Mapping[str, str]], known: Mapping[str, str] | None = None) -> Shop:
+    """The shop of training rows with anchor, positive and category: each text is an item.
+
+    :param known: the id of each text; None numbers them.
+    """
+    texts = dict.fromkeys(row["positive"] for row in pairs)
+    ids = {text: known[text] if known else f"S{number:03d}" for number, text in enumerate(texts, 1)}
     kind = {ids[row["positive"]]: row["category"] for row in pairs}
     answers: dict[str, list[str]] = {}
     for row in pairs:
@@ -88,7 +109,7 @@ def events(shop: Shop, habits: Habits, seed: int) -> Iterator[Row]:
         if random.random() < habits.id_share:
             yield _event(
                 "https://shop.example/sale" if number % 2 else f"{10**9 + number}",
-                "S001",
+                next(iter(shop.items)),
                 "click",
                 time,
                 1,
@@ -107,7 +128,7 @@ def events(shop: Shop, habits: Habits, seed: int) -> Iterator[Row]:
 def _search(
     shop: Shop, habits: Habits, random: np.random.Generator, query: str, *, time: datetime, session: str
 ) -> Iterator[Row]:
-    shown = query.upper() if random.random() < habits.capitals else query
+    shown = _otherwise(query) if random.random() < habits.capitals else query
     for position, item in enumerate(_results(shop, habits, random, query), 1):
         rate = habits.answer_rate if item in shop.answers[query] else habits.noise_rate
         rows = [_event(shown, item, "impression", time, position, session)]
@@ -118,6 +139,11 @@ def _search(
         yield from rows
         if random.random() < habits.twice:
             yield rows[-1]
+
+
+def _otherwise(query: str) -> str:
+    """The same query as others write it: in capitals, or with a blank before it."""
+    return query.upper() if query.upper() != query else f" {query}"
 
 
 def _results(shop: Shop, habits: Habits, random: np.random.Generator, query: str) -> list[str]:
@@ -138,8 +164,8 @@ def _event(query: str, item: str, event: str, time: datetime, *place: Any) -> Ro
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def write_shop(shop: Shop, habits: Habits, seed: int, folder: Path) -> None:
-    """Write `events.csv.gz` and `items.jsonl`."""
+def write_log(shop: Shop, habits: Habits, seed: int, folder: Path) -> None:
+    """Write `events.csv.gz`."""
     import csv
     import io
 
@@ -150,6 +176,10 @@ def write_shop(shop: Shop, habits: Habits, seed: int, folder: Path) -> None:
     rows.writerows(sorted(events(shop, habits, seed), key=lambda row: row[3]))
     with gzip.GzipFile(folder / "events.csv.gz", "wb", mtime=0) as out:  # equal runs write equal bytes
         out.write(text.getvalue().encode())
+
+
+def write_items(shop: Shop, folder: Path) -> None:
+    """Write `items.jsonl`, the catalogue of a shop that has no other."""
     lines = (
         json.dumps({"item_id": item, "description": text}, ensure_ascii=False) for item, text in shop.items.items()
     )
@@ -193,6 +223,8 @@ def write_large(rows: int, folder: Path, seed: int = 0, batch: int = 2_000_000) 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, help="training rows with anchor, positive, category")
+    parser.add_argument("--catalogue", type=Path, help="with --pairs: take the ids of its descriptions")
+    parser.add_argument("--searches", type=int, default=Habits.searches)
     parser.add_argument("--rows", type=int, help="write a large log instead")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -200,8 +232,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.rows:
         write_large(args.rows, args.out, args.seed)
     elif args.pairs:
-        rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
-        write_shop(shop_of(rows), Habits(), args.seed, args.out)
+        shop = shop_of(read_lines(args.pairs), ids_in(args.catalogue) if args.catalogue else None)
+        write_log(shop, Habits(searches=args.searches), args.seed, args.out)
+        if not args.catalogue:
+            write_items(shop, args.out)
     else:
         sys.exit("give --pairs or --rows")
 

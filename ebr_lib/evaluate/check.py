@@ -19,10 +19,11 @@ def check(config: EvalConfig, before: Handover) -> Iterator[str]:
     look_for_models(config.base_model_path, config.hub)
     for name in config.models:
         yield from before.check_model("models", name)
-    planned = Path(config.corpus_path).expanduser().resolve() in before.columns if config.corpus_path else False
-    corpus = None if planned else config.corpus_path
-    paths = {"queries_path": config.queries_path, "corpus_path": corpus, "qrels_path": config.qrels_path}
+    paths = {name: before.not_written(getattr(config, name)) for name in ("queries_path", "corpus_path", "qrels_path")}
+    if config.corpus_path and Path(config.corpus_path).expanduser().resolve() in before.columns:
+        paths["corpus_path"] = []
     missing = list(check_paths(**paths, train_data_path=before.not_written(config.train_data_path)))
+    planned = any(getattr(config, name) and not there for name, there in paths.items())
     planned = planned or not (config.queries_path or before.not_written(config.data_path))
     trained = before.models.get(Path(config.data_path or ".").expanduser().resolve())
     if not config.queries_path and trained is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ebr_lib.data.pairs import find_pair_files
 from ebr_lib.finetune.config import FinetuneConfig
@@ -19,6 +20,12 @@ def check(config: FinetuneConfig, before: Handover) -> Iterator[str]:
     read = {name: before.not_written(given) for name, given in pairs.items()}
     missing = list(check_paths(**read, guard_data_path=before.not_written(config.guard_data_path)))
     yield from missing
+    given = [config.data_path] if isinstance(config.data_path, str) else config.data_path
+    if before.pairs and before.pairs.resolve() not in (Path(path).expanduser().resolve() for path in given):
+        yield (
+            f"data_path: {', '.join(given)} has nothing of the pairs that are made of the log before; set data_path to "
+            f"{before.pairs}, or switch one of the two stages off"
+        )
     paths = Paths.of(config.output_dir, config.model_name)
     if not missing:
         for data in filter(None, read.values()):

@@ -30,10 +30,10 @@ def check(config: IndexConfig, before: Handover) -> Iterator[str]:
         encoded = encoded or Provenance.of(read_manifest(place) or {}).description_column
         yield from errors_of(lambda: text_column(place, found, encoded, config.text_column))
         yield from errors_of(lambda: read_advice(config.evaluation_dir, None))
-    missing = list(check_paths(queries_path=config.queries_path))
+    missing = list(check_paths(queries_path=before.not_written(config.queries_path)))
     yield from missing
-    if (path := config.queries_path) and not missing:
-        yield from errors_of(lambda: read_queries(Path(path), config.query_column))
+    for path in () if missing else before.not_written(config.queries_path):
+        yield from errors_of(lambda path=path: read_queries(Path(path), config.query_column))  # type: ignore[misc] # at once
     if kind_in(config.kind):
         yield from errors_of(lambda: check_milvus(config.uri, config.milvus_token_file))
     if config.model_name:

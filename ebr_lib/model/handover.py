@@ -22,12 +22,14 @@ class Handover:
 
     :ivar models: folder of each model, and whether it will hold held-out queries.
     :ivar columns: kept columns of each embedding file, and `encoded` the column of its texts.
-    :ivar files: training pairs and held-out folders.
+    :ivar pairs: the training pairs that are made out of a log, as the user writes their path.
+    :ivar files: these, and the folder of held-out queries with its files.
     """
 
     models: dict[Path, bool] = field(default_factory=dict)
     columns: dict[Path, Sequence[str]] = field(default_factory=dict)
     encoded: dict[Path, str] = field(default_factory=dict)
+    pairs: Path | None = None
     files: set[Path] = field(default_factory=set)
 
     def check_model(self, knob: str, name: str) -> Iterator[str]:

@@ -67,8 +67,8 @@ class Catalogue:
         if len(twice):
             id_, texts = twice[ITEM][0], twice.filter(pl.col(ITEM) == twice[ITEM][0])[TEXT].to_list()
             raise DataError(
-                f"catalogue {self.place}: id {id_} has two texts ({texts[0][:40]!r} and {texts[1][:40]!r}), and so "
-                f"have {twice[ITEM].n_unique() - 1} others; give one snapshot, such as its last partition"
+                f"catalogue {self.place}: {twice[ITEM].n_unique()} ids have two texts, such as {id_} "
+                f"({texts[0][:40]!r} and {texts[1][:40]!r}); give one snapshot, such as its last partition"
             )
 
 

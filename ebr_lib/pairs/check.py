@@ -8,7 +8,7 @@ from pathlib import Path
 from ebr_lib.files import check_replaceable
 from ebr_lib.model.handover import Handover, check_paths, errors_of
 from ebr_lib.pairs.config import PairsConfig
-from ebr_lib.pairs.outputs import HELDOUT_FOLDER, PAIRS_FILE, is_own
+from ebr_lib.pairs.outputs import HELDOUT_FILES, HELDOUT_FOLDER, PAIRS_FILE, is_own
 
 
 def check(config: PairsConfig, before: Handover) -> Iterator[str]:
@@ -18,6 +18,7 @@ def check(config: PairsConfig, before: Handover) -> Iterator[str]:
         return
     yield from check_paths(log_path=config.log_path, catalogue_path=config.catalogue_path)
     yield from errors_of(lambda: check_replaceable(folder, is_own))
-    before.files.add((folder / PAIRS_FILE).resolve())
-    if config.holdout_days:
-        before.files |= {folder.resolve() / HELDOUT_FOLDER, folder.resolve() / HELDOUT_FOLDER / PAIRS_FILE}
+    before.pairs = folder / PAIRS_FILE
+    heldout = folder / HELDOUT_FOLDER
+    written = (heldout, *(heldout / name for name in HELDOUT_FILES)) if config.holdout_days else ()
+    before.files |= {path.expanduser().resolve() for path in (before.pairs, *written)}

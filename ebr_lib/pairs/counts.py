@@ -225,11 +225,7 @@ def rejected_rows(counted: Counted, decisions: Sequence[str]) -> Iterator[pl.Laz
     """Rows that cannot be used, with file and reason; not those that a decision left out."""
     import polars as pl
 
+    row = pl.col(RAW).str.replace_all("\x01", "\t", literal=True)
     for file in counted.rejected:
-        yield (
-            pl.scan_parquet(file)
-            .filter(~pl.col(REASON).is_in(list(decisions)))
-            .select(
-                pl.col(FILE).alias("file"), REASON, pl.col(RAW).str.replace_all("\x01", "\t", literal=True).alias("row")
-            )
-        )
+        kept = pl.scan_parquet(file).filter(~pl.col(REASON).is_in(list(decisions)))
+        yield kept.select(pl.col(FILE).alias("file"), pl.col(REASON).alias("reason"), row.alias("row"))

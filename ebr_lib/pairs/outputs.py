@@ -22,6 +22,7 @@ PAIRS_FILE, REJECTS_FILE, MANIFEST_FILE = "pairs.jsonl", "rejects.jsonl", "manif
 CONFIG_FILE, HTML_FILE, SQL_FILE = "pairs_config.yaml", "report.html", "aggregate.sql"
 FINETUNE_PRESET, EVALUATE_PRESET = "finetune.yaml", "evaluate.yaml"
 HELDOUT_FOLDER, QRELS_FILE = "heldout", "qrels/test.tsv"
+HELDOUT_FILES = (CORPUS_FILE, QUERIES_FILE, QRELS_FILE, PAIRS_FILE)
 FILES = (PAIRS_FILE, REJECTS_FILE, MANIFEST_FILE, CONFIG_FILE, HTML_FILE, SQL_FILE, FINETUNE_PRESET, EVALUATE_PRESET)
 ANCHOR, ANCHOR_ID, QUERY_SEEN, ITEMS_SEEN = "anchor", "anchor_id", "query_seen", "items_seen"
 

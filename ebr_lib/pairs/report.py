@@ -207,6 +207,13 @@ def _advice(pairs: pl.DataFrame, queries: pl.DataFrame | None, rules: Rules) -> 
         )
     if len(pairs) < 1000:
         advice.append(f"只有 {len(pairs)} 条样本 only {len(pairs)} pairs: use more days, or a small learning rate.")
+    seen = 0 if queries is None else queries[QUERY_SEEN].to_list().count("seen")
+    if queries is not None and seen > 0.5 * len(queries):
+        advice.append(
+            f"{len(queries)} 个留出查询中有 {seen} 个训练时见过，其提升部分来自记忆 {seen} of {len(queries)} held-out "
+            "queries are in training, so their gain is partly memory: look at the unseen ones, or measure on judged "
+            "queries."
+        )
     if queries is not None and len(queries) < 100:
         advice.append(f"留出查询只有 {len(queries)} 个 only {len(queries)} held-out queries: intervals will be wide.")
     single = int((pairs[CLICKS] == 1).sum())

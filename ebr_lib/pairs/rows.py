@@ -42,8 +42,9 @@ NEGATIVE_POSITION = "negative position"
 ID_QUERY = "query is an id, a number or a URL"
 BOT = "bot-like session"
 
-KEY, QUERY, ITEM, DAY, POSITION, SESSION = "key", "query", "item", "day", "position", "session"
-STAMP, REASON, RAW, CLOCK, UNPLACED = "stamp", "reason", "raw", "clock", "unplaced"
+# columns that rows get, named as no log names its own
+KEY, QUERY, ITEM, DAY, POSITION, SESSION = "@key", "@query", "@item", "@day", "@position", "@session"
+STAMP, REASON, RAW, CLOCK, UNPLACED = "@stamp", "@reason", "@raw", "@clock", "@unplaced"
 DATE, NAIVE, ZONED, EPOCH = "a date", "a time without a zone", "a time with a zone", "a number since 1970"
 CLOCKS = (DATE, NAIVE, ZONED, EPOCH)
 """Ways in which times are written."""
@@ -128,7 +129,6 @@ def marked_rows(frame: pl.LazyFrame, columns: Columns, meaning: Meaning) -> pl.L
     key = item_key(query) if meaning.query_is_item else query_key(query)
     day, clock = _day(columns.time, schema, meaning)
     position, is_placed = _position(columns.position)
-    raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in columns.read], separator="\x01")
     frame = frame.with_columns(
         key.alias(KEY),
         item.alias(ITEM),
@@ -137,17 +137,18 @@ def marked_rows(frame: pl.LazyFrame, columns: Columns, meaning: Meaning) -> pl.L
         clock.alias(CLOCK),
         position.alias(POSITION),
         (position.is_null() & is_placed).alias(UNPLACED),
-        raw.alias(RAW),
         _session(columns).alias(SESSION),
         _stamp(columns).alias(STAMP),
         *_counts(columns, meaning),
     )
     reasons = _reasons(columns, meaning)
     reason = pl.coalesce(pl.when(condition).then(pl.lit(text)) for text, condition in reasons.items())
+    is_bad = pl.col(REASON).is_not_null()
+    fields = [pl.when(is_bad).then(name).cast(pl.String).fill_null("") for name in columns.read]
     return frame.with_columns(reason.alias(REASON)).select(
         KEY, QUERY, ITEM, DAY, CLOCK, POSITION, SESSION, STAMP, *(f"n_{name}" for name in meaning.events), REASON,
-        pl.when(pl.col(REASON).is_not_null()).then(pl.col(RAW)).alias(RAW),
-        pl.when(pl.col(REASON).is_not_null()).then(FILE).alias(FILE),
+        pl.when(is_bad).then(pl.concat_str(fields, separator="\x01")).alias(RAW),
+        pl.when(is_bad).then(FILE).alias(FILE),
     )  # fmt: skip
 
 

@@ -25,10 +25,12 @@ from ebr_lib.pairs.counts import Counted, bot_sessions, count_rows, rejected_row
 from ebr_lib.pairs.funnel import HELDOUT, ROWS, TRAIN, Funnel
 from ebr_lib.pairs.report import Report, overview
 from ebr_lib.pairs.rows import (
+    BAD_TIME,
     BOT,
     CLOCKS,
     DATE,
     EPOCH,
+    FAR_TIME,
     ID_QUERY,
     ITEM,
     KEY,
@@ -147,8 +149,9 @@ def _make(config: PairsConfig, new: Path, folder: Path, spill: Path) -> PairsRes
     start, funnel = time.perf_counter(), Funnel()
     rules, meaning = _rules(config), _meaning(config)
     log = open_table(
-        config.log_path, config.file_patterns, "log_path", spill, columns=config.columns, separator=config.separator
-    )
+        config.log_path, config.file_patterns, "log_path", "columns", spill,
+        columns=config.columns, separator=config.separator,
+    )  # fmt: skip
     columns = find_columns(log, _given(config), config.count_columns, rules.click)
     catalogue = open_catalogue(_catalogue_table(config, spill), config.id_column, config.text_template)
     counted = _count(config, log, columns, meaning, spill)
@@ -245,8 +248,9 @@ def _given(config: PairsConfig) -> dict[str, str | None]:
 
 def _catalogue_table(config: PairsConfig, spill: Path) -> Table:
     return open_table(
-        config.catalogue_path, config.file_patterns, "catalogue_path", spill, columns=config.catalogue_columns
-    )
+        config.catalogue_path, config.file_patterns, "catalogue_path", "catalogue_columns", spill,
+        columns=config.catalogue_columns,
+    )  # fmt: skip
 
 
 def _write_sql(config: PairsConfig, folder: Path) -> SqlResult:
@@ -325,11 +329,13 @@ def _too_many(config: PairsConfig, counted: Counted, bad: Mapping[str, int], mea
         f"{count} {reason} (such as {counted.examples[reason][0]!r})"
         for reason, count in sorted(bad.items(), key=lambda found: -found[1])
     )
-    events = f". Events: {_unknown(counted, meaning)}" if UNKNOWN_EVENT in bad else ""
+    advice = f". Events: {_unknown(counted, meaning)}" if UNKNOWN_EVENT in bad else ""
+    if {BAD_TIME, FAR_TIME} & set(bad):
+        advice += ". time_format says how times are written"
     share = sum(bad.values()) / counted.rows
     return (
         f"log_path {config.log_path}: {share:.0%} of {counted.rows} rows cannot be used (max_rejected_share "
-        f"{config.max_rejected_share}): {reasons}{events}"
+        f"{config.max_rejected_share}): {reasons}{advice}"
     )
 
 

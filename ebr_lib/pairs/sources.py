@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -52,11 +53,13 @@ class _Layout:
 class Table:
     """Files that make one table.
 
+    :ivar names_knob: the knob that names the columns of files without a header row.
     :ivar columns: those of every file together, in order.
     :ivar size: bytes of the texts, unpacked; an estimate.
     """
 
     place: str
+    names_knob: str
     files: tuple[Path, ...]
     columns: tuple[str, ...]
     size: int
@@ -101,7 +104,7 @@ class Table:
         if (found := self.column(given, usual, knob)) is None:
             raise DataError(
                 f"{self.place}: looked for a column {', '.join(usual)}, found {', '.join(self.columns)}; name it with "
-                f"{knob}"
+                f"{knob}, or, if there is no header row, all of them with {self.names_knob}"
             )
         return found
 
@@ -110,6 +113,7 @@ def open_table(
     places: str | Sequence[str],
     patterns: Sequence[str],
     knob: str,
+    names_knob: str,
     spill: Path,
     *,
     columns: Sequence[str] = (),
@@ -117,7 +121,8 @@ def open_table(
 ) -> Table:
     """Find the files of a table and what is in each.
 
-    :param places: files and folders.
+    :param places: files and folders, which `knob` names.
+    :param names_knob: the knob that gives `columns`.
     :param spill: folder for what polars does not read itself, ORC and bz2, as Parquet and text.
     :param columns: names for files without a header row.
     :param separator: of delimited text; None looks at each first line.
@@ -130,11 +135,16 @@ def open_table(
         folders = partitions_of(file, root)
         parts = tuple((name, None if value is None else value.decode()) for name, value in folders.items())
         layout, place = _layout_of(file, spill, columns, separator, parts)
+        if twice := sorted(name for name, count in Counter(layout.columns).items() if count > 1):
+            raise DataError(
+                f"{file}: column {', '.join(twice)} is there more than once; if there is no header row, name all "
+                f"columns with {names_knob}"
+            )
         layouts.setdefault(layout, []).append(place)
         files.append(file)
     names = tuple(dict.fromkeys(name for layout in layouts for name in layout.names))
     shown = places if isinstance(places, str) else ", ".join(places)
-    return Table(shown, tuple(files), names, sum(map(_size_of, files)), layouts)
+    return Table(shown, names_knob, tuple(files), names, sum(map(_size_of, files)), layouts)
 
 
 def _files(places: str | Sequence[str], patterns: Sequence[str], knob: str) -> Iterator[tuple[Path, Path]]:
@@ -182,18 +192,15 @@ def _layout_of(
         return _Layout(PARQUET, tuple(schema.names), partitions=parts), place
     if kind == BZ2:
         file = _unpacked(file, spill)
-    lines = _first_lines(file)
-    if lines and lines[0].lstrip().startswith("{"):
+    if not (lines := _first_lines(file)):
+        raise DataError(f"{file} is empty")
+    head = lines[0].lstrip()
+    if head.startswith("{"):
         return _Layout(JSON_LINES, _keys(file, lines), partitions=parts), file
-    if lines and lines[0].lstrip().startswith("["):
+    if head.startswith("["):
         raise DataError(f"{file} holds a JSON array, which is not read as a stream; write one object per line")
-    mark = separator or next((mark for mark in ("\x01", "\t") if lines and mark in lines[0]), ",")
-    names = tuple(columns) or tuple(name.strip().strip('"') for name in (lines[0] if lines else "").split(mark))
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(
-            f"{file}: column {', '.join(twice)} is there more than once; if the first row is not a header, "
-            "name the columns with the knob for files without one"
-        )
+    mark = separator or next((mark for mark in ("\x01", "\t") if mark in lines[0]), ",")
+    names = tuple(columns) or tuple(name.strip().strip('"') for name in lines[0].split(mark))
     return _Layout(DELIMITED, names, mark, not columns, parts), file
 
 

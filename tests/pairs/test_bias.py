@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import sys
 from collections import Counter
@@ -42,43 +44,61 @@ def test_too_few_clicks_give_none():
     assert estimate_propensities(np.array([0, 0]), np.array([1, 2]), np.array([9.0, 9]), np.array([5.0, 4])) == {}
 
 
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
-    """The sample log, the truth that it was made from, and the lines that the stage makes of it."""
-    lines = (ROOT / "train_text/queries.jsonl").read_text(encoding="utf-8").splitlines()
-    shop = simulate_clicks.shop_of([json.loads(line) for line in lines])
-    folder = tmp_path_factory.mktemp("pairs")
-    source = ROOT / "train_text/click_log"
+SHOPS = {
+    "train_text": simulate_clicks.Habits(),
+    "train_text/zh": simulate_clicks.Habits(searches=4000),
+}
+"""The sample shops, and how the log of each was made."""
+
+
+@pytest.fixture(scope="module", params=SHOPS)
+def simulated(request, tmp_path_factory):
+    """A sample log: its folder, the truth that it was made from, and what the stage makes of it."""
+    place = ROOT / request.param
+    source, catalogue = place / "click_log", place / "catalogue"
+    known = simulate_clicks.ids_in(catalogue) if catalogue.is_dir() else None
+    shop = simulate_clicks.shop_of(simulate_clicks.read_lines(place / "queries.jsonl"), known)
     result = make_training_pairs(
         {
             "log_path": str(source / "events.csv.gz"),
-            "catalogue_path": str(source / "items.jsonl"),
-            "output_dir": str(folder / "out"),
+            "catalogue_path": str(catalogue if known else source / "items.jsonl"),
+            "output_dir": str(tmp_path_factory.mktemp("pairs") / "out"),
         }
     )
-    return shop, result
+    return source, SHOPS[request.param], shop, result
 
 
-def test_the_sample_log_is_what_the_simulator_writes(tmp_path):
-    lines = (ROOT / "train_text/queries.jsonl").read_text(encoding="utf-8").splitlines()
-    shop = simulate_clicks.shop_of([json.loads(line) for line in lines])
-    simulate_clicks.write_shop(shop, simulate_clicks.Habits(), 0, tmp_path)
-    import gzip
+@pytest.fixture(scope="module")
+def rows(simulated):
+    """What the simulator writes for the shop."""
+    _, habits, shop, _ = simulated
+    return list(simulate_clicks.events(shop, habits, 0))
 
-    for name in ("events.csv.gz", "items.jsonl"):
-        new, kept = ((place / name).read_bytes() for place in (tmp_path, ROOT / "train_text/click_log"))
-        assert (gzip.decompress(new), gzip.decompress(kept)) if name.endswith("gz") else new == kept
+
+def test_the_sample_log_is_what_the_simulator_writes(simulated, rows, tmp_path):
+    source, _, shop, _ = simulated
+    lines = gzip.decompress((source / "events.csv.gz").read_bytes()).decode().splitlines()
+    assert list(csv.reader(lines)) == [
+        list(simulate_clicks.COLUMNS),
+        *(list(map(str, row)) for row in sorted(rows, key=time_of)),
+    ]
+    if (source / "items.jsonl").is_file():
+        simulate_clicks.write_items(shop, tmp_path)
+        assert (tmp_path / "items.jsonl").read_bytes() == (source / "items.jsonl").read_bytes()
+
+
+def time_of(row):
+    return row[3]
 
 
 def test_the_simulated_bias_is_found(simulated):
-    _, result = simulated
+    _, habits, _, result = simulated
     found = json.loads(result.manifest.read_text(encoding="utf-8"))["propensities"]["by_position"]
-    truth = simulate_clicks.Habits().propensities
-    assert [found[str(place)] for place in range(1, 6)] == pytest.approx(truth[:5], abs=0.08)
+    assert [found[str(place)] for place in range(1, 6)] == pytest.approx(habits.propensities[:5], abs=0.08)
 
 
 def test_the_true_pairs_get_the_weight(simulated):
-    shop, result = simulated
+    _, _, shop, result = simulated
     answers = {query.lower(): items for query, items in shop.answers.items()}
     lines = [json.loads(line) for line in result.pairs.read_text(encoding="utf-8").splitlines()]
     true = [line["item_id"] in answers[line["anchor"].lower()] for line in lines]
@@ -88,12 +108,11 @@ def test_the_true_pairs_get_the_weight(simulated):
     assert weight.mean() == pytest.approx(1, abs=1e-3)
 
 
-def test_every_row_of_the_simulation_is_accounted_for(simulated):
-    shop, result = simulated
-    rows = list(simulate_clicks.events(shop, simulate_clicks.Habits(), 0))
+def test_every_row_of_the_simulation_is_accounted_for(simulated, rows):
+    _, _, shop, result = simulated
     people = [row for row in rows if row[5] != "bot"]
     known = {query.lower() for query in shop.answers}
-    ids = [row for row in people if row[0].lower() not in known]
+    ids = [row for row in people if row[0].strip().lower() not in known]
     twice = sum(count - 1 for count in Counter(people).values())
     funnel = json.loads(result.manifest.read_text(encoding="utf-8"))["funnel"]
     steps = {(step["of"], step["step"]): step["left_out"] for step in funnel}

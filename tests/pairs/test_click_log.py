@@ -283,6 +283,28 @@ def test_later_stages_are_checked_as_if_the_pairs_were_there(shop, tmp_path):
     check_configs(pairs=pairs, finetune=finetune, run={"pairs": True, "finetune": True})
     with pytest.raises(ConfigError, match="data_path"):
         check_configs(pairs=pairs, finetune=finetune, run={"pairs": False, "finetune": True})
+    heldout = f"{shop.out}/heldout"
+    of_folder = {"data_path": heldout, "train_data_path": finetune["data_path"], "models": []}
+    of_files = {"queries_path": f"{heldout}/queries.jsonl", "corpus_path": f"{heldout}/corpus.jsonl"}
+    of_files |= {"qrels_path": f"{heldout}/qrels/test.tsv", "models": []}
+    for evaluate in (of_folder, of_files):
+        check_configs(pairs=pairs, evaluate=evaluate, run={"pairs": True, "evaluate": True})
+        with pytest.raises(ConfigError, match="evaluate:"):
+            check_configs(pairs=pairs | {"holdout_days": 0}, evaluate=evaluate, run={"pairs": True, "evaluate": True})
+
+
+def test_pairs_that_fine_tuning_does_not_read_are_a_mistake(shop, tmp_path):
+    shop.write(held_log())
+    pairs = {"log_path": str(shop.log), "catalogue_path": str(shop.items), "output_dir": str(shop.out)}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"anchor": "a", "positive": "b"}\n')
+    finetune = {"data_path": str(other), "output_dir": str(tmp_path / "models")}
+    run = {"pairs": True, "finetune": True}
+    with pytest.raises(ConfigError, match=f"data_path: {other} has nothing of the pairs .* to {shop.out}/pairs.jsonl"):
+        check_configs(pairs=pairs, finetune=finetune, run=run)
+    check_configs(pairs=pairs, finetune=finetune, run=run | {"pairs": False})
+    both = [str(other), f"{shop.out}/pairs.jsonl"]
+    check_configs(pairs=pairs, finetune=finetune | {"data_path": both}, run=run)
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
@@ -423,12 +445,14 @@ GOOD = [event("a", "1", "click", second=i) for i in range(3)]
     ("rows", "head", "knobs", "message"),
     [
         (GOOD, HEAD, {"query_column": "qeury"}, r"query_column: .* no column qeury; did you mean query\?; its columns"),
-        (GOOD, ("a", *HEAD[1:]), {}, "looked for a column query, anchor"),
+        (GOOD, ("a", *HEAD[1:]), {}, "looked for a column query, anchor.*no header row, all of them with columns$"),
+        (GOOD, ("a", "a", *HEAD[2:]), {}, "column a is there more than once; .* name all columns with columns$"),
         ([r[:2] for r in GOOD], HEAD[:2], {}, "neither an event per row .* nor counts"),
         (GOOD, HEAD, {"text_template": "{titel}"}, "text_template: .* has no column titel"),
         ([("a", f"x{i}", *r[2:]) for i, r in enumerate(GOOD)], HEAD, {}, "100% .*x0, x1, x2; its ids look like 1, 2"),
         ([(*r[:2], "clik", *r[3:]) for r in GOOD], HEAD, {}, r"100% .*unknown event.*clik; did you mean click"),
-        ([(*r[:3], "yesterday", *r[4:]) for r in GOOD], HEAD, {}, "3 time not read .*yesterday"),
+        ([(*r[:3], "yesterday", *r[4:]) for r in GOOD], HEAD, {}, "3 time not read .*yesterday.*time_format"),
+        ([("a", "1", "yesterday", 1, 5, 1, 0)], COUNTS, {}, "1 time not read .*yesterday"),
         ([(*r[:3], "1793575", *r[4:]) for r in GOOD], HEAD, {}, "time not read"),
         ([(*r[:3], "1026-11-01", *r[4:]) for r in GOOD], HEAD, {}, "time before 2000 or after tomorrow"),
         ([("a", "1", "2026-11-01", 1, 5, -1, 0)], COUNTS, {}, "1 negative count: clicks"),
@@ -515,10 +539,21 @@ def test_a_copy_of_a_log_file_is_left_out(shop, caplog):
     assert "the same bytes as another file" in caplog.text
 
 
+def test_an_empty_log_is_an_error(shop):
+    shop.log.touch()
+    with pytest.raises(DataError, match="is empty"):
+        shop.make()
+
+
+def test_most_held_out_queries_that_training_has_are_said_to_be_memory(shop):
+    shop.write(held_log())
+    assert "2 of 3 held-out queries are in training" in shop.make(holdout_days=3).report_html.read_text("utf-8")
+
+
 def test_a_catalogue_id_with_two_texts_is_an_error(shop):
     shop.write(GOOD)
     shop.write_items([("1", "red shoe"), ("1", "blue shoe")])
-    with pytest.raises(DataError, match=r"id 1 has two texts .*give one snapshot"):
+    with pytest.raises(DataError, match=r"1 ids have two texts, such as 1 .*give one snapshot"):
         shop.make()
 
 
