@@ -206,7 +206,10 @@ def _differences(model: SentenceTransformer, contract: Contract, folder: Path, b
         if side in own and own[side] != text
     )
     if contract.number_type != (now := number_type(model)):
-        yield f"precision ({contract.number_type} then, {now} now)"
+        then_type = (
+            f"{contract.number_type} then," if contract.number_type else "not recorded then, by an older version;"
+        )
+        yield f"precision ({then_type} {now} now)"
     for name, now in library_versions().items():
         if (version := contract.libraries.get(name, now)) != now:
             yield f"library {name} {version} then, {now} now"

@@ -11,11 +11,14 @@ from typing import Any
 from ebr_lib.errors import MissingError
 from ebr_lib.extras import EXTRAS, require
 from ebr_lib.logs import logger
+from ebr_lib.model.remote_code import LIBRARY, read_json
 from ebr_lib.names import Hub
 
 MODELSCOPE = "modelscope:"
 BEFORE_WEIGHTS = ["*.json", "*.py", "*.txt", "*.model", "*.jinja"]
 """Files of a model on ModelScope that are downloaded before its weights."""
+WITH_WEIGHTS = (".Transformer", ".Dense", ".LayerNorm", ".StaticEmbedding", ".CNN", ".LSTM")
+"""Modules of sentence-transformers that have weights in their folder."""
 
 _asked: Hub = "auto"
 _elsewhere: set[str] = set()  # names that were on ModelScope when Hugging Face could not be reached
@@ -46,7 +49,7 @@ def with_hub(name: str) -> str:
         name = f"{MODELSCOPE}{name.removeprefix(MODELSCOPE)}"
     if name.startswith(MODELSCOPE):
         owner, _, model = name.removeprefix(MODELSCOPE).partition("/")
-        if not owner or not model or "/" in model:
+        if {owner, model} & {"", ".", ".."} or "/" in model:  # dots would lead out of its cache
             raise MissingError(
                 f"model {name}: no such folder, and not a name of ModelScope, which are OWNER/NAME; give one such as "
                 f"{MODELSCOPE}Qwen/Qwen3-Embedding-0.6B"
@@ -99,6 +102,7 @@ def fetch_weights(name: str) -> str:
         return name
     folder = cached(name)
     if folder is None or not _has_weights(folder):
+        _snapshot(name, allow_patterns=BEFORE_WEIGHTS)  # without modules.json, it would be another model
         folder = Path(_snapshot(name, allow_patterns=[*BEFORE_WEIGHTS, "*.safetensors"]))
     if not _has_weights(folder):
         raise HubError(f"{hub_of(name)} has no safetensors of it")
@@ -127,10 +131,13 @@ def _may_be_elsewhere(name: str, error: HubError) -> bool:
 
 def _has_weights(folder: Path) -> bool:
     """Whether all files of the weights are there: they are downloaded last, and each is complete or absent."""
-    indexes = [json.loads(file.read_text("utf-8")) for file in folder.rglob("*.safetensors.index.json")]
-    shards = {shard for index in indexes for shard in index["weight_map"].values()}
-    found = {file.name for file in folder.rglob("*.safetensors")}
-    return bool(found) and shards <= found
+    modules = read_json(folder / "modules.json") or [{"type": f"{LIBRARY}Transformer", "path": ""}]
+    kinds = {folder / module["path"]: module["type"] for module in modules}
+    own = {part for part, kind in kinds.items() if kind.startswith(LIBRARY) and kind.endswith(WITH_WEIGHTS)}
+    indexes = {file: json.loads(file.read_text("utf-8")) for file in folder.rglob("*.safetensors.index.json")}
+    shards = {file.parent / shard for file, index in indexes.items() for shard in index["weight_map"].values()}
+    found = set(folder.rglob("*.safetensors"))
+    return bool(found) and shards <= found and own <= {file.parent for file in found}
 
 
 def _snapshot(name: str, **which: Any) -> str:

@@ -78,6 +78,14 @@ def test_rounding_is_small_in_float32_and_larger_for_other_types(models):
         load_model(str(folder), device="cpu")
 
 
+def test_a_contract_that_says_no_number_type_is_called_older(models):
+    folder = models / "adapter"
+    turned(folder, 0.1)
+    edit_json(folder / CONTRACT_FILE, number_type="")
+    with pytest.raises(ModelError, match=r"cause: precision \(not recorded then, by an older version; float32 now\)"):
+        load_model(str(folder), device="cpu")
+
+
 def test_bfloat16_weights_are_within_rounding(models):
     load_model(str(models / "adapter"), device="cpu", dtype=torch.bfloat16)
 

@@ -23,7 +23,7 @@ from ebr_lib.model.packaged import find_model, local_folder, model_label
 from ebr_lib.model.pickles import to_safetensors
 from ebr_lib.model.provenance import identify
 from ebr_lib.model.spec import EncoderSpec
-from tests.models import adapted, edit_json
+from tests.models import adapted, build_shape, edit_json
 from tests.servers import as_json, serving
 
 NAME = "modelscope:shop/tiny.1-bert"
@@ -34,7 +34,7 @@ class Shelf:
     """Answers as ModelScope's server does about the folders in it, and lists the files that were asked for."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
-        self.folders, self.sent, self.is_down = folders, [], False
+        self.folders, self.sent, self.is_down, self.refused = folders, [], False, set[str]()
 
     def __call__(self, path, body, headers):
         parts = urllib.parse.urlsplit(path)
@@ -54,6 +54,8 @@ class Shelf:
                 for file in files
             ]
             return as_json({"Code": 200, "Success": True, "Data": {"Files": listed}})
+        if asked["FilePath"] in self.refused:
+            return as_json({"Code": 404, "Message": "no such file"}, 404)
         self.sent.append(asked["FilePath"])
         return 200, "application/octet-stream", (folder / asked["FilePath"]).read_bytes()
 
@@ -156,6 +158,27 @@ def test_a_download_that_was_interrupted_goes_on(shelf, monkeypatch):
     assert vectors(NAME).shape == (2, 32)
 
 
+@pytest.mark.parametrize("cut", ["model.safetensors", "2_Dense/model.safetensors"])
+def test_weights_of_one_module_alone_are_not_the_weights(shelf, tmp_path, cut):
+    shelf.folders["shop/tiny.1-bert"] = whole = build_shape("dense", tmp_path / "dense")
+    expected = vectors(str(whole))
+    vectors(NAME)
+    (hubs.cached(NAME) / cut).unlink()  # the download ended before it
+    np.testing.assert_array_equal(vectors(NAME), expected)
+
+
+def test_configs_are_whole_before_weights_come(shelf):
+    hubs.fetch_configs(NAME)
+    (hubs.cached(NAME) / "modules.json").unlink()  # without it, any model would be one with mean pooling
+    shelf.refused.add("modules.json")
+    with pytest.raises(hubs.HubError):
+        hubs.fetch_weights(NAME)
+    assert not list(hubs.cached(NAME).glob("*.safetensors"))
+    shelf.refused.clear()
+    hubs.fetch_weights(NAME)
+    assert (hubs.cached(NAME) / "modules.json").is_file()
+
+
 def test_pickles_of_modelscope_are_refused_and_can_be_converted(shelf, tiny_bert, tmp_path):
     import torch
     from safetensors.torch import load_file
@@ -174,7 +197,7 @@ def test_pickles_of_modelscope_are_refused_and_can_be_converted(shelf, tiny_bert
 def test_mistakes_are_one_sentence(shelf, monkeypatch):
     with pytest.raises(ModelError, match=r"ModelScope did not provide it \(.*404.*check the name and the network, or"):
         load_model("modelscope:shop/none")
-    for name in ("modelscope:bert", "modelscope:/b"):
+    for name in ("modelscope:bert", "modelscope:/b", "modelscope:../b", "modelscope:b/..", "modelscope:./."):
         with pytest.raises(MissingError, match=rf"{name}: .*OWNER/NAME"):
             load_model(name)
     assert not list(Handover().check_model("model_name", NAME))  # the check cell asks no hub
