@@ -101,7 +101,9 @@ class Upload:
         for part in _parts(batch, vectors.shape[1]):
             self.seen += part.stop - part.start
             if self.seen > self.state["done"]:
-                self.server.call("upsert", self.collection, list(self._entities(batch, vectors, part, first_row)))
+                entities = list(self._entities(batch, vectors, part, first_row))
+                write_json(self.place, self.state)  # before the first row is sent, and not if it cannot be
+                self.server.call("upsert", self.collection, entities)
                 self.state["done"] = self.seen
                 write_json(self.place, self.state)
         return vectors
@@ -386,7 +388,6 @@ def append(held: MilvusIndex, embedding_path: str) -> int:
                 "or build the index again"
             )
         state["before"] = len(held)
-        write_json(place, state)
     upload = Upload(held.server, held.name, held.fields, held.manifest["id_column"], embedding_path, place, state)
     for batch in vector_batches(embedding_path, held.columns, held.dim, "the index"):
         upload.add(batch, first)

@@ -324,6 +324,13 @@ def test_an_interrupted_addition_continues(shop, tmp_path, server, wire, ids):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
+def test_rows_that_are_refused_do_not_stop_others(shop, tmp_path):
+    folder = build(shop / "items.parquet", tmp_path / "index").folder
+    with pytest.raises(DataError, match=f"holds vectors of {DIM // 2} dimensions, the index {DIM}"):
+        add_rows(folder, write(tmp_path / "narrow.parquet", drawn(3)[:, : DIM // 2], first=900))
+    assert add_rows(folder, write(tmp_path / "more.parquet", drawn(3), first=ROWS)) == ROWS + 3
+
+
 def test_unreachable_milvus(shop, tmp_path, monkeypatch):
     for uri, reason in (("http://127.0.0.1:1", "no Milvus at http://127.0.0.1:1"), ("ftp://x", "illegal")):
         with pytest.raises(ConfigError, match=reason):
