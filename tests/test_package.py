@@ -89,6 +89,7 @@ def test_every_import_of_the_library_is_a_requirement():
         "huggingface_hub",
         "numba",
         "starlette",
+        "grpc",
     }  # of others
     jupyter = {"traitlets", "jupyter_client", "jupyter_core"}  # of nbclient
     used = {name for path in (ROOT / "ebr_lib").rglob("*.py") for name in imports(path, top_level=False)}
