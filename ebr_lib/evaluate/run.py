@@ -339,8 +339,9 @@ def _check_rankers(config: EvalConfig, corpus: Corpus) -> tuple[dict[EncoderSpec
             on_changed_vectors=config.on_changed_vectors,
         )
         try:
-            exact = config.frontier and name == config.models[-1]
-            stored[spec] = check_model(spec, corpus, load=len(config.models) > 1, exact=exact)
+            compared = len(config.models) > 1  # with a model whose vectors are not rounded, perhaps
+            exact = compared or config.frontier
+            stored[spec] = check_model(spec, corpus, load=compared, exact=exact)
         except UserError as error:
             errors.append(error)
     reranker = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from ebr_lib.data.embeddings.base import manifest_path
 from ebr_lib.data.embeddings.files import is_exact, write_embeddings
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.evaluate import frontier, sizes
@@ -15,6 +17,7 @@ from ebr_lib.evaluate.config import EvalConfig
 from ebr_lib.evaluate.run import evaluate_retrieval
 from ebr_lib.metrics import unit
 from ebr_lib.model.contract import CONTRACT_FILE, trained_dims
+from ebr_lib.model.provenance import identify
 from tests.evaluate.tasks import DOCS
 
 K, DOCUMENTS, QUERIES, DIM = 5, 120, 24, 32
@@ -200,6 +203,21 @@ def test_a_frontier_does_not_start_from_rounded_vectors(beir, tiny_bert, tmp_pat
         with pytest.raises(DataError, match="stored in fewer bytes than float32"):
             evaluate_retrieval(knobs | {"corpus_path": str(place)})
         assert evaluate_retrieval(knobs | {"corpus_path": str(place), "frontier": False}).frontier is None
+
+
+def test_models_are_not_compared_on_rounded_vectors(beir, tiny_bert, tmp_path):
+    """Random documents find nothing; encoded again, both find what the model alone does."""
+    twin = shutil.copytree(tiny_bert, tmp_path / "twin")
+    docs = {"id": [f"d{i}" for i in range(len(DOCS))], "description": DOCS}
+    place, made_by = tmp_path / "a.parquet", {"model": {"name": "tiny", "sha256": identify(str(tiny_bert)).sha256}}
+    rounded = np.random.default_rng(0).normal(size=(len(DOCS), 32)).astype(np.float32)
+    write_embeddings(place, docs, rounded, vector_type="int8")
+    manifest_path(place).write_text(json.dumps(made_by))
+    knobs = {"data_path": str(beir), "output_dir": str(tmp_path / "out"), "resamples": 100, "backend": "torch"}
+    knobs |= {"bm25": False}
+    wanted = evaluate_retrieval(knobs | {"models": [str(tiny_bert)]}).metrics["tiny-bert"]
+    found = evaluate_retrieval(knobs | {"models": [str(tiny_bert), str(twin)], "corpus_path": str(place)}).metrics
+    assert list(found.values()) == [wanted, wanted]
 
 
 def test_knobs_that_do_not_go_together():
