@@ -75,7 +75,9 @@ def read_advice(folder: str, sha256: str | None) -> Advice:
         found = {label: (entry["sha256"], Advice.of(entry)) for label, entry in report.get(ADVICE, {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{place} is not a report of evaluate ({error!r}); evaluate again, or remove it") from error
-    advice = next((advice for measured, advice in found.values() if measured == sha256 is not None), None)
+    advice = (
+        None if sha256 is None else next((advice for measured, advice in found.values() if measured == sha256), None)
+    )
     if advice is None:
         others = ", ".join(found) or "nothing after a model"
         return replace(usual, why=f"未评估此模型 {place} measured {others}, not this model")

@@ -26,6 +26,8 @@ from ebr_lib.knobs.fields import (
 )
 from ebr_lib.names import Choice, FusionChoice, Hub, OnChangedVectors
 
+NO_RERANKER = "rerank_depth: there is no reranker; give reranker_name"
+
 
 @dataclass(frozen=True)
 class IndexConfig(Config):
@@ -207,4 +209,4 @@ class SearchConfig(Config):
         if self.bm25_weight is not None and self.fusion != "weighted":
             yield f"bm25_weight: only fusion: weighted uses it, and fusion is {self.fusion}"
         if self.rerank_depth is not None and self.reranker_name is None:
-            yield "rerank_depth: there is no reranker; give reranker_name"
+            yield NO_RERANKER

@@ -269,7 +269,7 @@ class MilvusIndex:
     def _field(self, column: str) -> str:
         if column not in self.fields:
             kept = ", ".join(self.columns) or "none"
-            raise DataError(f"{self.folder}: no column {column} to filter by; kept columns are {kept}")
+            raise DataError(f"{self.folder}: no column {column}; kept columns are {kept}")
         return self.fields[column]
 
     def _row_of(self, entity: Mapping[str, Any]) -> dict[str, Any]:

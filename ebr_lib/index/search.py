@@ -17,7 +17,7 @@ from ebr_lib.data.fusion import Fusion
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.index import store
 from ebr_lib.index.after import NO_FUSION, After, text_column
-from ebr_lib.index.config import SearchConfig
+from ebr_lib.index.config import NO_RERANKER, SearchConfig
 from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.index.opened import Opened, opened
 from ebr_lib.index.store import NO_ROWS
@@ -162,6 +162,8 @@ def search(
     for name, value in (("k", k), ("rerank_depth", 1 if rerank_depth is None else rerank_depth)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ConfigError(f"{name}: {value!r}; wanted a whole number from 1")
+    if rerank_depth is not None and reranker_name is None:
+        raise ConfigError(NO_RERANKER)
     allowed = allowed_values({} if where is None else where)
     held = opened(str(index), store.index_stamp(index)) if isinstance(index, str | Path) else index
     after = after_vectors(

@@ -295,6 +295,7 @@ def test_a_reranker_is_used_when_the_user_allows_it(embeds, tiny_bert, tmp_path)
         ({"bm25_weight": 0.5}, "bm25_weight: 0.5; wanted .* with fusion: weighted"),
         ({"reranker_name": "auto"}, "reranker_name: auto: .* knows of none that evaluation found better; name one"),
         ({"reranker_name": "./r", "rerank_depth": 0}, "rerank_depth: 0; wanted a whole number from 1"),
+        ({"rerank_depth": 5}, "there is no reranker; give reranker_name"),
     ],
 )
 def test_what_an_index_cannot_do_is_a_sentence(shop, tmp_path_factory, knobs, said):
