@@ -30,8 +30,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (hasattr(record, "is_result") and notebook_shell())
 
 
-def _no_loss_type(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("`loss_type=")
+# transformers: a field of its own configs; and ids of text generation, which no embedding model has
+_OF_NO_USE = {"modeling_utils": "`loss_type=", "trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens"}
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(tuple(_OF_NO_USE.values()))
 
 
 def print_anything() -> None:
@@ -57,8 +61,8 @@ def show_logs(level: int = logging.INFO) -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     # peft warns about a base whose config.json is in a module's folder; no vocabulary is changed here
     warnings.filterwarnings("ignore", message="Could not find a config file in")
-    # transformers warns about a field of its own configs, once per process
-    logging.getLogger("transformers.modeling_utils").addFilter(_no_loss_type)
+    for name in _OF_NO_USE:
+        logging.getLogger(f"transformers.{name}").addFilter(_of_use)
     watch_failed_cells()
     if not any(isinstance(handler, _BarSafe) for handler in logger.handlers):
         handler = _BarSafe()

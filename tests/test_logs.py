@@ -70,3 +70,19 @@ def test_every_line_of_the_log_is_chinese_then_english():
             if (chinese or english) and not (chinese and english):
                 broken.append(f"{file.name}:{line}: {text[:60]}")
     assert broken == []
+
+
+def test_transformers_does_not_warn_of_ids_for_generating_text(monkeypatch):
+    from transformers.trainer_utils import align_special_tokens
+
+    show_logs()
+    said, source = [], logging.getLogger("transformers.trainer_utils")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(source, "handlers", [handler])
+    config = SimpleNamespace(eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    config.get_text_config = lambda: config
+    tokenizer = SimpleNamespace(eos_token_id=2, bos_token_id=0, pad_token_id=0)
+    align_special_tokens(SimpleNamespace(config=config), tokenizer)
+    source.warning("something else")
+    assert config.eos_token_id == 2 and said == ["something else"]
