@@ -32,7 +32,7 @@ from ebr_lib.knobs.tables import knob_table
 from ebr_lib.logs import only_results, print_anything, show_logs
 from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.serve.config import ServeConfig
-from ebr_lib.tables import RED, styled
+from ebr_lib.tables import RED, styled, wrapped
 from ebr_lib.verify.config import VerifyConfig
 from ebr_lib.visualize.config import VisConfig
 
@@ -122,7 +122,7 @@ def _epilog(program: str, stage: Stage) -> str:
     if stage.examples:
         blocks.append("\n".join(["examples:", *(f"  {program} {example}" for example in stage.examples)]))
     if presets := shipped_presets(stage.folder) if stage.examples else {}:
-        lines = (f"  {path}\n      {about}" for path, about in presets.items())
+        lines = (f"  {path}\n{textwrap.indent(wrapped(about, 72), 6 * ' ')}" for path, about in presets.items())
         blocks.append("\n".join(["presets (--config):", *lines]))
     return "\n\n".join(blocks)
 

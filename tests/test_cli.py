@@ -33,6 +33,8 @@ def test_help_names_every_knob_with_its_default_and_fits_80_columns(name, capsys
     assert flags[0] == "dry" and set(STAGES[name].config.__dataclass_fields__) <= set(flags)
     assert len(re.findall(r"default\s", body)) >= len(STAGES[name].config.__dataclass_fields__) and " X" not in body
     assert max(map(columns_of, body.splitlines())) <= 80
+    _, _, presets = out.partition("presets (--config):")
+    assert all(columns_of(line) <= 80 for line in presets.splitlines())
 
 
 def test_help_is_grouped_as_the_configs_are_with_examples_and_presets(capsys):
