@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def measured(name: str, command: list[str], port: int, rates: list[float], secon
         server.wait()
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print the table."""
     from ebr_lib.index.run import build_faiss_index
     from ebr_lib.model.packaged import packaged_model
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 200])
     parser.add_argument("--seconds", type=float, default=15)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     rates, seconds, rows = ([20.0], 2.0, 1000) if given.quick else (given.rates, given.seconds, ROWS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import contest
 import quality
 import run
+
+
+@pytest.mark.parametrize("part", run.PARTS.values(), ids=list(run.PARTS))
+def test_every_part_can_be_started(part, capsys):
+    script, *_ = part.command.split()
+    with pytest.raises(SystemExit) as stop:
+        import_module(Path(script).stem).main(["--help"])
+    assert stop.value.code == 0 and "--quick" in capsys.readouterr().out
 
 
 def counting(start: int):
