@@ -152,6 +152,12 @@ class FinetuneConfig(Config):
         "Share of each batch that is replayed. An epoch still uses every training row once, so it has more steps.",
         "每批中回放样本的比例。每轮仍用到所有训练行，因此步数变多。",
     )
+    drift_weight: NotNegative = knob(
+        0.0,
+        "Against forgetting, without other data: weight of how far training moves the vectors of its texts, and of random "
+        "words, from what they were before. Higher keeps more of the model and learns less; 0 lets all move freely.",
+        "防遗忘，无需其他数据：训练文本与随机词的向量偏离训练前多远，以该权重计入损失。越大保留原模型越多、学到的越少；0 表示不约束。",
+    )
     contrastive_batch_size: Count = knob(
         0,
         "Pairs per contrastive batch, embedded `train_batch_size` at a time (GradCache); 0 means `train_batch_size`.",

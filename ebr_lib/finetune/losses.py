@@ -13,6 +13,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ebr_lib.finetune.drift import Drift
 from ebr_lib.finetune.signals import ExpectedCounts, teacher_divergence, weighted_mean
 from ebr_lib.model.attention import Features, evaluating
 
@@ -81,6 +82,8 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     - `row_weights`, whose mean is 1: the mean is weighted, mean(loss · w), in training only.
     - `teacher`: the scores of each row's own documents by a teacher. `distill_weight` · KL(teacher ‖ student) over
       these is added in training (Hinton et al. 2015, arXiv 1503.02531); see `teacher_divergence`.
+    - `drift`: in training, how far the anchors and positives have moved from their vectors before training is added,
+      and the same of random words, the last column of a training batch; see `Drift`.
     - `heldout`: the rows that the evaluation loss is averaged over; None is all rows.
     - `packed`: embeds all columns in one forward of packed rows (`model.packing`), when the batch is embedded at once.
 
@@ -114,6 +117,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         anchor_counts: ExpectedCounts | None = None,
         bidirectional: bool = False,
         matryoshka_weights: Sequence[float] = (),
+        drift: Drift | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -124,7 +128,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.dim_weights = dict(zip(matryoshka_dims, matryoshka_weights, strict=True)) if matryoshka_weights else {}
         self.guide, self.false_negative_margin = guide, false_negative_margin
         self.document_counts, self.anchor_counts = document_counts, anchor_counts
-        self.bidirectional = bidirectional
+        self.bidirectional, self.drift = bidirectional, drift
         self.known_positives = known_positives
         self.mini_batch_size: int | None = mini_batch_size
         self.eval_mini_batch_size = eval_mini_batch_size
@@ -140,13 +144,16 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.masked, self.guided, self.negatives = 0, 0, 0  # counted in training, for the log
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._documents: list[Tensor] = []
+        self._words = 0  # columns of random words before the others that are embedded
         self._added: dict[str, Tensor] = {}  # what the batch's loss has besides the contrastive part
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor | dict[str, Tensor]:
-        """Embed the columns (anchor, positive, negatives …); return the loss, or its components when there are two."""
-        columns = list(sentence_features)
+        """Embed the columns (anchor, positive, negatives …, random words where there is `drift`); return the loss, or
+        its components when there are two."""
+        columns, words = self._without_words(sentence_features)
         self._documents = self._frozen(columns[1:]) if self.query_only else []
-        trained = columns[:1] if self.query_only else columns
+        trained = [*words, *(columns[:1] if self.query_only else columns)]
+        self._words = len(words)
         step = self.rows_at_once(len(labels))
         if step == len(labels):
             loss = self.calculate_loss([[vectors] for vectors in self._embed(trained)], labels)
@@ -158,12 +165,18 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     def vectors_of(self, sentence_features: Iterable[Features], rows: int) -> list[list[Tensor]]:
         """Vectors of the columns of a batch of `rows`, as `calculate_loss` takes them, without gradients."""
-        columns = list(sentence_features)
-        trained = columns[:1] if self.query_only else columns
+        columns, _ = self._without_words(sentence_features)
+        trained, self._words = columns[:1] if self.query_only else columns, 0
         step = self.rows_at_once(rows)
         with torch.no_grad():
             vectors = [[column] for column in self._embed(trained)] if step == rows else self._in_parts(trained, step)
         return vectors + ([[column] for column in self._frozen(columns[1:])] if self.query_only else [])
+
+    def _without_words(self, sentence_features: Iterable[Features]) -> tuple[list[Features], list[Features]]:
+        """The columns that are compared, and that of random words, which only training rows have."""
+        columns = list(sentence_features)
+        count = len(columns) if self.drift is None else self.drift.compared
+        return columns[:count], columns[count:]
 
     def rows_at_once(self, rows: int) -> int:
         """Rows of a batch that are embedded at a time."""
@@ -190,8 +203,9 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     ) -> Tensor:
         """The loss of embedded columns, each a list of mini-batches of shape (rows, dim)."""
         assert labels is not None
-        queries, *documents = [torch.cat(column).float() for column in reps]
-        loss = self._loss(queries, documents or self._documents, labels)
+        vectors = [torch.cat(column).float() for column in reps]
+        words, (queries, *documents) = vectors[: self._words], vectors[self._words :]
+        loss = self._loss(queries, documents or self._documents, labels, words)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -225,7 +239,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
             for column in columns
         ]
 
-    def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor:
+    def _loss(self, queries: Tensor, documents: list[Tensor], labels: Tensor, words: Sequence[Tensor] = ()) -> Tensor:
         rows, own = labels, torch.arange(len(labels), device=labels.device)
         anchors, columns = queries, documents
         if torch.distributed.is_initialized():
@@ -239,21 +253,27 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         losses = [self._over_dims(way, rows, own) for way in ways]
         plain, smoothed = (torch.stack(one).mean(dim=0) for one in zip(*losses, strict=True))  # each (q,)
         if self._in_training:
-            return self._in_all(plain, smoothed, self._divergence(queries, documents, labels), rows, own)
+            added = {"distill": self._divergence(queries, documents, labels)}
+            if self.drift is not None:
+                added["drift"] = self.drift.of([queries, documents[0]], next(iter(words), None), labels)
+            return self._in_all(plain, smoothed, added, rows, own)
         if self.heldout is None:
             return plain.mean()
         return plain[labels >= self.heldout.first].sum() / self.heldout.per_batch
 
-    def _in_all(self, plain: Tensor, smoothed: Tensor, divergence: Tensor | None, rows: Tensor, own: Tensor) -> Tensor:
+    def _in_all(
+        self, plain: Tensor, smoothed: Tensor, more: dict[str, Tensor | None], rows: Tensor, own: Tensor
+    ) -> Tensor:
         """The loss in training, from losses per anchor, each (q,); notes what it has besides the contrastive part."""
         weights = None if self.row_weights is None else self.row_weights[rows[own]]
         loss, self._added = weighted_mean(smoothed, weights), {}
         if self.label_smoothing:
             self._added["smoothing"] = (loss - weighted_mean(plain, weights)).detach()
-        if divergence is not None:
-            distill = self.distill_weight * weighted_mean(divergence, weights)
-            self._added["distill"] = distill.detach()
-            loss = loss + distill
+        for name, values in more.items():
+            if values is not None:
+                part = weighted_mean(values, weights)
+                self._added[name] = part.detach()
+                loss = loss + part
         return loss
 
     def _dims(self, vectors: Tensor) -> list[int]:
@@ -276,7 +296,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return plain, smoothed
 
     def _divergence(self, queries: Tensor, documents: list[Tensor], labels: Tensor) -> Tensor | None:
-        """How far each anchor's order of its own documents is from the teacher's, (q,)."""
+        """How far each anchor's order of its own documents is from the teacher's, (q,), with the weight in."""
         if self.teacher is None:
             return None
         scores, group = self.teacher[labels], torch.stack(documents, dim=1)
@@ -284,7 +304,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         for d in dims:
             cosines = torch.einsum("qd,qcd->qc", normalize(queries[:, :d], dim=1), normalize(group[..., :d], dim=2))
             parts.append(teacher_divergence(cosines / self.temperature, scores, self.distill_temperature))
-        return self._mean_over_dims(parts, dims)
+        return self.distill_weight * self._mean_over_dims(parts, dims)
 
     def _masks(self, rows: Tensor, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What leaves the softmax, except an anchor's own positive: true in (q, n · d) for a document, and in (q, n)

@@ -29,6 +29,7 @@ from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import Datasets, make_datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
+from ebr_lib.finetune.drift import RANDOM, RANDOM_TEXTS, Drift, make_drift, random_words
 from ebr_lib.finetune.guard import read_guard
 from ebr_lib.finetune.guide import guide
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
@@ -78,6 +79,7 @@ from ebr_lib.model.adapters import (
     trainable_counts,
 )
 from ebr_lib.model.contract import read_contract
+from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.packaged import find_model, model_label
 from ebr_lib.model.packing import packed_forward
@@ -559,6 +561,7 @@ def make_trainer(
             mask = torch.zeros_like(mask)
         return mask if alone is None else own_documents_only(mask, alone[labels.cpu()])
 
+    drift = _make_drift(config, data, rows.trained, model)
     # processes synchronise gradients in the wrapped model's forward, which packed rows skip
     packs = config.packed_rows and world_size() == 1
     loss = ContrastiveLoss(
@@ -581,6 +584,7 @@ def make_trainer(
         false_negative_margin=config.false_negative_margin or 0.0,
         bidirectional=config.bidirectional_loss,
         matryoshka_weights=config.matryoshka_weights,
+        drift=drift,
         **_expected_counts(config, data, batching, mix),
     )
     run_name = name_of_run(config.run_name, model_label(config.model_name))
@@ -608,7 +612,7 @@ def make_trainer(
     return EbrTrainer(
         model=model,
         args=arguments,
-        train_dataset=data.train,
+        train_dataset=data.train.add_column(RANDOM, drift.words_of(len(data.train))) if drift else data.train,
         eval_dataset=data.heldout,
         loss=loss,
         anchors=data.all_known.anchors,
@@ -740,6 +744,28 @@ def _make_guide(
     return guide(columns, data.known, *make(other))
 
 
+def _make_drift(
+    config: FinetuneConfig, data: Datasets, rows: Sequence[TrainingRow], model: SentenceTransformer
+) -> Drift | None:
+    """What holds the vectors near those of the model as it is now."""
+    if not config.drift_weight:
+        return None
+    logger.info("计算训练前的向量 encoding training texts once, so that training stays near the model as it is")
+    query_only = config.adapter_side == "query"
+    columns = list(SIDES)[: 1 if query_only else None]
+    encoders = encoders_of(model, query_only, backend=config.backend, show_bar=True, own_prompts=own_prompts(rows))
+    prompts = [prompt_of(model, SIDES[column]) for column in columns]
+    return make_drift(
+        [data.train[column][:] for column in columns],
+        encoders[: len(columns)],
+        random_words(model.tokenizer, prompts, min(len(rows), RANDOM_TEXTS), config.seed),
+        Encoder(model, prompt="", backend=config.backend).encode,
+        compared=2 + data.width,
+        weight=config.drift_weight,
+        seed=config.seed,
+    )
+
+
 def _expected_counts(
     config: FinetuneConfig, data: Datasets, batching: Batching, mix: Mix | None
 ) -> dict[str, ExpectedCounts]:
@@ -854,6 +880,7 @@ def _choose(found: Mapping[float, tuple[Both, GroupMeans]], metric: str, toleran
     allowed = [strength for strength in found if not guards or guards[strength] >= guards[0.0] - tolerance]
     if refused := sorted(found.keys() - set(allowed)):
         shown = ", ".join(f"{strength:g} ({guards[strength]:.4f})" for strength in refused)
-        logger.warning("防遗忘集不允许的强度 the guard refuses: %s, from %.4f before", shown, guards[0.0])
+        advice = "回放或 drift_weight 可减少遗忘 replay_data_path or drift_weight forgets less"
+        logger.warning("防遗忘集不允许的强度 the guard refuses: %s, from %.4f before; %s", shown, guards[0.0], advice)
     means = {strength: found[strength][0][0]["all"][metric] for strength in allowed if found[strength][0][0]}
     return best_strength(means) if means else max(allowed)

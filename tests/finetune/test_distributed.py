@@ -78,6 +78,7 @@ def test_machines_that_share_no_folder_mask_what_the_other_holds_and_use_every_r
         "logq_correction": True,
         "bidirectional_loss": True,
         "false_negative_margin": 0.3,
+        "drift_weight": 0.5,
     }
     one = Path(train_sentence_transformer(common | knobs | {"train_batch_size": 8}).model_path)
     unmasked = train_sentence_transformer(

@@ -85,8 +85,8 @@ def test_logq_and_shares_work_beside_it(plain, earlier):
     assert shared.steps == 8
 
 
-def test_a_resumed_run_replays_the_same_rows(settings, earlier, monkeypatch, tmp_path):
-    knobs = {"num_epochs": 2, "replay_data_path": earlier, "eval_ratio": 0.0}
+def test_a_resumed_run_replays_the_same_rows_and_drifts_from_the_same_start(settings, earlier, monkeypatch, tmp_path):
+    knobs = {"num_epochs": 2, "replay_data_path": earlier, "eval_ratio": 0.0, "drift_weight": 1.0}
     whole = step(settings, **knobs, save=True, output_dir=str(tmp_path / "whole"))
     make = EbrTrainer.training_step
 
