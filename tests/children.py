@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ebr_lib.finetune.trainer"])  # loads torch and everything for training
+# torch and everything for training, encoding and the tiny model
+PRELOADED = ["ebr_lib.finetune.trainer", "ebr_lib.inference.run", "polars", "pyarrow.parquet"]
+SERVER.set_forkserver_preload([*PRELOADED, "transformers.models.bert.modeling_bert"])
 
 
 def started(function: Callable[..., None], *given: Any) -> BaseProcess:
@@ -76,10 +81,81 @@ def train_in_a_terminal(config: dict, shown: Path) -> None:
         train_sentence_transformer(config)
 
 
+def encode_and_be_killed(knobs: dict, log: Path, at: int) -> None:
+    """Encode, and die by SIGKILL at call `at` of those that the library makes, to Python and to C.
+
+    `log` gets the texts of each window and, at the end, the number of calls.
+    """
+    import torch
+
+    from ebr_lib.inference import local
+    from ebr_lib.inference.run import run_batch_inference
+    from ebr_lib.model import loading
+
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        if "ebr_lib" not in frame.f_code.co_filename:
+            return
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    encode, prepare = local.LocalEncoder.encode, local.LocalEncoder.prepare
+
+    def logged(self, texts, on_progress):
+        os.write(file, (json.dumps(texts) + "\n").encode())
+        return encode(self, prepare(self, texts), on_progress)
+
+    torch.set_num_threads(1)
+    os.fsync = lambda file: None  # a kill loses nothing that was written; only a power cut would
+    model = loading.load_model(knobs["model_name"], device="cpu", side="document")
+    loading.load_model = lambda *given, **named: model  # no call of the library: no moment is in it
+    local.LocalEncoder.prepare, local.LocalEncoder.encode = lambda self, texts: texts, logged
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    threading.setprofile(count)
+    sys.setprofile(count)
+    run_batch_inference(knobs)
+    sys.setprofile(None)
+    os.write(file, f"{calls}\n".encode())
+
+
+def serve_until_asked(words: list[str], said: Path) -> None:
+    """The command `serve`, stopped by a signal while it encodes its first query; what it says goes to `said`."""
+    from ebr_lib import cli
+    from ebr_lib.serve.engine import Engine
+
+    encode = Engine.encode
+
+    def stopped(self, kind, texts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # the server sees the signal in another thread
+        return encode(self, kind, texts)
+
+    Engine.encode = stopped
+    with said.open("w", encoding="utf-8", buffering=1) as sys.stdout:
+        sys.exit(cli.main(words))
+
+
+def be_one_of_two(rank: int, port: int) -> None:
+    """Set what torchrun and accelerate set for the processes that they start."""
+    set_to = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in set_to.items()} | {"MASTER_ADDR": "localhost"}
+
+
+def finetune_as_a_process(rank: int, port: int, words: list[str], said: Path) -> None:
+    """The command of the first stage as one of two processes; what it says goes to `said`."""
+    be_one_of_two(rank, port)
+    from ebr_lib.cli import main_finetune
+
+    with said.open("w", encoding="utf-8") as sys.stdout:
+        sys.exit(main_finetune(words))
+
+
 def train_as_a_machine(rank: int, port: int, config: dict) -> None:
     """Train as one of two machines that share no folder; `seen` + rank gets its labels and its last weights."""
-    machine = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in machine.items()} | {"MASTER_ADDR": "localhost"}
+    be_one_of_two(rank, port)
     import torch
 
     from ebr_lib import train_sentence_transformer

@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,97 +22,16 @@ from ebr_lib.inference import run as inference
 from ebr_lib.inference.job import EncodeReport
 from ebr_lib.inference.resume import refuse_other_engine
 from ebr_lib.inference.store import Store
+from tests.children import encode_and_be_killed, ended, started
 from tests.inference.test_inference import FakeEncoder, catalogue, fake_vector, run, use
 
 WINDOW = 6
 
-# One process loads torch and the model once, then forks one child per run. The child counts the calls that the library
-# makes, to Python and to C, and kills itself with SIGKILL at the given one: any moment between two calls.
-SERVER = """
-import json, os, signal, sys, threading
-import torch
-torch.set_num_threads(1)  # threads do not survive a fork
-os.fsync = lambda file: None  # a kill loses nothing that was written; only a power cut would
-from ebr_lib.inference import run as inference
-from ebr_lib.inference import local
-from ebr_lib.model import encoder, loading
 
-import polars, pyarrow.parquet, orjson  # what a run would import, so that children need not
-
-def child(knobs, log, at):
-    calls = 0
-    def count(frame, event, argument):
-        nonlocal calls
-        if "ebr_lib" not in frame.f_code.co_filename:
-            return
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real = local.LocalEncoder.encode
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    prepare = local.LocalEncoder.prepare
-    def prepared(self, texts):
-        return texts
-    def encode(self, texts, on_progress):
-        os.write(file, (json.dumps(texts) + "\\n").encode())
-        return real(self, prepare(self, texts), on_progress)
-    local.LocalEncoder.prepare, local.LocalEncoder.encode = prepared, encode
-    threading.setprofile(count)
-    sys.setprofile(count)
-    inference.run_batch_inference(knobs)
-    sys.setprofile(None)
-    os.write(file, (str(calls) + "\\n").encode())
-
-models = {}
-load = loading.load_model
-
-def loaded(name, **ignored):
-    if name not in models:
-        models[name] = load(name, device="cpu", side="document")
-    return models[name]
-
-loading.load_model = loaded
-for line in sys.stdin:
-    order = json.loads(line)
-    loaded(order["knobs"]["model_name"])
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            child(**order)
-            code = 0
-        except BaseException as error:
-            sys.stderr.write(repr(error))
-        finally:
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Server:
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", SERVER]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TQDM_DISABLE": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def run(self, knobs: dict, log: Path, at: int = -1) -> int:
-        """Run the stage; returns the child's exit status: 0, or -9 when it was killed."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"knobs": knobs, "log": str(log), "at": at}) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
+def encode_until(knobs: dict, log: Path, at: int = -1) -> int:
+    """Run the stage in a process; returns its exit status: 0, or -9 when it was killed."""
+    (status,) = ended(started(encode_and_be_killed, knobs, log, at))
+    return status
 
 
 def some_rows() -> list[str]:
@@ -141,19 +58,17 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(".txt", 8),
-    Case(".parquet", 3),
-    Case(".npy", 3, vector_type="int8"),
-    Case(".txt", 3, heal_rows=True),
-    Case(".txt", 3, appends=True),
+    Case(".txt", 4),
+    Case(".parquet", 2),
+    Case(".npy", 2, vector_type="int8"),
+    Case(".txt", 2, heal_rows=True),
+    Case(".txt", 2, appends=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.ending} {case.heal_rows:d}{case.appends:d}")
-def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
-    tmp_path: Path, tiny_bert: Path, server: Server, case: Case
-):
-    """Twenty moments in all, each before the end of its run."""
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(tmp_path: Path, tiny_bert: Path, case: Case):
+    """Twelve moments in all, each before the end of its run."""
     catalogue(tmp_path, some_rows()[:35])
     knobs = {
         "model_name": str(tiny_bert),
@@ -162,6 +77,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
         "max_rejected_share": 1.0,
         "precision": "float32",
         "device": "cpu",
+        "backend": "torch",
         "heal_rows": case.heal_rows,
         "append": case.appends,
         "vector_type": case.vector_type,
@@ -172,7 +88,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
 
     log = tmp_path / "log"
     if case.appends:
-        assert server.run(at("begun"), log) == 0
+        assert encode_until(at("begun"), log) == 0
         log.unlink()
     catalogue(tmp_path, some_rows()[35:], "b.csv")
 
@@ -181,7 +97,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
             shutil.copytree(tmp_path / "begun", tmp_path / folder)
         return folder
 
-    assert server.run(at(begun("whole")), log) == 0
+    assert encode_until(at(begun("whole")), log) == 0
     *windows, calls = log.read_text().splitlines()
     wanted = files_of(tmp_path / "whole")
     texts = [text for window in windows for text in json.loads(window)]
@@ -193,12 +109,12 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
         folder, log = begun(f"out{attempt}"), tmp_path / f"log{attempt}"
         moments, ended = 0, False
         while moments < min(2, case.kills - killed) and not ended:
-            status = server.run(at(folder), log, generator.randrange(1, int(calls)))
+            status = encode_until(at(folder), log, generator.randrange(1, int(calls)))
             assert status in (0, -9)
             moments += status == -9
             # without a work folder it has come to its end, and the same call is a new run
             ended = status == 0 or not (tmp_path / folder / f"e{case.ending}.work" / "state.sqlite").exists()
-        assert server.run(at(folder), log) == 0
+        assert encode_until(at(folder), log) == 0
         assert files_of(tmp_path / folder) == wanted
         encoded = [t for line in log.read_text().splitlines() if line[0] == "[" for t in json.loads(line)]
         assert ended or len(encoded) - len(texts) <= moments * WINDOW
