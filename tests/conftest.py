@@ -36,28 +36,34 @@ FLAGS = [
 ]
 
 # The longest files, longest first: each runs in one process, and should not be what the other process waits for.
-LONGEST = [
-    "test_visualize",
-    "test_run",
-    "test_ray",
-    "test_inference_restart",
-    "test_trainer",
-    "test_notebook",
-]
+LONGEST = ["test_visualize", "test_run", "test_ray", "test_trainer", "test_notebook"]
 # Files that share a process with another file, which has loaded or compiled what they need: UMAP, a process server.
 TOGETHER = {
     "test_projection": "test_visualize",
-    "test_guides": "test_visualize",
     "test_distributed": "test_run",
     "test_inference": "test_run",
+    "test_inference_restart": "test_run",
+    "test_serve": "test_run",
 }
 # Files that start processes, kernels or clusters: a CI job of their own.
 APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_notebook_page", "test_ray"}
-# Files and tests that train often, over lines that others run too: measuring coverage doubles the time of a training.
+# Files and tests that take long for lines that others run too: measuring coverage adds half to their time or more.
 UNWATCHED = {
+    "test_batches",
     "test_checkpoints",
+    "test_dataset",
     "test_distributed",
     "test_guides",
+    "test_inference_nasty",
+    "test_mining",
+    "test_noise",
+    "test_openvino",
+    "test_preflight",
+    "test_projection",
+    "test_schedulers",
+    "test_speed",
+    "test_temperature",
+    "test_trainer",
     "test_the_saved_config_repeats_the_run",
 }
 
@@ -126,7 +132,25 @@ def _log_as_imported():
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory):
+def on_torch():
+    """Encode on torch, since converting a tiny model to OpenVINO takes longer than all else with it."""
+    from ebr_lib.model import openvino
+
+    def refuse(*_: object) -> None:
+        raise openvino.ConversionError("tests that convert ask for the fixture `openvino`")
+
+    converts, openvino.compiled_transformer = openvino.compiled_transformer, refuse
+    return converts
+
+
+@pytest.fixture
+def openvino(on_torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of OpenVINO: models are converted."""
+    monkeypatch.setattr("ebr_lib.model.openvino.compiled_transformer", on_torch)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, on_torch):
     """A function from a kind (bert, xlm-r, qwen2, kalm …) or shape (dense, towers …) to the folder of a tiny model."""
     from tests.models import SHAPES, build_shape, build_tiny, build_tiny_kalm
 
@@ -151,7 +175,7 @@ def tiny_bert(tiny_models) -> Path:
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Path:
+def minilm(on_torch) -> Path:
     from ebr_lib.model.packaged import packaged_model
 
     return packaged_model()

@@ -38,7 +38,9 @@ CORPUS = [
     "南瓜的家常做法 清炒南瓜丝 热水器 书籍 平板电脑 洗发水 酒店 手机壳 苹果 衣服 水果",
     "买一个 iPhone 手机壳 送给妈妈 的 生日 礼物 0123456789 query passage Instruct",
 ]
-SHAPES = ("dense", "layernorm", "last_token", "no_pad", "passage", "towers", "late_towers", "static", "tasks")
+SHAPES = (
+    "dense", "layernorm", "last_token", "no_pad", "one_layer", "passage", "towers", "late_towers", "static", "tasks",
+)  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
@@ -155,6 +157,9 @@ def build_shape(shape: str, folder: Path) -> Path:
     elif shape == "passage":
         prompts = {"query": "query: ", "passage": "passage: "}
         _save(folder, [bert(), pooling, unit], prompts=prompts, default_prompt_name="passage")
+    elif shape == "one_layer":
+        prompts = {"query": "query: ", "document": "passage: "}
+        _save(folder, [_transformer("bert", folder / "parts", layers=1), pooling, unit], prompts=prompts)
     elif shape == "towers":
         routes = {"query_modules": [bert(1), pooling], "document_modules": [bert(2), pooling]}
         _save(folder, [Router.for_query_document(**routes), unit])

@@ -9,20 +9,23 @@ them), and `make test`, which runs this. A notebook's cells run in this process,
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ebr_lib import cli, notebook
-from ebr_lib.model import openvino
-from ebr_lib.model.openvino import ConversionError
+from ebr_lib.finetune import logbook
+from ebr_lib.visualize import figure, projection
 from tests.test_docs import CHINESE, GUIDES, ROOT, blocks
 
 NEEDS = re.compile("# .*(need|需要|有).*(download|GPU|cluster|server|log of your own|下载|集群|服务|自己的日志)")
@@ -69,6 +72,16 @@ def fields(name: str) -> list[list[bytes]]:
     return [line.split(b"\x01") for line in (ROOT / name).read_bytes().splitlines()[: ITEMS + 1]]
 
 
+def write_click_log(folder: Path) -> None:
+    """The sample log of one query in 25."""
+    folder.mkdir()
+    whole = ROOT / "train_text" / "click_log"
+    shutil.copy(whole / "items.jsonl", folder)
+    header, *events = gzip.decompress((whole / "events.csv.gz").read_bytes()).splitlines(keepends=True)
+    kept = [line for line in events if zlib.crc32(line.rsplit(b",", 5)[0]) % 25 == 0]
+    (folder / "events.csv.gz").write_bytes(gzip.compress(b"".join([header, *kept])))
+
+
 def write_exports(folder: Path) -> None:
     """The catalogue as Hive's own part, alone and in a partition, and as files split by tabs and by commas."""
     day = folder / "by_day" / "dt=2026-11-01"
@@ -111,13 +124,14 @@ def shop(tiny_bert, tmp_path_factory) -> Path:
     shutil.copy(ROOT / "EBR_workflow.ipynb", folder)
     some_lines("train_text/queries.jsonl", folder, TRAIN_ROWS)
     some_lines("train_text/heldout/queries.jsonl", folder, HELDOUT_ROWS)
-    shutil.copytree(ROOT / "train_text" / "click_log", folder / "train_text" / "click_log")
+    write_click_log(folder / "train_text" / "click_log")
     for name in ("catalogue_000.csv", "catalogue_001.csv"):
         some_lines(f"infer_data/{name}", folder, ITEMS, header=1)
     write_exports(folder)
     write_judged_queries(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(projection, "umap_map", without_umap)
         assert [command for command in FIRST if run(command)] == []
         assert not run("python -m ebr_lib infer --data_path infer_data/catalogue_001.csv --model_name "
                        "saved_model/all-MiniLM-L6-v2-peft-lora --output_path faiss/new_items.txt")  # fmt: skip
@@ -128,17 +142,20 @@ def shop(tiny_bert, tmp_path_factory) -> Path:
     return folder
 
 
-def not_converted(*_: object) -> None:
-    raise ConversionError("half the time of a training as small as these")
+def without_umap(near: object, start: np.ndarray, **_: object) -> np.ndarray:
+    """A map without UMAP, which takes 20 seconds to compile."""
+    return start.astype(np.float32)
 
 
 @pytest.fixture
 def in_shop(shop, tmp_path, monkeypatch) -> Path:
-    """A test's own copy of the shop, as the current folder; encoding runs on torch, after FIRST ran on OpenVINO."""
+    """A test's own copy of the shop, as the current folder. Pictures, half of such a run's time, FIRST has drawn."""
     copy = tmp_path / "shop"
     shutil.copytree(shop, copy)
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(openvino, "compiled_transformer", not_converted)
+    monkeypatch.setattr(logbook, "draw_curve", lambda *given, **named: None)
+    monkeypatch.setattr(projection, "umap_map", without_umap)
+    monkeypatch.setattr(figure, "draw", lambda path, *given, **named: path.write_bytes(b"picture"))
     return copy
 
 

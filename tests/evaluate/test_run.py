@@ -91,7 +91,7 @@ def test_page_needs_no_network_and_escapes_texts(result):
     assert 'name="viewport"' in page
 
 
-def test_report_has_each_ranker_s_settings(beir, evaluate, tiny_bert):
+def test_report_has_each_ranker_s_settings(beir, evaluate, tiny_bert, openvino):
     settings = {"query_prompt": "find <it>: ", "precision": "float32", "max_seq_length": 32, "backend": "auto"}
     report = evaluate(tiny_bert, bm25=True, data_path=beir, **settings)
     how = json.loads(report.report_json.read_text())["how"]
@@ -197,11 +197,7 @@ def titles(tiny_bert, tmp_path) -> dict[str, Path]:
     manifest_path(tmp_path / "e.txt").write_text(json.dumps(made_by))
     jsonl(tmp_path / "q.jsonl", [{"_id": f"q{i}", "text": f"{title}!"} for i, title in enumerate(titles, 1)])
     (tmp_path / "r.tsv").write_text("".join(f"q{i}\t{i}\t1\n" for i in range(1, 5)))
-    return {
-        "queries_path": tmp_path / "q.jsonl",
-        "corpus_path": tmp_path / "e.txt",
-        "qrels_path": tmp_path / "r.tsv",
-    }
+    return {"queries_path": tmp_path / "q.jsonl", "corpus_path": tmp_path / "e.txt", "qrels_path": tmp_path / "r.tsv"}
 
 
 def test_documents_are_the_column_that_was_encoded(evaluate, titles, tiny_bert, caplog):

@@ -576,7 +576,7 @@ def manifest_tokens(manifest: dict) -> int:
 
 def test_several_processes_give_the_same_vectors(tmp_path: Path, tiny_bert: Path, monkeypatch):
     catalogue(tmp_path, [f"{i}\x01{'shop ' * (i % 9)}{i}\x01x" for i in range(40)])
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "max_seq_length": 8}
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "backend": "torch", "max_seq_length": 8}
     one = run(tmp_path, **knobs)
     done = []
     real = local.ProcessEncoder.encode

@@ -84,7 +84,7 @@ def test_a_lost_worker_loses_and_doubles_no_row(tmp_path: Path, tiny_bert: Path,
     for number in range(3):
         rows = [f"{number}-{i}\x01{'warm ' * (i % 5)}blanket 毯子 {i}\x01x" for i in range(60)]
         catalogue(tmp_path, [*rows, f"broken {number}"], f"{number}.csv")
-    knobs = {"model_name": str(tiny_bert), "precision": "float32", "device": "cpu", "window_rows": 4}
+    knobs = {"model_name": str(tiny_bert), "precision": "float32", "backend": "torch", "window_rows": 4}
     local = run(tmp_path, **knobs)
     out = tmp_path / "parts.txt"
     wrapped = kill_worker_once_it_has_begun(tmp_path / "parts.txt.work", RayEngine.run)

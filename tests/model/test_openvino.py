@@ -30,6 +30,7 @@ TEXTS = [
 ]
 KINDS = ("bert", "xlm-r", "mpnet", "modernbert", "kalm", "dense", "last_token", "no_pad")
 
+pytestmark = pytest.mark.usefixtures("openvino")
 bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bfloat16")
 
 

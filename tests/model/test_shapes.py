@@ -27,7 +27,7 @@ from ebr_lib.model.spec import EncoderSpec
 from tests.models import edit_json, load_tiny, move_adapter, save_adapted
 
 TEXTS = ["warm blankets 南瓜", "a", "", "how do i cancel <pad> my <mask> card </s> payment"]
-ADAPTED = ("bert", "xlm-r", "mpnet", "qwen2", "dense", "layernorm", "last_token", "no_pad", "passage", "kalm")
+ADAPTED = ("bert", "mpnet", "dense", "layernorm", "last_token", "no_pad", "passage", "kalm")
 KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}}
 
 exact = functools.partial(Encoder, precision="float32", backend="torch")
@@ -57,9 +57,7 @@ def save(model: SentenceTransformer, base: Path, folder: Path, side: str = "both
 # --- saving and loading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("shape", "kind"), [*((shape, "dora") for shape in ADAPTED), ("bert", "lora"), ("bert", "rslora")]
-)
+@pytest.mark.parametrize(("shape", "kind"), [*((shape, "dora") for shape in ADAPTED), ("bert", "rslora")])
 def test_vectors_stay_when_saved_loaded_merged_and_resumed(tiny_models, tmp_path, shape, kind):
     model = trained(tiny_models, shape, kind)
     wanted = {side: vectors(model, side) for side in ("query", "document")}
@@ -217,6 +215,7 @@ def test_weights_that_the_files_lack_are_an_error(tiny_bert, tmp_path, caplog, r
     assert "LOAD REPORT" not in caplog.text
 
 
+@pytest.mark.usefixtures("openvino")
 @pytest.mark.parametrize("shape", ["dense", "last_token"])
 def test_in_bfloat16_a_trained_model_and_its_saved_one_give_the_same_vectors(tiny_models, tmp_path, shape):
     model = trained(tiny_models, shape, "dora")
