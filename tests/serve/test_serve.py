@@ -6,10 +6,7 @@ import asyncio
 import base64
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,7 +14,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +28,7 @@ from ebr_lib.serve.config import ServeConfig
 from ebr_lib.serve.engine import Batcher, BusyError, Engine
 from ebr_lib.serve.judgements import Judgements
 from ebr_lib.serve.run import listening
+from tests.children import a_free_port, ended, serve_until_asked, started
 from tests.index.test_index import TEXTS, build, embedding_file
 
 MARKUP = "<img src=x onerror=document.title='broken'>"
@@ -394,31 +391,14 @@ def test_an_index_without_ids_is_searched_and_not_judged(tmp_path, tiny_bert, sh
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_a_stopped_server_finishes_its_requests_and_exits_with_0(shop, tmp_path):
-    code = (
-        "import sys, time; from ebr_lib import cli; from ebr_lib.serve import engine\n"
-        "whole = engine.Engine.encode\n"
-        "def slow(self, kind, texts): time.sleep(1.0); return whole(self, kind, texts)\n"
-        "engine.Engine.encode = slow\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, said = a_free_port(), tmp_path / "said"
     words = ["serve", "--index_dir", str(shop / "index"), "--port", str(port), "--judgements_dir", str(tmp_path / "m")]
-    child = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
-    try:
-        ask = Client(f"http://127.0.0.1:{port}")
-        assert any("open in a browser" in line for line in iter(child.stdout.readline, ""))
-        found = SimpleNamespace(answer=None)
-        thread = threading.Thread(target=lambda: setattr(found, "answer", ask("/search", {"query": "blanket"})))
-        thread.start()
-        time.sleep(0.4)
-        child.send_signal(signal.SIGTERM)
-        thread.join()
-        assert found.answer[0] == 200 and len(found.answer[1]["results"]) == len(ITEMS)
-        assert child.wait(20) == 0 and "stopped" in child.stdout.read()
-    finally:
-        child.kill()
-        child.stdout.close()
+    child = started(serve_until_asked, words, said)
+    while not (said.exists() and "open in a browser" in said.read_text(encoding="utf-8")) and child.is_alive():
+        time.sleep(0.05)
+    status, found, _ = Client(f"http://127.0.0.1:{port}")("/search", {"query": "blanket"})
+    assert status == 200 and len(found["results"]) == len(ITEMS)
+    assert ended(child) == [0] and "stopped" in said.read_text(encoding="utf-8")
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
