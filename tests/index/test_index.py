@@ -66,7 +66,7 @@ def build(embeddings: Path, folder: Path, **knobs):
     return build_faiss_index({"embedding_path": str(embeddings), "output_dir": str(folder)} | knobs)
 
 
-def test_build_and_search(embeds, tmp_path):
+def test_build_and_search(embeds, tmp_path, draws):
     result = build(embeds, tmp_path / "index")
     assert (result.kind, result.rows, result.dimension) == ("Flat", 6, 32)
     assert result.chosen.recall == 1 and result.bytes_per_vector > 128
@@ -335,10 +335,7 @@ def test_a_full_disk_names_the_folder_and_loses_nothing(folder, tiny_bert, tmp_p
         raise RuntimeError(f"write error in {place}: 4 != 776 (No space left on device)")
 
     monkeypatch.setattr("faiss.write_index", full)
-    for change in (
-        lambda: add_rows(folder, more),
-        lambda: build(more, folder),
-    ):
+    for change in (lambda: add_rows(folder, more), lambda: build(more, folder)):
         with pytest.raises(DataError, match=r"index: the disk is full \(No space left on device\); what was there"):
             change()
         assert index_stamp(folder) == before and not (folder / BUILDING).exists()
