@@ -99,10 +99,8 @@ def assert_resumed_as_if_uninterrupted(settings, whole: Stepped, knobs: dict) ->
 @pytest.mark.parametrize(
     ("number", "knobs"),
     [
-        (3, {}),  # within an epoch of five steps
-        (5, {}),  # at its end
-        (5, {"save_steps": 100}),
-        (3, {"eval_steps": 2}),
+        (5, {"save_steps": 100}),  # at the end of an epoch of five steps
+        (3, {"eval_steps": 2}),  # within it
         (3, {"lr_scheduler_type": "reduce_lr_on_plateau", "early_stopping_patience": 1}),
         (8, {"num_epochs": 1.6, "lr_scheduler_type": "constant"}),  # at the end of the run, within an epoch
     ],

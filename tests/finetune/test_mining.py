@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from pathlib import Path
@@ -19,19 +20,19 @@ from ebr_lib.tables import as_text
 OPEN = {"count": 3, "first_rank": 1, "last_rank": 50, "margin": None}
 
 
-def vectors_of(texts, side: str) -> np.ndarray:
-    """A unit vector a text, the same for equal texts; queries and documents differ."""
-    seeds = [np.frombuffer(f"{side} {normalised(text)}".encode(), dtype=np.uint8) for text in texts]
-    vectors = np.stack([np.random.default_rng(seed).standard_normal(6) for seed in seeds]).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+@functools.cache
+def vector_of(text: str) -> np.ndarray:
+    """A unit vector, the same for the same text."""
+    vector = np.random.default_rng(np.frombuffer(text.encode(), dtype=np.uint8)).standard_normal(6)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
 def encode_queries(texts):
-    return vectors_of(texts, "query")
+    return np.stack([vector_of(f"query {normalised(text)}") for text in texts])
 
 
 def encode_documents(texts):
-    return vectors_of(texts, "document")
+    return np.stack([vector_of(f"document {normalised(text)}") for text in texts])
 
 
 def mine(rows, **more):
@@ -43,10 +44,10 @@ def by_brute_force(rows, *, count, first_rank, last_rank, margin, more=()):
     corpus = sorted(
         {normalised(text) for row in rows for text in (row.positive, *row.negatives)} | set(map(normalised, more))
     )
-    mined = []
+    documents, mined = encode_documents(corpus), []
     for row in rows:
         anchor = normalised(row.anchor)
-        cosine = dict(zip(corpus, (encode_documents(corpus) @ encode_queries([anchor])[0]).tolist(), strict=True))
+        cosine = dict(zip(corpus, (documents @ encode_queries([anchor])[0]).tolist(), strict=True))
         answers = {d for d in corpus if d == anchor or {(anchor, d), (d, anchor)} & answered}
         ranked = sorted(set(corpus) - answers, key=lambda d: -cosine[d])[first_rank - 1 : last_rank]
         if margin is not None:

@@ -141,12 +141,12 @@ def test_the_draw_depends_on_its_coordinates_alone():
 def test_a_sample_is_touched_in_all_its_columns_or_in_none_and_each_in_its_own_way(kind, texts):
     texts = [text for text in texts if has_room(text, kind)]
     noise, columns = TextNoise(kind, 0.3, 0.3, seed=1), ("anchor", "positive", "negative_1", "negative_2")
-    samples = [[noise(texts[row % len(texts)], 2, row, column) for column in columns] for row in range(2000)]
+    samples = [[noise(texts[row % len(texts)], 2, row, column) for column in columns] for row in range(800)]
     touched = [[text != texts[row % len(texts)] for text in sample] for row, sample in enumerate(samples)]
     assert all(len(set(sample)) == 1 for sample in touched)
-    assert abs(sum(sample[0] for sample in touched) - 600) < 4 * math.sqrt(2000 * 0.3 * 0.7)  # of a binomial
+    assert abs(sum(sample[0] for sample in touched) - 240) < 4 * math.sqrt(800 * 0.3 * 0.7)  # of a binomial
     ways = [len(set(sample)) for sample, (changed_, *_) in zip(samples, touched, strict=True) if changed_]
-    assert sum(way > 1 for way in ways) > 0.8 * len(ways)
+    assert sum(way > 1 for way in ways) > 0.75 * len(ways)
 
 
 # --- both shares ------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def expected_change(n: int, strength: float, kind: str) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("texts", [ENGLISH * 400, CHINESE * 400], ids=["english", "chinese"])
+@pytest.mark.parametrize("texts", [ENGLISH * 160, CHINESE * 160], ids=["english", "chinese"])
 @pytest.mark.parametrize(("prob", "strength"), [(0.1, 0.1), (0.5, 0.3)])
 def test_shares_are_what_the_knobs_say(texts, kind, prob, strength):
     texts = [text for text in texts if has_room(text, kind)]
