@@ -23,7 +23,7 @@ TEXTS = ["query: warm blanket", "query: 热水器不出热水怎么办", "query:
 
 @pytest.fixture(scope="module")
 def trained(tiny_models, tmp_path_factory) -> Path:
-    return adapted(tiny_models("passage"), tmp_path_factory.mktemp("trained") / "shop-peft-lora")
+    return adapted(tiny_models("one_layer"), tmp_path_factory.mktemp("trained") / "shop-peft-lora")
 
 
 @pytest.fixture(scope="module")
