@@ -133,7 +133,8 @@ def _program() -> str:
     return name if name == "ebr" else "python -m ebr_lib"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for a command line; only the stage that it names has flags, since those of all take longest."""
     parser = argparse.ArgumentParser(
         prog=_program(), allow_abbrev=False, description="Fine-tune, encode, see, evaluate, index, search."
     )
@@ -142,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.epilog = f"`{parser.prog} COMMAND --help` shows the knobs of a stage, with examples and presets."
     parser.set_defaults(run=lambda _: parser.print_help())
     for name, stage in STAGES.items():
-        _add_stage(commands.add_parser(name, help=stage.config.__doc__, allow_abbrev=False), name)
+        command = commands.add_parser(name, help=stage.config.__doc__, allow_abbrev=False)
+        if name == next(iter(words), None):
+            _add_stage(command, name)
     _add_notebook(commands.add_parser("notebook", help="Execute the notebook headlessly.", allow_abbrev=False))
     _add_knobs(commands.add_parser("knobs", help="Print the knob tables, or write them into documents."))
     return parser
@@ -253,7 +256,8 @@ def _as_written(text: str, arguments: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m ebr_lib <stage> …`, and return the exit status: 0, or 2 after a user's mistake."""
     print_anything()
-    return _run(*_parser().parse_known_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    return _run(*_parser(words).parse_known_args(words))
 
 
 def main_finetune(argv: Sequence[str] | None = None) -> int:

@@ -95,7 +95,7 @@ def test_after_a_stage_comes_what_to_run_next(ran, capsys):
 def test_what_to_run_next_can_be_run(name, monkeypatch):
     for text in STAGES[name].following:
         command, *words = re.sub("{.*?}", "x", text).replace("'", "").split()
-        arguments, unknown = cli._parser().parse_known_args([command, *words])
+        arguments, unknown = cli._parser([command]).parse_known_args([command, *words])
         assert arguments.stage == command and not unknown
 
 

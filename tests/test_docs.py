@@ -127,7 +127,7 @@ def check_command(words: list[str]) -> None:
 
 
 def check_stage(words: list[str]) -> None:
-    arguments, unknown = cli._parser().parse_known_args(words)
+    arguments, unknown = cli._parser(words).parse_known_args(words)
     assert not unknown
     if words[0] == "notebook":
         check_parameters(arguments.notebook, arguments.set)
