@@ -1,11 +1,10 @@
 """Who may import whom: entry points → stages → `model`, `data` → ground files; nothing imports upwards."""
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
-
-import pytest
 
 import ebr_lib
 from ebr_lib import cli
@@ -25,6 +24,7 @@ def path_of(module: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
+@functools.cache
 def modules() -> list[str]:
     found = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in LIBRARY.rglob("*.py")]
     return sorted(name.removesuffix(".__init__") for name in found)
@@ -39,10 +39,16 @@ def floor_of(room: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
+@functools.cache
+def nodes_of(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))))
+
+
+@functools.cache
 def imported(module: str) -> set[str]:
     """Modules of ebr_lib that a module imports, at the top or inside functions, also for types."""
     known, names = set(modules()), set()
-    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+    for node in nodes_of(module):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -74,12 +80,12 @@ def test_every_module_has_a_floor():
     assert {room_of(module) for module in modules()} == set().union(*FLOORS)
 
 
-@pytest.mark.parametrize("module", modules())
-def test_no_module_imports_upwards_and_stages_do_not_import_each_other(module):
-    room = room_of(module)
-    others = {room_of(name) for name in imported(module)} - {room}
-    assert not [other for other in sorted(others) if floor_of(other) > floor_of(room)]
-    assert not others & STAGES or room in ENTRIES
+def test_no_module_imports_upwards_and_stages_do_not_import_each_other():
+    for module in modules():
+        room = room_of(module)
+        others = {room_of(name) for name in imported(module)} - {room}
+        assert not [other for other in sorted(others) if floor_of(other) > floor_of(room)], module
+        assert not others & STAGES or room in ENTRIES, module
 
 
 def test_there_is_no_import_cycle():
@@ -99,9 +105,8 @@ def test_a_cycle_is_found():
 def test_the_library_prints_nothing():
     for module in modules():
         if module not in ("ebr_lib.cli", "ebr_lib.__main__"):
-            tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
-            calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
-            assert not calls, module
+            calls = [node for node in nodes_of(module) if isinstance(node, ast.Call)]
+            assert not [call for call in calls if getattr(call.func, "id", "") == "print"], module
 
 
 def test_the_notebook_holds_no_logic_and_no_outputs():
