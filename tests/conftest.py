@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,26 +49,24 @@ TOGETHER = {
 # Files that start processes, kernels or clusters: a CI job of their own.
 APART = {"test_distributed", "test_guides", "test_inference_restart", "test_notebook", "test_notebook_page", "test_ray"}
 # Files and tests that take long for lines that others run too: measuring coverage adds half to their time or more.
-UNWATCHED = {
-    "test_batches",
-    "test_checkpoints",
-    "test_dataset",
-    "test_distributed",
-    "test_docs",
-    "test_guides",
-    "test_inference_nasty",
-    "test_mining",
-    "test_noise",
-    "test_openvino",
-    "test_preflight",
-    "test_projection",
-    "test_schedulers",
-    "test_speed",
-    "test_structure",
-    "test_temperature",
-    "test_trainer",
-    "test_the_saved_config_repeats_the_run",
-}
+UNWATCHED = set(re.findall(r"\w+", """
+    test_batches test_checkpoints test_dataset test_distributed test_docs test_guides test_inference_nasty
+    test_mining test_noise test_openvino test_preflight test_projection test_schedulers test_speed test_structure
+    test_temperature test_trainer
+    test_the_saved_config_repeats_the_run test_every_shape_trains test_one_number_in_log_table_and_evaluation
+    test_the_saved_mined_rows_train_to_the_same_weights test_an_adapter_and_a_merged_model_are_trained_further
+    test_before_is_the_base_model_and_after_is_what_was_saved
+    test_each_knob_bites_and_a_cached_batch_is_the_whole_batch
+    test_learning_from_a_teacher_bites_and_is_off_by_default test_vectors_stay_when_saved_loaded_merged_and_resumed
+    test_in_bfloat16_a_trained_model_and_its_saved_one_give_the_same_vectors
+    test_an_adapter_for_queries_leaves_documents_to_the_base
+    test_only_the_adapter_is_trained_when_new_and_when_continued test_every_stage_stops_or_warns
+    test_the_real_one_reads_chinese test_a_broken_model_is_explained
+    test_the_base_model_without_its_adapter_also_with_a_second_mistake test_a_sentence_transformers_folder
+    test_a_prompt_may_be_missing_doubled_or_the_other_side_s test_half_precision_is_allowed_when_asked_for
+    test_another_model_is_unknown test_a_damaged_input_is_fetched_again_and_the_files_before_it_are_kept
+    test_help_names_every_knob_with_its_default_and_fits_80_columns test_other_kinds_of_picture
+"""))  # fmt: skip
 
 
 def pytest_xdist_make_scheduler(config, log):
