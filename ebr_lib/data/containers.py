@@ -212,7 +212,9 @@ def readable(path: Path, kind: str = TEXT) -> Iterator[None]:
             ) from error
         what = f"is not a complete {name} file" if kind in COLUMNAR else "is damaged or not complete"
         raise DataError(f"{path} {what} ({error}); fetch it again") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # of the second kind for a damaged name of a column
+        if isinstance(error, UnicodeDecodeError) and kind not in COLUMNAR:
+            raise
         raise DataError(f"{path} is not a complete {name} file ({error}); fetch it again") from error
 
 
