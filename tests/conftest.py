@@ -44,6 +44,7 @@ TOGETHER = {
     "test_distributed": "test_run",
     "test_inference": "test_run",
     "test_inference_restart": "test_run",
+    "test_index_store": "test_run",
     "test_serve": "test_run",
 }
 # Files that start processes, kernels or clusters: a CI job of their own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -18,9 +17,8 @@ from ebr_lib.index import store as index_store
 from ebr_lib.index.change import add_rows, delete_rows
 from ebr_lib.index.opened import open_index
 from ebr_lib.index.run import build_faiss_index
-from tests.children import add_again_and_again, build_again_and_again, ended, hold_an_index_and_be_killed
+from tests.children import add_again_and_again, build_again_and_again, ended, hold_an_index_and_be_killed, started
 
-SPAWN = multiprocessing.get_context("spawn")
 MADE_BY = {"dimension": 8, "model": {"name": "m", "sha256": "0"}}
 
 
@@ -59,8 +57,7 @@ def axis_of(held) -> int:
 
 def test_reader_sees_one_state_while_a_writer_replaces_it(folder, files):
     stop = folder.with_name("stop")
-    writer = SPAWN.Process(target=build_again_and_again, args=(folder, files, stop))
-    writer.start()
+    writer = started(build_again_and_again, folder, files, stop)
     seen = [0]
     while writer.is_alive() and not stop.exists():
         seen.append(axis_of(open_index(folder)))
@@ -70,17 +67,12 @@ def test_reader_sees_one_state_while_a_writer_replaces_it(folder, files):
 
 
 def test_two_writers_lose_no_rows(folder, files):
-    writers = [SPAWN.Process(target=add_again_and_again, args=(folder, file, 4)) for file in files]
-    for writer in writers:
-        writer.start()
-    assert ended(*writers) == [0, 0]
+    assert ended(*(started(add_again_and_again, folder, file, 4) for file in files)) == [0, 0]
     assert len(open_index(folder)) == 20 + 2 * 4 * 20
 
 
 def test_lock_of_a_killed_process_is_free(folder, files, monkeypatch):
-    process = SPAWN.Process(target=hold_an_index_and_be_killed, args=(folder,))
-    process.start()
-    assert ended(process) == [-9]
+    assert ended(started(hold_an_index_and_be_killed, folder)) == [-9]
     monkeypatch.setattr(index_store, "WAIT_SECONDS", 0.1)
     assert delete_rows(folder, "0-0") == 19
 
