@@ -423,6 +423,16 @@ class FinetuneConfig(Config):
         "随机种子：划分、顺序、噪声与适配器初始化。",
     )
 
+    @property
+    def compared(self) -> int:
+        """Pairs that are compared with each other."""
+        return self.contrastive_batch_size or self.train_batch_size
+
+    @property
+    def embedded(self) -> int | None:
+        """How many of them are embedded at a time; None is all."""
+        return self.train_batch_size if self.contrastive_batch_size else None
+
     def conflicts(self) -> Iterator[str]:
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
             yield (
@@ -456,7 +466,7 @@ class FinetuneConfig(Config):
             )
         if (self.shares or self.one_file_batches or self.replay_data_path) and not self.balanced_batches:
             yield "shares, one_file_batches and replay_data_path need balanced_batches"
-        if self.replay_data_path and (self.contrastive_batch_size or self.train_batch_size) < 2:
+        if self.replay_data_path and self.compared < 2:
             yield "replay_data_path needs batches of at least 2 pairs: raise train_batch_size or contrastive_batch_size"
         if (total := sum(self.shares.values())) > 1.000001:
             yield f"shares add up to {total:g}; wanted at most 1"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from ebr_lib.finetune.doctor import FEW_ROWS
+from ebr_lib.finetune.doctor import FEW_ROWS, DoctorReport
 from ebr_lib.logs import logger
 from ebr_lib.names import FULL_PRESET, LOWER_IS_BETTER, SMALL_DATA_PRESET, STRONG_PRESET
 
@@ -102,40 +101,6 @@ def _compared(entry: Mapping[str, Any]) -> Any:
     return entry.get("contrastive", entry.get("loss"))
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """Numbers of a run that explain a loss near 0; `anchors` and `documents` count different ones."""
-
-    rows: int
-    anchors: int
-    documents: int
-    duplicate_share: float
-    learning_rate: float
-    trainable_parameters: int
-
-    def causes(self) -> list[str]:
-        """Causes that these numbers support, each with the preset that helps."""
-        causes = []
-        if self.rows < FEW_ROWS:
-            causes.append(f"样本太少 / only {self.rows} training rows ({SMALL_DATA_PRESET})")
-        if self.duplicate_share > 0.2:
-            causes.append(f"重复样本 / {self.duplicate_share:.0%} of the rows are duplicates: remove them")
-        if self.learning_rate > 3e-4:
-            causes.append(f"学习率偏高 / learning rate {self.learning_rate:g} ({STRONG_PRESET})")
-        per_row = self.trainable_parameters / max(self.rows, 1)
-        if per_row > 1000:
-            causes.append(f"参数过多 / {per_row:,.0f} trainable parameters per row: lower lora_r ({FULL_PRESET})")
-        return causes or ["the data may be too easy: add hard negatives"]
-
-    def masking(self) -> str:
-        """Why most negatives of a batch may be masked, and what helps."""
-        return (
-            f"批内文档大多是同批 anchor 的已知正例 / most documents of a batch are known positives of its anchors: the "
-            f"{self.rows:,} rows have {self.documents:,} different documents and {self.anchors:,} different anchors; "
-            "give pairs of more different texts, hard negatives, or a larger batch"
-        )
-
-
 def causes_of_nan(learning_rate: float, temperature: float | str, fp16: bool) -> list[str]:
     """Causes of numbers too large for their type, and what to do."""
     causes = [
@@ -145,23 +110,19 @@ def causes_of_nan(learning_rate: float, temperature: float | str, fp16: bool) ->
     return [*causes, "半精度 / fp16: train in bf16, or in neither"] if fp16 else causes
 
 
-class Trouble(NamedTuple):
-    """What is wrong with a loss: its name (Chinese), what was observed, and likely causes."""
-
-    name: str
-    seen: str
-    causes: Sequence[str]
-
-
 class LossWatch(TrainerCallback):
     """Warns once each when the loss is not finite, has hardly any negatives, falls to 0 early, or rises on held-out
-    rows alone."""
+    rows alone.
+
+    :ivar causes_of_nan: added when the temperature is settled.
+    """
 
     collapsed_below = 1e-3
     mostly_masked = 0.5
 
-    def __init__(self, facts: RunFacts, causes_of_nan: Sequence[str]) -> None:
-        self.facts, self.causes_of_nan = facts, causes_of_nan
+    def __init__(self, report: DoctorReport, learning_rate: float, trainable_parameters: int) -> None:
+        self.report, self.learning_rate, self.trainable_parameters = report, learning_rate, trainable_parameters
+        self.causes_of_nan: Sequence[str] = ()
         self.warned: set[str] = set()
         self.train: list[float] = []
         self.masked: list[float] = []
@@ -175,23 +136,45 @@ class LossWatch(TrainerCallback):
             self.masked.append(float(logs["masked_share"]))
         if "eval_loss" in logs and self.train:
             self.heldout.append((float(logs["eval_loss"]), self.train[-1]))
-        trouble = self.trouble()
-        if trouble and trouble.name not in self.warned and state.is_world_process_zero:
-            self.warned.add(trouble.name)
-            logger.warning("%s / %s. 可能原因 likely causes: %s", trouble.name, trouble.seen, "; ".join(trouble.causes))
+        trouble = self._trouble()
+        if trouble and trouble[0] not in self.warned and state.is_world_process_zero:
+            name, seen, causes = trouble
+            self.warned.add(name)
+            logger.warning("%s / %s. 可能原因 likely causes: %s", name, seen, "; ".join(causes))
 
-    def trouble(self) -> Trouble | None:
-        """What is wrong, or None."""
+    def _trouble(self) -> tuple[str, str, Sequence[str]] | None:
+        """What is wrong, in Chinese; what was observed; and likely causes."""
         if self.train and not math.isfinite(self.train[-1]):
-            return Trouble("损失不是有限数", f"the training loss is {self.train[-1]}", self.causes_of_nan)
+            return "损失不是有限数", f"the training loss is {self.train[-1]}", self.causes_of_nan
         masked = sum(self.masked[-2:]) / max(1, len(self.masked[-2:]))
         if masked >= self.mostly_masked:
             seen = f"{masked:.0%} of the negatives are masked, so a low loss ({self.train[-1]:.2g}) means nothing"
-            return Trouble("负例大多被屏蔽", seen, [self.facts.masking()])
+            return "负例大多被屏蔽", seen, [self._cause_of_masking()]
         if len(self.train) >= 2 and max(self.train[-2:]) < self.collapsed_below:
             seen = f"the training loss fell to {self.train[-1]:.2g}: the model learns nothing more"
-            return Trouble("损失接近零", seen, self.facts.causes())
+            return "损失接近零", seen, self.causes()
         (first, train), (second, _), (third, train_now) = ([(0.0, 0.0)] * 3 + self.heldout)[-3:]
         if len(self.heldout) >= 3 and first < second < third and train > train_now:
-            return Trouble("过拟合", "held-out loss rises while training loss falls", self.facts.causes())
+            return "过拟合", "held-out loss rises while training loss falls", self.causes()
         return None
+
+    def causes(self) -> list[str]:
+        """Causes of a loss near 0 that the run's numbers support, each with the preset that helps."""
+        rows, duplicates, causes = self.report.rows, self.report.duplicate_share, []
+        if rows < FEW_ROWS:
+            causes.append(f"样本太少 / only {rows} training rows ({SMALL_DATA_PRESET})")
+        if duplicates > 0.2:
+            causes.append(f"重复样本 / {duplicates:.0%} of the rows are duplicates: remove them")
+        if self.learning_rate > 3e-4:
+            causes.append(f"学习率偏高 / learning rate {self.learning_rate:g} ({STRONG_PRESET})")
+        if (per_row := self.trainable_parameters / rows) > 1000:
+            causes.append(f"参数过多 / {per_row:,.0f} trainable parameters per row: lower lora_r ({FULL_PRESET})")
+        return causes or ["the data may be too easy: add hard negatives"]
+
+    def _cause_of_masking(self) -> str:
+        return (
+            f"批内文档大多是同批 anchor 的已知正例 / most documents of a batch are known positives of its anchors: the "
+            f"{self.report.rows:,} rows have {self.report.documents:,} different documents and "
+            f"{self.report.anchors:,} different anchors; give pairs of more different texts, hard negatives, or a "
+            "larger batch"
+        )

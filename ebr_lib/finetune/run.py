@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,16 @@ from ebr_lib.data.pairs import keys_of
 from ebr_lib.errors import Interrupted, ModelError
 from ebr_lib.files import named_when_full, written_whole
 from ebr_lib.finetune.config import FinetuneConfig
+from ebr_lib.finetune.guard import read_guard
+from ebr_lib.finetune.heldout import HeldoutTask
 from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, save_heldout, save_rows, verdict
-from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE, MINED_FILE, Paths
+from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, FOUND_FILE, LOG_FILE, MINED_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.rows import Rows, read_rows
+from ebr_lib.finetune.strength import halves_of, settle_strength
 from ebr_lib.finetune.trackers import need_trackers
 from ebr_lib.logs import RESULT, logger
+from ebr_lib.model.adapters import trainable_counts
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.contract import PROBES
 from ebr_lib.model.loading import check_remote_code
@@ -89,8 +95,9 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
 
     # these load torch for seconds: not before config and data are known to be right
     from ebr_lib.finetune import logbook, setup
+    from ebr_lib.finetune.temperature import settle_temperature
 
-    guard, rows = setup.read_guard_task(config, rows)
+    guard, rows = _read_guard(config, rows)
     config, precision = setup.settle_precision(config)
     model = setup.make_model(config, precision)
     _check_start(model, config.model_name)
@@ -101,51 +108,54 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     setup.use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model, catalogue, paths.noisy)
     config = setup.ensure_negatives(config, rows.train)
-    batching = setup.Batching.of(config)
-    report = setup.examine_rows(config, batching, rows.train, model)
+    report = setup.examine_rows(config, rows.train, model)
+    halves = halves_of(rows.task, config.seed, config.adapter_strength == "auto") if rows.task else None
+    measured = partial(setup.measured, config, rows.task, halves, guard, model)
     start = time.perf_counter()
-    first, first_guard = setup.measure(config, rows.task, model), setup.measure_guard(config, guard, model)
+    first = measured()
     measuring = time.perf_counter() - start
     fp16 = precision.dtype == "float16"
-    watch = setup.make_watch(config, report, model)
-    halves = setup.halves_to_measure(config, rows.task) if rows.task else None
-    trainer = setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=fp16, halves=halves)
-    trainer.first_means = rows.task.means(first, halves.choosing) if rows.task and halves else None
+    trainable = trainable_counts(model)[0]
+    watch = logbook.LossWatch(report, config.learning_rate, trainable)
+    trainer = setup.make_trainer(config, rows, model, paths=paths, watch=watch, fp16=fp16, halves=halves)
+    trainer.first_means = first[0]
     checkpoint = _find_checkpoint(config, paths, _what_decides(config, rows, base, catalogue))
-    config = setup.settle_temperature(config, trainer, paths, resumed=checkpoint is not None)
+    if config.temperature == "auto":
+        found = settle_temperature(trainer, paths.checkpoints / FOUND_FILE, resumed=checkpoint is not None)
+        config = dataclasses.replace(config, temperature=found)
     watch.causes_of_nan = logbook.causes_of_nan(config.learning_rate, config.temperature, fp16)
     seconds = _train(trainer, paths, checkpoint, measuring=measuring)
     _check_end(model, paths, watch.causes_of_nan)
-    settled = setup.settle_strength(
-        config, trainer, rows.task, halves, first=first, guard=guard, first_guard=first_guard
+    before = first[1]
+    strength, after, tables = settle_strength(
+        trainer,
+        first,
+        measured,
+        halves,
+        strength=config.adapter_strength,
+        best_metric=config.best_metric,
+        guard_tolerance=config.guard_tolerance,
     )
-    before, after = settled.before, settled.after
-    tables = {"before_after": before_after(before, after), **settled.tables, "data": report.table}
+    tables = {"before_after": before_after(before, after), **tables, "data": report.table}
     result = FinetuneResult(
         model_path=str(paths.adapter),
         merged_path=str(paths.merged) if config.merge_adapter else None,
         train_rows=len(rows.train),
         heldout_rows=len(rows.heldout),
-        trainable_parameters=sum(weight.numel() for weight in trainer.loss.weights),
+        trainable_parameters=trainable,
         steps=trainer.state.global_step,
         seconds=seconds,
         temperature=float(config.temperature),
-        adapter_strength=settled.strength,
+        adapter_strength=strength,
         before=before,
         after=after,
         doctor=report,
-        verdict=verdict(before, after, settled.strength, config.best_metric, len(rows.train)),
+        verdict=verdict(before, after, strength, config.best_metric, len(rows.train)),
         tables=tables,
     )
     if trainer.is_world_process_zero():
         reporting, best_step = halves.reporting if halves else None, trainer.best_step
         _save(config, rows, model, base, paths=paths, result=result, reporting=reporting, best_step=best_step)
-        for name in ("strengths", "before_after"):
-            if name in tables:
-                logger.info("%s", as_text(tables[name]), extra=RESULT)
-        for note in result.notes:
-            logger.warning("%s", note, extra=RESULT)
-        logger.info("模型已保存 saved: %s", result.model_path)
     return result
 
 
@@ -179,6 +189,14 @@ def _read(config: FinetuneConfig, paths: Paths) -> Rows:
         seed=config.seed,
     )
     return rows if config.replay_data_path is None else rows.with_replay(config.replay_data_path)
+
+
+def _read_guard(config: FinetuneConfig, rows: Rows) -> tuple[HeldoutTask | None, Rows]:
+    """The search that must not get worse, if there is one, and the rows without replayed ones that ask the same."""
+    if config.guard_data_path is None:
+        return None, rows
+    guard = read_guard(config.guard_data_path, config.eval_corpus_size, config.seed)
+    return guard, rows.without_guarded(guard.queries)
 
 
 def _read_catalogue(config: FinetuneConfig, rows: Rows) -> Catalogue | None:
@@ -282,7 +300,7 @@ def _save(
     reporting: NDArray[np.bool_] | None,
     best_step: int | None,
 ) -> None:
-    """Save the model, and beside it all that explains it; remove the checkpoints once everything is in place."""
+    """Save the model, and beside it all that explains it; then remove the checkpoints, and log the outcome."""
     from ebr_lib.finetune import logbook, saving
     from ebr_lib.model.merged import save_merged
 
@@ -307,3 +325,9 @@ def _save(
         with written_whole(paths.merged) as folder:
             save_merged(result.model_path, folder, trust_remote_code=base.trust_remote_code, device=model.device.type)
     shutil.rmtree(paths.checkpoints)
+    for name in ("strengths", "before_after"):
+        if name in result.tables:
+            logger.info("%s", as_text(result.tables[name]), extra=RESULT)
+    for note in result.notes:
+        logger.warning("%s", note, extra=RESULT)
+    logger.info("模型已保存 saved: %s", result.model_path)

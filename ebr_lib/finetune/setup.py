@@ -6,13 +6,11 @@ The config goes no further than here and `run`: the parts take plain arguments.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -24,21 +22,19 @@ from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import ConfigError, DataError, ModelError
-from ebr_lib.files import write_json
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import Datasets, make_datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.drift import RANDOM, RANDOM_TEXTS, Drift, make_drift, random_words
-from ebr_lib.finetune.guard import read_guard
 from ebr_lib.finetune.guide import guide
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask, encoders_of
-from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch
 from ebr_lib.finetune.losses import ContrastiveLoss, Guided, base_model_only
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
 from ebr_lib.finetune.outputs import save_noisy
-from ebr_lib.finetune.paths import FOUND_FILE, LOG_FILE, Paths
+from ebr_lib.finetune.paths import LOG_FILE, Paths
 from ebr_lib.finetune.pool import remembered
 from ebr_lib.finetune.positives import consistent_rows
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
@@ -54,19 +50,8 @@ from ebr_lib.finetune.sources import (
     rows_per_file,
     without_in_batch_negatives,
 )
-from ebr_lib.finetune.strength import (
-    STRENGTHS,
-    Both,
-    Halves,
-    Values,
-    at_strength,
-    best_strength,
-    halves_of,
-    metric_to_choose_by,
-    strengths_table,
-    whole,
-)
-from ebr_lib.finetune.temperature import PAIRS, UNKNOWN, best_temperature
+from ebr_lib.finetune.strength import Both, Halves, Values
+from ebr_lib.finetune.temperature import UNKNOWN
 from ebr_lib.finetune.trackers import name_of_run, tensorboard
 from ebr_lib.finetune.trainer import EbrTrainer, count_steps
 from ebr_lib.logs import RESULT, logger
@@ -92,7 +77,6 @@ from ebr_lib.names import LOWER_IS_BETTER, Asked
 from ebr_lib.tables import as_text
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from sentence_transformers import SentenceTransformer
 
 # every second layer is run again in backward: half of the activations, for a quarter more time
@@ -229,37 +213,32 @@ def as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTra
     return served
 
 
-def measure(config: FinetuneConfig, task: HeldoutTask | None, model: SentenceTransformer) -> Values:
-    """Held-out metrics per query; nothing where nothing is held out."""
-    if task is None:
-        return {}
+def measure(config: FinetuneConfig, task: HeldoutTask, model: SentenceTransformer) -> Values:
+    """Metrics of a task, per query."""
     query_only = config.adapter_side == "query"
     return task.measure_model(as_served(config, model), query_only=query_only, backend=config.backend)
 
 
-def read_guard_task(config: FinetuneConfig, rows: Rows) -> tuple[HeldoutTask | None, Rows]:
-    """The search that must not get worse, if there is one, and the rows without replayed ones that ask the same."""
-    if config.guard_data_path is None:
-        return None, rows
-    guard = read_guard(config.guard_data_path, config.eval_corpus_size, config.seed)
-    return guard, rows.without_guarded(guard.queries)
+def measured(
+    config: FinetuneConfig,
+    task: HeldoutTask | None,
+    halves: Halves | None,
+    guard: HeldoutTask | None,
+    model: SentenceTransformer,
+    *,
+    known: GroupMeans | None = None,
+) -> Both:
+    """The means of the queries that choose, and of those that report with the guard's.
 
-
-def measure_guard(config: FinetuneConfig, guard: HeldoutTask | None, model: SentenceTransformer) -> GroupMeans:
-    """The guard's means as a group of that name; empty without a guard."""
-    return {"guard": guard.means(measure(config, guard, model))["all"]} if guard else {}
-
-
-def halves_to_measure(config: FinetuneConfig, task: HeldoutTask) -> Halves:
-    """The queries that choose, and those that report."""
-    halves = halves_of(task, config.seed) if config.adapter_strength == "auto" else whole(task)
-    if halves.split:
-        logger.info(
-            "验证查询分两半 held-out queries: %d choose the best step and the adapter's strength, %d report",
-            halves.choosing.sum(),
-            halves.reporting.sum(),
-        )
-    return halves
+    :param known: the means of all queries, if they are known: of few, all choose and report.
+    """
+    choosing: GroupMeans = known or {}
+    reporting = choosing
+    if task and halves and not known:
+        values = measure(config, task, model)
+        choosing, reporting = task.means(values, halves.choosing), task.means(values, halves.reporting)
+    guarded = {"guard": guard.means(measure(config, guard, model))["all"]} if guard else {}
+    return choosing, {**reporting, **guarded}
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -450,7 +429,7 @@ def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> Fin
         raise DataError(
             "cannot train on one row without a negative; give more rows (eval_ratio: 0 holds none out), or a negative"
         )
-    if Batching.of(config).compared > 1 or has_negatives:
+    if config.compared > 1 or has_negatives:
         return config
     pairs = max(config.gradient_accumulation_steps, 2)
     logger.warning(
@@ -462,23 +441,7 @@ def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> Fin
     return dataclasses.replace(config, contrastive_batch_size=pairs, gradient_accumulation_steps=1)
 
 
-class Batching(NamedTuple):
-    """Pairs that are compared with each other, and how many of them are embedded at a time (None: all)."""
-
-    compared: int
-    embedded: int | None
-
-    @classmethod
-    def of(cls, config: FinetuneConfig) -> Batching:
-        """As the knobs say."""
-        if config.contrastive_batch_size:
-            return cls(config.contrastive_batch_size, config.train_batch_size)
-        return cls(config.train_batch_size, None)
-
-
-def examine_rows(
-    config: FinetuneConfig, batching: Batching, rows: Sequence[TrainingRow], model: SentenceTransformer
-) -> DoctorReport:
+def examine_rows(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
     """Have the data doctor look at the rows as they will be trained on; log what it finds."""
 
     check_signals(config, rows)
@@ -491,7 +454,7 @@ def examine_rows(
         rows,
         lengths_of,
         max_seq_length=config.max_seq_length,
-        batch_size=batching.compared,
+        batch_size=config.compared,
         prompts=_column_prompts(config, model),
         unknown_of=partial(unknown_share, model.tokenizer),
         masks=config.mask_known_positives,
@@ -513,22 +476,8 @@ def _column_prompts(config: FinetuneConfig, model: SentenceTransformer) -> dict[
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def make_watch(config: FinetuneConfig, report: DoctorReport, model: SentenceTransformer) -> LossWatch:
-    """What warns when the loss goes wrong; the causes of NaN are added when the temperature is settled."""
-    facts = RunFacts(
-        rows=report.rows,
-        anchors=report.anchors,
-        documents=report.documents,
-        duplicate_share=report.duplicate_share,
-        learning_rate=config.learning_rate,
-        trainable_parameters=trainable_counts(model)[0],
-    )
-    return LossWatch(facts, [])
-
-
 def make_trainer(
     config: FinetuneConfig,
-    batching: Batching,
     rows: Rows,
     model: SentenceTransformer,
     *,
@@ -543,7 +492,7 @@ def make_trainer(
     """
     if config.best_metric == LOWER_IS_BETTER and halves is not None:
         rows = _without_reporting(rows, halves)
-    data, mix = make_datasets(rows.trained, rows.heldout, batching.compared, config.seed), _mix(config, rows, batching)
+    data, mix = make_datasets(rows.trained, rows.heldout, config.compared, config.seed), _mix(config, rows)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
     anchor_prompts = None
@@ -571,7 +520,7 @@ def make_trainer(
         l1=config.l1_regularization,
         matryoshka_dims=config.matryoshka_dims,
         known_positives=known_positives if config.mask_known_positives or alone is not None else None,
-        mini_batch_size=batching.embedded,
+        mini_batch_size=config.embedded,
         eval_mini_batch_size=config.eval_batch_size,
         heldout=data.counted,
         query_only=config.adapter_side == "query",
@@ -585,14 +534,14 @@ def make_trainer(
         bidirectional=config.bidirectional_loss,
         matryoshka_weights=config.matryoshka_weights,
         drift=drift,
-        **_expected_counts(config, data, batching, mix),
+        **_expected_counts(config, data, mix),
     )
     run_name = name_of_run(config.run_name, model_label(config.model_name))
     arguments = training_arguments(
         config,
         paths.checkpoints,
-        rows=len(rows.train) if mix is None else mix.batches_in(batching.compared) * batching.compared,
-        batch_size=batching.compared,
+        rows=len(rows.train) if mix is None else mix.batches_in(config.compared) * config.compared,
+        batch_size=config.compared,
         evaluate=rows.task is not None,
         per_device_eval_batch_size=data.eval_batch,
         fp16=fp16,
@@ -609,6 +558,12 @@ def make_trainer(
         best = str(paths.checkpoints / BEST_FOLDER)
         patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
         callbacks.append(KeepBest(config.best_metric, patience, threshold, best))
+    task = rows.task
+
+    def means(now: SentenceTransformer) -> GroupMeans:
+        assert task is not None
+        return task.means(measure(config, task, now), halves.choosing if halves else None)
+
     return EbrTrainer(
         model=model,
         args=arguments,
@@ -619,7 +574,7 @@ def make_trainer(
         documents=data.all_known.documents,
         balanced=config.balanced_batches,
         mix=mix,
-        measure=partial(_measured_means, config, rows.task, halves) if rows.task else None,
+        measure=means if task else None,
         noise=noise,
         noise_columns=config.noise_apply_to_fields,
         anchor_prompts=anchor_prompts,
@@ -683,7 +638,7 @@ def _without_reporting(rows: Rows, halves: Halves) -> Rows:
     return dataclasses.replace(rows, heldout=[row for row in rows.heldout if normalised(row.anchor) not in left_out])
 
 
-def _mix(config: FinetuneConfig, rows: Rows, batching: Batching) -> Mix | None:
+def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
     """The rows that each epoch takes, if that is not each once; logs the rows per file, and those replayed per batch.
 
     :raises ConfigError: a share names no training file, or several processes train.
@@ -699,9 +654,9 @@ def _mix(config: FinetuneConfig, rows: Rows, batching: Batching) -> Mix | None:
     logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
     mix = Mix.of(files, counts, config.one_file_batches, len(rows.replay), config.replay_share)
     if rows.replay:
-        replayed = mix.replayed_in(batching.compared)
+        replayed = mix.replayed_in(config.compared)
         logger.info(
-            "每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, batching.compared, len(rows.replay)
+            "每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, config.compared, len(rows.replay)
         )
     return mix
 
@@ -766,12 +721,10 @@ def _make_drift(
     )
 
 
-def _expected_counts(
-    config: FinetuneConfig, data: Datasets, batching: Batching, mix: Mix | None
-) -> dict[str, ExpectedCounts]:
+def _expected_counts(config: FinetuneConfig, data: Datasets, mix: Mix | None) -> dict[str, ExpectedCounts]:
     if not config.logq_correction:
         return {}
-    compared = batching.compared * world_size()
+    compared = config.compared * world_size()
     masked, balanced = config.mask_known_positives, config.balanced_batches
     rates = mix.rates(compared) if mix else None
     sides = {"document_counts": data.known.columns, "anchor_counts": data.known.anchors[:, None]}
@@ -779,108 +732,3 @@ def _expected_counts(
         name: ExpectedCounts(numbers, compared, masked=masked, balanced=balanced, rates=rates)
         for name, numbers in sides.items()
     }
-
-
-def settle_temperature(config: FinetuneConfig, trainer: EbrTrainer, paths: Paths, *, resumed: bool) -> FinetuneConfig:
-    """The config with a number for the temperature, which the loss then has too; a resumed run keeps the one it had."""
-    if config.temperature != "auto":
-        return config
-    note = paths.checkpoints / FOUND_FILE
-    if resumed and note.is_file():
-        temperature = float(json.loads(note.read_text(encoding="utf-8"))["temperature"])
-        logger.info("温度 temperature: %g (auto, as the interrupted run found it)", temperature)
-    else:
-        temperature = from_first_process(_search_temperature(trainer))
-        if is_first_process():
-            write_json(note, {"temperature": temperature})
-    trainer.loss.temperature = temperature
-    return dataclasses.replace(config, temperature=temperature)
-
-
-def _search_temperature(trainer: EbrTrainer) -> float:
-    sample = trainer.embedded_sample(PAIRS)
-    temperature, losses = best_temperature(trainer.loss, sample)
-    logger.info(
-        "温度 temperature: %g (auto: 训练前损失最小 smallest loss before training, %.4f on %d pairs; at %g it is %.4f)",
-        temperature,
-        losses[temperature],
-        sum(len(labels) for _, labels in sample),
-        UNKNOWN,
-        losses[UNKNOWN],
-    )
-    return temperature
-
-
-def _measured_means(
-    config: FinetuneConfig, task: HeldoutTask, halves: Halves | None, model: SentenceTransformer
-) -> GroupMeans:
-    return task.means(measure(config, task, model), halves.choosing if halves else None)
-
-
-# --- the strength of the adapter ----------------------------------------------------------------------------------
-
-
-class Settled(NamedTuple):
-    """The strength that is saved, the means of the queries that report (empty where nothing is held out), and all
-    strengths that were measured."""
-
-    strength: float
-    before: GroupMeans
-    after: GroupMeans
-    tables: Mapping[str, DataFrame] = MappingProxyType({})
-
-
-def settle_strength(
-    config: FinetuneConfig,
-    trainer: EbrTrainer,
-    task: HeldoutTask | None,
-    halves: Halves | None,
-    *,
-    first: Values,
-    guard: HeldoutTask | None = None,
-    first_guard: GroupMeans = MappingProxyType({}),
-) -> Settled:
-    """Apply the trained adapter as strongly as `adapter_strength` says, or as the held-out queries choose.
-
-    :param first: what the model measured when training began, and `first_guard` on the guard.
-    """
-    model, start, end = trainer.model, trainer.start, adapter_weights(trainer.model)
-
-    def means_of(values: Values) -> Both:
-        if task is None or halves is None:
-            return {}, {}
-        return task.means(values, halves.choosing), task.means(values, halves.reporting)
-
-    def measured_at(strength: float) -> tuple[Both, GroupMeans]:
-        set_adapter_weights(model, at_strength(start, end, strength))
-        return means_of(measure(config, task, model)), measure_guard(config, guard, model)
-
-    before = {**means_of(first)[1], **first_guard}
-    if config.adapter_strength != "auto" or not before:
-        strength = 1.0 if config.adapter_strength == "auto" else float(config.adapter_strength)
-        if strength == 1 and trainer.measured_best:
-            return Settled(1.0, before, {**trainer.measured_best, **measure_guard(config, guard, model)})
-        (_, after), after_guard = measured_at(strength)
-        return Settled(strength, before, {**after, **after_guard})
-    strengths = halves.strengths if halves else STRENGTHS
-    found = {0.0: (means_of(first), first_guard)} | {strength: measured_at(strength) for strength in strengths[1:]}
-    metric = metric_to_choose_by(config.best_metric)
-    chosen = from_first_process(_choose(found, metric, config.guard_tolerance))
-    set_adapter_weights(model, at_strength(start, end, chosen))
-    by = f"best {metric} of {halves.choosing.sum()} held-out queries" if halves else "the largest that the guard allows"
-    logger.info("适配器强度 adapter strength: %g (%s)", chosen, by)
-    (_, after), after_guard = found[chosen]
-    tables = {"strengths": strengths_table(chosen, halves, found)}
-    return Settled(chosen, before, {**after, **after_guard}, tables)
-
-
-def _choose(found: Mapping[float, tuple[Both, GroupMeans]], metric: str, tolerance: float) -> float:
-    """The best strength of those that the guard allows; without held-out queries the largest."""
-    guards = {strength: guard["guard"]["ndcg@10"] for strength, (_, guard) in found.items() if guard}
-    allowed = [strength for strength in found if not guards or guards[strength] >= guards[0.0] - tolerance]
-    if refused := sorted(found.keys() - set(allowed)):
-        shown = ", ".join(f"{strength:g} ({guards[strength]:.4f})" for strength in refused)
-        advice = "回放或 drift_weight 可减少遗忘 replay_data_path or drift_weight forgets less"
-        logger.warning("防遗忘集不允许的强度 the guard refuses: %s, from %.4f before; %s", shown, guards[0.0], advice)
-    means = {strength: found[strength][0][0]["all"][metric] for strength in allowed if found[strength][0][0]}
-    return best_strength(means) if means else max(allowed)

@@ -6,13 +6,22 @@ asks for a wider spread of vectors that are right already; with a smaller one it
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ebr_lib.files import write_json
 from ebr_lib.finetune.losses import ContrastiveLoss
+from ebr_lib.finetune.processes import from_first_process, is_first_process
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    from ebr_lib.finetune.trainer import EbrTrainer
 
 # Public recipes lie within. Steps of a fifth: the loss is flat around its minimum.
 TEMPERATURES = (0.01, 0.012, 0.014, 0.017, 0.02, 0.024, 0.028, 0.033, 0.04, 0.05, 0.06, 0.07, 0.085, 0.1)
@@ -21,6 +30,33 @@ PAIRS = 512
 
 Sample = Sequence[tuple[list[list[Tensor]], Tensor]]
 """Batches: vectors of the columns as `ContrastiveLoss.calculate_loss` takes them, and labels (rows,)."""
+
+
+def settle_temperature(trainer: EbrTrainer, note: Path, *, resumed: bool) -> float:
+    """Give the loss the temperature that fits the model, and return it; a resumed run keeps the one in its note."""
+    if resumed and note.is_file():
+        temperature = float(json.loads(note.read_text(encoding="utf-8"))["temperature"])
+        logger.info("温度 temperature: %g (auto, as the interrupted run found it)", temperature)
+    else:
+        temperature = from_first_process(_search(trainer))
+        if is_first_process():
+            write_json(note, {"temperature": temperature})
+    trainer.loss.temperature = temperature
+    return temperature
+
+
+def _search(trainer: EbrTrainer) -> float:
+    sample = trainer.embedded_sample(PAIRS)
+    temperature, losses = best_temperature(trainer.loss, sample)
+    logger.info(
+        "温度 temperature: %g (auto: 训练前损失最小 smallest loss before training, %.4f on %d pairs; at %g it is %.4f)",
+        temperature,
+        losses[temperature],
+        sum(len(labels) for _, labels in sample),
+        UNKNOWN,
+        losses[UNKNOWN],
+    )
+    return temperature
 
 
 def best_temperature(loss: ContrastiveLoss, sample: Sample) -> tuple[float, dict[float, float]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from ebr_lib import train_sentence_transformer
 from ebr_lib.finetune import logbook, preflight, setup
 from ebr_lib.finetune.config import FinetuneConfig
-from ebr_lib.finetune.logbook import LossWatch, RunFacts
+from ebr_lib.finetune.logbook import LossWatch
 from ebr_lib.finetune.paths import Paths
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.run import _read
@@ -194,9 +195,9 @@ def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     setup.use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)
     config = setup.ensure_negatives(config, rows.train)
-    watch = LossWatch(RunFacts(1000, 1000, 1000, 0.0, 1e-4, 1), [])
-    batching = setup.Batching.of(config)
-    return Stepped(setup.make_trainer(config, batching, rows, model, paths=paths, watch=watch, fp16=False), rows)
+    report = SimpleNamespace(rows=1000, anchors=1000, documents=1000, duplicate_share=0.0)
+    watch = LossWatch(report, 1e-4, 1)
+    return Stepped(setup.make_trainer(config, rows, model, paths=paths, watch=watch, fp16=False), rows)
 
 
 def step(

@@ -115,7 +115,7 @@ def test_tokens_are_those_of_the_tokenizer(tiny_bert):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     rows = [TrainingRow("a red shoe", "text " * 700), TrainingRow("hat", "红色的鞋子")]
     model = SimpleNamespace(tokenizer=tokenizer, prompts={})
-    report = setup.examine_rows(FinetuneConfig(max_seq_length=8), setup.Batching(2, None), rows, model)
+    report = setup.examine_rows(FinetuneConfig(max_seq_length=8, train_batch_size=2), rows, model)
     lengths = [len(tokenizer(row.positive)["input_ids"]) for row in rows]
     assert report.tokens[1].longest == max(lengths) > 700
     assert report.tokens[1].over == sum(length > 8 for length in lengths)

@@ -10,7 +10,7 @@ import pytest
 
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.finetune import guard as guards
-from ebr_lib.finetune import setup
+from ebr_lib.finetune import strength
 from ebr_lib.finetune.guard import read_guard
 from tests.finetune.conftest import train, write_rows
 
@@ -73,21 +73,21 @@ def test_broken_folders_are_named(beir, file, text, error, said):
 def found(metrics: dict[float, float], guard: dict[float, float]):
     """Means as `settle_strength` makes them."""
 
-    def both(value: float) -> tuple[dict, dict]:
-        return ({"all": {"mrr@10": value}},) * 2 if metrics else ({}, {})
+    def means(strength: float) -> dict:
+        return {"all": {"mrr@10": metrics[strength]}} if metrics else {}
 
-    return {s: (both(metrics.get(s, 0)), {"guard": {"ndcg@10": value}}) for s, value in guard.items()}
+    return {s: (means(s), means(s) | {"guard": {"ndcg@10": value}}) for s, value in guard.items()}
 
 
 def test_no_strength_costs_more_than_the_tolerance(caplog):
     rising = {0.0: 0.1, 0.25: 0.2, 0.5: 0.3, 0.75: 0.4, 1.0: 0.5}
     guard = {0.0: 0.5, 0.25: 0.52, 0.5: 0.49, 0.75: 0.485, 1.0: 0.3}
     with caplog.at_level(logging.WARNING, "ebr_lib"):
-        assert setup._choose(found(rising, guard), "mrr@10", 0.01) == 0.5
+        assert strength._choose(found(rising, guard), "mrr@10", 0.01) == 0.5
     assert "the guard refuses: 0.75 (0.4850), 1 (0.3000), from 0.5000 before" in caplog.text
-    assert setup._choose(found(rising, guard), "mrr@10", 0.2) == 1
-    assert setup._choose(found({}, guard), "mrr@10", 0.02) == 0.75  # no held-out queries: the largest
-    assert setup._choose(found(rising, {0.0: 0.5, 1.0: 0.4}), "mrr@10", 0.01) == 0
+    assert strength._choose(found(rising, guard), "mrr@10", 0.2) == 1
+    assert strength._choose(found({}, guard), "mrr@10", 0.02) == 0.75  # no held-out queries: the largest
+    assert strength._choose(found(rising, {0.0: 0.5, 1.0: 0.4}), "mrr@10", 0.01) == 0
 
 
 @pytest.mark.parametrize("eval_ratio", [0.25, 0.0])

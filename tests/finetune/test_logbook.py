@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 
-from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, RunFacts, causes_of_nan, draw_curve, read_log
+from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch, causes_of_nan, draw_curve, read_log
 
-HARMLESS = RunFacts(
-    rows=5000, anchors=4000, documents=3000, duplicate_share=0.0, learning_rate=1e-4, trainable_parameters=10_000
-)
 STATE = SimpleNamespace(is_world_process_zero=True, global_step=7)
 OTHER_PROCESS = SimpleNamespace(is_world_process_zero=False, global_step=7)
 
 
-def heard(caplog, entries, facts=HARMLESS, state=STATE) -> list[str]:
-    watch = LossWatch(facts, causes_of_nan(1e-4, 0.05, fp16=True))
+def watch_of(*, learning_rate=1e-4, trainable=10_000, **report) -> LossWatch:
+    harmless = {"rows": 5000, "anchors": 4000, "documents": 3000, "duplicate_share": 0.0}
+    return LossWatch(SimpleNamespace(**harmless | report), learning_rate, trainable)
+
+
+def heard(caplog, entries, state=STATE, **facts) -> list[str]:
+    watch = watch_of(**facts)
+    watch.causes_of_nan = causes_of_nan(1e-4, 0.05, fp16=True)
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         for entry in entries:
             watch.on_log(None, state, None, entry)
@@ -33,8 +35,8 @@ def test_a_loss_near_0_is_logged_once(caplog):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_logged_with_its_own_causes(caplog, value):
-    few = dataclasses.replace(HARMLESS, rows=9)
-    nothing, said = heard(caplog, [{"loss": x} for x in (8e-4, 7e-4, value, value)], few)  # after another warning too
+    entries = [{"loss": x} for x in (8e-4, 7e-4, value, value)]  # after another warning too
+    nothing, said = heard(caplog, entries, rows=9)
     assert "损失接近零" in nothing and "9 training rows" in nothing
     assert "损失不是有限数" in said and f"loss is {value}" in said and "rows" not in said
     assert all(cause in said for cause in ("learning_rate 0.0001", "temperature 0.05", "fp16"))
@@ -54,8 +56,8 @@ def test_l1_does_not_hide_a_loss_near_0(caplog):
 @pytest.mark.parametrize(("shares", "loss"), [((1.0, 1.0, 1.0), 0.0), ((0.9, 0.95, 1.0), 2e-4), ((0.1, 0.4, 0.7), 0.3)])
 def test_masked_negatives_are_named_as_the_cause(caplog, shares, loss):
     """And nothing else is blamed, whatever the learning rate."""
-    fast = dataclasses.replace(HARMLESS, learning_rate=1e-2, anchors=640, documents=3)
-    (said,) = heard(caplog, [{"loss": loss, "masked_share": share} for share in shares], fast)
+    entries = [{"loss": loss, "masked_share": share} for share in shares]
+    (said,) = heard(caplog, entries, learning_rate=1e-2, anchors=640, documents=3)
     assert "负例大多被屏蔽" in said and "negatives are masked" in said
     assert "3 different documents and 640 different anchors" in said and "learning rate" not in said
 
@@ -92,10 +94,12 @@ def test_only_the_first_process_logs(caplog):
 
 
 def test_the_causes_follow_from_the_numbers():
-    assert HARMLESS.causes() == ["the data may be too easy: add hard negatives"]
-    few, duplicates, fast, large = RunFacts(99, 99, 99, 0.21, 3.1e-4, 99_001).causes()
+    assert watch_of().causes() == ["the data may be too easy: add hard negatives"]
+    bad = watch_of(rows=99, duplicate_share=0.21, learning_rate=3.1e-4, trainable=99_001)
+    few, duplicates, fast, large = bad.causes()
     assert "99 training rows" in few and "21%" in duplicates and "0.00031" in fast and "1,000 trainable" in large
-    assert RunFacts(100, 100, 100, 0.2, 3e-4, 100_000).causes() == HARMLESS.causes()  # on the line is not over it
+    on_the_line = watch_of(rows=100, duplicate_share=0.2, learning_rate=3e-4, trainable=100_000)
+    assert on_the_line.causes() == watch_of().causes()
 
 
 def test_the_log_is_one_entry_a_line_without_nan(tmp_path):

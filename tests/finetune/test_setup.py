@@ -177,7 +177,7 @@ def test_pairs_that_would_be_alone_are_compared_together(caplog):
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         config = setup.ensure_negatives(config, FEW)
     assert "a batch of 1 has no negatives: 8 pairs are compared together" in caplog.text
-    assert setup.Batching.of(config) == (8, 1) and config.gradient_accumulation_steps == 1
+    assert (config.compared, config.embedded, config.gradient_accumulation_steps) == (8, 1, 1)
 
 
 @pytest.mark.parametrize(

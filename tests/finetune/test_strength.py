@@ -133,7 +133,7 @@ def test_what_was_chosen_is_what_is_saved_reported_and_evaluated(auto, tiny_bert
         given.update(means)
         return 0.5
 
-    monkeypatch.setattr(setup, "best_strength", half)
+    monkeypatch.setattr(strength, "best_strength", half)
     with caplog.at_level(logging.INFO, "ebr_lib"):
         result = train(auto, learning_rate=2e-2)
     assert result.adapter_strength == 0.5 and "adapter strength: 0.5" in caplog.text
@@ -201,7 +201,7 @@ def test_a_given_share_halves_the_change_for_every_loader(settings, tmp_path):
 
 
 def test_a_run_that_makes_it_worse_saves_the_model_from_before_and_says_why(settings, tiny_bert, caplog, monkeypatch):
-    monkeypatch.setattr(setup, "best_strength", lambda means: 0.0 if set(means) == {0.0, 1.0} else 1.0)
+    monkeypatch.setattr(strength, "best_strength", lambda means: 0.0 if set(means) == {0.0, 1.0} else 1.0)
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         result = train(settings, adapter_strength="auto")
     assert result.adapter_strength == 0 and result.before == result.after

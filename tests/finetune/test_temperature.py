@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from ebr_lib.errors import ConfigError
-from ebr_lib.finetune import setup
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.losses import ContrastiveLoss, HeldoutRows
-from ebr_lib.finetune.paths import Paths
+from ebr_lib.finetune.paths import FOUND_FILE, Paths
 from ebr_lib.finetune.signals import ExpectedCounts
-from ebr_lib.finetune.temperature import PAIRS, TEMPERATURES, UNKNOWN, best_temperature
+from ebr_lib.finetune.temperature import PAIRS, TEMPERATURES, UNKNOWN, best_temperature, settle_temperature
 from ebr_lib.model.loading import load_model
 from tests.finetune.conftest import adapter, make_trainer, same, train
 from tests.finetune.test_losses import Still, by_numpy, random_vectors
@@ -119,12 +118,12 @@ def test_a_resumed_run_keeps_the_temperature_that_it_found(settings):
     seen = make_trainer(settings, temperature="auto")
     config = FinetuneConfig.resolve(settings | {"temperature": "auto"})
     paths = Paths.of(config.output_dir, config.model_name)
-    first = setup.settle_temperature(config, seen.trainer, paths, resumed=False)
-    assert seen.trainer.loss.temperature == first.temperature != 0.05
+    first = settle_temperature(seen.trainer, paths.checkpoints / FOUND_FILE, resumed=False)
+    assert seen.trainer.loss.temperature == first != 0.05
     (note,) = paths.checkpoints.glob("found.json")
     note.write_text(json.dumps({"temperature": 0.033}))  # as another machine may have found it
-    again = setup.settle_temperature(config, seen.trainer, paths, resumed=True)
-    assert again.temperature == seen.trainer.loss.temperature == 0.033
+    again = settle_temperature(seen.trainer, note, resumed=True)
+    assert again == seen.trainer.loss.temperature == 0.033
 
 
 def test_a_temperature_is_a_number_or_auto():
