@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,24 +20,9 @@ from ebr_lib.finetune.reranking import accepted, highest_allowed
 from ebr_lib.logs import logger
 from ebr_lib.model.reranker import Scores
 from ebr_lib.names import MiningChoice
-from ebr_lib.tables import make_table, shortened
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from ebr_lib.tables import as_text, make_table, shortened
 
 _CELLS = 1 << 22  # cells of the miner's score table at a time: a few hundred MB
-
-
-@dataclass(frozen=True, repr=False)
-class Mined:
-    """Training rows with the mined negatives after their own, in the order given.
-
-    :ivar counts: mined negatives of each row, shape (rows,).
-    """
-
-    rows: list[TrainingRow]
-    counts: Ints
-    table: DataFrame
 
 
 def mine_hard_negatives(
@@ -56,8 +40,8 @@ def mine_hard_negatives(
     reranker: Scores | None = None,
     reranker_margin: float = 0.0,
     dropped: Sequence[TrainingRow] = (),
-) -> Mined:
-    """Give each row up to `count` hard negatives; rows for which fewer are found are kept too.
+) -> list[TrainingRow]:
+    """Give each row up to `count` hard negatives, after its own; rows for which fewer are found are kept too.
 
     The documents are those of the rows, negatives included, and of the catalogue; equal texts (`normalised`) are one.
     For each anchor they are ranked by cosine, exactly, without those that `KnownPositives` knows to answer it: rank 1
@@ -75,25 +59,21 @@ def mine_hard_negatives(
     pool = make_pool(rows, encode_queries, encode_documents, catalogue)
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
     found = _far_enough(pool, first_rank, last_rank, margin)
-    candidates = _without_dropped(_candidates(found, pool), rows, [pool.texts[i] for i in found.document], dropped)
-    preferred = candidates
+    texts = [pool.texts[document] for document in found.document]
+    preferred = _without_dropped(_candidates(found, pool), rows, texts, dropped)
     if choice == "random":
-        preferred = [np.random.default_rng((seed, row)).permutation(places) for row, places in enumerate(candidates)]
+        preferred = [np.random.default_rng((seed, row)).permutation(places) for row, places in enumerate(preferred)]
     if reranker is None:
         taken = [np.sort(places[:count]) for places in preferred]
     else:
         limits = highest_allowed(rows, pool.known.anchors, reranker, reranker_margin)
-        judge = _Judge(reranker, [row.anchor for row in rows], [pool.texts[i] for i in found.document], limits)
-        taken = accepted(preferred, count, judge)
-        judge.log()
+        taken = _without_answers(preferred, count, rows, texts, reranker=reranker, limits=limits)
     mined = [
-        dataclasses.replace(
-            row, negatives=row.negatives + tuple(pool.texts[document] for document in found.document[places])
-        )
+        dataclasses.replace(row, negatives=(*row.negatives, *(texts[place] for place in places)))
         for row, places in zip(rows, taken, strict=True)
     ]
-    counts = np.array([len(places) for places in taken], dtype=np.int64)
-    return Mined(mined, counts, _table(mined, counts, count, found, taken))
+    _log_outcome(mined, found.cosine, taken, count)
+    return mined
 
 
 # --- searching ----------------------------------------------------------------------------------------------------
@@ -215,28 +195,32 @@ def _without_dropped(
     return kept
 
 
-class _Judge:
-    """Tells which candidates a reranker does not take for answers, and counts."""
+def _without_answers(
+    preferred: Sequence[Ints],
+    count: int,
+    rows: Sequence[TrainingRow],
+    texts: Sequence[str],
+    *,
+    reranker: Scores,
+    limits: Floats,
+) -> list[Ints]:
+    """The candidates that each row takes, without those that the reranker scores like an answer; log how many."""
+    looked_at = answers = 0
 
-    def __init__(self, scores: Scores, anchors: Sequence[str], candidates: Sequence[str], limits: Floats) -> None:
-        self.scores, self.anchors, self.candidates, self.limits = scores, anchors, candidates, limits
-        self.looked_at = self.answers = 0
-
-    def __call__(self, asked: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-        scores = self.scores([(self.anchors[row], self.candidates[place]) for row, place in asked])
-        below = scores < self.limits[[row for row, _ in asked]]
-        self.looked_at, self.answers = self.looked_at + len(asked), self.answers + int((~below).sum())
+    def fine(asked: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+        nonlocal looked_at, answers
+        scores = reranker([(rows[row].anchor, texts[place]) for row, place in asked])
+        below = scores < limits[[row for row, _ in asked]]
+        looked_at, answers = looked_at + len(asked), answers + int((~below).sum())
         return below
 
-    def log(self) -> None:
-        """Log how many candidates were taken for answers."""
-        logger.info(
-            "重排模型认为是答案 taken for answers by the reranker: %d of %d candidates", self.answers, self.looked_at
-        )
+    taken = accepted(preferred, count, fine)
+    logger.info("重排模型认为是答案 taken for answers by the reranker: %d of %d candidates", answers, looked_at)
+    return taken
 
 
-def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found, taken: Sequence[Ints]) -> DataFrame:
-    cosines = found.cosine[np.concatenate(taken)]
+def _log_outcome(rows: Sequence[TrainingRow], cosines: Floats, taken: Sequence[Ints], wanted: int) -> None:
+    counts, cosines = np.array([len(places) for places in taken]), cosines[np.concatenate(taken)]
     lines = [
         ("行数 rows", f"{len(rows):,}"),
         ("挖到的负例 negatives found", f"{len(cosines):,}"),
@@ -251,4 +235,8 @@ def _table(rows: Sequence[TrainingRow], counts: Ints, wanted: int, found: _Found
             ("positive", shortened(row.positive, 60)),
             ("negative", shortened(row.negatives[-int(counts.max())], 60)),
         ]
-    return make_table("难负例 mined hard negatives", ("项目 what", "值 value"), lines)
+    logger.info("%s", as_text(make_table("难负例 mined hard negatives", ("项目 what", "值 value"), lines)))
+    if not len(cosines):
+        logger.warning(
+            "没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_rank_min or mining_margin"
+        )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
-from ebr_lib.files import written_whole
 from ebr_lib.finetune.doctor import FEW_ROWS, DoctorReport
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, LOG_FILE
@@ -164,15 +163,6 @@ def save_rows(rows: Sequence[TrainingRow], path: Path, more: Sequence[Mapping[st
     """Save training rows as training data; `more` has further columns of each row."""
     lines = (_as_data(row) | dict(others) for row, others in zip(rows, more or [{}] * len(rows), strict=True))
     _write_lines(path, lines)
-
-
-def save_noisy(rows: Sequence[TrainingRow], ranks: Sequence[int], path: Path) -> None:
-    """Save dropped rows as training data, each with the rank of its positive; without rows, remove an earlier file."""
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    with written_whole(path) as new:
-        save_rows(rows, new, [{"rank": rank} for rank in ranks])
 
 
 def _as_data(row: TrainingRow) -> dict[str, Any]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ebr_lib.arrays import Encode, Ints, Vectors
+from ebr_lib.arrays import Encode, Floats, Ints, Vectors
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.errors import ModelError
 from ebr_lib.finetune.batches import KnownPositives
+from ebr_lib.logs import logger
+from ebr_lib.model.loading import prompt_of
+from ebr_lib.model.provenance import Provenance, say_changed_files, weights_of
+from ebr_lib.names import OnChangedVectors
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Item = TypeVar("Item", bound=Hashable)
+Result = TypeVar("Result", Vectors, Floats)
 
 
 class Pairs(NamedTuple):
@@ -46,16 +56,17 @@ class Pool:
         return Pairs(np.searchsorted(self.anchors, one[here]), np.searchsorted(self.documents, other[here]))
 
 
-def remembered(encode: Encode) -> Encode:
-    """The same function, which encodes each text once, however often it is asked for it."""
-    known: dict[str, NDArray[np.float32]] = {}
+def remembered(compute: Callable[[Sequence[Item]], Result]) -> Callable[[Sequence[Item]], Result]:
+    """The same function, such as vectors of texts, which computes each item's once, however often it is asked."""
+    known: dict[Item, Any] = {}
 
-    def encode_new(texts: Sequence[str]) -> Vectors:
-        if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            known.update(zip(new, encode(new), strict=True))
-        return np.stack([known[text] for text in texts])
+    def compute_new(items: Sequence[Item]) -> Result:
+        if new := [item for item in dict.fromkeys(items) if item not in known]:
+            known.update(zip(new, compute(new), strict=True))
+        found: Any = np.array([known[item] for item in items])
+        return found
 
-    return encode_new
+    return compute_new
 
 
 def make_pool(
@@ -98,3 +109,37 @@ def _vectors(
     if len(lacking):
         vectors[lacking] = encode_documents([texts[place] for place in lacking.tolist()])
     return vectors
+
+
+def check_vectors(
+    catalogue: Catalogue, model: SentenceTransformer, model_name: str, on_changed: OnChangedVectors
+) -> None:
+    """Check that a catalogue's vectors, if it has any, are this model's.
+
+    :raises ModelError: another model made them, or with another prompt or dimension.
+    """
+    if catalogue.vectors is None:
+        return
+    made, where = Provenance.of(catalogue.manifest), f"mining_corpus_path {catalogue.path}"
+    advice = f"encode it again with {model_name}, or give its texts without vectors"
+    if made.sha256 is not None and not made.weights & weights_of(model_name):
+        raise ModelError(f"{where} holds vectors of {made.said}, not of {model_name}; {advice}")
+    dimension = catalogue.vectors.shape[1]
+    wrong = made.differences({"prompt": prompt_of(model, "document")}) if made.sha256 is not None else []
+    if (width := model.get_embedding_dimension()) != dimension:
+        wrong.append(f"dimension {dimension}, not {width}")
+    if wrong:
+        raise ModelError(f"{where} was encoded with {', '.join(wrong)}; {advice}")
+    if made.sha256 is None:
+        logger.warning(
+            "%s: 未知由哪个模型生成 no manifest says which model made its vectors; assumed: %s",
+            where,
+            model_name,
+        )
+    else:
+        say_changed_files(made, model_name, where, on_changed)
+    if made.max_seq_length not in (None, model.max_seq_length):
+        logger.warning(
+            "截断长度不同 %s was encoded with max_seq_length %s, training cuts at %s",
+            where, made.max_seq_length, model.max_seq_length,
+        )  # fmt: skip

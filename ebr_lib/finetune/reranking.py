@@ -16,18 +16,6 @@ Fine = Callable[[Sequence[tuple[int, int]]], NDArray[np.bool_]]
 """(row, candidate) pairs to whether the candidate may be a negative of the row, shape (pairs,)."""
 
 
-def remembered_scores(scores: Scores) -> Scores:
-    """The same function, which scores each pair once, however often it is asked for it."""
-    known: dict[tuple[str, str], float] = {}
-
-    def score_new(pairs: Sequence[tuple[str, str]]) -> Floats:
-        if new := [pair for pair in dict.fromkeys(pairs) if pair not in known]:
-            known.update(zip(new, scores(new).tolist(), strict=True))
-        return np.array([known[pair] for pair in pairs])
-
-    return score_new
-
-
 def highest_allowed(rows: Sequence[TrainingRow], anchors: Ints, scores: Scores, margin: float) -> Floats:
     """For each row, the score that its negatives must stay below: the lowest of its anchor's positives, less `margin`.
 

@@ -17,7 +17,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from ebr_lib.arrays import Encode
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
@@ -33,13 +32,12 @@ from ebr_lib.finetune.logbook import JsonLinesLog, LossWatch
 from ebr_lib.finetune.losses import ContrastiveLoss, Guided, base_model_only
 from ebr_lib.finetune.mining import mine_hard_negatives
 from ebr_lib.finetune.noise import TextNoise
-from ebr_lib.finetune.outputs import save_noisy
 from ebr_lib.finetune.paths import LOG_FILE, Paths
-from ebr_lib.finetune.pool import remembered
-from ebr_lib.finetune.positives import consistent_rows
+from ebr_lib.finetune.pool import check_vectors, remembered
+from ebr_lib.finetune.positives import without_noisy
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
 from ebr_lib.finetune.prompts import own_prompts, query_prompt
-from ebr_lib.finetune.reranking import remembered_scores, with_teacher_scores
+from ebr_lib.finetune.reranking import with_teacher_scores
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC, NO_WARM_UP, scheduler_extras
 from ebr_lib.finetune.signals import ExpectedCounts
@@ -69,8 +67,7 @@ from ebr_lib.model.loading import load_model, prompt_of
 from ebr_lib.model.packaged import find_model, model_label
 from ebr_lib.model.packing import packed_forward
 from ebr_lib.model.precision import Dtype, Precision, choose_precision
-from ebr_lib.model.provenance import Provenance, say_changed_files, weights_of
-from ebr_lib.model.reranker import Scores, load_reranker
+from ebr_lib.model.reranker import load_reranker
 from ebr_lib.model.shapes import Side, fit_length
 from ebr_lib.model.unfit import unknown_share
 from ebr_lib.names import LOWER_IS_BETTER, Asked
@@ -288,117 +285,36 @@ def _mined(
     noisy: Path | None,
 ) -> Sequence[TrainingRow]:
     if catalogue is not None:
-        _check_vectors(config, catalogue, model)
-    queries, documents = encoders_of(
-        model,
-        config.adapter_side == "query",
-        backend=config.backend,
-        show_bar=True,
-        own_prompts=own_prompts(rows),
-    )
-    encoders = remembered(queries), remembered(documents)
+        check_vectors(catalogue, model, config.model_name, config.on_changed_vectors)
+    query_only, prompts = config.adapter_side == "query", own_prompts(rows)
+    made = encoders_of(model, query_only, backend=config.backend, show_bar=True, own_prompts=prompts)
+    encoders = [remembered(encode) for encode in made]
     dropped: Sequence[TrainingRow] = ()
     if config.positive_rank_max:
-        rows, dropped = _without_noisy(config.positive_rank_max, rows, encoders, catalogue, noisy)
-    reranker = _reranker(config)
+        rank_max = config.positive_rank_max
+        rows, dropped = without_noisy(rows, *encoders, rank_max=rank_max, catalogue=catalogue, dropped_to=noisy)
+    reranker = None
+    if config.reranker_name is not None:
+        choice, device = config.trust_remote_code, training_device()
+        reranker = remembered(
+            load_reranker(config.reranker_name, trust_remote_code=choice, device=device, show_bar=True)
+        )
     if config.mine_hard_negatives:
-        rows = _mine(config, rows, encoders, catalogue, reranker, dropped=dropped)
+        rows = mine_hard_negatives(
+            rows,
+            *encoders,
+            count=config.mine_hard_negatives,
+            first_rank=config.mining_rank_min,
+            last_rank=config.mining_rank_max,
+            margin=config.mining_margin,
+            catalogue=catalogue,
+            choice=config.mining_choice,
+            seed=config.seed,
+            reranker=reranker,
+            reranker_margin=config.reranker_margin,
+            dropped=dropped,
+        )
     return rows if reranker is None else with_teacher_scores(rows, reranker)
-
-
-def _reranker(config: FinetuneConfig) -> Scores | None:
-    if config.reranker_name is None:
-        return None
-    choice, device = config.trust_remote_code, training_device()
-    return remembered_scores(
-        load_reranker(config.reranker_name, trust_remote_code=choice, device=device, show_bar=True)
-    )
-
-
-def _check_vectors(config: FinetuneConfig, catalogue: Catalogue, model: SentenceTransformer) -> None:
-    """Check that a catalogue's vectors, if it has any, are this model's.
-
-    :raises ModelError: another model made them, or with another prompt or dimension.
-    """
-    if catalogue.vectors is None:
-        return
-    made, where = Provenance.of(catalogue.manifest), f"mining_corpus_path {catalogue.path}"
-    advice = f"encode it again with {config.model_name}, or give its texts without vectors"
-    if made.sha256 is not None and not made.weights & weights_of(config.model_name):
-        raise ModelError(f"{where} holds vectors of {made.said}, not of {config.model_name}; {advice}")
-    dimension = catalogue.vectors.shape[1]
-    wrong = made.differences({"prompt": prompt_of(model, "document")}) if made.sha256 is not None else []
-    if (width := model.get_embedding_dimension()) != dimension:
-        wrong.append(f"dimension {dimension}, not {width}")
-    if wrong:
-        raise ModelError(f"{where} was encoded with {', '.join(wrong)}; {advice}")
-    if made.sha256 is None:
-        logger.warning(
-            "%s: 未知由哪个模型生成 no manifest says which model made its vectors; assumed: %s",
-            where,
-            config.model_name,
-        )
-    else:
-        say_changed_files(made, config.model_name, where, config.on_changed_vectors)
-    if made.max_seq_length not in (None, model.max_seq_length):
-        logger.warning(
-            "截断长度不同 %s was encoded with max_seq_length %s, training cuts at %s",
-            where, made.max_seq_length, model.max_seq_length,
-        )  # fmt: skip
-
-
-def _without_noisy(
-    rank_max: int,
-    rows: Sequence[TrainingRow],
-    encoders: tuple[Encode, Encode],
-    catalogue: Catalogue | None,
-    noisy: Path | None,
-) -> tuple[Sequence[TrainingRow], Sequence[TrainingRow]]:
-    """The rows that are kept, and those that are dropped."""
-    found = consistent_rows(rows, *encoders, rank_max=rank_max, catalogue=catalogue)
-    if noisy is not None:
-        save_noisy(found.dropped, found.ranks, noisy)
-    logger.info(
-        "噪声正例 noisy positives dropped: %d of %d rows (rank over %d)%s",
-        len(found.dropped), len(rows), rank_max, f", 见 see {noisy}" if noisy and found.dropped else "",
-    )  # fmt: skip
-    if not found.rows:
-        raise DataError(
-            f"positive_rank_max: {rank_max} leaves none of the {len(rows)} training rows, because the model ranks no "
-            "positive that high; raise it, or check that anchors and positives belong together"
-        )
-    return found.rows, found.dropped
-
-
-def _mine(
-    config: FinetuneConfig,
-    rows: Sequence[TrainingRow],
-    encoders: tuple[Encode, Encode],
-    catalogue: Catalogue | None,
-    reranker: Scores | None,
-    *,
-    dropped: Sequence[TrainingRow],
-) -> Sequence[TrainingRow]:
-    mined = mine_hard_negatives(
-        rows,
-        *encoders,
-        count=config.mine_hard_negatives,
-        first_rank=config.mining_rank_min,
-        last_rank=config.mining_rank_max,
-        margin=config.mining_margin,
-        catalogue=catalogue,
-        choice=config.mining_choice,
-        seed=config.seed,
-        reranker=reranker,
-        reranker_margin=config.reranker_margin,
-        dropped=dropped,
-    )
-    logger.info("%s", as_text(mined.table))
-    if not mined.counts.any():
-        logger.warning(
-            "没有挖到难负例 no hard negatives found: raise mining_rank_max, or lower mining_rank_min or mining_margin"
-        )
-    return mined.rows
 
 
 def check_signals(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> None:

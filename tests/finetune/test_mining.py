@@ -15,7 +15,6 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import normalised, text_keys
 from ebr_lib.finetune import mining
 from ebr_lib.finetune.mining import mine_hard_negatives
-from ebr_lib.tables import as_text
 
 OPEN = {"count": 3, "first_rank": 1, "last_rank": 50, "margin": None}
 
@@ -61,8 +60,7 @@ def by_brute_force(rows, *, count, first_rank, last_rank, margin, more=()):
 def found(rows, mined):
     """The mined negatives alone, normalised."""
     return [
-        [normalised(text) for text in new.negatives[len(old.negatives) :]]
-        for old, new in zip(rows, mined.rows, strict=True)
+        [normalised(text) for text in new.negatives[len(old.negatives) :]] for old, new in zip(rows, mined, strict=True)
     ]
 
 
@@ -94,7 +92,6 @@ def test_mined_documents_are_in_the_window_and_below_the_margin(monkeypatch, cel
     mined = mine(rows, **window)
     wanted = by_brute_force(rows, **window)
     assert found(rows, mined) == wanted
-    assert mined.counts.tolist() == [len(texts) for texts in wanted]
 
 
 @pytest.mark.parametrize("window", [1, 60, mining._CELLS])
@@ -214,24 +211,25 @@ def test_dropped_positives_are_not_mined_for_their_anchor(more):
     assert [set(texts) for texts in mined] == among
 
 
-def test_rows_with_too_few_documents_keep_those():
+def test_rows_with_too_few_documents_keep_those(caplog):
     rows = [TrainingRow("a", "x"), TrainingRow("b", "y")]
     mined = mine(rows, count=5)
-    assert [row.negatives for row in mined.rows] == [("y",), ("x",)]
+    assert [row.negatives for row in mined] == [("y",), ("x",)]
     lonely = mine([TrainingRow("a", "x"), TrainingRow("b", "X")])
-    assert [row.negatives for row in lonely.rows] == [(), ()]
-    beyond = mine(rows, first_rank=40)
-    assert beyond.counts.tolist() == [0, 0]
-    assert "rows with none" in as_text(beyond.table)
+    assert [row.negatives for row in lonely] == [(), ()]
+    assert mine(rows, first_rank=40) == rows
+    assert "no hard negatives found" in caplog.text
 
 
-def test_the_table_counts(caplog, capsys):
+def test_the_table_counts(caplog, capsys, monkeypatch):
     rows = [TrainingRow("热水器", "电热水器 60L"), TrainingRow("书籍", "小说"), TrainingRow("书", "小说")]
+    tables = []
+    monkeypatch.setattr(mining, "as_text", lambda table: tables.append(dict(table.to_numpy())))
     with caplog.at_level(logging.INFO, "ebr_lib"):
-        mined = mine(rows, count=2, margin=None)
+        mine(rows, count=2, margin=None)
     assert caplog.messages[0] == "挖掘难负例 mining hard negatives: 3 anchors, 2 documents"
     assert capsys.readouterr().out == ""  # the library's miner would print
-    table = dict(mined.table.to_numpy())
+    (table,) = tables
     assert table["行数 rows"] == "3"
     assert table["挖到的负例 negatives found"] == "3"
     assert table["不足 2 个的行 rows with fewer than 2"] == "3"

@@ -9,7 +9,7 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import normalised
 from ebr_lib.finetune import positives
 from ebr_lib.finetune.pool import make_pool, remembered
-from ebr_lib.finetune.positives import consistent_rows, positive_ranks
+from ebr_lib.finetune.positives import positive_ranks, without_noisy
 from tests.finetune.test_mining import catalogue_of, click_log, encode_documents, encode_queries
 
 # degrees on the unit circle: the nearer, the larger the cosine
@@ -31,9 +31,9 @@ def test_ranks_worked_by_hand():
     assert positive_ranks(make_pool(rows, on_the_circle, on_the_circle)).tolist() == [2, 1, 1, 2]
     lid = catalogue_of(["lid"])
     assert positive_ranks(make_pool(rows, on_the_circle, on_the_circle, lid)).tolist() == [2, 1, 2, 3]
-    found = consistent_rows(rows, on_the_circle, on_the_circle, rank_max=2, catalogue=lid)
-    assert (found.rows, found.dropped, found.ranks) == (rows[:3], rows[3:], [3])
-    assert consistent_rows(rows, on_the_circle, on_the_circle, rank_max=2).rows == rows
+    encoders = on_the_circle, on_the_circle
+    assert without_noisy(rows, *encoders, rank_max=2, catalogue=lid) == (rows[:3], rows[3:])
+    assert without_noisy(rows, *encoders, rank_max=2) == (rows, [])
 
 
 @pytest.mark.parametrize("cells", [1, 1 << 24])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ebr_lib.data.pairs import TrainingRow
-from ebr_lib.finetune.reranking import accepted, highest_allowed, remembered_scores
+from ebr_lib.finetune.pool import remembered
+from ebr_lib.finetune.reranking import accepted, highest_allowed
 
 SCORES = {("tent", "big tent"): 4.0, ("tent", "kite"): 1.0, ("lamp", "bulb"): -2.0, ("tent", "rope"): -3.0}
 
@@ -16,7 +17,7 @@ def by_hand(pairs):
 
 def test_each_pair_is_scored_once():
     asked = []
-    scores = remembered_scores(lambda pairs: asked.append(list(pairs)) or by_hand(pairs))
+    scores = remembered(lambda pairs: asked.append(list(pairs)) or by_hand(pairs))
     assert scores([("tent", "kite"), ("tent", "big tent"), ("tent", "kite")]).tolist() == [1, 4, 1]
     assert scores([("tent", "kite"), ("lamp", "bulb")]).tolist() == [1, -2]
     assert scores([("tent", "kite")]).tolist() == [1]
