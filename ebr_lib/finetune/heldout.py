@@ -49,6 +49,10 @@ class HeldoutTask:
         known = [normalised(document) in texts for document in self.documents]
         return replace(self, seen=tuple(any(known[number] for number in answers) for answers in self.relevant))
 
+    def texts_of(self, chosen: NDArray[np.bool_]) -> set[str]:
+        """The normalised texts of these queries."""
+        return {normalised(query) for query, is_chosen in zip(self.queries, chosen, strict=True) if is_chosen}
+
     def measure(self, encode_queries: Encode, encode_documents: Encode) -> dict[str, Floats]:
         """Each metric of `METRICS`, one value per query."""
         from ebr_lib.metrics import evaluate_vectors

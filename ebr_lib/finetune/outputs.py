@@ -138,14 +138,10 @@ def save_heldout(rows: Rows, folder: Path, reporting: NDArray[np.bool_] | None =
     :param reporting: which queries of the held-out task those are; None is all.
     """
     answers: dict[str, list[str]] = {}
-    chosen_by: set[str] = set()
-    if rows.task and reporting is not None:
-        reports = zip(rows.task.queries, reporting, strict=True)
-        chosen_by = {normalised(query) for query, report in reports if not report}
+    chosen_by = rows.task.texts_of(~reporting) if rows.task and reporting is not None else ()
     for row in rows.heldout:
-        if normalised(row.anchor) in chosen_by:
-            continue
-        answers.setdefault(row.anchor, []).append(row.positive)
+        if normalised(row.anchor) not in chosen_by:
+            answers.setdefault(row.anchor, []).append(row.positive)
     own = own_prompts(rows.heldout)
     lines = (
         {"anchor": anchor, "positive": texts} | ({"prompt": own[anchor]} if anchor in own else {})

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.errors import ModelError
 from ebr_lib.logs import logger
+from ebr_lib.model.loading import prompt_of
 from ebr_lib.tables import shortened
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from ebr_lib.finetune.rows import Rows
 
 _SHOWN = 5
 
@@ -19,6 +27,24 @@ def own_prompts(rows: Iterable[TrainingRow]) -> dict[str, str]:
         if row.prompt is not None:
             found.setdefault(row.anchor, row.prompt)
     return found
+
+
+def use_own_prompts(rows: Rows, model: SentenceTransformer, prompt: str | Mapping[str, str] | None) -> None:
+    """Make the rows' own prompt the model's, where they have one, or the most frequent of several.
+
+    :param prompt: what the user gave.
+    :raises ModelError: the model's pooling leaves a batch's one prompt out, and the rows have several.
+    """
+    given = isinstance(prompt, str) or "anchor" in (prompt or ())
+    chosen = query_prompt(rows.train, prompt_of(model, "query"), given=given)
+    if chosen != prompt_of(model, "query"):
+        model.prompts["query"] = chosen
+    several = {row.prompt for row in (*rows.trained, *rows.heldout)} - {None, chosen}
+    if several and not all(getattr(module, "include_prompt", True) for module in model):
+        raise ModelError(
+            f"rows have several prompts, such as {sorted(map(str, several))[0]!r}, and this model's pooling leaves the "
+            "prompt's tokens out, for which a batch needs one; train on one prompt"
+        )
 
 
 def query_prompt(rows: Sequence[TrainingRow], prompt: str, *, given: bool) -> str:

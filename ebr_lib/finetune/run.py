@@ -23,6 +23,7 @@ from ebr_lib.finetune.heldout import HeldoutTask
 from ebr_lib.finetune.outputs import FinetuneResult, before_after, card_facts, save_heldout, save_rows, verdict
 from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, FOUND_FILE, LOG_FILE, MINED_FILE, Paths
 from ebr_lib.finetune.processes import from_first_process, is_first_process
+from ebr_lib.finetune.prompts import use_own_prompts
 from ebr_lib.finetune.rows import Rows, read_rows
 from ebr_lib.finetune.strength import halves_of, settle_strength
 from ebr_lib.finetune.trackers import need_trackers
@@ -105,7 +106,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     paths.check_base(base)
     config = setup.keep_adapter_settings(config, model)
     setup.check_against_data(config, rows, model)
-    setup.use_own_prompts(rows, model, config.prompt)
+    use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model, catalogue, paths.noisy)
     config = setup.ensure_negatives(config, rows.train)
     report = setup.examine_rows(config, rows.train, model)

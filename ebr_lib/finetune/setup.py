@@ -6,8 +6,7 @@ The config goes no further than here and `run`: the parts take plain arguments.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,18 +35,12 @@ from ebr_lib.finetune.paths import LOG_FILE, Paths
 from ebr_lib.finetune.pool import check_vectors, remembered
 from ebr_lib.finetune.positives import without_noisy
 from ebr_lib.finetune.processes import from_first_process, is_first_process, training_device, world_size
-from ebr_lib.finetune.prompts import own_prompts, query_prompt
+from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.reranking import with_teacher_scores
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.schedulers import FOLLOW_THE_METRIC, NO_WARM_UP, scheduler_extras
-from ebr_lib.finetune.signals import ExpectedCounts
-from ebr_lib.finetune.sources import (
-    NO_IN_BATCH_NEGATIVES,
-    Mix,
-    own_documents_only,
-    rows_per_file,
-    without_in_batch_negatives,
-)
+from ebr_lib.finetune.signals import ExpectedCounts, check_scores
+from ebr_lib.finetune.sources import Mix, make_mix, own_documents_only, rows_alone
 from ebr_lib.finetune.strength import Both, Halves, Values
 from ebr_lib.finetune.temperature import UNKNOWN
 from ebr_lib.finetune.trackers import name_of_run, tensorboard
@@ -102,12 +95,10 @@ def make_model(config: FinetuneConfig, precision: Precision) -> SentenceTransfor
     :raises ModelError: another library saved the adapter.
     """
     set_seed(config.seed)
-    model = _load(config, torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32)
-    if is_adapted(model):
+    model, is_new = _load(config, torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32)
+    if not is_new:
         _check_saved_adapter(config)
         logger.info("继续训练已有适配器 training goes on from the adapter in %s", config.model_name)
-    else:
-        _add_lora(config, model)
     if config.adapter_side == "query" and model.max_seq_length != config.max_seq_length:
         logger.warning(
             "训练时文档的截断长度不同 documents are cut at max_seq_length %d in training; encoding cuts them at the "
@@ -124,26 +115,9 @@ def make_model(config: FinetuneConfig, precision: Precision) -> SentenceTransfor
     return model
 
 
-def use_own_prompts(rows: Rows, model: SentenceTransformer, prompt: str | Mapping[str, str] | None) -> None:
-    """Make the rows' own prompt the model's, where they have one, or the most frequent of several.
-
-    :param prompt: what the user gave.
-    :raises ModelError: the model's pooling leaves a batch's one prompt out, and the rows have several.
-    """
-    given = isinstance(prompt, str) or "anchor" in (prompt or ())
-    chosen = query_prompt(rows.train, prompt_of(model, "query"), given=given)
-    if chosen != prompt_of(model, "query"):
-        model.prompts["query"] = chosen
-    several = {row.prompt for row in (*rows.trained, *rows.heldout)} - {None, chosen}
-    if several and not all(getattr(module, "include_prompt", True) for module in model):
-        raise ModelError(
-            f"rows have several prompts, such as {sorted(map(str, several))[0]!r}, and this model's pooling leaves the "
-            "prompt's tokens out, for which a batch needs one; train on one prompt"
-        )
-
-
-def _load(config: FinetuneConfig, dtype: torch.dtype) -> SentenceTransformer:
-    return load_model(
+def _load(config: FinetuneConfig, dtype: torch.dtype) -> tuple[SentenceTransformer, bool]:
+    """The model with the adapter that it was saved with, or a new one, and whether it is new."""
+    model = load_model(
         config.model_name,
         trust_remote_code=config.trust_remote_code,
         on_changed_vectors=config.on_changed_vectors,
@@ -151,17 +125,16 @@ def _load(config: FinetuneConfig, dtype: torch.dtype) -> SentenceTransformer:
         dtype=dtype,
         trainable=True,
     )
-
-
-def _add_lora(config: FinetuneConfig, model: SentenceTransformer) -> None:
-    add_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        dora=config.use_dora,
-        rslora=config.use_rslora,
-    )
+    if is_new := not is_adapted(model):
+        add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            dora=config.use_dora,
+            rslora=config.use_rslora,
+        )
+    return model, is_new
 
 
 def _check_saved_adapter(config: FinetuneConfig) -> None:
@@ -202,9 +175,7 @@ def as_served(config: FinetuneConfig, model: SentenceTransformer) -> SentenceTra
     if model.transformers_model.dtype == torch.float32:
         return model
     with torch.random.fork_rng():  # a new adapter draws its weights; training must not notice that it was measured
-        served = _load(config, torch.float32)
-        if not is_adapted(served):
-            _add_lora(config, served)
+        served, _ = _load(config, torch.float32)
     served.max_seq_length, served.prompts = model.max_seq_length, dict(model.prompts)
     set_adapter_weights(served, adapter_weights(model))
     return served
@@ -317,21 +288,6 @@ def _mined(
     return rows if reranker is None else with_teacher_scores(rows, reranker)
 
 
-def check_signals(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> None:
-    """Check that the rows have what the knobs use, and log what no knob uses.
-
-    :raises ConfigError: there is no teacher to learn from.
-    """
-    scored = sum(sum(map(math.isfinite, row.scores)) > 1 for row in rows)
-    if config.distill_weight and not scored:
-        raise ConfigError(
-            f"distill_weight: {config.distill_weight:g} wanted, and no training row has two scores (pos_scores, "
-            "neg_scores) to compare; add a reranker's scores to the rows, or set distill_weight: 0"
-        )
-    if scored and not config.distill_weight:
-        logger.info("教师分数未使用 scores of a teacher are not used: %d rows; distill_weight uses them", scored)
-
-
 def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> FinetuneConfig:
     """The config, with larger batches where one pair would be compared with nothing: its loss is 0.
 
@@ -359,8 +315,7 @@ def ensure_negatives(config: FinetuneConfig, rows: Sequence[TrainingRow]) -> Fin
 
 def examine_rows(config: FinetuneConfig, rows: Sequence[TrainingRow], model: SentenceTransformer) -> DoctorReport:
     """Have the data doctor look at the rows as they will be trained on; log what it finds."""
-
-    check_signals(config, rows)
+    check_scores(rows, config.distill_weight)
 
     def lengths_of(texts: Sequence[str]) -> list[int]:
         how = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
@@ -406,9 +361,14 @@ def make_trainer(
 
     :param halves: which held-out queries evaluations count; None counts all.
     """
-    if config.best_metric == LOWER_IS_BETTER and halves is not None:
-        rows = _without_reporting(rows, halves)
-    data, mix = make_datasets(rows.trained, rows.heldout, config.compared, config.seed), _mix(config, rows)
+    task = rows.task
+    if config.best_metric == LOWER_IS_BETTER and task and halves:
+        # the held-out loss chooses the step: without the queries that only report
+        left_out = task.texts_of(halves.reporting & ~halves.choosing)
+        kept = [row for row in rows.heldout if normalised(row.anchor) not in left_out]
+        rows = dataclasses.replace(rows, heldout=kept)
+    data = make_datasets(rows.trained, rows.heldout, config.compared, config.seed)
+    mix = make_mix(rows, config.shares, config.one_file_batches, config.replay_share, config.compared)
     prompts = _column_prompts(config, model)
     negative = prompts.pop("negative")
     anchor_prompts = None
@@ -417,7 +377,7 @@ def make_trainer(
         prompts["anchor"] = ""
     prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
 
-    if (alone := _rows_alone(rows, data.width, bidirectional=config.bidirectional_loss)) is not None:
+    if (alone := rows_alone(rows, data.width, bidirectional=config.bidirectional_loss)) is not None:
         watch.mostly_masked = float("inf")  # that is what they asked for
 
     def known_positives(labels: Tensor) -> Tensor:
@@ -457,7 +417,6 @@ def make_trainer(
         config,
         paths.checkpoints,
         rows=len(rows.train) if mix is None else mix.batches_in(config.compared) * config.compared,
-        batch_size=config.compared,
         evaluate=rows.task is not None,
         per_device_eval_batch_size=data.eval_batch,
         fp16=fp16,
@@ -474,7 +433,6 @@ def make_trainer(
         best = str(paths.checkpoints / BEST_FOLDER)
         patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
         callbacks.append(KeepBest(config.best_metric, patience, threshold, best))
-    task = rows.task
 
     def means(now: SentenceTransformer) -> GroupMeans:
         assert task is not None
@@ -500,7 +458,7 @@ def make_trainer(
 
 
 def training_arguments(
-    config: FinetuneConfig, folder: Path, *, rows: int, batch_size: int, evaluate: bool, **more: Any
+    config: FinetuneConfig, folder: Path, *, rows: int, evaluate: bool, **more: Any
 ) -> SentenceTransformerTrainingArguments:
     """The library's arguments: what the knobs say, and what follows from the number of steps.
 
@@ -510,10 +468,10 @@ def training_arguments(
     name, rises = config.lr_scheduler_type, config.best_metric != LOWER_IS_BETTER
     if config.warmup_ratio and name in NO_WARM_UP:
         logger.warning("没有预热 warmup_ratio %g does nothing: %s has no warm-up", config.warmup_ratio, name)
-    steps = count_steps(rows, batch_size, config.gradient_accumulation_steps, config.num_epochs)
+    steps = count_steps(rows, config.compared, config.gradient_accumulation_steps, config.num_epochs)
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=config.compared,
         num_train_epochs=config.num_epochs,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         lr_scheduler_type=name,
@@ -544,60 +502,6 @@ def training_arguments(
         report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
         **more,
     )
-
-
-def _without_reporting(rows: Rows, halves: Halves) -> Rows:
-    """The rows without the held-out ones that only report: the held-out loss chooses the step."""
-    assert rows.task is not None
-    only_report = halves.reporting & ~halves.choosing
-    left_out = {normalised(query) for query, out in zip(rows.task.queries, only_report, strict=True) if out}
-    return dataclasses.replace(rows, heldout=[row for row in rows.heldout if normalised(row.anchor) not in left_out])
-
-
-def _mix(config: FinetuneConfig, rows: Rows) -> Mix | None:
-    """The rows that each epoch takes, if that is not each once; logs the rows per file, and those replayed per batch.
-
-    :raises ConfigError: a share names no training file, or several processes train.
-    """
-    if not (config.shares or config.one_file_batches or rows.replay):
-        return None
-    if world_size() > 1:
-        raise ConfigError(
-            "shares, one_file_batches and replay_data_path work in one process; start training without torchrun"
-        )
-    files = [row.file for row in rows.train]
-    counts = rows_per_file(files, config.shares)
-    logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
-    mix = Mix.of(files, counts, config.one_file_batches, len(rows.replay), config.replay_share)
-    if rows.replay:
-        replayed = mix.replayed_in(config.compared)
-        logger.info(
-            "每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, config.compared, len(rows.replay)
-        )
-    return mix
-
-
-def _rows_alone(rows: Rows, negatives: int, *, bidirectional: bool) -> Tensor | None:
-    """Which rows, held-out ones after training rows, are compared with their own documents alone; None if none is.
-
-    :raises ConfigError: their documents would be compared with the anchors of other rows.
-    :raises DataError: no row has a negative.
-    """
-    alone = without_in_batch_negatives([row.file for row in (*rows.trained, *rows.heldout)])
-    if alone is None:
-        return None
-    if bidirectional:
-        raise ConfigError(
-            f"bidirectional_loss compares each positive with the anchors of other rows, and files whose names end in "
-            f"{NO_IN_BATCH_NEGATIVES} must not be; set bidirectional_loss: false, or rename the files"
-        )
-    if not negatives:
-        raise DataError(
-            f"training files whose names end in {NO_IN_BATCH_NEGATIVES} have no negative, so their rows would be "
-            "compared with nothing; give `negative`, or rename the files"
-        )
-    logger.info("不用批内负例 rows without in-batch negatives, by the names of their files: %d", int(alone.sum()))
-    return alone
 
 
 def _make_guide(

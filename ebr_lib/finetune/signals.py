@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch.nn.functional import softmax
 
 from ebr_lib.arrays import Floats, Ints
 from ebr_lib.data.pairs import TrainingRow
+from ebr_lib.errors import ConfigError
+from ebr_lib.logs import logger
 
 
 def row_weights(rows: Sequence[TrainingRow]) -> Tensor | None:
@@ -32,6 +35,21 @@ def teacher_scores(rows: Sequence[TrainingRow], width: int) -> Tensor | None:
         known = torch.tensor(row.scores[: 1 + width])
         place[: len(known)] = known
     return table if (table.isfinite().sum(dim=1) > 1).any() else None
+
+
+def check_scores(rows: Sequence[TrainingRow], distill_weight: float) -> None:
+    """Check that there is a teacher, if one is to be learnt from; log that there is one, if not.
+
+    :raises ConfigError: there is none.
+    """
+    scored = sum(sum(map(math.isfinite, row.scores)) > 1 for row in rows)
+    if distill_weight and not scored:
+        raise ConfigError(
+            f"distill_weight: {distill_weight:g} wanted, and no training row has two scores (pos_scores, "
+            "neg_scores) to compare; add a reranker's scores to the rows, or set distill_weight: 0"
+        )
+    if scored and not distill_weight:
+        logger.info("教师分数未使用 scores of a teacher are not used: %d rows; distill_weight uses them", scored)
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

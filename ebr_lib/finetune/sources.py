@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +16,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ebr_lib.arrays import Floats, Ints
-from ebr_lib.errors import ConfigError
+from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.finetune.batches import BalancedBatchSampler
+from ebr_lib.finetune.processes import world_size
+from ebr_lib.logs import logger
+
+if TYPE_CHECKING:
+    from ebr_lib.finetune.rows import Rows
 
 NO_IN_BATCH_NEGATIVES = "no_in_batch_neg"  # FlagEmbedding's ending of names
 REPLAYED = -1
@@ -63,6 +69,30 @@ class Mix:
         count = is_replayed.sum()
         own = len(self.files) - count
         return np.where(is_replayed, replayed / max(count, 1), min(batch_size - replayed, own) / own)
+
+
+def make_mix(
+    rows: Rows, shares: Mapping[str, float], one_file: bool, replay_share: float, batch_size: int
+) -> Mix | None:
+    """The rows that each epoch takes, if that is not each once; logs the rows per file, and those replayed per batch.
+
+    :param shares: see `rows_per_file`.
+    :raises ConfigError: a share names no training file, or several processes train.
+    """
+    if not (shares or one_file or rows.replay):
+        return None
+    if world_size() > 1:
+        raise ConfigError(
+            "shares, one_file_batches and replay_data_path work in one process; start training without torchrun"
+        )
+    files = [row.file for row in rows.train]
+    counts = rows_per_file(files, shares)
+    logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
+    mix = Mix.of(files, counts, one_file, len(rows.replay), replay_share)
+    if rows.replay:
+        replayed = mix.replayed_in(batch_size)
+        logger.info("每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, batch_size, len(rows.replay))
+    return mix
 
 
 def rows_per_file(files: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
@@ -158,6 +188,29 @@ def _drawn(rows: Ints, count: int, rng: np.random.Generator) -> Ints:
 
 
 # --- files without in-batch negatives -----------------------------------------------------------------------------
+
+
+def rows_alone(rows: Rows, negatives: int, *, bidirectional: bool) -> Tensor | None:
+    """Which rows, held-out ones after training rows, are compared with their own documents alone; None if none is.
+
+    :raises ConfigError: their documents would be compared with the anchors of other rows.
+    :raises DataError: no row has a negative.
+    """
+    alone = without_in_batch_negatives([row.file for row in (*rows.trained, *rows.heldout)])
+    if alone is None:
+        return None
+    if bidirectional:
+        raise ConfigError(
+            f"bidirectional_loss compares each positive with the anchors of other rows, and files whose names end in "
+            f"{NO_IN_BATCH_NEGATIVES} must not be; set bidirectional_loss: false, or rename the files"
+        )
+    if not negatives:
+        raise DataError(
+            f"training files whose names end in {NO_IN_BATCH_NEGATIVES} have no negative, so their rows would be "
+            "compared with nothing; give `negative`, or rename the files"
+        )
+    logger.info("不用批内负例 rows without in-batch negatives, by the names of their files: %d", int(alone.sum()))
+    return alone
 
 
 def without_in_batch_negatives(files: Sequence[str]) -> Tensor | None:

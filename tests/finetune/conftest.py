@@ -19,6 +19,7 @@ from ebr_lib.finetune import logbook, preflight, setup
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.logbook import LossWatch
 from ebr_lib.finetune.paths import Paths
+from ebr_lib.finetune.prompts import use_own_prompts
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.finetune.run import _read
 from ebr_lib.finetune.speed import fast_training
@@ -192,7 +193,7 @@ def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     rows = _read(config, paths)
     model = setup.make_model(config, precision)
     config = setup.keep_adapter_settings(config, model)
-    setup.use_own_prompts(rows, model, config.prompt)
+    use_own_prompts(rows, model, config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)
     config = setup.ensure_negatives(config, rows.train)
     report = SimpleNamespace(rows=1000, anchors=1000, documents=1000, duplicate_share=0.0)

@@ -11,9 +11,8 @@ import pytest
 from ebr_lib import evaluate_retrieval
 from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.errors import ModelError
-from ebr_lib.finetune import setup
 from ebr_lib.finetune.doctor import examine
-from ebr_lib.finetune.prompts import own_prompts, query_prompt
+from ebr_lib.finetune.prompts import own_prompts, query_prompt, use_own_prompts
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
@@ -118,7 +117,7 @@ def test_pooling_without_the_prompt_takes_one_prompt(tiny_bert):
     model[1].include_prompt = False
     rows = Rows(rows_with(FIND, ASK), [], None, "")
     with pytest.raises(ModelError, match="train on one prompt"):
-        setup.use_own_prompts(rows, model, None)
+        use_own_prompts(rows, model, None)
 
 
 def test_several_prompts_are_saved_and_the_evaluation_has_the_same_numbers(settings, given, tmp_path):

@@ -114,5 +114,5 @@ def test_a_scheduler_that_follows_the_metric_needs_held_out_rows(name):
 def test_a_scheduler_without_warm_up_warns_of_the_knob(tmp_path, caplog, name):
     with caplog.at_level(logging.WARNING, "ebr_lib"):
         config = FinetuneConfig(lr_scheduler_type=name, warmup_ratio=0.2)
-        training_arguments(config, tmp_path, rows=10, batch_size=2, evaluate=True)
+        training_arguments(config, tmp_path, rows=10, evaluate=True)
     assert any("warmup_ratio" in line and name in line for line in caplog.messages)

@@ -10,13 +10,11 @@ import torch
 
 from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.errors import ConfigError, DataError
-from ebr_lib.finetune import setup
-from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.finetune.dataset import with_equal_negatives
 from ebr_lib.finetune.doctor import examine
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.outputs import save_rows
-from ebr_lib.finetune.signals import row_weights, teacher_divergence, teacher_scores
+from ebr_lib.finetune.signals import check_scores, row_weights, teacher_divergence, teacher_scores
 from tests.finetune.conftest import close, same, step, write_rows
 from tests.finetune.test_losses import Still, by_numpy, random_vectors
 
@@ -183,8 +181,8 @@ def test_learning_from_a_teacher_bites_and_is_off_by_default(scored, packed):
 def test_a_teacher_without_scores_is_refused_and_unused_scores_are_logged(caplog):
     caplog.set_level("INFO", "ebr_lib")
     with pytest.raises(ConfigError, match=r"distill_weight: 0\.5 wanted, and no training row has two scores"):
-        setup.check_signals(FinetuneConfig(distill_weight=0.5), [TrainingRow("a", "b", ("c",), scores=(1.0, math.nan))])
-    setup.check_signals(FinetuneConfig(), [TrainingRow("a", "b", ("c",), scores=(1.0, 2.0))])
+        check_scores([TrainingRow("a", "b", ("c",), scores=(1.0, math.nan))], 0.5)
+    check_scores([TrainingRow("a", "b", ("c",), scores=(1.0, 2.0))], 0.0)
     assert "distill_weight uses them" in caplog.text
 
 

@@ -113,7 +113,7 @@ def test_memory_is_pinned_for_a_gpu(wanted, device, pinned, monkeypatch):
     monkeypatch.setattr(setup, "training_device", lambda: device)
     monkeypatch.setattr(setup, "SentenceTransformerTrainingArguments", lambda **given: found.update(given))
     config = FinetuneConfig(dataloader_pin_memory=wanted)
-    setup.training_arguments(config, Path("unused"), rows=10, batch_size=2, evaluate=False)
+    setup.training_arguments(config, Path("unused"), rows=10, evaluate=False)
     assert found["dataloader_pin_memory"] is pinned
 
 
