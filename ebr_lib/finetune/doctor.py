@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -52,60 +52,42 @@ class ColumnTokens:
 class DoctorReport:
     """Numbers of the training rows. Texts are equal if `normalised`; only `exact_duplicates` compares letter by letter.
 
-    :ivar anchors: different anchors.
-    :ivar documents: different positives.
-    :ivar exact_duplicates: rows whose anchor and positive an earlier row has.
-    :ivar duplicates: the same by normalised text, including the exact ones.
-    :ivar positives_as_negatives: hard negatives that the data knows to answer their anchor.
-    :ivar tokens: one entry per column; like `languages`, of `sampled` rows.
-    :ivar languages: shares of anchors and positives by script: Chinese, English (Latin letters), mixed, other.
-    :ivar popular: the most frequent positives and their number of rows.
-    :ivar false_negatives: documents of a random batch, other than an anchor's own, that the data knows to answer it;
-        expected number, over all anchors of the batch.
-    :ivar false_negatives_balanced: the same in batches of `BalancedBatchSampler`, measured.
-    :ivar negatives: documents other than an anchor's own, over all anchors of a batch.
-    :ivar without_negatives: share of the rows, 0 to 1, without a negative in a balanced batch once known positives are
-        masked: their loss is 0.
-    :ivar largest_anchor: the most frequent anchor and its number of rows.
-    :ivar prompts: the most frequent prompts that rows bring along, and their number of rows.
-    :ivar weights: smallest, mean and largest weight of a row; None where all are equal.
-    :ivar scored: rows with a teacher's scores.
-    :ivar both_ways: rows whose positive is another row's anchor, and their anchor that row's positive.
-    :ivar on_both_sides: anchors that are positives of other anchors, as in item-to-item data.
-    :ivar bidirectional: whether the loss trains both directions.
-    :ivar masks: whether the loss masks known positives; if not, no row is without a negative.
-    :ivar unknown_share: share of the texts' tokens that the model's tokenizer does not know, 0 to 1, of a sample.
-    :ivar advice: what to do, in Chinese followed by English.
+    "Known" is what the data knows: a document answers an anchor if a row pairs them.
     """
 
     rows: int
-    anchors: int
-    documents: int
-    exact_duplicates: int
-    duplicates: int
-    positives_as_negatives: int
+    anchors: int  # different ones
+    documents: int  # different positives
+    exact_duplicates: int  # rows whose anchor and positive an earlier row has
+    duplicates: int  # the same by normalised text, including the exact ones
+    positives_as_negatives: int  # hard negatives that are known to answer their anchor
     anchor_is_positive: int
     empty_texts: int
     max_seq_length: int
-    sampled: int
-    tokens: tuple[ColumnTokens, ...]
-    languages: Mapping[str, float]
-    popular: tuple[tuple[str, int], ...]
+    sampled: int  # rows of which tokens and languages are counted
+    tokens: tuple[ColumnTokens, ...]  # one entry per column
+    languages: Mapping[str, float]  # shares of anchors and positives by script: Chinese, English (Latin), mixed, other
+    popular: tuple[tuple[str, int], ...]  # the most frequent positives and their number of rows
     batch_size: int
-    negatives: int
-    false_negatives: float
-    false_negatives_balanced: float
-    without_negatives: float
-    largest_anchor: tuple[str, int]
-    masks: bool
-    prompts: tuple[tuple[str, int], ...] = ()
-    unknown_share: float = 0.0
-    weights: tuple[float, float, float] | None = None
-    scored: int = 0
-    both_ways: int = 0
-    on_both_sides: int = 0
-    bidirectional: bool = False
-    advice: tuple[str, ...] = field(default=(), repr=False)
+    negatives: int  # documents other than an anchor's own, over all anchors of a batch
+    false_negatives: float  # those of a random batch that are known to answer the anchor; expected number
+    false_negatives_balanced: float  # the same in batches of `BalancedBatchSampler`, measured
+    without_negatives: float  # share of a balanced batch's rows that masking leaves none, so that their loss is 0
+    largest_anchor: tuple[str, int]  # the most frequent anchor and its number of rows
+    masks: bool  # whether the loss masks known positives; if not, no row is without a negative
+    prompts: tuple[tuple[str, int], ...] = ()  # the most frequent that rows bring along, and their number of rows
+    unknown_share: float = 0.0  # of the texts' tokens, those that the model's tokenizer does not know; of a sample
+    weights: tuple[float, float, float] | None = None  # smallest, mean and largest of a row; None where all are equal
+    scored: int = 0  # rows with a teacher's scores
+    both_ways: int = 0  # rows whose positive is another row's anchor, and their anchor that row's positive
+    on_both_sides: int = 0  # anchors that are positives of other anchors, as in item-to-item data
+    bidirectional: bool = False  # whether the loss trains both directions
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do, in Chinese followed by English."""
+        unfit = filter(None, [unfit_advice(self.unknown_share)])
+        return (*unfit, *_row_advice(self), *_batch_advice(self), *_direction_advice(self))
 
     @property
     def duplicate_share(self) -> float:
@@ -176,7 +158,7 @@ def examine(
         chosen = np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False)
         sample = [rows[i] for i in np.sort(chosen)]
     languages = [language_of(text) for row in sample for text in (row.anchor, row.positive)]
-    report = DoctorReport(
+    return DoctorReport(
         rows=len(rows),
         anchors=len(np.unique(known.anchors)),
         documents=len(np.unique(known.documents)),
@@ -207,9 +189,6 @@ def examine(
         scored=sum(len(row.scores) > 1 for row in rows),
         largest_anchor=_most_frequent([row.anchor for row in rows], known.anchors, 1)[0],
     )
-    unfit = filter(None, [unfit_advice(report.unknown_share)])
-    advice = (*unfit, *_row_advice(report), *_batch_advice(report), *_direction_advice(report))
-    return replace(report, advice=advice)
 
 
 # --- counting -----------------------------------------------------------------------------------------------------
@@ -261,21 +240,15 @@ def _tokens(
         "positive": [prompts.get("positive", "") + row.positive for row in rows],
         "negative": [prompts.get("negative", "") + text for row in rows for text in row.negatives],
     }
-    return tuple(
-        _column_tokens(column, _lengths(texts, lengths_of), limit) for column, texts in columns.items() if texts
-    )
+    return tuple(_column_tokens(column, texts, lengths_of, limit) for column, texts in columns.items() if texts)
 
 
-def _lengths(texts: Sequence[str], lengths_of: LengthsOf) -> NDArray[np.int64]:
+def _column_tokens(column: str, texts: Sequence[str], lengths_of: LengthsOf, limit: int) -> ColumnTokens:
     from tqdm.auto import tqdm
 
     different, place = np.unique(np.array(texts, dtype=object), return_inverse=True)
     starts = tqdm(range(0, len(different), 1000), desc="data doctor: tokens", disable=len(different) < 10_000)
-    parts = [lengths_of(different[start : start + 1000].tolist()) for start in starts]
-    return np.concatenate(parts)[place]
-
-
-def _column_tokens(column: str, lengths: NDArray[np.int64], limit: int) -> ColumnTokens:
+    lengths = np.concatenate([lengths_of(different[start : start + 1000].tolist()) for start in starts])[place]
     lost = np.maximum(lengths - limit, 0)
     return ColumnTokens(
         column=column,
@@ -302,6 +275,10 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}%" if whole else ""
 
 
+def _count(name: str, count: int, whole: int) -> tuple[str, str, str]:
+    return name, f"{count:,}", _percent(count, whole)
+
+
 def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
     counts = [
         ("行数 rows", report.rows),
@@ -313,30 +290,26 @@ def _table_rows(report: DoctorReport) -> list[tuple[str, str, str]]:
         ("anchor 与 positive 相同 anchor = positive", report.anchor_is_positive),
         ("空文本 empty texts", report.empty_texts),
     ]
-    table = [(name, f"{count:,}", _percent(count, report.rows)) for name, count in counts]
+    table = [_count(name, count, report.rows) for name, count in counts]
     for column in report.tokens:
         tokens = f"over {report.max_seq_length} tokens (mean {column.mean:.0f}, longest {column.longest})"
         lost = f", 丢失 lost {_percent(column.lost_share, 1)}" if column.over else ""
-        share = _percent(column.over, column.texts) + lost
-        table.append((f"{column.column} 超过 {tokens}", f"{column.over:,}", share))
+        name, over, share = _count(f"{column.column} 超过 {tokens}", column.over, column.texts)
+        table.append((name, over, share + lost))
     table += [(f"语言 language: {name}", "", _percent(share, 1)) for name, share in report.languages.items() if share]
     table.append(("未知 token unknown tokens", "", f"{report.unknown_share:.1%}"))
     if report.sampled < report.rows:
         table.append(("以上 token 与语言为抽样 tokens and languages: a sample", f"{report.sampled:,}", ""))
     if report.both_ways:
-        table.append(("双向样本 pairs both ways", f"{report.both_ways:,}", _percent(report.both_ways, report.rows)))
+        table.append(_count("双向样本 pairs both ways", report.both_ways, report.rows))
     if report.weights:
         table.append(("样本权重 weights: min, mean, max", " … ".join(f"{weight:.3g}" for weight in report.weights), ""))
     if report.scored:
-        table.append(("有教师分数 with a teacher's scores", f"{report.scored:,}", _percent(report.scored, report.rows)))
-    for text, count in report.prompts:
-        table.append((f"自带提示词 own prompt: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
-    for text, count in report.popular:
-        table.append((f"热门文档 popular: {shortened(text)}", f"{count:,}", _percent(count, report.rows)))
-    for name, value in (
-        (f"每批假负例 false negatives, random batch of {report.batch_size}", report.false_negatives),
-        (f"每批假负例 false negatives, balanced batch of {report.batch_size}", report.false_negatives_balanced),
-    ):
+        table.append(_count("有教师分数 with a teacher's scores", report.scored, report.rows))
+    for kind, texts in (("自带提示词 own prompt", report.prompts), ("热门文档 popular", report.popular)):
+        table += [_count(f"{kind}: {shortened(text)}", count, report.rows) for text, count in texts]
+    for batch, value in (("random", report.false_negatives), ("balanced", report.false_negatives_balanced)):
+        name = f"每批假负例 false negatives, {batch} batch of {report.batch_size}"
         table.append((name, f"{value:,.1f}", _percent(value, report.negatives)))
     if report.without_negatives:
         name = f"没有负例的行 rows without a negative, balanced batch of {report.batch_size}"

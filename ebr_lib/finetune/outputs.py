@@ -73,8 +73,11 @@ class FinetuneResult(TableRepr):
         """The metric before and after, in one line."""
         if "all" not in self.before:
             return f"已训练 trained on {self.train_rows} 行 rows; 没有验证集 no rows were held out"
-        changes = [f"{name} {_change(self.before[group], self.after[group])}" for group, name in GROUPS.items()
-                   if group in self.before]  # fmt: skip
+        changes = [
+            f"{name} {self.before[group]['ndcg@10']:.3f} → {self.after[group]['ndcg@10']:.3f}"
+            for group, name in GROUPS.items()
+            if group in self.before
+        ]
         return f"{int(self.before['all']['queries'])} 个验证查询 held-out queries: ndcg@10 {'; '.join(changes)}"
 
     @property
@@ -83,17 +86,13 @@ class FinetuneResult(TableRepr):
         notes = [self.verdict] if self.verdict else []
         if "all" in self.before and self.before["all"]["queries"] < FEW_QUERIES:
             notes.append(f"验证查询少于 fewer than {FEW_QUERIES} held-out queries: too few to decide by; hold out more")
-        unseen = self.before.get("unseen"), self.after.get("unseen")
-        if unseen[0] and unseen[1] and unseen[1]["ndcg@10"] < unseen[0]["ndcg@10"]:
+        was, now = self.before.get("unseen"), self.after.get("unseen")
+        if was and now and now["ndcg@10"] < was["ndcg@10"]:
             notes.append(
                 "训练未见的文档变差 on documents that training has not seen ndcg@10 fell: the model may have learned "
                 "these documents, not the task; train on more different documents, or for fewer epochs"
             )
         return notes
-
-
-def _change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    return f"{before['ndcg@10']:.3f} → {after['ndcg@10']:.3f}"
 
 
 def before_after(before: GroupMeans, after: GroupMeans) -> DataFrame:
@@ -182,10 +181,9 @@ def card_facts(
     result: FinetuneResult, data_path: str | Sequence[str], replay_path: str | Sequence[str] | None = None
 ) -> dict[str, object]:
     """What the model card says of the training."""
-    replay = {} if replay_path is None else {"replayed in every batch": _places(replay_path)}
     return {
         "data": f"{_places(data_path)} ({result.train_rows} rows; {result.heldout_rows} held out)",
-        **replay,
+        **({} if replay_path is None else {"replayed in every batch": _places(replay_path)}),
         "steps": f"{result.steps} in {result.seconds:.0f} s",
         "temperature": f"{result.temperature:g}",
         "strength of the adapter": f"{result.adapter_strength:g}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,17 +103,26 @@ def run_sweep(config: FinetuneConfig | Mapping[str, Any] | None, sweep_file: str
         raise ConfigError("--sweep needs held-out data: set eval_ratio above 0, or eval_data_path")
     sweep = read_sweep(sweep_file, config)
     folder = make_folder(Path(config.output_dir) / FOLDER)
-    state = _State.at(folder, config, sweep)
+    asked = _what_decides(config, sweep)
+    trials = _read_trials(folder / STATE_FILE, asked)
+
+    def save() -> None:
+        write_json(folder / STATE_FILE, {"asked": asked, "trials": trials})
+        trials_table(trials, sweep).to_csv(folder / TABLE_FILE, index=False)
+
     for number in range(sweep.trials):
-        trial = state.next_trial(number, sweep)
+        if number == len(trials):
+            trials.append(_propose(trials, sweep))
+            save()
+        trial = trials[number]
         if trial["state"] in ("done", "failed"):
             continue
         logger.info(
             "调参 %d/%d sweep, trial %d of %d: %s", number + 1, sweep.trials, number + 1, sweep.trials, trial["knobs"]
         )
         _run_trial(trial, config, sweep, folder)
-        state.save(sweep)
-    return _result(state, config, sweep)
+        save()
+    return _result(trials, config, sweep, folder)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -168,45 +177,19 @@ def _distributions(sweep: Sweep) -> dict[str, BaseDistribution]:
 # --- trials -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _State:
-    """The sweep so far: what was asked, and each trial with its drawn values, knobs, state, value and seconds."""
+def _read_trials(place: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trials of the sweep so far, each with its drawn values, knobs, state, value and seconds.
 
-    place: Path
-    asked: dict[str, Any]
-    trials: list[dict[str, Any]]
-
-    @classmethod
-    def at(cls, folder: Path, config: FinetuneConfig, sweep: Sweep) -> _State:
-        """The state in a folder, or a new one.
-
-        :raises ConfigError: the sweep there tried other knobs or trained on other data.
-        """
-        asked = _what_decides(config, sweep)
-        place = folder / STATE_FILE
-        if not place.is_file():
-            return cls(place, asked, [])
-        there = json.loads(place.read_text(encoding="utf-8"))
-        if changed := [name for name in asked if there["asked"].get(name) != asked[name]]:
-            raise ConfigError(
-                f"{place} is of a sweep with other {', '.join(changed)}; give another output_dir, or move the folder"
-            )
-        return cls(place, asked, there["trials"])
-
-    def next_trial(self, number: int, sweep: Sweep) -> dict[str, Any]:
-        """The trial of that number: the one that is there, or a new one, saved before it runs."""
-        if number < len(self.trials):
-            return self.trials[number]
-        drawn = _propose(self.trials, number, sweep)
-        knobs = {name: read_yaml(v) if isinstance(sweep.knobs[name], list) else v for name, v in drawn.items()}
-        self.trials.append({"number": number, "state": "running", "drawn": drawn, "knobs": knobs})
-        self.save(sweep)
-        return self.trials[-1]
-
-    def save(self, sweep: Sweep) -> None:
-        """Write the state, and the table beside it."""
-        write_json(self.place, {"asked": self.asked, "trials": self.trials})
-        trials_table(self.trials, sweep).to_csv(self.place.with_name(TABLE_FILE), index=False)
+    :raises ConfigError: the sweep there tried other knobs or trained on other data.
+    """
+    if not place.is_file():
+        return []
+    there = json.loads(place.read_text(encoding="utf-8"))
+    if changed := [name for name in asked if there["asked"].get(name) != asked[name]]:
+        raise ConfigError(
+            f"{place} is of a sweep with other {', '.join(changed)}; give another output_dir, or move the folder"
+        )
+    return there["trials"]
 
 
 def _what_decides(config: FinetuneConfig, sweep: Sweep) -> dict[str, Any]:
@@ -217,12 +200,13 @@ def _what_decides(config: FinetuneConfig, sweep: Sweep) -> dict[str, Any]:
     return json.loads(json.dumps(shared))
 
 
-def _propose(trials: list[dict[str, Any]], number: int, sweep: Sweep) -> dict[str, Any]:
-    """Values for the next trial: Optuna's tree-structured Parzen estimator over the finished ones."""
+def _propose(trials: Sequence[Mapping[str, Any]], sweep: Sweep) -> dict[str, Any]:
+    """The next trial, with values by Optuna's tree-structured Parzen estimator over the finished ones."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=sweep.seed + number))
+    sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(trials))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = _distributions(sweep)
     for trial in trials:
         done = trial["state"] == "done"
@@ -234,7 +218,9 @@ def _propose(trials: list[dict[str, Any]], number: int, sweep: Sweep) -> dict[st
                 state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
             )
         )
-    return study.ask(distributions).params
+    drawn = study.ask(distributions).params
+    knobs = {name: read_yaml(v) if isinstance(sweep.knobs[name], list) else v for name, v in drawn.items()}
+    return {"number": len(trials), "state": "running", "drawn": drawn, "knobs": knobs}
 
 
 def _run_trial(trial: dict[str, Any], config: FinetuneConfig, sweep: Sweep, folder: Path) -> None:
@@ -262,7 +248,7 @@ def _run_trial(trial: dict[str, Any], config: FinetuneConfig, sweep: Sweep, fold
 # --- the outcome --------------------------------------------------------------------------------------------------
 
 
-def trials_table(trials: list[dict[str, Any]], sweep: Sweep) -> DataFrame:
+def trials_table(trials: Sequence[Mapping[str, Any]], sweep: Sweep) -> DataFrame:
     """One row per trial, best first: number, swept knobs, metric before and after, seconds, state."""
     columns = ("trial", *sweep.knobs, "before", sweep.metric, "seconds", "state")
     ranked = sorted(trials, key=lambda trial: -trial.get("value", -1.0))
@@ -280,14 +266,14 @@ def trials_table(trials: list[dict[str, Any]], sweep: Sweep) -> DataFrame:
     return make_table("调参 sweep", columns, rows)
 
 
-def _result(state: _State, config: FinetuneConfig, sweep: Sweep) -> SweepResult:
-    done = [trial for trial in state.trials if trial["state"] == "done"]
+def _result(trials: Sequence[Mapping[str, Any]], config: FinetuneConfig, sweep: Sweep, folder: Path) -> SweepResult:
+    done = [trial for trial in trials if trial["state"] == "done"]
     if not done:
-        raise ModelError(f"--sweep: every trial failed; the first: {state.trials[0]['reason']}")
+        raise ModelError(f"--sweep: every trial failed; the first: {trials[0]['reason']}")
     best = max(done, key=lambda trial: trial["value"])
-    preset = state.place.with_name(BEST_FILE)
+    preset = folder / BEST_FILE
     FinetuneConfig.resolve(config.to_dict() | best["knobs"]).save(preset)
-    table = trials_table(state.trials, sweep)
+    table = trials_table(trials, sweep)
     logger.info("%s", as_text(table), extra=RESULT)
     logger.info(
         "最佳 best: trial %d, %s %.4f; 预设 preset: %s "
