@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from ebr_lib.files import write_json, written_whole
 from ebr_lib.finetune.processes import from_first_process, is_first_process
-from ebr_lib.finetune.saving import is_finite
+from ebr_lib.finetune.saving import all_finite, is_finite
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, read_adapter, set_adapter_weights
 from ebr_lib.names import LOWER_IS_BETTER
@@ -159,11 +159,6 @@ class StopOnNaN(TrainerCallback):
             )
         if self._lost:
             control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class SaveAfterEvaluation(TrainerCallback):

@@ -99,28 +99,18 @@ def to_dataset(rows: Sequence[TrainingRow], numbers: Sequence[int]) -> Dataset:
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run trains and evaluates on; a row's label is its number, training rows first.
-
-    :ivar heldout: held-out rows, then training rows that fill their last batch; None when nothing is held out.
-    :ivar known: positives that training knows, whatever is held out; `all_known` has the held-out ones too.
-    :ivar width: negatives per row.
-    :ivar eval_batch: rows that a process compares in evaluation.
-    :ivar counted: the rows that the evaluation loss is averaged over.
-    :ivar prompts: each row's own prompt, by its number; None where it has none.
-    :ivar weights: each training row's weight, (rows,); None where all are equal.
-    :ivar scores: a teacher's scores of each training row's documents, (rows, 1 + width); None without a teacher.
-    """
+    """What a run trains and evaluates on; a row's label is its number, training rows first."""
 
     train: Dataset
-    heldout: Dataset | None
-    known: KnownPositives
-    all_known: KnownPositives
-    width: int
-    eval_batch: int
-    counted: HeldoutRows
-    prompts: Sequence[str | None]
-    weights: Tensor | None
-    scores: Tensor | None
+    heldout: Dataset | None  # held-out rows, then training rows that fill their last batch
+    known: KnownPositives  # positives that training knows, whatever is held out
+    all_known: KnownPositives  # those of held-out rows too
+    width: int  # negatives per row
+    eval_batch: int  # rows that a process compares in evaluation
+    counted: HeldoutRows  # the rows that the evaluation loss is averaged over
+    prompts: Sequence[str | None]  # each row's own prompt, by its number
+    weights: Tensor | None  # of each training row, (rows,); None where all are equal
+    scores: Tensor | None  # a teacher's, of each training row's documents, (rows, 1 + width)
 
 
 def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int) -> Datasets:

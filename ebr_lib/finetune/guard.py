@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.data.queries import read_records, split_rows
-from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
 from ebr_lib.finetune.prompts import own_prompts
@@ -42,10 +40,9 @@ def read_guard(path: str | Sequence[str], corpus_size: int, seed: int) -> Heldou
     kept = set(random.Random(seed).sample(queries, min(MOST_QUERIES, len(queries))))
     others = [TrainingRow(text, text) for text in documents]
     chosen = [(query, text) for query, text in answers if query in kept]
-    task = build_task(chosen, others, normalised, corpus_size, seed, own_prompts=prompts)
+    task = build_task(chosen, others, corpus_size, seed, own_prompts=prompts).seen_by(())
     if not task.queries:
         raise DataError(f"guard_data_path {path}: every query has itself as its only answer, so nothing is measured")
-    task = dataclasses.replace(task, seen=(False,) * len(task.queries))
     logger.info("防遗忘集 guard: %d queries, %d documents from %s", len(task.queries), len(task.documents), path)
     return task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebr_lib.arrays import Encode, Floats, Vectors
+from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
 from ebr_lib.names import METRICS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from ebr_lib.data.pairs import TrainingRow
     from ebr_lib.model.encoder import Encoder
     from ebr_lib.names import Backend
 
@@ -29,20 +29,15 @@ GroupMeans = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class HeldoutTask:
-    """Queries (held-out anchors, equal ones once), documents, and the numbers of the documents that answer each query.
+    """Queries, documents, and what answers what."""
 
-    `seen`: whether a training row has the text of one of the query's documents, in any column. `own`: documents equal
-    to the query, neither its answers nor competitors. `without_answer` counts the anchors with no other answer, which
-    are not measured. `prompts`: the own prompts of queries that have one.
-    """
-
-    queries: tuple[str, ...]
+    queries: tuple[str, ...]  # held-out anchors, equal ones once
     documents: tuple[str, ...]
-    relevant: tuple[frozenset[int], ...]
-    seen: tuple[bool, ...]
-    own: tuple[frozenset[int], ...] = ()
-    without_answer: int = 0
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    relevant: tuple[frozenset[int], ...]  # the numbers of the documents that answer each query
+    seen: tuple[bool, ...]  # whether a training row has the text of one of the query's answers, in any column
+    own: tuple[frozenset[int], ...] = ()  # documents equal to the query, neither its answers nor competitors
+    without_answer: int = 0  # anchors with no other answer, which are not measured
+    prompts: Mapping[str, str] = field(default_factory=dict)  # the own prompts of queries that have one
 
     def seen_by(self, texts: Collection[str]) -> HeldoutTask:
         """The same task for a training that has seen these texts (normalised)."""
@@ -122,18 +117,15 @@ def encoders_of(
 def build_task(
     heldout: Sequence[tuple[str, str]],
     train: Sequence[TrainingRow],
-    same: Callable[[str], str],
     corpus_size: int,
     seed: int,
     *,
     leave_out_own: bool = True,
     own_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> HeldoutTask:
-    """Make the task from held-out (anchor, positive) pairs.
+    """Make the task from held-out (anchor, positive) pairs; texts are one if they are equal once `normalised`.
 
-    :param train: training rows; a sample of their positives joins the corpus as distractors. A query is `seen` if one
-        of its documents is a text of a training row, in any column.
-    :param same: normalises texts; equal results are one text.
+    :param train: training rows; a sample of their positives joins the corpus as distractors.
     :param corpus_size: number of documents; those of the held-out pairs are always in, even beyond it.
     :param seed: seed of the sample.
     :param leave_out_own: a document equal to the anchor is neither its answer nor a competitor.
@@ -143,10 +135,10 @@ def build_task(
     anchors: dict[str, str] = {}
     texts: dict[str, str] = {}
     for anchor, positive in heldout:
-        anchors.setdefault(same(anchor), anchor)
-        answers.setdefault(same(anchor), set()).add(same(positive))
-        texts.setdefault(same(positive), positive)
-    trained = {same(row.positive): row.positive for row in train}
+        anchors.setdefault(normalised(anchor), anchor)
+        answers.setdefault(normalised(anchor), set()).add(normalised(positive))
+        texts.setdefault(normalised(positive), positive)
+    trained = {normalised(row.positive): row.positive for row in train}
     others = sorted(set(trained) - set(texts))
     room = max(0, corpus_size - len(texts))
     chosen = others if len(others) <= room else random.Random(seed).sample(others, room)
@@ -154,13 +146,13 @@ def build_task(
     number = {key: i for i, key in enumerate(texts)}
     own = {query: {query} & number.keys() if leave_out_own else set() for query in anchors}
     measured = [query for query in anchors if answers[query] - own[query]]
-    seen = {same(text) for row in train for text in (row.anchor, row.positive, *row.negatives)}
-    return HeldoutTask(
+    task = HeldoutTask(
         queries=tuple(anchors[query] for query in measured),
         documents=tuple(texts.values()),
         relevant=tuple(frozenset(number[key] for key in answers[query] - own[query]) for query in measured),
-        seen=tuple(any(key in seen for key in answers[query] - own[query]) for query in measured),
+        seen=(),
         own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
         without_answer=len(anchors) - len(measured),
         prompts=own_prompts,
     )
+    return task.seen_by(texts_of(train))

@@ -25,11 +25,10 @@ SAMPLED_ROWS, TIMED_BATCHES = 2048, 2
 
 @dataclass(frozen=True)
 class Preflight:
-    """Seconds per training batch, per evaluation batch and per checkpoint, on average; seconds of the longest training
-    batch, and its peak memory in MB."""
+    """Seconds on average, and of the longest training batch with its peak memory."""
 
     batch: float = 0.0
-    evaluation: float = 0.0
+    evaluation: float = 0.0  # per batch
     checkpoint: float = 0.0
     longest: float = 0.0
     peak_mb: float = 0.0
@@ -93,7 +92,7 @@ def _checkpoint_seconds(trainer: EbrTrainer) -> float:
         return 0.0
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=trainer.args.output_dir) as folder:
-        trainer.save_weights(folder)
+        trainer.save_model(folder)
     return time.perf_counter() - start
 
 

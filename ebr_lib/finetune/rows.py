@@ -97,7 +97,6 @@ def read_rows(
         task = build_task(
             answers,
             train_rows,
-            normalised,
             eval_corpus_size,
             seed,
             leave_out_own=leave_out_own,

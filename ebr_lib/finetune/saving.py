@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +25,17 @@ from ebr_lib.model.provenance import ModelIdentity
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
 
 def is_finite(model: SentenceTransformer) -> bool:
     """Whether an adapter's weights, and the vectors that the model makes with them, are finite."""
-    weights = adapter_weights(model).values()
-    return all(bool(weight.isfinite().all()) for weight in weights) and bool(
-        np.isfinite(probe_vectors(model, "")).all()
-    )
+    return all_finite(adapter_weights(model).values()) and bool(np.isfinite(probe_vectors(model, "")).all())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def make_contract(

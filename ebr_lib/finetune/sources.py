@@ -30,17 +30,12 @@ REPLAYED = -1
 
 @dataclass(frozen=True)
 class Mix:
-    """The rows that each epoch takes, whether a batch holds rows of one file alone, and what every batch replays.
+    """The rows that each epoch takes, and how batches are made of them."""
 
-    :ivar files: number of each row's file, shape (rows,); `REPLAYED` for a row that is replayed.
-    :ivar counts: rows per epoch of each file, shape (files,).
-    :ivar replay_share: the replayed share of each batch.
-    """
-
-    files: Ints
-    counts: Ints
-    one_file: bool
-    replay_share: float = 0.0
+    files: Ints  # number of each row's file, shape (rows,); `REPLAYED` for a row that is replayed
+    counts: Ints  # rows per epoch of each file, shape (files,)
+    one_file: bool  # whether a batch holds rows of one file alone, besides replayed ones
+    replay_share: float = 0.0  # the replayed share of each batch
 
     @classmethod
     def of(

@@ -32,13 +32,13 @@ from ebr_lib.finetune.callbacks import (
     StopOnNaN,
     StopOnSignal,
     TrainingBar,
-    all_finite,
 )
 from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator, PromptCollator
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
 from ebr_lib.finetune.processes import world_size
+from ebr_lib.finetune.saving import all_finite
 from ebr_lib.finetune.sources import Mix, MixedBatches
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import adapter_weights, read_adapter, set_adapter_weights
@@ -103,16 +103,11 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.evaluator = self._evaluate_heldout if measure else None
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight bypass it
         self.loss.autocast = self.accelerator.autocast
-        self.stop = StopOnSignal()
-        self.add_callback(self.stop)
-        self.add_callback(SaveAfterEvaluation())
-        self.nan = StopOnNaN(self.loss.weights)
-        self.add_callback(self.nan)
         self.pop_callback(library_trainer.DEFAULT_PROGRESS_CALLBACK)
-        self.bar = TrainingBar()
-        self.add_callback(self.bar)
-        self.add_callback(EvaluationLines())
-        self.add_callback(MeasureFirst(self._log_first))
+        self.stop, self.nan, self.bar = StopOnSignal(), StopOnNaN(self.loss.weights), TrainingBar()
+        own = (self.stop, SaveAfterEvaluation(), self.nan, self.bar, EvaluationLines(), MeasureFirst(self._log_first))
+        for callback in own:
+            self.add_callback(callback)
 
     def _log_first(self) -> None:
         """Log the held-out loss and metrics of the model as it is; neither the best weights nor the run notice it."""
@@ -347,10 +342,6 @@ class EbrTrainer(SentenceTransformerTrainer):
         self.loss.take_guided_share()
         self.loss.take_masked_share()
         self.accum_loss_components: dict[str, Any] = {"train": {}, "eval": {}}
-
-    def save_weights(self, folder: str) -> None:
-        """Write what a checkpoint holds of the model."""
-        self._save(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")

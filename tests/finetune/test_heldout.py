@@ -24,7 +24,7 @@ TRAIN = {
 
 @pytest.mark.parametrize(("row", "seen"), TRAIN.values(), ids=TRAIN)
 def test_a_document_is_unseen_when_no_training_row_has_its_text(row, seen, tmp_path):
-    assert build_task(HELDOUT, [row], normalised, 10, 0).seen == (seen,)
+    assert build_task(HELDOUT, [row], 10, 0).seen == (seen,)
     save_heldout(Rows([row], [TrainingRow(*HELDOUT[0])], None, ""), tmp_path)
     corpus = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
     flags = {normalised(document["text"]): document["seen"] for document in corpus}

@@ -15,7 +15,7 @@ import torch
 
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
-from ebr_lib.data.text import normalised, text_keys
+from ebr_lib.data.text import text_keys
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.finetune import setup
 from ebr_lib.finetune.config import FinetuneConfig
@@ -256,9 +256,7 @@ def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, 
     monkeypatch.setattr(setup, "encoders_of", lambda *_, **__: (on_the_circle, on_the_circle))
     good = [TrainingRow("tent", "big tent"), TrainingRow("kettle", "iron pot")]
     bad = [TrainingRow("Kettle", "kite")]  # small tent is nearer; so is kite to tent than small tent
-    rows = Rows(
-        [*good, *bad, TrainingRow("tent", "small tent")], [], build_task([("lid", "kite")], bad, normalised, 9, 0), ""
-    )
+    rows = Rows([*good, *bad, TrainingRow("tent", "small tent")], [], build_task([("lid", "kite")], bad, 9, 0), "")
     config, noisy = config_of(settings, positive_rank_max=1), tmp_path / "noisy.jsonl"
     with caplog.at_level(logging.INFO, "ebr_lib"):
         kept = setup.with_mined_negatives(config, rows, None, None, noisy)
