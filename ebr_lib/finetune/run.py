@@ -25,6 +25,7 @@ from ebr_lib.finetune.paths import CONFIG_FILE, CURVE_FILE, FOUND_FILE, LOG_FILE
 from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.prompts import use_own_prompts
 from ebr_lib.finetune.rows import Rows, read_rows
+from ebr_lib.finetune.saving import is_finite, make_contract, model_card, save_adapter
 from ebr_lib.finetune.strength import halves_of, settle_strength
 from ebr_lib.finetune.trackers import need_trackers
 from ebr_lib.logs import RESULT, logger
@@ -33,6 +34,7 @@ from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.contract import PROBES
 from ebr_lib.model.loading import check_remote_code
 from ebr_lib.model.main_guard import refuse_script_without_guard
+from ebr_lib.model.merged import save_merged
 from ebr_lib.model.provenance import ModelIdentity, files_of, identify, weights_of
 from ebr_lib.tables import as_text
 
@@ -80,15 +82,8 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     config = FinetuneConfig.resolve(config)
     _check_machine(config)
     paths = Paths.of(config.output_dir, config.model_name)
-    inputs = [
-        config.data_path,
-        config.eval_data_path,
-        config.mining_corpus_path,
-        config.guard_data_path,
-        config.replay_data_path,
-        config.presets,
-    ]
-    paths.check(inputs)
+    inputs = [config.data_path, config.eval_data_path, config.mining_corpus_path, config.guard_data_path]
+    paths.check([*inputs, config.replay_data_path, config.presets])
     look_for_models(config.base_model_path, config.hub)
     paths.check_base(_identify(config))
     rows = _read(config, paths)
@@ -221,9 +216,8 @@ def _what_decides(
     # those that only some runs have; without them the record is as it always was
     alone = without_in_batch_negatives([row.file for row in (*rows.trained, *rows.heldout)])
     if alone is not None:
-        run["rows_without_in_batch_negatives"] = [
-            [is_alone, len(list(same))] for is_alone, same in groupby(alone.tolist())
-        ]
+        runs = groupby(alone.tolist())
+        run["rows_without_in_batch_negatives"] = [[is_alone, len(list(same))] for is_alone, same in runs]
     for knob in ("guide_model", "reranker_name"):
         if run[knob]:
             run[f"{knob}_sha256"] = sorted(weights_of(run[knob]))
@@ -271,8 +265,6 @@ def _train(trainer: EbrTrainer, paths: Paths, checkpoint: str | None, *, measuri
 
 
 def _check_start(model: SentenceTransformer, name: str) -> None:
-    from ebr_lib.finetune.saving import is_finite
-
     if not is_finite(model):
         raise ModelError(
             f"model {name} makes vectors that are not finite numbers (NaN) before any training, of texts such as "
@@ -281,8 +273,6 @@ def _check_start(model: SentenceTransformer, name: str) -> None:
 
 
 def _check_end(model: SentenceTransformer, paths: Paths, causes: Sequence[str]) -> None:
-    from ebr_lib.finetune.saving import is_finite
-
     if not is_finite(model):
         raise ModelError(
             "training ended in weights or vectors that are not finite numbers (NaN); nothing is saved, and what was in "
@@ -302,14 +292,11 @@ def _save(
     best_step: int | None,
 ) -> None:
     """Save the model, and beside it all that explains it; then remove the checkpoints, and log the outcome."""
-    from ebr_lib.finetune import logbook, saving
-    from ebr_lib.model.merged import save_merged
+    from ebr_lib.finetune import logbook
 
-    contract = saving.make_contract(
-        model, base, adapter_side=config.adapter_side, matryoshka_dims=config.matryoshka_dims
-    )
+    contract = make_contract(model, base, adapter_side=config.adapter_side, matryoshka_dims=config.matryoshka_dims)
     with written_whole(paths.adapter) as folder:
-        saving.save_adapter(model, folder, base, contract)
+        save_adapter(model, folder, base, contract)
         config.save(folder / CONFIG_FILE)
         shutil.copy(paths.checkpoints / LOG_FILE, folder / LOG_FILE)
         logbook.log_result(folder / LOG_FILE, result)
@@ -320,7 +307,7 @@ def _save(
         titles = {"before_after": "Before and after", "strengths": "Strengths of the adapter", "data": "Data"}
         tables = {title: as_text(result.tables[name]) for name, title in titles.items() if name in result.tables}
         facts = card_facts(result, config.data_path, config.replay_data_path)
-        card = saving.model_card(result.model_path, base, contract, facts, tables)
+        card = model_card(result.model_path, base, contract, facts, tables)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if config.merge_adapter:
         with written_whole(paths.merged) as folder:

@@ -99,7 +99,7 @@ def _held_out_anchors(
 ) -> set[str]:
     """Anchors of whole groups, taken in a seeded order while they fit."""
     numbers, first, sizes = np.unique(groups, return_index=True, return_counts=True)
-    order = sorted(range(len(first)), key=lambda group: _seeded(seed, anchors[int(first[group])]))
+    order = sorted(range(len(first)), key=lambda group: seeded(seed, anchors[int(first[group])]))
     taken, count = set[int](), 0
     for group in order:
         if count + sizes[group] <= wanted:
@@ -116,8 +116,10 @@ def _held_out_anchors(
     return {anchor for anchor, group in zip(anchors, groups.tolist(), strict=True) if group in held_out}
 
 
-def _seeded(seed: int, text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8, salt=str(seed).encode()[:16]).digest()
+def seeded(seed: int, text: str) -> bytes:
+    """Where a text is in an order that the seed and the texts alone decide."""
+    text_bytes = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text_bytes, digest_size=8, salt=str(seed).encode()[:16]).digest()
 
 
 def near_duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
@@ -187,16 +189,13 @@ def _blocks(texts: Sequence[str], chosen: Sequence[int]) -> Iterator[_Block]:
         while end < len(chosen) and size < _BLOCK_LETTERS:
             size += len(texts[chosen[end]])
             end += 1
-        yield _block([texts[i] for i in chosen[at:end]], np.array(chosen[at:end]))
+        codes = np.frombuffer("".join(texts[i] for i in chosen[at:end]).encode("utf-32-le"), dtype="<u4")
+        lengths = np.array([len(texts[i]) for i in chosen[at:end]])
+        starts = np.cumsum(lengths) - lengths
+        text = np.repeat(np.arange(end - at), lengths)
+        letters = _mixed(codes.astype(np.uint64))
+        yield _Block(letters, (codes >= 48) & (codes <= 57), text, starts, lengths, np.array(chosen[at:end]))
         at = end
-
-
-def _block(texts: Sequence[str], owners: NDArray[np.int64]) -> _Block:
-    codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
-    lengths = np.array([len(text) for text in texts])
-    starts = np.cumsum(lengths) - lengths
-    text = np.repeat(np.arange(len(texts)), lengths)
-    return _Block(_mixed(codes), (codes >= 48) & (codes <= 57), text, starts, lengths, owners)
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

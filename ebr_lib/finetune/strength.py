@@ -7,7 +7,6 @@ how good the model is.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ebr_lib.finetune.heldout import GroupMeans, HeldoutTask
 from ebr_lib.finetune.processes import from_first_process
+from ebr_lib.finetune.split import seeded
 from ebr_lib.logs import logger
 from ebr_lib.model.adapters import adapter_weights, set_adapter_weights
 from ebr_lib.names import LOWER_IS_BETTER, METRICS
@@ -65,16 +65,12 @@ def halves_of(task: HeldoutTask, seed: int, split: bool = True) -> Halves:
 
     :param split: split them if they are enough.
     """
-
-    def order(number: int) -> tuple[bool, bytes]:
-        text = task.queries[number].encode("utf-8", "surrogatepass")
-        return task.seen[number], hashlib.blake2b(text, digest_size=8, salt=str(seed).encode()[:16]).digest()
-
     count = len(task.queries)
     if not split or count < 2 * FEWEST:
         return Halves(np.ones(count, dtype=np.bool_), np.ones(count, dtype=np.bool_))
     choosing = np.zeros(count, dtype=np.bool_)
-    choosing[sorted(range(count), key=order)[::2]] = True
+    order = sorted(range(count), key=lambda query: (task.seen[query], seeded(seed, task.queries[query])))
+    choosing[order[::2]] = True
     logger.info(
         "验证查询分两半 held-out queries: %d choose the best step and the adapter's strength, %d report",
         choosing.sum(),
