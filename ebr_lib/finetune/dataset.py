@@ -157,45 +157,33 @@ def fill_rows(train: Sequence[TrainingRow], heldout_rows: int, batch_size: int, 
     return tuple(sorted(random.Random(seed).sample(range(len(train)), missing)))
 
 
-class NoisyCollator:
-    """Adds noise to the training texts before they are tokenised; evaluation never sees it.
+class RowCollator:
+    """Collates rows: adds noise to the training texts, and puts each anchor's own prompt before it, without noise.
 
-    The epoch is in shared memory, so that worker processes see it change.
+    :param prompts: of each row, by its number; None leaves prompts to the trainer's arguments.
+    :param noise: None adds none, as in evaluation; `columns` are those that get it.
+    :ivar epoch: of the noise; in shared memory, so that worker processes see it change.
     """
 
-    def __init__(self, collate: Callable[[Any], dict[str, Any]], noise: Noise, columns: Sequence[str]) -> None:
-        self.collate = collate
-        self.noise = noise
-        self.columns = frozenset(columns)
+    def __init__(
+        self, collate: Any, prompts: Sequence[str] | None, noise: Noise | None = None, columns: Sequence[str] = ()
+    ) -> None:
+        self.collate, self.prompts, self.noise, self.columns = collate, prompts, noise, frozenset(columns)
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of these rows, with the noise of this epoch."""
-        epoch = int(self.epoch)
-        noisy = {name for name in rows[0] if name.split("_")[0] in self.columns}  # negative_1 … are all "negative"
-        return self.collate(
-            [
-                {n: self.noise(value, epoch, row["label"], n) if n in noisy else value for n, value in row.items()}
-                for row in rows
-            ]
-        )
-
-
-class PromptCollator:
-    """Puts each anchor's own prompt before it; the noise has been added then, and never touches a prompt.
-
-    :param prompts: of each row, by its number.
-    """
-
-    def __init__(self, collate: Callable[[Any], dict[str, Any]], prompts: Sequence[str]) -> None:
-        self.collate = collate
-        self.prompts = prompts
-        self.valid_label_columns = getattr(collate, "valid_label_columns", ["label"])
+        self.valid_label_columns = collate.valid_label_columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these rows."""
-        return self.collate([{**row, "anchor": self.prompts[row["label"]] + row["anchor"]} for row in rows])
+        if self.noise is not None:
+            epoch, noise = int(self.epoch), self.noise
+            noisy = {name for name in rows[0] if name.split("_")[0] in self.columns}  # negative_1 … are all "negative"
+            rows = [
+                {n: noise(value, epoch, row["label"], n) if n in noisy else value for n, value in row.items()}
+                for row in rows
+            ]
+        if self.prompts is not None:
+            rows = [{**row, "anchor": self.prompts[row["label"]] + row["anchor"]} for row in rows]
+        return self.collate(rows)
 
 
 class EpochBatches(Sampler[list[int]]):

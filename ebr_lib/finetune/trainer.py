@@ -33,7 +33,7 @@ from ebr_lib.finetune.callbacks import (
     StopOnSignal,
     TrainingBar,
 )
-from ebr_lib.finetune.dataset import EpochBatches, Noise, NoisyCollator, PromptCollator
+from ebr_lib.finetune.dataset import EpochBatches, Noise, RowCollator
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
@@ -91,14 +91,13 @@ class EbrTrainer(SentenceTransformerTrainer):
     ) -> None:
         self._anchors, self._documents, self._balanced = anchors, documents, balanced
         self._mix = mix
-        self._noise, self._noise_columns = noise, noise_columns
-        self._noisy: NoisyCollator | None = None
         self.memory_limit_mb = memory_limit_mb
         self._measure, self.measured = measure, dict[int, GroupMeans]()
         self.first_means: GroupMeans | None = None
         super().__init__(**kwargs)
-        if anchor_prompts is not None:
-            self.data_collator = PromptCollator(self.data_collator, anchor_prompts)
+        collate = self.data_collator
+        self._noisy = RowCollator(collate, anchor_prompts, noise, noise_columns) if noise else None
+        self.data_collator = RowCollator(collate, anchor_prompts)
         self.start = adapter_weights(kwargs["model"])
         self.evaluator = self._evaluate_heldout if measure else None
         # accelerate patches the forward of the model that it prepares: packed rows and the preflight bypass it
@@ -163,10 +162,8 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Training batches, with noise where there is any."""
-        if self._noise is None:
-            return super().get_train_dataloader()
         clean = self.data_collator
-        self.data_collator = self._noisy = NoisyCollator(clean, self._noise, self._noise_columns)
+        self.data_collator = self._noisy or clean
         try:
             return super().get_train_dataloader()
         finally:
