@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ebr_lib.files import write_json, written_whole
+from ebr_lib.files import written_whole
 from ebr_lib.finetune.processes import from_first_process, is_first_process
 from ebr_lib.finetune.saving import all_finite, is_finite
 from ebr_lib.logs import logger
@@ -59,7 +60,9 @@ class KeepBest(TrainerCallback, ExportableState):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Keep the weights if they are the best so far; stop the run when patience runs out."""
         if self.offer(metrics[f"eval_{self.metric}"], state.global_step) and state.is_world_process_zero:
-            self._keep(kwargs["model"])
+            model = kwargs["model"]
+            with written_whole(Path(self.folder) / ADAPTER_FILE) as new:
+                save_file(adapter_weights(getattr(model, "module", model)), new)
         self._stop_at_end_of_patience(control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -71,14 +74,6 @@ class KeepBest(TrainerCallback, ExportableState):
         if self.patience and self.waited >= self.patience:
             logger.info("早停 early stopping: %d evaluations without a better %s", self.waited, self.metric)
             control.should_training_stop = True
-
-    def _keep(self, model: Any) -> None:
-        from safetensors.torch import save_file
-
-        folder = Path(self.folder)
-        with written_whole(folder / ADAPTER_FILE) as new:
-            save_file(adapter_weights(getattr(model, "module", model)), new)
-        write_json(folder / "best.json", {"metric": self.metric, "value": self.best, "step": self.best_step})
 
     def restore(self, model: SentenceTransformer) -> None:
         """Put the best weights back into the model, bit for bit; the first process wrote them and shares them."""

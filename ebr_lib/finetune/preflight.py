@@ -60,8 +60,7 @@ def preflight(trainer: EbrTrainer) -> Preflight:
         trainer.model.gradient_checkpointing_enable(**trainer.args.activation_checkpointing_kwargs)
     trainer.current_gradient_accumulation_steps = 1
     rows = longest_rows(trainer.train_dataset, trainer.model.tokenizer, trainer.args.train_batch_size)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with trainer.trial():
         reset_peak()
         longest = _batch_seconds(trainer, trainer.train_dataset, rows)
         peak = peak_memory_mb()
@@ -73,7 +72,6 @@ def preflight(trainer: EbrTrainer) -> Preflight:
         if trainer.eval_dataset is not None:
             with evaluating(trainer.model):
                 evaluation = _average_seconds(trainer, trainer.eval_dataset)
-    trainer.forget_trial()
     return Preflight(batch, evaluation, _checkpoint_seconds(trainer), longest, peak)
 
 

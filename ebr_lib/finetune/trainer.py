@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -113,12 +113,10 @@ class EbrTrainer(SentenceTransformerTrainer):
         if self.eval_dataset is None:
             return
         evaluator, self.evaluator = self.evaluator, None
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
+        with self.trial():
             batches = self.get_eval_dataloader()
             found = self.evaluation_loop(batches, "before training", prediction_loss_only=True).metrics or {}
         self.evaluator = evaluator
-        self.forget_trial()
         logs = {"eval_loss": found["eval_loss"]}
         if self._measure:
             means = self.first_means or self._measure(self.model)
@@ -331,8 +329,12 @@ class EbrTrainer(SentenceTransformerTrainer):
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
-    def forget_trial(self) -> None:
-        """Drop what trial batches left: gradients, counts, losses."""
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Run batches that leave nothing: the random state is restored, gradients, counts and losses are dropped."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            yield
         for weight in self.loss.weights:
             weight.grad = None
         self.nan.seen = False
