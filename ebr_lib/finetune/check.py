@@ -26,7 +26,7 @@ def check(config: FinetuneConfig, before: Handover) -> Iterator[str]:
             f"data_path: {', '.join(given)} has nothing of the pairs that are made of the log before; set data_path to "
             f"{before.pairs}, or switch one of the two stages off"
         )
-    paths = Paths.of(config.output_dir, config.model_name)
+    paths = Paths(config.output_dir, config.model_name)
     if not missing:
         for data in filter(None, read.values()):
             yield from errors_of(lambda data=data: find_pair_files(data))  # type: ignore[misc] # bound at once

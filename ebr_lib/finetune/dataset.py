@@ -6,7 +6,6 @@ import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
@@ -97,50 +96,35 @@ def to_dataset(rows: Sequence[TrainingRow], numbers: Sequence[int]) -> Dataset:
     return Dataset.from_dict(columns | {"label": list(numbers)})
 
 
-@dataclass(frozen=True)
 class Datasets:
-    """What a run trains and evaluates on; a row's label is its number, training rows first."""
+    """What a run trains and evaluates on; a row's label is its number, training rows first.
 
-    train: Dataset
-    heldout: Dataset | None  # held-out rows, then training rows that fill their last batch
-    known: KnownPositives  # positives that training knows, whatever is held out
-    all_known: KnownPositives  # those of held-out rows too
-    width: int  # negatives per row
-    eval_batch: int  # rows that a process compares in evaluation
-    counted: HeldoutRows  # the rows that the evaluation loss is averaged over
-    prompts: Sequence[str | None]  # each row's own prompt, by its number
-    weights: Tensor | None  # of each training row, (rows,); None where all are equal
-    scores: Tensor | None  # a teacher's, of each training row's documents, (rows, 1 + width)
-
-
-def make_datasets(train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int) -> Datasets:
-    """Rows as the trainer takes them; evaluation compares as many documents per anchor as training does.
+    Evaluation compares as many documents per anchor as training does.
 
     :param batch_size: training rows that a process compares.
     """
-    documents = [row.positive for row in train]
-    rows = with_equal_negatives(train, documents, seed)
-    width = len(rows[0].negatives)
-    held_out = with_equal_negatives(heldout, documents, seed, known=train, width=width)
-    known = KnownPositives(rows)
-    eval_batch = evaluation_batch(len(rows), batch_size, world_size())
-    at_once = eval_batch * world_size()
-    fill = fill_rows(rows, len(held_out), at_once, seed) if held_out else ()
-    compared = [*held_out, *(rows[row] for row in fill)]
-    numbers = [*range(len(rows), len(rows) + len(held_out)), *fill]
-    batches = max(1, -(-len(compared) // at_once) * world_size())
-    return Datasets(
-        train=to_dataset(rows, range(len(rows))),
-        heldout=to_dataset(compared, numbers) if held_out else None,
-        known=known,
-        all_known=KnownPositives([*rows, *held_out]) if held_out else known,
-        width=width,
-        eval_batch=eval_batch,
-        counted=HeldoutRows(len(rows), len(held_out) / batches),
-        prompts=[row.prompt for row in (*rows, *held_out)],
-        weights=row_weights(rows),
-        scores=teacher_scores(rows, width),
-    )
+
+    def __init__(
+        self, train: Sequence[TrainingRow], heldout: Sequence[TrainingRow], batch_size: int, seed: int
+    ) -> None:
+        documents = [row.positive for row in train]
+        rows = with_equal_negatives(train, documents, seed)
+        self.width = len(rows[0].negatives)  # negatives per row
+        held_out = with_equal_negatives(heldout, documents, seed, known=train, width=self.width)
+        self.eval_batch = evaluation_batch(len(rows), batch_size, world_size())  # rows that a process compares
+        at_once = self.eval_batch * world_size()
+        fill = fill_rows(rows, len(held_out), at_once, seed) if held_out else ()
+        compared = [*held_out, *(rows[row] for row in fill)]
+        numbers = [*range(len(rows), len(rows) + len(held_out)), *fill]
+        batches = max(1, -(-len(compared) // at_once) * world_size())
+        self.train = to_dataset(rows, range(len(rows)))
+        self.heldout = to_dataset(compared, numbers) if held_out else None
+        self.counted = HeldoutRows(len(rows), len(held_out) / batches)  # that the evaluation loss is averaged over
+        self.known = KnownPositives(rows)  # what training knows, whatever is held out
+        self.all_known = KnownPositives([*rows, *held_out]) if held_out else self.known
+        self.prompts = [row.prompt for row in (*rows, *held_out)]  # each row's own, by its number
+        self.weights = row_weights(rows)
+        self.scores = teacher_scores(rows, self.width)
 
 
 def evaluation_batch(train_rows: int, batch_size: int, processes: int) -> int:

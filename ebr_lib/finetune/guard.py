@@ -10,13 +10,10 @@ from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.data.queries import read_records, split_rows
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
-from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.logs import logger
 from ebr_lib.names import CORPUS_FILE, QUERIES_FILE
 
 MOST_QUERIES = 500
-Answers = list[tuple[str, str]]
-"""(query, a document that answers it)"""
 
 
 def read_guard(path: str | Sequence[str], corpus_size: int, seed: int) -> HeldoutTask:
@@ -30,35 +27,30 @@ def read_guard(path: str | Sequence[str], corpus_size: int, seed: int) -> Heldou
     """
     folder = Path(path) if isinstance(path, str) else None
     if folder and (folder / CORPUS_FILE).is_file() and (folder / QUERIES_FILE).is_file():
-        answers, documents = _read_beir(folder)
-        prompts: dict[str, str] = {}
+        rows, others = _read_beir(folder)
     else:
-        rows = expand(read_pairs(path))
-        answers, documents = [(row.anchor, row.positive) for row in rows], [row.positive for row in rows]
-        prompts = own_prompts(rows)
-    queries = sorted({query for query, _ in answers})
+        rows = others = expand(read_pairs(path))
+    queries = sorted({row.anchor for row in rows})
     kept = set(random.Random(seed).sample(queries, min(MOST_QUERIES, len(queries))))
-    others = [TrainingRow(text, text) for text in documents]
-    chosen = [(query, text) for query, text in answers if query in kept]
-    task = build_task(chosen, others, corpus_size, seed, own_prompts=prompts).seen_by(())
+    task = build_task([row for row in rows if row.anchor in kept], others, corpus_size, seed).seen_by(())
     if not task.queries:
         raise DataError(f"guard_data_path {path}: every query has itself as its only answer, so nothing is measured")
     logger.info("防遗忘集 guard: %d queries, %d documents from %s", len(task.queries), len(task.documents), path)
     return task
 
 
-def _read_beir(folder: Path) -> tuple[Answers, list[str]]:
+def _read_beir(folder: Path) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """The answers and all documents of `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`, or the only one there."""
     texts = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder / CORPUS_FILE)}
     queries = {str(row["_id"]): str(row["text"]) for row in _rows(folder / QUERIES_FILE)}
     answers = [
-        (queries[query], texts[document])
+        TrainingRow(queries[query], texts[document])
         for query, document, grade in _judgements(folder)
         if grade > 0 and query in queries and document in texts
     ]
     if not answers:
         raise DataError(f"guard_data_path {folder}: no judgement is of a known query and document")
-    return answers, list(texts.values())
+    return answers, [TrainingRow(text, text) for text in texts.values()]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ebr_lib.arrays import Encode, Floats, Vectors
 from ebr_lib.data.pairs import TrainingRow, texts_of
 from ebr_lib.data.text import normalised
+from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.names import METRICS
 
 if TYPE_CHECKING:
@@ -115,29 +116,27 @@ def encoders_of(
 
 
 def build_task(
-    heldout: Sequence[tuple[str, str]],
+    heldout: Sequence[TrainingRow],
     train: Sequence[TrainingRow],
     corpus_size: int,
     seed: int,
-    *,
     leave_out_own: bool = True,
-    own_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> HeldoutTask:
-    """Make the task from held-out (anchor, positive) pairs; texts are one if they are equal once `normalised`.
+    """Make the task from held-out rows; texts are one if they are equal once `normalised`.
 
     :param train: training rows; a sample of their positives joins the corpus as distractors.
     :param corpus_size: number of documents; those of the held-out pairs are always in, even beyond it.
     :param seed: seed of the sample.
     :param leave_out_own: a document equal to the anchor is neither its answer nor a competitor.
-    :param own_prompts: anchor to its own prompt, for those that have one.
     """
     answers: dict[str, set[str]] = {}
     anchors: dict[str, str] = {}
     texts: dict[str, str] = {}
-    for anchor, positive in heldout:
-        anchors.setdefault(normalised(anchor), anchor)
-        answers.setdefault(normalised(anchor), set()).add(normalised(positive))
-        texts.setdefault(normalised(positive), positive)
+    for row in heldout:
+        query, document = normalised(row.anchor), normalised(row.positive)
+        anchors.setdefault(query, row.anchor)
+        answers.setdefault(query, set()).add(document)
+        texts.setdefault(document, row.positive)
     trained = {normalised(row.positive): row.positive for row in train}
     others = sorted(set(trained) - set(texts))
     room = max(0, corpus_size - len(texts))
@@ -153,6 +152,6 @@ def build_task(
         seen=(),
         own=tuple(frozenset(number[key] for key in own[query]) for query in measured),
         without_answer=len(anchors) - len(measured),
-        prompts=own_prompts,
+        prompts=own_prompts(heldout),
     )
     return task.seen_by(texts_of(train))

@@ -15,7 +15,7 @@ from ebr_lib.arrays import Encode, Floats, Ints, Vectors
 from ebr_lib.data.catalogue import Catalogue
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import normalised
-from ebr_lib.finetune.pool import Pairs, Pool, make_pool
+from ebr_lib.finetune.pool import Pairs, Pool
 from ebr_lib.finetune.reranking import accepted, highest_allowed
 from ebr_lib.logs import logger
 from ebr_lib.model.reranker import Scores
@@ -56,7 +56,7 @@ def mine_hard_negatives(
         `reranker_margin`: they are likely answers that nobody labelled.
     :param dropped: rows that are not trained on; their positives are not mined for their anchors.
     """
-    pool = make_pool(rows, encode_queries, encode_documents, catalogue)
+    pool = Pool(rows, encode_queries, encode_documents, catalogue)
     logger.info("挖掘难负例 mining hard negatives: %d anchors, %d documents", len(pool.anchors), len(pool.texts))
     found = _far_enough(pool, first_rank, last_rank, margin)
     texts = [pool.texts[document] for document in found.document]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ebr_lib.errors import ConfigError
@@ -18,29 +17,17 @@ MINED_FILE = "mined_negatives.jsonl"
 FOUND_FILE = "found.json"  # among the checkpoints: what a run found before it trained
 
 
-@dataclass(frozen=True)
 class Paths:
-    """The places that one run writes to, all in its output folder."""
+    """The places that one run writes to, all in its output folder; an adapter's name keeps one suffix."""
 
-    adapter: Path
-    merged: Path
-    checkpoints: Path
-    rejects: Path
-    heldout_rejects: Path
-    noisy: Path
-
-    @classmethod
-    def of(cls, output_dir: str, model_name: str) -> Paths:
-        """The places of a run that trains this model; an adapter's name keeps one suffix."""
+    def __init__(self, output_dir: str, model_name: str) -> None:
         folder, label = Path(output_dir), model_label(model_name).removesuffix(ADAPTER_SUFFIX)
-        return cls(
-            adapter=folder / f"{label}{ADAPTER_SUFFIX}",
-            merged=folder / f"{label}{MERGED_SUFFIX}",
-            checkpoints=folder / f"{label}{CHECKPOINTS_SUFFIX}",
-            rejects=folder / "rejected_rows.jsonl",
-            heldout_rejects=folder / "heldout_rejected_rows.jsonl",
-            noisy=folder / "noisy_positives.jsonl",
-        )
+        self.adapter = folder / f"{label}{ADAPTER_SUFFIX}"
+        self.merged = folder / f"{label}{MERGED_SUFFIX}"
+        self.checkpoints = folder / f"{label}{CHECKPOINTS_SUFFIX}"
+        self.rejects = folder / "rejected_rows.jsonl"
+        self.heldout_rejects = folder / "heldout_rejected_rows.jsonl"
+        self.noisy = folder / "noisy_positives.jsonl"
 
     def check(self, inputs: Iterable[str | Sequence[str] | None]) -> None:
         """Check that the output paths are free or hold our models, and that none of them is an input.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,22 +31,39 @@ class Pairs(NamedTuple):
     document: Ints
 
 
-@dataclass(frozen=True)
 class Pool:
     """The different anchors of rows, and the different documents of rows and catalogue; equal texts are one.
 
+    A catalogue's own vectors are used where it has them.
+
     :ivar anchors: their numbers in `known`, ascending, shape (anchors,); `documents` likewise, (documents,).
     :ivar texts: the documents' texts: as the rows spell them, or else the catalogue.
-    :ivar queries: the anchors' vectors, of length one, shape (anchors, dim).
-    :ivar vectors: the documents' vectors, of length one, shape (documents, dim).
+    :ivar queries: the anchors' vectors, of length one, (anchors, dim); `vectors`: the documents', (documents, dim).
     """
 
-    known: KnownPositives
-    anchors: Ints
-    documents: Ints
-    texts: list[str]
-    queries: Vectors
-    vectors: Vectors
+    def __init__(
+        self,
+        rows: Sequence[TrainingRow],
+        encode_queries: Encode,
+        encode_documents: Encode,
+        catalogue: Catalogue | None = None,
+    ) -> None:
+        self.known = KnownPositives(rows)
+        self.anchors, first_row = np.unique(self.known.anchors, return_index=True)
+        self.queries = encode_queries([rows[i].anchor for i in first_row])
+        self.documents, self.texts = _documents_of(rows, self.known)
+        if catalogue is None:
+            self.vectors = encode_documents(self.texts)
+            return
+        numbers = self.known.numbers_of(catalogue.keys)
+        new = np.flatnonzero(~np.isin(numbers, self.documents))
+        documents, texts = (
+            np.concatenate([self.documents, numbers[new]]),
+            [*self.texts, *(catalogue.texts[i] for i in new)],
+        )
+        order = np.argsort(documents)
+        self.documents, self.texts = documents[order], [texts[place] for place in order]
+        self.vectors = _vectors(self.documents, self.texts, numbers, catalogue, encode_documents)
 
     def pairs(self) -> Pairs:
         """Every known positive pair of these anchors and documents; each anchor has at least one."""
@@ -67,26 +83,6 @@ def remembered(compute: Callable[[Sequence[Item]], Result]) -> Callable[[Sequenc
         return found
 
     return compute_new
-
-
-def make_pool(
-    rows: Sequence[TrainingRow], encode_queries: Encode, encode_documents: Encode, catalogue: Catalogue | None = None
-) -> Pool:
-    """Encode the different texts of rows and catalogue; a catalogue's own vectors are used where it has them."""
-    known = KnownPositives(rows)
-    anchors, first_row = np.unique(known.anchors, return_index=True)
-    queries = encode_queries([rows[i].anchor for i in first_row])
-    documents, texts = _documents_of(rows, known)
-    if catalogue is None:
-        return Pool(known, anchors, documents, texts, queries, encode_documents(texts))
-    numbers = known.numbers_of(catalogue.keys)
-    new = np.flatnonzero(~np.isin(numbers, documents))
-    documents, texts = np.concatenate([documents, numbers[new]]), [*texts, *(catalogue.texts[row] for row in new)]
-    order = np.argsort(documents)
-    documents, texts = documents[order], [texts[place] for place in order]
-    return Pool(
-        known, anchors, documents, texts, queries, _vectors(documents, texts, numbers, catalogue, encode_documents)
-    )
 
 
 def _documents_of(rows: Sequence[TrainingRow], known: KnownPositives) -> tuple[Ints, list[str]]:

@@ -13,7 +13,7 @@ from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.errors import DataError
 from ebr_lib.files import written_whole
 from ebr_lib.finetune.outputs import save_rows
-from ebr_lib.finetune.pool import Pool, make_pool
+from ebr_lib.finetune.pool import Pool
 from ebr_lib.logs import logger
 
 _CELLS = 1 << 24  # of the table of cosines at a time: 64 MB
@@ -36,7 +36,7 @@ def without_noisy(
     :return: the rows that are kept, and those that are dropped, both in the order given.
     :raises DataError: no row is kept.
     """
-    ranks = positive_ranks(make_pool(rows, encode_queries, encode_documents, catalogue))
+    ranks = positive_ranks(Pool(rows, encode_queries, encode_documents, catalogue))
     kept = [row for row, rank in zip(rows, ranks, strict=True) if rank <= rank_max]
     dropped = [row for row, rank in zip(rows, ranks, strict=True) if rank > rank_max]
     if dropped_to is not None and dropped:

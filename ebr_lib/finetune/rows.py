@@ -14,7 +14,6 @@ from ebr_lib.data.pairs import Pair, TrainingRow, expand, read_pairs, texts_of, 
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import DataError
 from ebr_lib.finetune.heldout import HeldoutTask, build_task
-from ebr_lib.finetune.prompts import own_prompts
 from ebr_lib.finetune.replay import read_replay, without_asked
 from ebr_lib.finetune.split import near_duplicate_groups, split_pairs
 from ebr_lib.logs import logger
@@ -93,15 +92,7 @@ def read_rows(
     logger.info("验证集大小: %d (held-out rows)", len(heldout_rows))
     task = None
     if heldout_rows:
-        answers = [(row.anchor, row.positive) for row in heldout_rows]
-        task = build_task(
-            answers,
-            train_rows,
-            eval_corpus_size,
-            seed,
-            leave_out_own=leave_out_own,
-            own_prompts=own_prompts(heldout_rows),
-        )
+        task = build_task(heldout_rows, train_rows, eval_corpus_size, seed, leave_out_own)
         _report_own_documents(task)
     return Rows(train_rows, heldout_rows, task, _sha256(train_rows, heldout_rows))
 

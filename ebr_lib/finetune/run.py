@@ -81,7 +81,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
         logger.setLevel(logging.ERROR)  # the first one logs
     config = FinetuneConfig.resolve(config)
     _check_machine(config)
-    paths = Paths.of(config.output_dir, config.model_name)
+    paths = Paths(config.output_dir, config.model_name)
     inputs = [config.data_path, config.eval_data_path, config.mining_corpus_path, config.guard_data_path]
     paths.check([*inputs, config.replay_data_path, config.presets])
     look_for_models(config.base_model_path, config.hub)

@@ -22,7 +22,7 @@ from ebr_lib.data.text import normalised
 from ebr_lib.errors import ConfigError, DataError, ModelError
 from ebr_lib.finetune.callbacks import BEST_FOLDER, KeepBest
 from ebr_lib.finetune.config import FinetuneConfig
-from ebr_lib.finetune.dataset import Datasets, make_datasets
+from ebr_lib.finetune.dataset import Datasets
 from ebr_lib.finetune.doctor import PRESET_LINE, DoctorReport, examine
 from ebr_lib.finetune.drift import RANDOM, RANDOM_TEXTS, Drift, make_drift, random_words
 from ebr_lib.finetune.guide import guide
@@ -367,16 +367,8 @@ def make_trainer(
         left_out = task.texts_of(halves.reporting & ~halves.choosing)
         kept = [row for row in rows.heldout if normalised(row.anchor) not in left_out]
         rows = dataclasses.replace(rows, heldout=kept)
-    data = make_datasets(rows.trained, rows.heldout, config.compared, config.seed)
+    data = Datasets(rows.trained, rows.heldout, config.compared, config.seed)
     mix = make_mix(rows, config.shares, config.one_file_batches, config.replay_share, config.compared)
-    prompts = _column_prompts(config, model)
-    negative = prompts.pop("negative")
-    anchor_prompts = None
-    if set(data.prompts) - {None, prompts["anchor"]}:
-        anchor_prompts = [prompts["anchor"] if own is None else own for own in data.prompts]
-        prompts["anchor"] = ""
-    prompts |= {f"negative_{i + 1}": negative for i in range(data.width)}
-
     if (alone := rows_alone(rows, data.width, bidirectional=config.bidirectional_loss)) is not None:
         watch.mostly_masked = float("inf")  # that is what they asked for
 
@@ -412,6 +404,7 @@ def make_trainer(
         drift=drift,
         **_expected_counts(config, data, mix),
     )
+    prompts, anchor_prompts = _prompts(config, data, model)
     run_name = name_of_run(config.run_name, model_label(config.model_name))
     arguments = training_arguments(
         config,
@@ -438,14 +431,13 @@ def make_trainer(
         assert task is not None
         return task.means(measure(config, task, now), halves.choosing if halves else None)
 
+    if drift:
+        data.train = data.train.add_column(RANDOM, drift.words_of(len(data.train)))
     return EbrTrainer(
         model=model,
         args=arguments,
-        train_dataset=data.train.add_column(RANDOM, drift.words_of(len(data.train))) if drift else data.train,
-        eval_dataset=data.heldout,
+        data=data,
         loss=loss,
-        anchors=data.all_known.anchors,
-        documents=data.all_known.documents,
         balanced=config.balanced_batches,
         mix=mix,
         measure=means if task else None,
@@ -455,6 +447,17 @@ def make_trainer(
         memory_limit_mb=config.memory_limit_gb * 1024,
         callbacks=callbacks,
     )
+
+
+def _prompts(
+    config: FinetuneConfig, data: Datasets, model: SentenceTransformer
+) -> tuple[dict[str, str], list[str] | None]:
+    """The prompt of each column of the data, and that of each row's anchor where rows have others."""
+    prompts = _column_prompts(config, model)
+    negative, anchor, anchor_prompts = prompts.pop("negative"), prompts["anchor"], None
+    if set(data.prompts) - {None, anchor}:
+        anchor_prompts, prompts["anchor"] = [anchor if own is None else own for own in data.prompts], ""
+    return prompts | {f"negative_{i + 1}": negative for i in range(data.width)}, anchor_prompts
 
 
 def training_arguments(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,26 +27,22 @@ NO_IN_BATCH_NEGATIVES = "no_in_batch_neg"  # FlagEmbedding's ending of names
 REPLAYED = -1
 
 
-@dataclass(frozen=True)
 class Mix:
-    """The rows that each epoch takes, and how batches are made of them."""
+    """The rows that each epoch takes, and how batches are made of them.
 
-    files: Ints  # number of each row's file, shape (rows,); `REPLAYED` for a row that is replayed
-    counts: Ints  # rows per epoch of each file, shape (files,)
-    one_file: bool  # whether a batch holds rows of one file alone, besides replayed ones
-    replay_share: float = 0.0  # the replayed share of each batch
+    :param files: the file of each training row.
+    :param counts: rows per epoch of each file.
+    :param one_file: whether a batch holds rows of one file alone, besides replayed ones.
+    :param replayed: rows after these, of which each batch holds a `share`.
+    """
 
-    @classmethod
-    def of(
-        cls, files: Sequence[str], counts: Mapping[str, int], one_file: bool, replayed: int = 0, share: float = 0.0
-    ) -> Mix:
-        """From the file of each row, and the rows per epoch of each file.
-
-        :param replayed: rows after these of which each batch holds a `share`.
-        """
+    def __init__(
+        self, files: Sequence[str], counts: Mapping[str, int], one_file: bool, replayed: int = 0, share: float = 0.0
+    ) -> None:
         numbers = {name: number for number, name in enumerate(counts)}
-        of_rows = [numbers[name] for name in files] + [REPLAYED] * replayed
-        return cls(np.array(of_rows), np.array([*counts.values()]), one_file, share if replayed else 0.0)
+        self.files = np.array([numbers[name] for name in files] + [REPLAYED] * replayed)  # of each row, shape (rows,)
+        self.counts = np.array([*counts.values()])  # shape (files,)
+        self.one_file, self.replay_share = one_file, share if replayed else 0.0
 
     def replayed_in(self, batch_size: int) -> int:
         """Replayed rows per batch: the number nearest to the share that leaves room for both kinds."""
@@ -83,7 +78,7 @@ def make_mix(
     files = [row.file for row in rows.train]
     counts = rows_per_file(files, shares)
     logger.info("每轮各文件行数 rows per epoch: %s", ", ".join(f"{file} {count:,}" for file, count in counts.items()))
-    mix = Mix.of(files, counts, one_file, len(rows.replay), replay_share)
+    mix = Mix(files, counts, one_file, len(rows.replay), replay_share)
     if rows.replay:
         replayed = mix.replayed_in(batch_size)
         logger.info("每批回放 replayed rows per batch: %d of %d, from %d rows", replayed, batch_size, len(rows.replay))

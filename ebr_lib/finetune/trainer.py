@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,7 +32,7 @@ from ebr_lib.finetune.callbacks import (
     StopOnSignal,
     TrainingBar,
 )
-from ebr_lib.finetune.dataset import EpochBatches, Noise, RowCollator
+from ebr_lib.finetune.dataset import Datasets, EpochBatches, Noise, RowCollator
 from ebr_lib.finetune.heldout import GroupMeans
 from ebr_lib.finetune.losses import ContrastiveLoss
 from ebr_lib.finetune.memory import give_memory_back, peak_memory_mb, reset_peak
@@ -61,8 +60,7 @@ def count_steps(rows: int, batch_size: int, accumulation: int, epochs: float) ->
 class EbrTrainer(SentenceTransformerTrainer):
     """The library's trainer with balanced batches, noise, exact adapters, and out-of-memory handling.
 
-    :param anchors: the number of each row's anchor, shape (rows,); balanced batches keep equal ones apart.
-    :param documents: the number of each row's document, shape (rows,); balanced batches spread equal ones.
+    :param balanced: batches keep equal anchors apart, and spread equal documents.
     :param mix: the training rows that each epoch takes; None takes each once.
     :param measure: held-out metrics of a model, for evaluations; None evaluates the loss alone.
     :param anchor_prompts: the prompt of each row's anchor, by the row's number; None leaves prompts to the arguments.
@@ -78,8 +76,7 @@ class EbrTrainer(SentenceTransformerTrainer):
     def __init__(
         self,
         *,
-        anchors: NDArray[np.int64],
-        documents: NDArray[np.int64],
+        data: Datasets,
         balanced: bool = True,
         mix: Mix | None = None,
         measure: Callable[[SentenceTransformer], GroupMeans] | None = None,
@@ -89,12 +86,11 @@ class EbrTrainer(SentenceTransformerTrainer):
         memory_limit_mb: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        self._anchors, self._documents, self._balanced = anchors, documents, balanced
-        self._mix = mix
+        self._known, self._balanced, self._mix = data.all_known, balanced, mix
         self.memory_limit_mb = memory_limit_mb
         self._measure, self.measured = measure, dict[int, GroupMeans]()
         self.first_means: GroupMeans | None = None
-        super().__init__(**kwargs)
+        super().__init__(train_dataset=data.train, eval_dataset=data.heldout, **kwargs)
         collate = self.data_collator
         self._noisy = RowCollator(collate, anchor_prompts, noise, noise_columns) if noise else None
         self.data_collator = RowCollator(collate, anchor_prompts)
@@ -169,21 +165,16 @@ class EbrTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
         """Batches that lose no row, whatever `drop_last`; balanced ones repeat as few documents as possible."""
-        is_train = dataset is self.train_dataset
+        is_train, seed = dataset is self.train_dataset, kwargs.get("seed") or 0
+        documents, anchors = self._known.documents, self._known.anchors
         if not self._balanced:
             batches = super().get_batch_sampler(dataset, batch_size, False, **kwargs)
-        elif self._mix is not None and dataset is self.train_dataset:
-            batches = MixedBatches(
-                self._mix, self._documents, self._anchors, batch_size=batch_size, seed=kwargs.get("seed") or 0
-            )
+        elif self._mix is not None and is_train:
+            batches = MixedBatches(self._mix, documents, anchors, batch_size=batch_size, seed=seed)
         else:
-            rows = np.asarray(dataset["label"])
+            rows, processes = np.asarray(dataset["label"]), world_size()
             batches = BalancedBatchSampler(
-                self._documents[rows],
-                self._anchors[rows],
-                batch_size=batch_size,
-                seed=kwargs.get("seed") or 0,
-                processes=world_size(),
+                documents[rows], anchors[rows], batch_size=batch_size, seed=seed, processes=processes
             )
         epoch_cell = self._noisy.epoch if self._noisy and is_train else None
         return EpochBatches(batches, epoch_cell, world_size(), self._answer_each_other)

@@ -188,7 +188,7 @@ class Watch(TrainerCallback):
 def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     """The trainer of a run, before its first step."""
     config, precision = setup.settle_precision(FinetuneConfig.resolve(settings | knobs))
-    paths = Paths.of(config.output_dir, config.model_name)
+    paths = Paths(config.output_dir, config.model_name)
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     rows = _read(config, paths)
     model = setup.make_model(config, precision)

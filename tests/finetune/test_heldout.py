@@ -13,7 +13,7 @@ from ebr_lib.finetune.outputs import before_after, save_heldout
 from ebr_lib.finetune.rows import Rows
 from ebr_lib.tables import as_text
 
-HELDOUT = [("query", "The  Document")]
+HELDOUT = [TrainingRow("query", "The  Document")]
 TRAIN = {
     "its text is a positive": (TrainingRow("other", "the document"), True),
     "its text is an anchor": (TrainingRow("THE document", "other"), True),
@@ -25,7 +25,7 @@ TRAIN = {
 @pytest.mark.parametrize(("row", "seen"), TRAIN.values(), ids=TRAIN)
 def test_a_document_is_unseen_when_no_training_row_has_its_text(row, seen, tmp_path):
     assert build_task(HELDOUT, [row], 10, 0).seen == (seen,)
-    save_heldout(Rows([row], [TrainingRow(*HELDOUT[0])], None, ""), tmp_path)
+    save_heldout(Rows([row], HELDOUT, None, ""), tmp_path)
     corpus = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
     flags = {normalised(document["text"]): document["seen"] for document in corpus}
     assert flags == {normalised(row.positive): True} | {"the document": seen}

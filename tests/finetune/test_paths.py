@@ -14,11 +14,11 @@ from ebr_lib.model.provenance import identify
 
 @pytest.fixture
 def paths(tmp_path) -> Paths:
-    return Paths.of(str(tmp_path / "out"), "models/bert")
+    return Paths(str(tmp_path / "out"), "models/bert")
 
 
 def test_an_adapter_trained_further_keeps_one_suffix(tmp_path):
-    assert Paths.of(str(tmp_path), "out/bert-peft-lora").adapter == tmp_path / "bert-peft-lora"
+    assert Paths(str(tmp_path), "out/bert-peft-lora").adapter == tmp_path / "bert-peft-lora"
 
 
 @pytest.mark.parametrize("name", ["adapter", "merged", "checkpoints"])

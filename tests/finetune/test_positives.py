@@ -8,7 +8,7 @@ import pytest
 from ebr_lib.data.pairs import TrainingRow
 from ebr_lib.data.text import normalised
 from ebr_lib.finetune import positives
-from ebr_lib.finetune.pool import make_pool, remembered
+from ebr_lib.finetune.pool import Pool, remembered
 from ebr_lib.finetune.positives import positive_ranks, without_noisy
 from tests.finetune.test_mining import catalogue_of, click_log, encode_documents, encode_queries
 
@@ -28,9 +28,9 @@ def test_ranks_worked_by_hand():
         TrainingRow("kettle", "iron pot"),  # rank 1, and 2 with the catalogue's lid
         TrainingRow("kettle", "kite", ("small tent",)),  # small tent is nearer, iron pot is known: rank 2
     ]
-    assert positive_ranks(make_pool(rows, on_the_circle, on_the_circle)).tolist() == [2, 1, 1, 2]
+    assert positive_ranks(Pool(rows, on_the_circle, on_the_circle)).tolist() == [2, 1, 1, 2]
     lid = catalogue_of(["lid"])
-    assert positive_ranks(make_pool(rows, on_the_circle, on_the_circle, lid)).tolist() == [2, 1, 2, 3]
+    assert positive_ranks(Pool(rows, on_the_circle, on_the_circle, lid)).tolist() == [2, 1, 2, 3]
     encoders = on_the_circle, on_the_circle
     assert without_noisy(rows, *encoders, rank_max=2, catalogue=lid) == (rows[:3], rows[3:])
     assert without_noisy(rows, *encoders, rank_max=2) == (rows, [])
@@ -43,7 +43,7 @@ def test_ranks_by_brute_force(monkeypatch, cells):
     answered = {(normalised(row.anchor), normalised(row.positive)) for row in rows}
     corpus = sorted({normalised(text) for row in rows for text in (row.positive, *row.negatives)})
     vectors = encode_documents(corpus)
-    ranks = positive_ranks(make_pool(rows, encode_queries, encode_documents))
+    ranks = positive_ranks(Pool(rows, encode_queries, encode_documents))
     for row, rank in zip(rows, ranks, strict=True):
         anchor = normalised(row.anchor)
         cosine = dict(zip(corpus, vectors @ encode_queries([anchor])[0], strict=True))

@@ -199,7 +199,7 @@ def test_one_row_needs_a_negative():
 
 
 def mined(config: FinetuneConfig, model):
-    rows = _read(config, Paths.of(config.output_dir, config.model_name))
+    rows = _read(config, Paths(config.output_dir, config.model_name))
     return rows.train, setup.with_mined_negatives(config, rows, model).train
 
 
@@ -230,7 +230,7 @@ def test_the_model_mines_with_its_prompts_and_queries_alone_with_the_adapter(set
 def test_vectors_of_a_catalogue_must_be_the_models(settings, tiny_models, caplog):
     config = config_of(settings, mine_hard_negatives=2, mining_margin=None, mining_rank_max=3, eval_ratio=0.0)
     model = model_of(config)
-    rows = _read(config, Paths.of(config.output_dir, config.model_name))
+    rows = _read(config, Paths(config.output_dir, config.model_name))
     texts = [row.positive.upper() for row in rows.train] + ["only the catalogue has this"]
     vectors = np.random.default_rng(0).standard_normal((len(texts), 32)).astype(np.float32)  # not what encoding gives
 
@@ -256,7 +256,8 @@ def test_noisy_positives_are_dropped_counted_and_written(settings, monkeypatch, 
     monkeypatch.setattr(setup, "encoders_of", lambda *_, **__: (on_the_circle, on_the_circle))
     good = [TrainingRow("tent", "big tent"), TrainingRow("kettle", "iron pot")]
     bad = [TrainingRow("Kettle", "kite")]  # small tent is nearer; so is kite to tent than small tent
-    rows = Rows([*good, *bad, TrainingRow("tent", "small tent")], [], build_task([("lid", "kite")], bad, 9, 0), "")
+    task = build_task([TrainingRow("lid", "kite")], bad, 9, 0)
+    rows = Rows([*good, *bad, TrainingRow("tent", "small tent")], [], task, "")
     config, noisy = config_of(settings, positive_rank_max=1), tmp_path / "noisy.jsonl"
     with caplog.at_level(logging.INFO, "ebr_lib"):
         kept = setup.with_mined_negatives(config, rows, None, None, noisy)

@@ -47,7 +47,7 @@ def test_shares_that_name_nothing_or_one_file_twice_are_refused():
 
 @pytest.mark.parametrize("one_file", [False, True])
 def test_an_epoch_has_the_rows_of_its_shares(one_file):
-    mix = Mix.of(FILES, rows_per_file(FILES, {"c.jsonl": 0.45, "a.jsonl": 0.25}), one_file)
+    mix = Mix(FILES, rows_per_file(FILES, {"c.jsonl": 0.45, "a.jsonl": 0.25}), one_file)
     batches = MixedBatches(mix, np.arange(100), np.arange(100), batch_size=8, seed=3)
     epochs = []
     for epoch in range(4):
@@ -74,7 +74,7 @@ def test_an_epoch_has_the_rows_of_its_shares(one_file):
 @pytest.mark.parametrize("one_file", [False, True])
 def test_every_batch_replays_its_share(one_file):
     """Of 8 rows per batch 2 are replayed, so 6 are not: 100 rows in 17 batches, or 10 + 5 + 2 by file."""
-    mix = Mix.of(FILES, rows_per_file(FILES, {}), one_file, replayed=50, share=0.25)
+    mix = Mix(FILES, rows_per_file(FILES, {}), one_file, replayed=50, share=0.25)
     batches = MixedBatches(mix, np.arange(150) % 70, np.arange(150), batch_size=8, seed=3)
     epochs = []
     for epoch in range(3):
@@ -96,11 +96,11 @@ def test_every_batch_replays_its_share(one_file):
     ("share", "size", "replayed"), [(0.2, 6, 1), (0.01, 6, 1), (0.99, 6, 5), (0.5, 2, 1), (0, 6, 0)]
 )
 def test_both_kinds_have_room_in_a_batch(share, size, replayed):
-    assert Mix.of(FILES, rows_per_file(FILES, {}), False, replayed=9, share=share).replayed_in(size) == replayed
+    assert Mix(FILES, rows_per_file(FILES, {}), False, replayed=9, share=share).replayed_in(size) == replayed
 
 
 def test_few_rows_are_replayed_again_and_again():
-    mix = Mix.of(FILES, rows_per_file(FILES, {}), False, replayed=3, share=0.5)
+    mix = Mix(FILES, rows_per_file(FILES, {}), False, replayed=3, share=0.5)
     found = list(MixedBatches(mix, np.arange(103), np.arange(103), batch_size=8, seed=0))
     times = Counter(row for batch in found for row in batch if row >= 100)
     assert sorted(times.values()) == [33, 33, 34]  # four in each of 25 batches
@@ -108,9 +108,9 @@ def test_few_rows_are_replayed_again_and_again():
 
 def test_logq_with_replay_by_hand():
     """In batches of 4 with one replayed row: half of 6 rows, and one of 2. Document 1 has 2 · 1/2 + 1/2 places."""
-    mix = Mix.of(["a"] * 6, {"a": 6}, False, replayed=2, share=0.25)
+    mix = Mix(["a"] * 6, {"a": 6}, False, replayed=2, share=0.25)
     assert mix.rates(4).tolist() == [0.5] * 8
-    assert Mix.of(["a"] * 6, {"a": 6}, False, replayed=4, share=0.25).rates(64).tolist() == [1.0] * 6 + [4.0] * 4
+    assert Mix(["a"] * 6, {"a": 6}, False, replayed=4, share=0.25).rates(64).tolist() == [1.0] * 6 + [4.0] * 4
     documents = np.array([[1], [1], [2], [3], [4], [5], [1], [6]])
     counts, masked = (
         ExpectedCounts(documents, 4, masked=masked, balanced=True, rates=mix.rates(4)) for masked in (False, True)

@@ -164,13 +164,13 @@ def test_what_was_chosen_is_what_is_saved_reported_and_evaluated(auto, tiny_bert
 
 
 def test_the_held_out_loss_that_chooses_is_of_the_half_that_chooses(auto, monkeypatch):
-    make_datasets, compared = setup.make_datasets, set()
+    datasets, compared = setup.Datasets, set()
 
     def note(train, heldout, *more):
         compared.update(row.anchor for row in heldout)
-        return make_datasets(train, heldout, *more)
+        return datasets(train, heldout, *more)
 
-    monkeypatch.setattr(setup, "make_datasets", note)
+    monkeypatch.setattr(setup, "Datasets", note)
     result = train(auto, best_metric="loss", num_epochs=1)
     lines = (Path(result.model_path) / "heldout.jsonl").read_text("utf-8").splitlines()
     reporting = {json.loads(line)["anchor"] for line in lines}

@@ -117,7 +117,7 @@ def test_auto_finds_logs_saves_and_trains_as_the_number_does(settings, tmp_path,
 def test_a_resumed_run_keeps_the_temperature_that_it_found(settings):
     seen = make_trainer(settings, temperature="auto")
     config = FinetuneConfig.resolve(settings | {"temperature": "auto"})
-    paths = Paths.of(config.output_dir, config.model_name)
+    paths = Paths(config.output_dir, config.model_name)
     first = settle_temperature(seen.trainer, paths.checkpoints / FOUND_FILE, resumed=False)
     assert seen.trainer.loss.temperature == first != 0.05
     (note,) = paths.checkpoints.glob("found.json")
