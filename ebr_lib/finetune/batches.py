@@ -228,15 +228,17 @@ class KnownPositives:
             self._pairs, self._columns, self._anchors = (
                 table.to(rows.device) for table in (self._pairs, self._columns, self._anchors)
             )
-        return self.answers(self._anchors[rows], self._columns[rows].T.flatten())
+        return self.answers(self._anchors[rows][:, None], self._columns[rows].T.flatten())
 
     def answers(self, anchors: Tensor, documents: Tensor) -> Tensor:
-        """Text numbers (q,) and (d,) to bool (q, d): is the pair a known positive?"""
-        return self._known(anchors[:, None], documents)
+        """Whether pairs of text numbers, in shapes that broadcast, are known positives."""
+        codes = anchors * self._base + documents
+        place = torch.searchsorted(self._pairs, codes).clamp_(max=len(self._pairs) - 1)
+        return (self._pairs[place] == codes) & (documents != 0)
 
     def own_answers(self) -> NDArray[np.bool_]:
         """Shape of `columns`: does that document answer the anchor of its own row? True for all positives."""
-        return self._known(torch.from_numpy(self.anchors)[:, None], torch.from_numpy(self.columns)).numpy()
+        return self.answers(torch.from_numpy(self.anchors)[:, None], torch.from_numpy(self.columns)).numpy()
 
     def pairs(self) -> tuple[Ints, Ints]:
         """All known pairs of text numbers, both ways and each text with itself, sorted: (pairs,) and (pairs,)."""
@@ -254,8 +256,3 @@ class KnownPositives:
         asked, offered = (np.bincount(side, minlength=self._base) for side in (anchors, documents))
         offered[0] = 0
         return int((asked[one] * offered[other]).sum())
-
-    def _known(self, anchors: Tensor, documents: Tensor) -> Tensor:
-        codes = anchors * self._base + documents
-        place = torch.searchsorted(self._pairs, codes).clamp_(max=len(self._pairs) - 1)
-        return (self._pairs[place] == codes) & (documents != 0)
