@@ -15,8 +15,6 @@ from ebr_lib.tables import shortened
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from ebr_lib.finetune.rows import Rows
-
 _SHOWN = 5
 
 
@@ -29,17 +27,23 @@ def own_prompts(rows: Iterable[TrainingRow]) -> dict[str, str]:
     return found
 
 
-def use_own_prompts(rows: Rows, model: SentenceTransformer, prompt: str | Mapping[str, str] | None) -> None:
+def use_own_prompts(
+    model: SentenceTransformer,
+    train: Sequence[TrainingRow],
+    others: Sequence[TrainingRow],
+    prompt: str | Mapping[str, str] | None,
+) -> None:
     """Make the rows' own prompt the model's, where they have one, or the most frequent of several.
 
+    :param others: replayed and held-out rows.
     :param prompt: what the user gave.
     :raises ModelError: the model's pooling leaves a batch's one prompt out, and the rows have several.
     """
     given = isinstance(prompt, str) or "anchor" in (prompt or ())
-    chosen = query_prompt(rows.train, prompt_of(model, "query"), given=given)
+    chosen = query_prompt(train, prompt_of(model, "query"), given=given)
     if chosen != prompt_of(model, "query"):
         model.prompts["query"] = chosen
-    several = {row.prompt for row in (*rows.trained, *rows.heldout)} - {None, chosen}
+    several = {row.prompt for row in (*train, *others)} - {None, chosen}
     if several and not all(getattr(module, "include_prompt", True) for module in model):
         raise ModelError(
             f"rows have several prompts, such as {sorted(map(str, several))[0]!r}, and this model's pooling leaves the "

@@ -101,7 +101,7 @@ def train_sentence_transformer(config: FinetuneConfig | Mapping[str, Any] | None
     paths.check_base(base)
     config = setup.keep_adapter_settings(config, model)
     setup.check_against_data(config, rows, model)
-    use_own_prompts(rows, model, config.prompt)
+    use_own_prompts(model, rows.train, [*rows.replay, *rows.heldout], config.prompt)
     rows = setup.with_mined_negatives(config, rows, model, catalogue, paths.noisy)
     config = setup.ensure_negatives(config, rows.train)
     report = setup.examine_rows(config, rows.train, model)

@@ -193,7 +193,7 @@ def make_trainer(settings: dict, **knobs: Any) -> Stepped:
     rows = _read(config, paths)
     model = setup.make_model(config, precision)
     config = setup.keep_adapter_settings(config, model)
-    use_own_prompts(rows, model, config.prompt)
+    use_own_prompts(model, rows.train, [*rows.replay, *rows.heldout], config.prompt)
     rows = setup.with_mined_negatives(config, rows, model)
     config = setup.ensure_negatives(config, rows.train)
     report = SimpleNamespace(rows=1000, anchors=1000, documents=1000, duplicate_share=0.0)

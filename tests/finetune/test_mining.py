@@ -178,7 +178,7 @@ def test_candidates_that_a_reranker_takes_for_answers_are_left_out(choice, caplo
 
 def test_no_row_is_lost_and_texts_are_unchanged():
     rows = click_log(60, 25)
-    mined = mine(rows, count=4, margin=0.5).rows
+    mined = mine(rows, count=4, margin=0.5)
     assert [(row.anchor, row.positive) for row in mined] == [(row.anchor, row.positive) for row in rows]
     given = {text for row in rows for text in (row.positive, *row.negatives)}
     for old, new in zip(rows, mined, strict=True):

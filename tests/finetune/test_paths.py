@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def test_an_input_is_not_replaced(paths):
 
 
 def test_a_model_of_another_base_is_not_replaced(paths, trained, tiny_models):
-    paths = dataclasses.replace(paths, adapter=Path(trained.model_path))
+    paths.adapter = Path(trained.model_path)
     paths.check_base(identify(str(tiny_models("bert"))))
     with pytest.raises(ConfigError, match=r"trained from another base .* would be replaced; give another output_dir"):
         paths.check_base(identify(str(tiny_models("qwen2"))))

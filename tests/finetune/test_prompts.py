@@ -13,7 +13,6 @@ from ebr_lib.data.pairs import TrainingRow, expand, read_pairs
 from ebr_lib.errors import ModelError
 from ebr_lib.finetune.doctor import examine
 from ebr_lib.finetune.prompts import own_prompts, query_prompt, use_own_prompts
-from ebr_lib.finetune.rows import Rows
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model
 from tests.finetune.conftest import make_trainer, same, step, train, write_rows
@@ -115,9 +114,8 @@ def test_the_encoder_takes_a_prompt_for_each_text(tiny_bert):
 def test_pooling_without_the_prompt_takes_one_prompt(tiny_bert):
     model = load_model(str(tiny_bert), device="cpu")
     model[1].include_prompt = False
-    rows = Rows(rows_with(FIND, ASK), [], None, "")
     with pytest.raises(ModelError, match="train on one prompt"):
-        use_own_prompts(rows, model, None)
+        use_own_prompts(model, rows_with(FIND, ASK), [], None)
 
 
 def test_several_prompts_are_saved_and_the_evaluation_has_the_same_numbers(settings, given, tmp_path):
