@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +80,49 @@ class Found:
         return Found(self.ids[places], self.cosines[places], self.worth[places])
 
 
+def ordered(
+    found: Found,
+    words: NDArray[np.float32] | None,
+    after: After,
+    *,
+    query: Vectors,
+    k: int,
+    diversity: float,
+    texts: Callable[[Ints, str], Sequence[str]],
+    vectors: Callable[[Ints], Vectors],
+) -> Found:
+    """The k best rows: those that the vectors found, fused, reranked and made diverse.
+
+    :param words: see `fused`; None if BM25 does not count.
+    :param texts: gives the texts of rows in a column, and `vectors` the unit vectors of rows.
+    """
+    wanted = POOL * k if diversity else k
+    if words is not None:
+        found = fused(found, words, after, after.rows(wanted))
+    if after.scores:
+        found = reranked(found, texts(found.ids[: after.depth], after.column), after)
+    found = found.at(slice(wanted))
+    if diversity:
+        found = diverse(found, vectors(found.ids), k, diversity, after)
+    if (by_words := found.cosines == -np.inf).any():  # rows that BM25 alone has found
+        found.cosines[by_words] = vectors(found.ids[by_words]) @ query
+    return found
+
+
 def fused(found: Found, words: NDArray[np.float32], after: After, most: int) -> Found:
     """Fuse the rows that the vectors found with those that BM25 finds; equal scores in the order of the rows.
 
     :param words: BM25's score of every row of the index, -inf for those that may not be found.
     :param most: rows that BM25 gives.
     """
-    best = _first(words, most)
+    best = best_places(words, most)
     candidates = Candidates.of((found.ids[None], found.worth[None]), (best[None], words[best][None]))
     ids, cosines, worth = candidates.ids[0], candidates.first[0], after.fusion.scores(candidates)[0]
     order = np.lexsort((ids, -worth))
     return Found(ids, cosines, worth).at(order[ids[order] >= 0])
 
 
-def _first(scores: NDArray[np.float32], most: int) -> Ints:
+def best_places(scores: NDArray[np.float32], most: int) -> Ints:
     """Places of the highest scores, best first, without those of -inf."""
     there = np.flatnonzero(scores > -np.inf)
     if len(there) > most:

@@ -259,13 +259,11 @@ def fill(index: Any, batches: Iterable[Embeddings], rows_file: Path, gather: Int
 def appending(
     index: Any, distinct: Distinct, rows_file: Path, columns: Sequence[str], before: Iterable[pa.RecordBatch] = ()
 ) -> Iterator[Callable[[Embeddings, int], Vectors]]:
-    """Yield a function that appends a batch: its new vectors to the index, its kept columns to an Arrow file, which a
-    search maps into memory. It takes the number of the embedding file's first row, and returns the unit vectors.
+    """Yield a function that appends a batch: its new vectors to the index, its kept columns to an Arrow file. It takes
+    the number of the embedding file's first row, and returns the unit vectors.
 
     :param before: rows with which the Arrow file begins.
     """
-    import pyarrow as pa
-
     add = adding(index)
 
     def append(batch: Embeddings, first_row: int) -> Vectors:
@@ -274,15 +272,34 @@ def appending(
         vectors = unit(batch.vectors)
         if (new := distinct.place(vectors)).any():
             add(vectors[new])
+        write(batch, first_row)
+        return vectors
+
+    with writing_rows(rows_file, columns, before) as write:
+        yield append
+
+
+@contextlib.contextmanager
+def writing_rows(
+    rows_file: Path, columns: Sequence[str] | None, before: Iterable[pa.RecordBatch] = ()
+) -> Iterator[Callable[[Embeddings, int], None]]:
+    """Yield a function that writes columns of a batch to an Arrow file, which a search maps into memory; see
+    `appending`. Without columns it writes nothing."""
+    import pyarrow as pa
+
+    if columns is None:
+        yield lambda batch, first_row: None
+        return
+
+    def write(batch: Embeddings, first_row: int) -> None:
         kept = {name: pa.array(batch.columns[name], pa.string()) for name in columns}
         rows.write_batch(pa.record_batch({ROW: pa.array(batch.rows + first_row)} | kept))
-        return vectors
 
     schema = pa.schema([(ROW, pa.int64()), *((name, pa.string()) for name in columns)])
     with pa.ipc.new_file(str(rows_file), schema) as rows:
         for part in before:
             rows.write_batch(part)
-        yield append
+        yield write
 
 
 def write_bm25(folder: Path, bm25: Bm25, column: str) -> None:

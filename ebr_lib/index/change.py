@@ -24,7 +24,7 @@ def add_rows(index_dir: str | Path, embedding_path: str | Path) -> int:
     """Add the rows of an embedding file to an index; returns how many it then has, without hidden ones.
 
     The measured setting stays; build the index again when it has grown by much. In Milvus, new rows replace those with
-    their ids, and are found as they arrive.
+    their ids, and are found as they arrive; if that is interrupted, the same call continues, as one of `delete_rows`.
 
     :raises ModelError: another model made the new vectors, or another prompt or length.
     :raises DataError: another dimension, or a kept column is missing.

@@ -129,8 +129,6 @@ class IndexConfig(Config):
             yield "milvus_uri: leave user and password out of it; put them into milvus_token_file or MILVUS_TOKEN"
         if (self.milvus_uri or self.milvus_token_file) and not self.kind.startswith("milvus"):
             yield f"milvus_uri and milvus_token_file need kind: milvus, not {self.kind}"
-        if self.hybrid and self.kind.startswith("milvus"):
-            yield "hybrid: a collection of Milvus keeps no BM25 here; use another kind, or leave hybrid out"
         if self.text_column and not self.hybrid:
             yield "text_column: only hybrid: true reads it"
 

@@ -12,19 +12,22 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebr_lib.arrays import Ints, Vectors
+from ebr_lib.data.bm25 import Bm25
 from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.extras import require
 from ebr_lib.files import read_token
-from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, diverse, reranked
-from ebr_lib.index.store import LITE_FILE, NO_ROWS, ROW
+from ebr_lib.index import store
+from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, best_places, ordered
+from ebr_lib.index.store import NO_ROWS, ROW
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
 from ebr_lib.model.provenance import Provenance
@@ -39,20 +42,13 @@ TIE = 1e-6
 CONNECT_SECONDS, CALL_SECONDS = 10.0, 60.0
 LONG_SECONDS = 3600.0  # for one call that writes, indexes or loads a whole collection
 LOST_SECONDS = 60.0  # a lost connection is tried for so long
-LITE_OPTIONS = {
-    "grpc.keepalive_time_ms": 330_000
-}  # its server hangs up on whoever pings often while it builds an index
+LITE_OPTIONS = {"grpc.keepalive_time_ms": 330_000}  # its server hangs up on whoever pings often
 CONNECT_FAILED, NOT_LOADED = 2, 101  # codes of Milvus's errors
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,200}")
 RESERVED = {"and", "or", "not", "in", "like", "is", "null", "true", "false", "exists", "vector", "rowid", "timestamp"}
 
 
 # --- the server ---------------------------------------------------------------------------------------------------
-
-
-def address_of(folder: Path, uri: str | None) -> str:
-    """Address of the server of an index folder: its own file of Milvus Lite, if no other is given."""
-    return uri or str(folder / LITE_FILE)
 
 
 class Server:
@@ -116,22 +112,13 @@ class Server:
         """What a collection, or the one an alias stands for, is; None if there is none."""
         return self.call("describe_collection", collection) if self.call("has_collection", collection) else None
 
-    def count(self, collection: str, expression: str = "") -> int:
-        """Number of entities that an expression allows."""
-        arguments: dict[str, Any] = {"filter": expression, "output_fields": ["count(*)"], "consistency_level": "Strong"}
-        return int(self.call("query", collection, **arguments)[0]["count(*)"])
-
     def close(self) -> None:
         """Give the connection back."""
         self._client.close()
 
 
 def check_milvus(uri: str | None, token_file: str | None) -> None:
-    """Check that Milvus is installed, and answers if it is a server.
-
-    :raises NotInstalledError: it is not.
-    :raises ConfigError: it does not.
-    """
+    """Check that Milvus is installed, and answers if it is a server."""
     require(KIND)
     if uri:
         Server(uri, token_file).close()
@@ -160,16 +147,11 @@ def fields_of(columns: Sequence[str]) -> dict[str, str]:
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
-def quoted(text: str) -> str:
-    """A text as a literal of Milvus's expressions."""
-    return f'"{text.translate(_ESCAPES)}"'
-
-
-def one_of(field: str, values: Sequence[str | None]) -> str:
+def one_of(place: str, values: Sequence[str | None]) -> str:
     """Expression: the field has one of the values; None is null."""
-    texts = ", ".join(quoted(value) for value in values if value is not None)
-    parts = [f"{field} in [{texts}]"] if texts else []
-    parts += [f"{field} is null"] if None in values else []
+    texts = ", ".join(f'"{value.translate(_ESCAPES)}"' for value in values if value is not None)
+    parts = [f"{place} in [{texts}]"] if texts else []
+    parts += [f"{place} is null"] if None in values else []
     return f"({' or '.join(parts)})" if parts else f"{ROW} < 0"  # no value allows no row
 
 
@@ -178,50 +160,76 @@ def in_rows(rows: Ints) -> str:
     return f"{ROW} in {rows.tolist()}"
 
 
-def contract_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an index's manifest its collection says as well: model, settings (with the prompt), dimension, ids."""
-    return {name: manifest.get(name) for name in ("model", "settings", "dimension", "id_column")}
-
-
 def read_contract(described: Mapping[str, Any]) -> dict[str, Any] | None:
     """The contract in a collection's properties; None for a collection that was not made here."""
     text = (described.get("properties") or {}).get(CONTRACT)
     return dict(json.loads(text)) if text else None
 
 
-def said(contract: Mapping[str, Any] | None) -> str:
-    """A contract, for an error."""
-    if contract is None:
+def said(described: Mapping[str, Any]) -> str:
+    """The contract of a collection, for an error."""
+    if (contract := read_contract(described)) is None:
         return "it was not made by this stage"
     return f"it holds vectors of {Provenance.of(contract).said}, {contract['dimension']} dimensions"
 
 
-# --- the opened index ---------------------------------------------------------------------------------------------
+# --- a collection -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class MilvusIndex:
-    """An opened index folder whose rows are in Milvus; found, hidden and diverse rows are as in `SearchIndex`."""
+@dataclass(kw_only=True)
+class Entities:
+    """What is read from a collection.
+
+    :ivar fields: kept column to its field.
+    """
+
+    server: Server = field(repr=False)
+    id_column: str | None
+    name: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
+
+    def count(self, expression: str = "") -> int:
+        """Number of entities that an expression allows."""
+        return int(self.query(expression, ["count(*)"], consistency_level="Strong")[0]["count(*)"])
+
+    def query(self, expression: str, fields: Sequence[str], **arguments: Any) -> list[dict[str, Any]]:
+        """Fields of the entities that an expression allows."""
+        return list(self.server.call("query", self.name, filter=expression, output_fields=list(fields), **arguments))
+
+    def of_rows(self, rows: Ints, place: str) -> list[Any]:
+        """Values of a field, of rows in their order."""
+        held = {entity[ROW]: entity[place] for entity in self.query(in_rows(rows), [ROW, place])}
+        return [held[row] for row in rows.tolist()]
+
+    def nearest(
+        self, queries: Vectors, limit: int, search: tuple[str | None, int], fields: Sequence[str] = (), where: str = ""
+    ) -> list[list[dict[str, Any]]]:
+        """What Milvus finds for each query, best first: `distance`, `ROW` and fields.
+
+        :param search: the knob, as Faiss names it, and its setting.
+        """
+        knob, setting = search
+        params = {"efSearch": {"ef": max(setting, limit)}, "nprobe": {"nprobe": setting}}.get(knob or "", {})
+        found = self.server.call(
+            "search", self.name, data=queries.tolist(), anns_field=VECTOR, limit=limit, filter=where,
+            output_fields=[ROW, *fields], search_params={"metric_type": "IP", "params": params},
+        )  # fmt: skip
+        return [[{"distance": hit["distance"], **hit["entity"]} for hit in hits] for hits in found]
+
+
+@dataclass(kw_only=True)
+class MilvusIndex(Entities):
+    """An opened index folder whose rows are in Milvus; found, hidden and diverse rows are as in `SearchIndex`.
+
+    :ivar bm25: over the texts of the rows whose numbers are `rows`, if it is kept; `hybrid` says over which texts.
+    """
 
     folder: Path
-    server: Server = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
-    hybrid: None = None  # BM25 is kept beside Faiss alone
-
-    @property
-    def name(self) -> str:
-        """The collection."""
-        return str(self.manifest[KIND]["holds"])
-
-    @property
-    def dim(self) -> int:
-        """Dimensions of the vectors."""
-        return int(self.manifest["dimension"])
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """Kept column to its field."""
-        return dict(self.manifest[KIND]["fields"])
+    dim: int
+    hybrid: Hybrid | None
+    bm25: Bm25 | None = field(repr=False)
+    rows: Ints = field(repr=False)
 
     @property
     def columns(self) -> list[str]:
@@ -229,7 +237,23 @@ class MilvusIndex:
         return list(self.fields)
 
     def __len__(self) -> int:
-        return self.server.count(self.name)
+        return self.count()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a change of this index begins with; another build, or a finished addition, has another."""
+        return {"collection": self.name, "next_row": self.manifest["next_row"]}
+
+    def begun(self, file: str) -> dict[str, Any] | None:
+        """The state file of a change that has begun and is not finished."""
+        found = store.read_state(self.folder / file) or {}
+        return found if self.state.items() <= found.items() else None
+
+    @property
+    def unfinished(self) -> str:
+        """What searches say while a change is under way or was interrupted; empty otherwise."""
+        is_begun = any(self.begun(file) for file in (store.APPEND_FILE, store.DELETE_FILE))
+        return "修改未完成 a change is not finished: run it again" if is_begun else ""
 
     def find(
         self,
@@ -249,31 +273,34 @@ class MilvusIndex:
         """
         if query.shape != (self.dim,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.dim}")
-        wanted = POOL * k if diversity else k
-        if after.rows(wanted) > MOST_ROWS:
+        most = after.rows(POOL * k if diversity else k)
+        if most > MOST_ROWS:
             raise ConfigError(f"k: {k}; Milvus returns at most {MOST_ROWS // (POOL if diversity else 1):,} rows here")
         conditions = [one_of(self._field(name), values) for name, values in where.items()]
         if len(hidden):
-            conditions.append(f"{SAME} not in {json.dumps(self._digests(hidden))}")
-        found = self._nearest(query, after.rows(wanted), " and ".join(conditions), distinct=distinct)
-        scores = np.array([score for score, _ in found], np.float32)
-        ranked = Found(np.arange(len(found)), scores, scores)
-        if after.scores:
-            texts = [entity[self._field(after.column)] or "" for _, entity in found[: after.depth]]
-            ranked = reranked(ranked, texts, after)
-        ranked = ranked.at(slice(wanted))
-        if diversity:
-            ranked = diverse(ranked, self._vectors([found[i][1] for i in ranked.ids]), k, diversity, after)
-        return [(found[i][0], self._row_of(found[i][1])) for i in ranked.ids]
+            conditions.append(f"{SAME} not in {json.dumps(sorted(set(self.of_rows(hidden, SAME))))}")
+        expression = " and ".join(conditions)
+        near = self._nearest(query, most, expression, distinct=distinct)
+        held = {entity[ROW]: entity for _, entity in near}
+        rows, scores = np.array(list(held), np.int64), np.array([score for score, _ in near], np.float32)
+        words = self._words(after.text, most, expression, distinct=distinct) if after.is_fused else None
+        found = ordered(
+            Found(rows, scores, scores), words, after,
+            query=query, k=k, diversity=diversity, texts=self.texts, vectors=self._vectors,
+        )  # fmt: skip
+        if more := [row for row in found.ids.tolist() if row not in held]:  # that BM25 alone has found
+            fields = [ROW, *self.fields.values()]
+            held |= {entity[ROW]: entity for entity in self.query(in_rows(np.array(more)), fields)}
+        return [
+            (float(score), {ROW: row} | {name: held[row][place] for name, place in self.fields.items()})
+            for row, score in zip(found.ids.tolist(), found.cosines, strict=True)
+        ]
 
     def _field(self, column: str) -> str:
         if column not in self.fields:
             kept = ", ".join(self.columns) or "none"
             raise DataError(f"{self.folder}: no column {column}; kept columns are {kept}")
         return self.fields[column]
-
-    def _row_of(self, entity: Mapping[str, Any]) -> dict[str, Any]:
-        return {ROW: entity[ROW]} | {name: entity[field] for name, field in self.fields.items()}
 
     def _nearest(
         self, query: Vectors, k: int, expression: str, *, distinct: bool
@@ -295,85 +322,77 @@ class MilvusIndex:
         """What Milvus finds. If a graph or a few cells give too few of the allowed entities, all of them are compared
         here, or, if these are too many to send, the widest search is used."""
         knob, setting = self.manifest["search"]["knob"], self.manifest["search"]["setting"]
-        hits = self._ask(query, limit, expression, search_setting(knob, setting, limit))
-        if not knob or len(hits) == limit or len(hits) == (allowed := self.server.count(self.name, expression)):
+        fields = [SAME, *self.fields.values()]
+        hits = self.nearest(query[None], limit, (knob, setting), fields, expression)[0]
+        if not knob or len(hits) == limit or len(hits) == (allowed := self.count(expression)):
             return hits
         if allowed > MOST_ROWS:
-            return self._ask(query, limit, expression, search_setting(knob, MOST_ROWS, limit))
-        fields = [ROW, SAME, VECTOR, *self.fields.values()]
-        entities = self.entities(expression, fields, limit=allowed)
+            return self.nearest(query[None], limit, (knob, MOST_ROWS), fields, expression)[0]
+        entities = self.query(expression, [ROW, VECTOR, *fields], limit=allowed)
         hits = [{"distance": float(np.array(entity.pop(VECTOR), np.float32) @ query), **entity} for entity in entities]
         return sorted(hits, key=lambda hit: -hit["distance"])[:limit]
 
-    def _ask(self, query: Vectors, limit: int, expression: str, params: Mapping[str, int]) -> list[dict[str, Any]]:
-        found = self.server.call(
-            "search", self.name, data=[query.tolist()], anns_field=VECTOR, limit=limit, filter=expression,
-            output_fields=[ROW, SAME, *self.fields.values()], search_params={"metric_type": "IP", "params": params},
-        )  # fmt: skip
-        return [{"distance": hit["distance"], **hit["entity"]} for hit in found[0]]
+    def _words(self, text: str, most: int, expression: str, *, distinct: bool) -> NDArray[np.float32]:
+        """BM25's scores by row number, -inf for all but the best allowed rows: `most`, if so many share a word."""
+        assert self.bm25 is not None
+        words, allowed, done, size = np.full(self.rows[-1] + 1, -np.inf, np.float32), list[int](), 0, most
+        if (scores := self.bm25.scores(text)) is None:
+            return words
+        best = self.rows[best_places(scores, len(scores))]
+        if expression and self.count(expression) <= MOST_ROWS:  # if more are allowed, some are soon among the best
+            best = best[np.isin(best, [entity[ROW] for entity in self.query(expression, [ROW])])]
+        both = f"{expression} and " if expression else ""
+        while done < len(best) and len(allowed) < most:
+            found = self.query(both + in_rows(best[done : done + size]), [ROW, SAME])
+            if distinct and found:
+                digests = sorted({entity[SAME] for entity in found})
+                same = self.query(f"{both}{SAME} in {json.dumps(digests)}", [ROW, SAME])
+                first = {entity[SAME]: entity[ROW] for entity in sorted(same, key=lambda entity: -entity[ROW])}
+                found = [entity for entity in found if entity[ROW] == first[entity[SAME]]]
+            allowed += [entity[ROW] for entity in found]
+            done, size = done + size, MOST_VALUES
+        there = np.isin(self.rows, allowed)
+        words[self.rows[there]] = scores[there]
+        return words
 
     # --- rows by their ids ----------------------------------------------------------------------------------------
 
-    def entities(self, expression: str, fields: Sequence[str], **arguments: Any) -> list[dict[str, Any]]:
-        """Fields of the entities that an expression allows."""
-        return list(self.server.call("query", self.name, filter=expression, output_fields=list(fields), **arguments))
-
-    def rows_like(self, ids: Sequence[str], column: str | None) -> Ints:
-        """Numbers of the rows with these ids; see `SearchIndex.rows_like`.
-
-        :raises DataError: no row has an id; which column holds ids is not known.
-        """
-        if (name := column or self.manifest.get("id_column")) is None:
-            kept = ", ".join(self.columns) or "none"
-            raise DataError(f"{self.folder}: which column holds ids is not known; give id_column (kept: {kept})")
-        return self.numbers_of(ids, name)
-
-    def numbers_of(self, ids: Sequence[str], column: str) -> Ints:
+    def numbers_of(self, ids: Sequence[str], column: str | None) -> Ints:
         """Numbers of the rows that hold one of the ids.
 
-        :param column: a kept column, or `ROW`.
-        :raises DataError: no row has an id, or the column is not kept.
+        :param column: a kept column, or `ROW`; None takes the index's column of ids.
+        :raises DataError: no row has an id; the column is not kept, or not known.
         """
-        place = ROW if column == ROW else self._field(column)
-        found = [entity for part in self._expressions(place, ids) for entity in self.entities(part, [ROW, place])]
-        if unknown := set(ids) - {str(entity[place]) for entity in found}:
-            shown = ", ".join(sorted(unknown)[:5])
-            raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {column} ({shown})")
-        return np.sort(np.array([entity[ROW] for entity in found], np.int64))
-
-    def _expressions(self, place: str, ids: Sequence[str]) -> Iterator[str]:
-        """Expressions for the ids, some at a time."""
+        if (name := column or self.id_column) is None:
+            kept = ", ".join(self.columns) or "none"
+            raise DataError(f"{self.folder}: which column holds ids is not known; give id_column (kept: {kept})")
+        place, found = ROW if name == ROW else self._field(name), list[dict[str, Any]]()
         for start in range(0, len(ids), MOST_VALUES):
             part = ids[start : start + MOST_VALUES]
-            if place == ROW:
-                numbers = [int(text) for text in part if text.isascii() and text.isdigit()]
-                yield in_rows(np.array(numbers, np.int64))
-            else:
-                yield one_of(place, part)
+            numbers = [int(text) for text in part if text.isascii() and text.isdigit()]
+            found += self.query(f"{ROW} in {numbers}" if place == ROW else one_of(place, part), [ROW, place])
+        if unknown := set(ids) - {str(entity[place]) for entity in found}:
+            shown = ", ".join(sorted(unknown)[:5])
+            raise DataError(f"{self.folder}: {len(unknown)} ids are not in column {name} ({shown})")
+        return np.sort(np.array([entity[ROW] for entity in found], np.int64))
+
+    rows_like = numbers_of  # deleted rows are gone
 
     def mean_vector(self, rows: Ints) -> Vectors:
         """The mean of rows' vectors, scaled to length 1."""
-        return unit(self._vectors([{ROW: row} for row in rows.tolist()]).mean(axis=0, keepdims=True))[0]
+        return unit(self._vectors(rows).mean(axis=0, keepdims=True))[0]
 
-    def _vectors(self, entities: Sequence[Mapping[str, Any]]) -> Vectors:
-        """Vectors of entities, in their order."""
-        rows = np.array([entity[ROW] for entity in entities], np.int64)
-        held = {entity[ROW]: entity[VECTOR] for entity in self.entities(in_rows(rows), [ROW, VECTOR])}
-        return np.array([held[row] for row in rows.tolist()], np.float32).reshape(len(rows), self.dim)
-
-    def _digests(self, rows: Ints) -> list[str]:
-        return sorted({entity[SAME] for entity in self.entities(in_rows(rows), [SAME])})
+    def _vectors(self, rows: Ints) -> Vectors:
+        return np.array(self.of_rows(rows, VECTOR), np.float32).reshape(len(rows), self.dim)
 
     def texts(self, rows: Ints, column: str) -> list[str]:
         """The texts of rows, empty for null."""
-        place = self._field(column)
-        held = {entity[ROW]: entity[place] for entity in self.entities(in_rows(rows), [ROW, place])}
-        return [held[row] or "" for row in rows.tolist()]
+        return [text or "" for text in self.of_rows(rows, self._field(column))]
 
     def first_texts(self, column: str, most: int) -> list[str | None]:
         """Values of a kept column, of some rows."""
         place = self._field(column)
-        return [entity[place] for entity in self.entities("", [place], limit=most)]
+        return [entity[place] for entity in self.query("", [place], limit=most)]
 
 
 def in_order(hits: Sequence[Mapping[str, Any]], *, distinct: bool) -> list[tuple[float, dict[str, Any]]]:
@@ -389,13 +408,6 @@ def in_order(hits: Sequence[Mapping[str, Any]], *, distinct: bool) -> list[tuple
     return [(best[hit[SAME]], dict(hit)) for hit in found if not distinct or hit[ROW] == first[hit[SAME]]]
 
 
-def search_setting(knob: str | None, setting: int, limit: int) -> dict[str, int]:
-    """Milvus's parameters of a search, for a setting of the knob that Faiss names."""
-    if knob == "efSearch":
-        return {"ef": max(setting, limit)}
-    return {"nprobe": setting} if knob == "nprobe" else {}
-
-
 def open_collection(folder: Path, manifest: dict[str, Any]) -> MilvusIndex:
     """Open the collection that an index folder's manifest names.
 
@@ -404,13 +416,21 @@ def open_collection(folder: Path, manifest: dict[str, Any]) -> MilvusIndex:
     :raises DataError: the collection holds vectors of another model, or of another dimension.
     """
     entry = manifest[KIND]
-    server = Server(address_of(folder, entry["uri"]), entry["token_file"])
+    server = Server(entry["uri"] or str(folder / store.LITE_FILE), entry["token_file"])
     described = server.describe(entry["holds"])
     if described is None:
         raise MissingError(f"index {folder}: Milvus at {server.uri} has no collection {entry['holds']}; build it again")
-    if (found := read_contract(described)) != json.loads(json.dumps(contract_of(manifest))):
+    contract = {name: manifest[name] for name in ("model", "settings", "dimension", "id_column")}
+    if read_contract(described) != contract:
         raise DataError(
             f"index {folder}: the collection {entry['holds']} at {server.uri} is another one than its manifest says "
-            f"({said(found)}); build the index again"
+            f"({said(described)}); build the index again"
         )
-    return MilvusIndex(folder, server, manifest)
+    hybrid, rows, bm25 = Hybrid.of(manifest), NO_ROWS, None
+    if hybrid:
+        rows = store.read_rows(store.place_of(folder, store.ROWS_FILE)).column(ROW).to_numpy()
+        bm25 = store.read_bm25(store.place_of(folder, store.BM25_FILE), len(rows))
+    return MilvusIndex(
+        server=server, id_column=manifest["id_column"], name=entry["holds"], fields=entry["fields"], folder=folder,
+        manifest=manifest, dim=manifest["dimension"], hybrid=hybrid, bm25=bm25, rows=rows,
+    )  # fmt: skip

@@ -2,18 +2,16 @@
 
 A build fills a collection of its own, whose name is that of the config with random letters after it; only when it is
 complete and measured does the alias, the name of the config, point to it, and the one before is dropped. A state file
-in the index folder says which file is on its way into which collection, and how many rows have arrived: the same call
-continues there.
+in the index folder says which change is under way and how far it is: the same call continues there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,17 @@ from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.files import write_json
 from ebr_lib.index import store
-from ebr_lib.index.build import HNSW_ROWS, MANIFEST_SAYS, Built, need_vectors, plan_index, vector_batches
+from ebr_lib.index.after import Hybrid
+from ebr_lib.index.build import (
+    HNSW_ROWS,
+    MANIFEST_SAYS,
+    Built,
+    need_vectors,
+    plan_index,
+    vector_batches,
+    write_bm25,
+    writing_rows,
+)
 from ebr_lib.index.faiss_tools import Plan
 from ebr_lib.index.measure import exact_neighbours
 from ebr_lib.index.milvus import (
@@ -36,13 +44,12 @@ from ebr_lib.index.milvus import (
     MOST_VALUES,
     SAME,
     VECTOR,
+    Entities,
     MilvusIndex,
     Server,
     fields_of,
     in_rows,
-    read_contract,
     said,
-    search_setting,
 )
 from ebr_lib.index.store import ROW
 from ebr_lib.logs import logger
@@ -82,67 +89,7 @@ def _index_of(factory: str, ef_construction: int) -> tuple[str, dict[str, int]]:
     )
 
 
-@dataclass
-class Upload:
-    """Rows on their way into a collection: batches that a state file lists as arrived are not sent again."""
-
-    server: Server
-    collection: str
-    fields: Mapping[str, str]
-    id_column: str | None
-    path: str
-    place: Path
-    state: dict[str, Any]
-    seen: int = 0
-
-    def add(self, batch: Embeddings, first_row: int) -> Vectors:
-        """Send a batch; returns its unit vectors."""
-        vectors = unit(batch.vectors) if len(batch) else batch.vectors
-        for part in _parts(batch, vectors.shape[1]):
-            self.seen += part.stop - part.start
-            if self.seen > self.state["done"]:
-                entities = list(self._entities(batch, vectors, part, first_row))
-                write_json(self.place, self.state)  # before the first row is sent, and not if it cannot be
-                self.server.call("upsert", self.collection, entities)
-                self.state["done"] = self.seen
-                write_json(self.place, self.state)
-        return vectors
-
-    def _entities(self, batch: Embeddings, vectors: Vectors, part: slice, first_row: int) -> Iterator[dict[str, Any]]:
-        for i in range(part.start, part.stop):
-            row = int(batch.rows[i])
-            texts = {self.fields[name]: batch.columns[name][i] for name in self.fields}
-            self._check(texts, row)
-            digest = hashlib.blake2b(vectors[i] + np.float32(0), digest_size=store.DIGEST).hexdigest()
-            yield {ROW: row + first_row, SAME: digest, VECTOR: vectors[i], **texts}
-
-    def _check(self, texts: Mapping[str, str | None], row: int) -> None:
-        if self.id_column is not None and texts[self.fields[self.id_column]] is None:
-            raise DataError(f"{self.path}: row {row} has no id (column {self.id_column}); give every row one")
-        for name, place in self.fields.items():
-            if (size := len((texts[place] or "").encode())) > LONGEST:
-                raise DataError(
-                    f"{self.path}: row {row}: {name} holds {size:,} bytes, and Milvus's texts {LONGEST:,} at most; "
-                    "shorten it, or leave the column out of output_columns"
-                )
-
-
-def flush(server: Server, collection: str) -> None:
-    """Let Milvus write what arrived to its storage, and index it."""
-    server.call("flush", collection, seconds=LONG_SECONDS)
-    while server.call("list_indexes", collection) and _not_indexed(server, collection):
-        time.sleep(0.5)
-
-
-def _not_indexed(server: Server, collection: str) -> int:
-    return int(server.call("describe_index", collection, VECTOR).get("pending_index_rows", 0))
-
-
-def _parts(batch: Embeddings, dim: int) -> Iterator[slice]:
-    """Parts of a batch, each a request of some megabytes."""
-    texts = sum(len(text or "") for values in batch.columns.values() for text in values)
-    each = max(1, int(REQUEST_BYTES / (4 * dim + 3 * texts / max(len(batch), 1) + 100)))
-    return (slice(start, min(start + each, len(batch))) for start in range(0, len(batch), each))
+# --- rows on their way --------------------------------------------------------------------------------------------
 
 
 def begin(place: Path, path: str, **about: Any) -> dict[str, Any]:
@@ -153,122 +100,133 @@ def begin(place: Path, path: str, **about: Any) -> dict[str, Any]:
     files = [file for given in files_of(path) for file in (sorted(given.iterdir()) if given.is_dir() else [given])]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     wanted = json.loads(json.dumps({"path": path, "files": stats, **about}))
-    if (found := read_state(place)) and {name: found.get(name) for name in wanted} == wanted:
+    found = store.read_state(place) or {}
+    if wanted.items() <= found.items():
         logger.info("继续上次的上传 continuing an upload: %d 行 rows have arrived", found["done"])
         return found
-    return {**wanted, "done": 0}
+    return {**wanted, "first": 0, "done": 0}
 
 
-def read_state(place: Path) -> dict[str, Any] | None:
-    """A state file; None if there is none."""
-    return dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else None
+def sent(
+    held: Entities, place: Path, state: dict[str, Any], batches: Iterable[Embeddings]
+) -> Iterator[tuple[Embeddings, Vectors]]:
+    """Send batches and yield each with its unit vectors; rows that the state lists as arrived are not sent again.
+
+    :param state: of the upload; `place` is its file.
+    """
+    seen = 0
+    for batch in batches:
+        vectors = unit(batch.vectors) if len(batch) else batch.vectors
+        texts = sum(len(text or "") for values in batch.columns.values() for text in values)
+        each = max(1, int(REQUEST_BYTES / (4 * vectors.shape[1] + 3 * texts / max(len(batch), 1) + 100)))
+        for start in range(0, len(batch), each):
+            rows = range(start, min(start + each, len(batch)))
+            seen += len(rows)
+            if seen > state["done"]:
+                entities = [_entity(held, state, batch, i) | {VECTOR: vectors[i]} for i in rows]
+                for entity, digest in zip(entities, store.digests_of(vectors[rows]), strict=True):
+                    entity[SAME] = digest.hex()
+                state["next"] = entities[-1][ROW] + 1
+                write_json(place, state)  # before the first row is sent, and not if it cannot be
+                held.server.call("upsert", held.name, entities)
+                state["done"] = seen
+                write_json(place, state)
+        yield batch, vectors
+
+
+def _entity(held: Entities, state: Mapping[str, Any], batch: Embeddings, i: int) -> dict[str, Any]:
+    """The number and the texts of a row of a batch.
+
+    :raises DataError: Milvus cannot hold them.
+    """
+    row, texts = int(batch.rows[i]), {name: batch.columns[name][i] for name in held.fields}
+    if held.id_column is not None and texts[held.id_column] is None:
+        raise DataError(f"{state['path']}: row {row} has no id (column {held.id_column}); give every row one")
+    for name, text in texts.items():
+        if (size := len((text or "").encode())) > LONGEST:
+            raise DataError(
+                f"{state['path']}: row {row}: {name} holds {size:,} bytes, and Milvus's texts {LONGEST:,} at most; "
+                "shorten it, or leave the column out of output_columns"
+            )
+    return {ROW: state["first"] + row} | {held.fields[name]: text for name, text in texts.items()}
 
 
 # --- a build ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Collection:
+@dataclass(kw_only=True)
+class Collection(Entities):
     """A collection that a build fills, measured like an index of Faiss: rows are numbered in their order.
 
     :ivar alias: name under which it is found when it is complete.
     :ivar contract: model, settings, dimension and ids, as the index's manifest has them.
     :ivar before: the collection that it replaces.
+    :ivar d: dimensions; `cells` are those of each segment, 0 for other kinds.
     """
 
-    server: Server
     folder: Path
     alias: str
     plan: Plan
     index: tuple[str, dict[str, int]]
     contract: dict[str, Any]
     before: str | None
-    state: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, str] = field(default_factory=dict)
-    rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    d: int
+    cells: int
+    rows: Ints = field(default_factory=lambda: store.NO_ROWS)
     is_trained = True
-
-    @property
-    def d(self) -> int:
-        """Dimensions."""
-        return int(self.contract["dimension"])
 
     @property
     def ntotal(self) -> int:
         """Number of rows."""
         return len(self.rows)
 
-    @property
-    def cells(self) -> int:
-        """Cells of each of its segments, 0 for other kinds."""
-        return self.index[1].get("nlist", 0)
-
-    @property
-    def bytes_each(self) -> int:
-        """Bytes per row of vectors and graph, computed; Milvus does not say."""
-        kind, params = self.index
-        return self.d * (1 if kind == "IVF_SQ8" else 4) + 8 * params.get("M", 0)
-
-    @property
-    def name(self) -> str:
-        """The collection."""
-        return str(self.state["collection"])
-
     def search(self, queries: Vectors, k: int, params: Any = None) -> tuple[Vectors, Ints]:
         """The k nearest rows of each query, as Faiss gives them: scores and ids, -1 where there are fewer.
 
         :param params: Faiss's parameters for the setting of the knob.
         """
-        setting = getattr(params, "efSearch", getattr(params, "nprobe", 0))
-        arguments: dict[str, Any] = {"anns_field": VECTOR, "limit": k, "output_fields": [ROW]}
-        arguments["search_params"] = {"metric_type": "IP", "params": search_setting(self.plan.knob, setting, k)}
+        setting = self.plan.knob, getattr(params, "efSearch", getattr(params, "nprobe", 0))
         scores, ids = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         for start in range(0, len(queries), MEASURED_AT_ONCE):
-            data = queries[start : start + MEASURED_AT_ONCE].tolist()
-            for i, hits in enumerate(self.server.call("search", self.name, data=data, **arguments), start):
+            for i, hits in enumerate(self.nearest(queries[start : start + MEASURED_AT_ONCE], k, setting), start):
                 scores[i, : len(hits)] = [hit["distance"] for hit in hits]
-                ids[i, : len(hits)] = np.searchsorted(self.rows, [hit["entity"][ROW] for hit in hits])
+                ids[i, : len(hits)] = np.searchsorted(self.rows, [hit[ROW] for hit in hits])
         return scores, ids
 
     def reconstruct_batch(self, ids: Ints) -> Vectors:
         """Vectors of rows."""
-        expression = in_rows(np.unique(self.rows[ids]))
-        found = self.server.call("query", self.name, filter=expression, output_fields=[ROW, VECTOR])
-        held = {entity[ROW]: entity[VECTOR] for entity in found}
-        return np.array([held[row] for row in self.rows[ids].tolist()], np.float32)
+        return np.array(self.of_rows(self.rows[ids], VECTOR), np.float32)
 
     # --- filling --------------------------------------------------------------------------------------------------
 
-    def begin(self, path: str) -> Upload:
-        """Continue the interrupted upload of the same file, or create a collection for it."""
-        place, old = self.folder / store.UPLOAD_FILE, read_state(self.folder / store.UPLOAD_FILE)
-        if old and old["collection"] == self.before:  # it was complete
-            self._drop(old["replaces"])
-            place.unlink()
+    def begin(self, path: str, place: Path) -> dict[str, Any]:
+        """The state of the interrupted upload of the same file, or of a new one into a new collection.
+
+        :param place: file of the state.
+        """
         columns = list(next(iter_embeddings(path)).columns)
-        self.fields = fields_of(columns)
         about = {"uri": self.server.uri, "alias": self.alias, "index": self.index, "columns": columns}
-        self.state = begin(place, path, **about, contract=self.contract)
-        if "collection" not in self.state:
-            if old := read_state(place):
-                self._drop(old["collection"])
-            self.state |= {"collection": f"{self.alias}_{secrets.token_hex(4)}", "replaces": self.before}
-            write_json(place, self.state)
+        state = begin(place, path, **about, contract=self.contract, replaces=self.before)
+        if "collection" not in state:
+            old = store.read_state(place) or {}  # complete, or to be replaced
+            self._drop({old.get("collection"), old.get("replaces")} - {self.before})
+            state["collection"] = f"{self.alias}_{secrets.token_hex(4)}"
+            write_json(place, state)
+        self.name, self.fields = state["collection"], fields_of(columns)
         if self.server.describe(self.name) is None:
-            self.state["done"] = 0
+            state["done"] = 0
             self._create()
-        return Upload(self.server, self.name, self.fields, self.contract["id_column"], path, place, self.state)
+        return state
 
     def _create(self) -> None:
         from pymilvus import DataType, MilvusClient
 
-        ids = self.contract["id_column"]
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field(ROW, DataType.INT64, is_primary=ids is None)
+        schema.add_field(ROW, DataType.INT64, is_primary=self.id_column is None)
         schema.add_field(SAME, DataType.VARCHAR, max_length=2 * store.DIGEST)
         schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=self.d)
         for name, place in self.fields.items():
-            kind = {"is_primary": True} if name == ids else {"nullable": True}
+            kind = {"is_primary": True} if name == self.id_column else {"nullable": True}
             schema.add_field(place, DataType.VARCHAR, max_length=LONGEST, **kind)
         self.server.call(
             "create_collection", self.name, schema=schema, consistency_level="Session",
@@ -279,14 +237,15 @@ class Collection:
         """Index the rows and load them."""
         from pymilvus import MilvusClient
 
-        flush(self.server, self.name)
+        self.server.call("flush", self.name, seconds=LONG_SECONDS)
         if not self.server.call("list_indexes", self.name):
             index = MilvusClient.prepare_index_params()
             kind, params = self.index
             nested = {"params": params}  # as servers take them; Milvus Lite ignores them where pymilvus unpacks them
             index.add_index(VECTOR, index_type=kind, index_name=VECTOR, metric_type="IP", params=nested)
             self.server.call("create_index", self.name, index, sync=False)
-        flush(self.server, self.name)
+        while self.server.call("describe_index", self.name, VECTOR).get("pending_index_rows", 0):
+            time.sleep(0.5)
         self.server.call("load_collection", self.name, seconds=LONG_SECONDS)
 
     def check_complete(self, path: str) -> None:
@@ -294,16 +253,15 @@ class Collection:
 
         :raises DataError: it does not, which means that ids occur twice.
         """
-        if (missing := self.ntotal - self.server.count(self.name)) == 0:
+        if (missing := self.ntotal - self.count()) == 0:
             return
-        self._drop(self.name)
+        self._drop({self.name})
         (self.folder / store.UPLOAD_FILE).unlink()
-        if ids := self.contract["id_column"]:
-            raise DataError(
-                f"{path}: {missing:,} rows have the id of another row (column {ids}), and Milvus keeps one row per id; "
-                "give a column of unique ids as id_column, or none"
-            )
-        raise DataError(f"{path}: {missing:,} of {self.ntotal:,} rows did not arrive in {self.name}; build it again")
+        why = (
+            f"have the id of another row (column {self.id_column}), and Milvus keeps one row per id; give a column of "
+            "unique ids as id_column, or none"
+        )
+        raise DataError(f"{path}: {missing:,} rows {why if self.id_column else 'did not arrive; build it again'}")
 
     def publish(self, uri: str | None, token_file: str | None) -> dict[str, Any]:
         """Let the alias point to it; returns what a manifest says of it beside the contract."""
@@ -314,14 +272,14 @@ class Collection:
 
     def finish(self) -> None:
         """Drop the collection that it replaces; the manifest names this one now."""
-        self._drop(self.before)
-        for name in (store.UPLOAD_FILE, store.APPEND_FILE):
+        self._drop({self.before})
+        for name in store.STATE_FILES:
             (self.folder / name).unlink(missing_ok=True)
         self.server.close()
 
-    def _drop(self, name: str | None) -> None:
-        if name and self.server.describe(name):
-            self.server.call("drop_collection", name)
+    def _drop(self, names: set[str | None]) -> None:
+        for name in names - {None}:
+            self.server.call("drop_collection", name)  # also if there is none
 
 
 def new_collection(
@@ -333,32 +291,41 @@ def new_collection(
     """
     held = store.read_manifest(folder) if (folder / store.MANIFEST_FILE).is_file() else {}
     before = held[KIND]["holds"] if KIND in held else None
-    begun = read_state(folder / store.UPLOAD_FILE) or {}
+    begun = store.read_state(folder / store.UPLOAD_FILE) or {}
     if (found := server.describe(alias)) and found["collection_name"] not in (before, begun.get("collection")):
         raise ConfigError(
-            f"Milvus at {server.uri} has a collection {alias} that is not from {folder}: {said(read_contract(found))}; "
+            f"Milvus at {server.uri} has a collection {alias} that is not from {folder}: {said(found)}; "
             "give another name as collection, or drop that one first"
         )
-    return Collection(server, folder, alias, *planned, contract, before)
+    plan, index = planned
+    return Collection(
+        server=server, id_column=contract["id_column"], folder=folder, alias=alias, plan=plan, index=index,
+        contract=contract, before=before, d=contract["dimension"], cells=index[1].get("nlist", 0),
+    )  # fmt: skip
 
 
-def build_collection(path: str, collection: Collection, sample: Ints, queries: Vectors | None) -> Built:
+def build_collection(
+    path: str, collection: Collection, folder: Path, *, hybrid: Hybrid | None, sample: Ints, queries: Vectors | None
+) -> Built:
     """Fill a collection from an embedding file, and find exact neighbours to measure it with.
 
+    :param folder: gets the texts that BM25 reads.
     :param sample: rows whose vectors are the queries to measure with, if `queries` is None.
     :raises DataError: an id is missing or not unique, a text is too long, or Milvus is not reached any more.
     """
     from tqdm.auto import tqdm
 
-    start, upload = time.perf_counter(), collection.begin(path)
-    numbers, taken = [collection.rows], [np.empty((0, collection.d), np.float32)]
-    for batch in tqdm(
-        vector_batches(path, None, collection.d, MANIFEST_SAYS), desc="上传 Milvus", delay=2, leave=False
-    ):
-        vectors, done = upload.add(batch, 0), sum(map(len, numbers))
-        low, high = np.searchsorted(sample, (done, done + len(batch)))
-        taken.append(vectors[sample[low:high] - done].reshape(-1, collection.d))
-        numbers.append(batch.rows)
+    start, place = time.perf_counter(), collection.folder / store.UPLOAD_FILE
+    state = collection.begin(path, place)
+    numbers, taken, done = [collection.rows], [np.empty((0, collection.d), np.float32)], 0
+    batches = tqdm(vector_batches(path, None, collection.d, MANIFEST_SAYS), desc="上传 Milvus", delay=2, leave=False)
+    with writing_rows(folder / store.ROWS_FILE, [hybrid.column] if hybrid else None) as write:
+        for batch, vectors in sent(collection, place, state, batches):
+            low, high = np.searchsorted(sample, (done, done + len(batch)))
+            taken.append(vectors[sample[low:high] - done].reshape(-1, collection.d))
+            numbers.append(batch.rows)
+            write(batch, 0)
+            done += len(batch)
     collection.rows = np.concatenate(numbers)
     need_vectors(path, collection.ntotal)
     collection.make_searchable()
@@ -367,53 +334,80 @@ def build_collection(path: str, collection: Collection, sample: Ints, queries: V
     asked, own = (np.concatenate(taken), sample) if queries is None else (queries, np.full(len(queries), -1))
     every = (unit(batch.vectors) for batch in iter_embeddings(path, ()) if len(batch))
     truth = exact_neighbours(None, every, asked, own[: len(asked)])
-    return Built(collection, collection.bytes_each * collection.ntotal, seconds, truth, collection.ntotal)
+    kind, params = collection.index
+    size = collection.d * (1 if kind == "IVF_SQ8" else 4) + 8 * params.get("M", 0)  # computed; Milvus does not say
+    return Built(collection, size * collection.ntotal, seconds, truth, collection.ntotal)
 
 
 # --- changes ------------------------------------------------------------------------------------------------------
 
 
-def append(held: MilvusIndex, embedding_path: str) -> int:
+def append(held: MilvusIndex, path: str) -> int:
     """Upsert the rows of an embedding file; returns how many rows there are then. Rows with an id that is there
-    replace it.
+    replace it. After an interruption the same call continues; if the file has changed since, it begins anew, and takes
+    out the rows that only the earlier file had.
 
     :raises DataError: see `build_collection`; or rows of another file have arrived only in part.
     """
-    place, first = held.folder / store.APPEND_FILE, int(held.manifest["next_row"])
-    state = begin(place, embedding_path, collection=held.name, first_row=first)
-    if "before" not in state:
-        if old := read_state(place):
-            raise DataError(
-                f"index {held.folder}: the rows of {old['path']} have arrived only in part; add that file again first, "
-                "or build the index again"
-            )
-        state["before"] = len(held)
-    upload = Upload(held.server, held.name, held.fields, held.manifest["id_column"], embedding_path, place, state)
-    for batch in vector_batches(embedding_path, held.columns, held.dim, "the index"):
-        upload.add(batch, first)
-        held.manifest["next_row"] = max(held.manifest["next_row"], first + int(batch.rows.max(initial=-1)) + 1)
-    flush(held.server, held.name)
-    if replaced := state["before"] + upload.seen - save_count(held):
-        logger.info("已替换 replaced: %d rows whose ids were there", replaced)
+    if held.begun(store.DELETE_FILE):
+        delete(held, [], ROW)
+    place, old = held.folder / store.APPEND_FILE, held.begun(store.APPEND_FILE)
+    if old and old["path"] != path:
+        raise DataError(
+            f"index {held.folder}: the rows of {old['path']} have arrived only in part; add that file again first, or "
+            "build the index again"
+        )
+    state, own = begin(place, path, **held.state), held.manifest["next_row"]
+    if "next" not in state:
+        state["first"] = state["next"] = old["next"] if old else own
+    texts = store.read_rows(store.place_of(held.folder, store.ROWS_FILE)).to_batches() if held.hybrid else ()
+    with store.changed_together(held.folder) as new:
+        with writing_rows(new / store.ROWS_FILE, [held.hybrid.column] if held.hybrid else None, texts) as write:
+            for batch, _ in sent(held, place, state, vector_batches(path, held.columns, held.dim, "the index")):
+                write(batch, state["first"])
+        if state["first"] > own:
+            _take_out(held, f"{ROW} >= {own} and {ROW} < {state['first']}")
+        if held.hybrid and held.bm25 is not None:
+            write_bm25(new, held.bm25, held.hybrid.column)
+        before, rows = held.manifest["rows"], save_count(held, new, next_row=state["next"])
     place.unlink(missing_ok=True)
-    return int(held.manifest["rows"])
+    if replaced := before + state["done"] - rows:
+        logger.info("已替换 replaced: %d rows whose ids were there", replaced)
+    return rows
+
+
+def _take_out(held: MilvusIndex, earlier: str) -> None:
+    """Delete the rows that only an earlier version of an added file had."""
+    place = held.fields.get(held.id_column or "", ROW)
+    if found := [str(entity[place]) for entity in held.query(earlier, [ROW, place])]:
+        held.server.call("delete", held.name, filter=earlier)
+        logger.warning(
+            "已撤回 taken out again: %d rows that the file had before it changed, and rows they had replaced (%s …)",
+            len(found), ", ".join(found[:5]),
+        )  # fmt: skip
 
 
 def delete(held: MilvusIndex, ids: Sequence[str], column: str) -> int:
-    """Delete the rows that hold one of the ids; returns how many are left.
+    """Delete the rows that hold one of the ids, and those of an interrupted deletion; returns how many are left.
 
     :raises DataError: no row has an id, or the column is not kept.
     """
-    rows = held.numbers_of(ids, column)
+    place, asked = held.folder / store.DELETE_FILE, [column, *ids]
+    begun = held.begun(store.DELETE_FILE) or {"asked": None, "rows": []}
+    new = [] if begun["asked"] == asked else held.numbers_of(ids, column).tolist()
+    rows = np.array(begun["rows"] + new, np.int64)
+    write_json(place, held.state | {"asked": asked, "rows": rows.tolist()})
     for start in range(0, len(rows), MOST_VALUES):
         held.server.call("delete", held.name, filter=in_rows(rows[start : start + MOST_VALUES]))
-    return save_count(held)
+    left = save_count(held, held.folder)
+    place.unlink()
+    return left
 
 
-def save_count(held: MilvusIndex) -> int:
-    """Write how many rows there are to the manifest; the next search then opens the index again."""
-    rows = len(held)
+def save_count(held: MilvusIndex, folder: Path, **more: int) -> int:
+    """Write a manifest that says how many rows there are; the next search then opens the index again."""
+    rows = held.count()
     size = held.manifest["index_bytes"] // max(held.manifest["rows"], 1) * rows
-    held.manifest |= {"rows": rows, "vectors": rows, "index_bytes": size}
-    write_json(held.folder / store.MANIFEST_FILE, held.manifest)
+    counts = {"rows": rows, "vectors": rows, "index_bytes": size}
+    write_json(folder / store.MANIFEST_FILE, held.manifest | counts | more)
     return rows

@@ -17,7 +17,7 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.index import store
-from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, diverse, fused, reranked
+from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, ordered
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
     of_all_cells,
@@ -54,6 +54,7 @@ class SearchIndex:
     of_row: Ints = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
     hybrid: Hybrid | None = field(repr=False, default=None)
     bm25: Bm25 | None = field(repr=False, default=None)
+    unfinished = ""  # all files change together
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.deleted)
@@ -92,18 +93,11 @@ class SearchIndex:
         if query.shape != (self.dim,):
             raise DataError(f"{self.folder}: the query has {query.shape[-1]} dimensions, the index {self.dim}")
         allowed = self._allowed(where, hidden, distinct)
-        wanted = POOL * k if diversity else k
-        found = self._nearest_rows(query, after.rows(wanted), allowed, all_compared=bool(where))
-        if after.is_fused:
-            found = fused(found, self._words(after.text, allowed), after, after.rows(wanted))
-        if after.scores:
-            found = reranked(found, self.texts(found.ids[: after.depth], after.column), after)
-        found = found.at(slice(wanted))
-        if diversity:
-            vectors = reconstructed(self.index, self._vectors_of(found.ids))
-            found = diverse(found, vectors, k, diversity, after)
-        if (by_words := found.cosines == -np.inf).any():  # rows that BM25 alone has found
-            found.cosines[by_words] = reconstructed(self.index, self._vectors_of(found.ids[by_words])) @ query
+        found = self._nearest_rows(query, after.rows(POOL * k if diversity else k), allowed, all_compared=bool(where))
+        words = self._words(after.text, allowed) if after.is_fused else None
+        found = ordered(
+            found, words, after, query=query, k=k, diversity=diversity, texts=self.texts, vectors=self._vectors
+        )
         rows = self.rows.take(found.ids).to_pylist()
         return [(float(score), row) for score, row in zip(found.cosines, rows, strict=True)]
 
@@ -199,13 +193,12 @@ class SearchIndex:
         selector = load_faiss().IDSelectorBitmap(bits)
         return _found(*part.search(wanted[None, :], min(k, len(allowed)), params=of_all_cells(part, selector)))
 
-    def _vectors_of(self, rows: Ints) -> Ints:
-        """The numbers of rows' vectors."""
-        return self.of_row[rows] if len(self.of_row) else rows
+    def _vectors(self, rows: Ints) -> Vectors:
+        return reconstructed(self.index, self.of_row[rows] if len(self.of_row) else rows)
 
     def mean_vector(self, rows: Ints) -> Vectors:
         """The mean of rows' vectors, scaled to length 1."""
-        return unit(reconstructed(self.index, self._vectors_of(rows)).mean(axis=0, keepdims=True))[0]
+        return unit(self._vectors(rows).mean(axis=0, keepdims=True))[0]
 
     def rows_like(self, ids: Sequence[str], column: str | None) -> Ints:
         """Numbers of the rows with these ids, without deleted ones.

@@ -29,17 +29,19 @@ from ebr_lib.index.build import (
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.faiss_tools import Plan
 from ebr_lib.index.measure import Point, draw_curve, remedies, sweep
-from ebr_lib.index.milvus import KIND, Server, address_of
+from ebr_lib.index.milvus import KIND, Server
 from ebr_lib.index.milvus_upload import Collection, build_collection, kind_in, new_collection, plan_collection
 from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.index.store import (
     BM25_FILE,
     CONFIG_FILE,
     CURVE_FILE,
+    LITE_FILE,
     MANIFEST_FILE,
     MILVUS_FILES,
     OWN_FILES,
     ROW,
+    ROWS_FILE,
     changed_together,
     locked,
 )
@@ -109,7 +111,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
         with changed_together(folder) as new:
             sample = sample_rows(rows, 0 if queries is not None else config.measure_queries, config.seed)
             if isinstance(index, Collection):
-                built = build_collection(path, index, sample, queries)
+                built = build_collection(path, index, new, hybrid=hybrid, sample=sample, queries=queries)
             else:
                 built = build_index(path, index, new, sample, queries)
             if hybrid:
@@ -124,8 +126,9 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
             config.save(new / CONFIG_FILE)
         if isinstance(index, Collection):
             index.finish()
-        if not hybrid:
-            (folder / BM25_FILE).unlink(missing_ok=True)  # of an earlier build, which no manifest names now
+        if not hybrid:  # of an earlier build, which no manifest names now
+            for name in (BM25_FILE, *((ROWS_FILE,) if isinstance(index, Collection) else ())):
+                (folder / name).unlink(missing_ok=True)
     logger.info("%s", result, extra=RESULT)
     if hybrid:
         logger.info("检索排序 searches: %s", hybrid.advice.sentence, extra=RESULT)
@@ -143,7 +146,7 @@ def _empty_index(config: IndexConfig, folder: Path, rows: int, contract: dict[st
         plan = plan_index(rows, dim, config.kind, config.compression)
         return plan, new_index(plan, dim, effort)
     plan, index = plan_collection(rows, inner, effort)
-    server = Server(address_of(folder, config.uri), config.milvus_token_file)
+    server = Server(config.uri or str(folder / LITE_FILE), config.milvus_token_file)
     return plan, new_collection(folder, server, config.collection, (plan, index), contract)
 
 

@@ -197,7 +197,7 @@ def search(
     names = _answer_names([store.ROW, *held.columns])
     columns = ["rank", "score", *names.values()]
     rows = [(rank, score, *row.values()) for rank, (score, row) in enumerate(found, 1)]
-    title = f"检索 search: {text}" + (f" · {after.said}" if after.said else "")
+    title = " · ".join(filter(None, [f"检索 search: {text}", after.said, held.unfinished]))
     table = make_table(title, columns, rows, width=SHOWN).set_index(names[store.ROW])
     result = SearchResult(table)
     encoded = Provenance.of(held.manifest).description_column

@@ -37,8 +37,9 @@ LOCK, BUILDING, READY = ".lock", ".building", ".ready"
 CONFIG_FILE, CURVE_FILE = "index_config.yaml", "recall_latency.png"
 SHARED_FILES = (MANIFEST_FILE, CONFIG_FILE, CURVE_FILE, LOCK, BUILDING, READY)
 OWN_FILES = (*READ_FILES, *SHARED_FILES)
-UPLOAD_FILE, APPEND_FILE, LITE_FILE = ".upload.json", ".append.json", "milvus.db"  # two states of uploads
-MILVUS_FILES = (*SHARED_FILES, UPLOAD_FILE, APPEND_FILE, LITE_FILE)
+UPLOAD_FILE, APPEND_FILE, DELETE_FILE, LITE_FILE = ".upload.json", ".append.json", ".delete.json", "milvus.db"
+STATE_FILES = (UPLOAD_FILE, APPEND_FILE, DELETE_FILE)  # how far a change of a Milvus collection is
+MILVUS_FILES = (*SHARED_FILES, *STATE_FILES, LITE_FILE, ROWS_FILE, BM25_FILE)
 WAIT_SECONDS = 600.0
 
 
@@ -124,6 +125,12 @@ NO_ROWS = np.empty(0, np.int64)
 ROW = "_row"  # sidecar column: number of the row in the embedding file
 
 
+def digests_of(vectors: Vectors) -> Iterator[bytes]:
+    """A digest per vector; equal vectors have the same."""
+    rows = vectors + np.float32(0)  # -0.0 is 0.0
+    return (hashlib.blake2b(row, digest_size=DIGEST).digest() for row in rows)
+
+
 class Distinct:
     """Gives each row of an index the number of its vector; equal vectors share one. Many equal vectors would fill the
     lists of a graph, hide all others, and cost memory for nothing.
@@ -138,9 +145,7 @@ class Distinct:
     def place(self, vectors: Vectors) -> NDArray[np.bool_]:
         """Number the vectors of the next rows; returns which of them are new."""
         known = len(self._numbers)
-        rows = vectors + np.float32(0)  # -0.0 is 0.0
-        digests = (hashlib.blake2b(row, digest_size=DIGEST).digest() for row in rows)
-        numbers = np.array([self._numbers.setdefault(d, len(self._numbers)) for d in digests], np.int64)
+        numbers = np.array([self._numbers.setdefault(d, len(self._numbers)) for d in digests_of(vectors)], np.int64)
         self._of_row.append(numbers)
         return _is_new(numbers, known)
 
@@ -215,6 +220,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
         _ = manifest["index_bytes"], manifest["rows"], manifest["search"]["knob"], manifest["model"]
     return manifest
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """One of `STATE_FILES`; None if it is not there."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def read_rows(path: Path) -> pa.Table:

@@ -16,6 +16,7 @@ import pytest
 from ebr_lib import extras
 from ebr_lib.data.embeddings.base import manifest_path
 from ebr_lib.data.embeddings.files import read_embeddings, write_embeddings
+from ebr_lib.data.fusion import Fusion
 from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, NotInstalledError
 from ebr_lib.index import milvus, milvus_upload
 from ebr_lib.index.after import After
@@ -120,9 +121,12 @@ FILTERS = [
 ]  # fmt: skip
 
 
+KINDS, FUSIONS = ("Flat", "milvus"), (Fusion("rrf"), Fusion("weighted", 0.4))
+
+
 def by_length(pairs: list[tuple[str, str]]) -> np.ndarray:
     """A reranker."""
-    return np.array([len(text) + int(text[-1]) / 10 for _, text in pairs])
+    return np.array([len(text) + sum(map(ord, text[-1:])) / 1e6 for _, text in pairs])
 
 
 def test_finds_what_flat_finds(shop):
@@ -179,6 +183,40 @@ def _other_model(folder: Path, model: Path) -> Path:
     return other
 
 
+WORDS = ["red", "blue", "steel", "pan", "shoes", "wool", "毯子", "手机壳", "透明", "南瓜", "lamp", "洗发水"]
+
+
+def worded(path: Path, rows: int, first: int = 0) -> Path:
+    """Rows of a few words; their vectors are those of `drawn`."""
+    write(path, drawn(rows, seed=first), first)
+    rng, columns = np.random.default_rng(first), dict(read_embeddings(path).columns)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(rows)]
+    columns["in"] = [text if i % 17 else None for i, text in enumerate(texts)]
+    write_embeddings(path, columns, drawn(rows, seed=first))
+    return path
+
+
+def test_hybrid_finds_what_hybrid_flat_finds(tmp_path, monkeypatch):
+    """After rows were added and deleted as well; whether a filter allows few rows or many."""
+    monkeypatch.setattr(milvus, "MOST_VALUES", 50)
+    count, filters = milvus.MilvusIndex.count, [{}, {"类目": [None, 'a"b', "中文 🎈"]}, FILTERS[-2], {"id": [None]}]
+    items, more = worded(tmp_path / "items.parquet", ROWS), worded(tmp_path / "more.parquet", 40, ROWS)
+    folders = [build(items, tmp_path / kind, kind=kind, hybrid=True, text_column="in").folder for kind in KINDS]
+    for change in (lambda _: None, lambda folder: add_rows(folder, more), lambda f: delete_rows(f, ["8", "310", "5"])):
+        for folder in folders:
+            change(folder)
+        faiss, held = map(open_index, folders)
+        rng, unit = np.random.default_rng(1), milvus.unit(drawn())
+        knobs = [{}, {"distinct": True}, {"diversity": 0.4}, {"hidden": np.array([40, 7])}]
+        for is_many, fusion, where, more_knobs in itertools.product((False, True), FUSIONS, filters, knobs):
+            text, query = " ".join(rng.choice(WORDS, 2)), unit[rng.integers(ROWS)]
+            after = After(text, fusion, by_length if is_many else None, 5 if is_many else 0, "in")
+            monkeypatch.setattr(milvus.MilvusIndex, "count", (lambda *_: 10**6) if is_many else count)
+            wanted, found = (index.find(query, 12, where, after=after, **more_knobs) for index in (faiss, held))
+            assert [row for _, row in found] == [row for _, row in wanted], (text, fusion, where, more_knobs)
+            np.testing.assert_allclose([s for s, _ in found], [s for s, _ in wanted], atol=1e-5)
+
+
 def test_more_ties_than_spare_rows_come_in_the_order_of_rows(shop):
     found = open_index(shop / "milvus").find(milvus.unit(drawn())[7], 3, {})
     assert [row["_row"] for _, row in found] == [7, 100, 101]
@@ -200,18 +238,19 @@ def test_expressions():
 
 
 class Wire:
-    """What goes to Milvus: rows of each upsert, and what happens before one of them."""
+    """What goes to Milvus: rows of each upsert, or parts of a deletion, and what happens before one of them."""
 
     def __init__(self) -> None:
-        self.sent, self.act, self.at = list[int](), lambda: None, -1
+        self.sent, self.act, self.at, self.method = list[int](), lambda: None, -1, "upsert"
 
     def act_at(self, upsert: int, act) -> None:
         self.sent.clear()
         self.at, self.act = upsert, act
 
     @contextmanager
-    def lost(self, server: Lite, upsert: int):
+    def lost(self, server: Lite, upsert: int, method: str = "upsert"):
         """Stop the server before an upsert, for good; start it again afterwards."""
+        self.method = method
         self.act_at(upsert, server.stop)
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -230,11 +269,11 @@ def wire(monkeypatch):
     held, call = Wire(), milvus.Server.call
 
     def counted(self, method, *args, **arguments):
-        if method == "upsert":
+        if method == held.method:
             if len(held.sent) == held.at:
                 held.at = -1
                 held.act()
-            held.sent.append(len(args[1]))
+            held.sent.append(len(args[1]) if args[1:] else 0)
         return call(self, method, *args, **arguments)
 
     monkeypatch.setattr(milvus.Server, "call", counted)
@@ -244,7 +283,7 @@ def wire(monkeypatch):
 def everything(folder: Path) -> list[dict]:
     held = open_index(folder)
     fields = ["_row", "_same", "vector", *held.fields.values()]
-    return sorted(held.entities("_row >= 0", fields), key=lambda entity: entity["_row"])
+    return sorted(held.query("_row >= 0", fields), key=lambda entity: entity["_row"])
 
 
 def test_a_lost_connection_continues_where_it_was(shop, tmp_path, server, wire):
@@ -308,17 +347,69 @@ def test_rows_are_added_replaced_and_deleted_by_id(shop, tmp_path):
 
 @pytest.mark.parametrize("ids", ["id", None])
 def test_an_interrupted_addition_continues(shop, tmp_path, server, wire, ids):
-    folder = build(shop / "items.parquet", tmp_path / "index", milvus_uri=server.uri, id_column=ids).folder
+    knobs = {"milvus_uri": server.uri, "id_column": ids, "hybrid": True, "text_column": "in"}
     more = write(tmp_path / "more.parquet", drawn(40, seed=4), first=ROWS)
+    whole = build(shop / "items.parquet", tmp_path / "whole", collection="whole", **knobs).folder
+    assert add_rows(whole, more) == ROWS + 40
+    folder = build(shop / "items.parquet", tmp_path / "index", **knobs).folder
     with wire.lost(server, 1):
         add_rows(folder, more)
+    assert "a change is not finished" in search(folder, like="8", id_column="id").attrs["title"]
     with pytest.raises(DataError, match=r"more\.parquet have arrived only in part"):
         add_rows(folder, write(tmp_path / "third.parquet", drawn(2, seed=5), first=900))
     wire.sent.clear()
     assert add_rows(folder, more) == ROWS + 40 and 0 < sum(wire.sent) < 40
-    added = read_embeddings(more).columns["id"]
-    assert [row["id"] for row in everything(folder)[ROWS:]] == added
+    assert everything(folder) == everything(whole)
     assert open_index(folder).manifest["next_row"] == ROWS + 40
+    assert (folder / "bm25.npz").read_bytes() == (whole / "bm25.npz").read_bytes()
+    assert "not finished" not in search(folder, like="8", id_column="id").attrs["title"]
+
+
+@pytest.mark.parametrize("ids", ["id", None])
+def test_an_interrupted_addition_takes_the_corrected_file(shop, tmp_path, server, wire, ids):
+    folder = build(shop / "items.parquet", tmp_path / "index", milvus_uri=server.uri, id_column=ids).folder
+    more, right = tmp_path / "more.parquet", drawn(40, seed=6)
+    for seed in (4, 5):
+        assert len(open_index(folder)) >= ROWS  # connected again
+        with wire.lost(server, 1):
+            add_rows(folder, write(more, drawn(40, seed=seed), first=298))
+    assert add_rows(folder, write(more, right, first=300)) == (338 if ids else 340)  # 298 and 299 had been replaced
+    held, rows = open_index(folder), everything(folder)
+    assert [row["id"] for row in rows[-40:]] == [str(i) for i in range(300, 340)]
+    assert len({row["_row"] for row in rows}) == len(rows) and held.manifest["next_row"] > rows[-1]["_row"]
+    for i in (0, 39):
+        assert held.find(milvus.unit(right)[i], 1, {})[0][1]["id"] == str(300 + i)
+
+
+def test_a_killed_addition_that_was_complete_is_not_in_the_way(shop, tmp_path, monkeypatch):
+    folder = build(shop / "items.parquet", tmp_path / "index").folder
+    more = write(tmp_path / "more.parquet", drawn(3), first=ROWS)
+    with monkeypatch.context() as patch:  # killed before it removed its state
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        assert add_rows(folder, more) == ROWS + 3
+    assert (folder / ".append.json").exists() and not open_index(folder).unfinished
+    assert add_rows(folder, write(tmp_path / "third.parquet", drawn(2), first=900)) == ROWS + 5
+
+
+def test_an_interrupted_deletion_continues(shop, tmp_path, server, wire, monkeypatch):
+    monkeypatch.setattr(milvus_upload, "MOST_VALUES", 5)
+    folder = build(shop / "items.parquet", tmp_path / "index", milvus_uri=server.uri).folder
+
+    def broken() -> tuple[int, list[str]]:
+        before, ids = len(open_index(folder)), [row["id"] for row in everything(folder)[20:40]]
+        with wire.lost(server, 2, "delete"):
+            delete_rows(folder, ids)
+        assert len(open_index(folder)) == before - 10
+        assert "a change is not finished" in search(folder, like="8").attrs["title"]
+        return before - 20, ids
+
+    left, ids = broken()
+    assert delete_rows(folder, ids) == left and not open_index(folder).unfinished
+    left, ids = broken()  # other changes finish it
+    assert delete_rows(folder, "299") == left - 1 and not {row["id"] for row in everything(folder)} & set(ids)
+    left, ids = broken()
+    assert add_rows(folder, write(tmp_path / "more.parquet", drawn(1), first=900)) == left + 1
+    assert not {row["id"] for row in everything(folder)} & set(ids)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
