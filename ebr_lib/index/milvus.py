@@ -333,7 +333,7 @@ class MilvusIndex(Entities):
         return sorted(hits, key=lambda hit: -hit["distance"])[:limit]
 
     def _words(self, text: str, most: int, expression: str, *, distinct: bool) -> NDArray[np.float32]:
-        """BM25's scores by row number, -inf for all but the best allowed rows: `most`, if so many share a word."""
+        """BM25's scores by row number, -inf for all but the best allowed rows: `most`, if that many share a word."""
         assert self.bm25 is not None
         words, allowed, done, size = np.full(self.rows[-1] + 1, -np.inf, np.float32), list[int](), 0, most
         if (scores := self.bm25.scores(text)) is None:

@@ -344,7 +344,7 @@ def build_collection(
 
 def append(held: MilvusIndex, path: str) -> int:
     """Upsert the rows of an embedding file; returns how many rows there are then. Rows with an id that is there
-    replace it. After an interruption the same call continues; if the file has changed since, it begins anew, and takes
+    replace it. After an interruption the same call continues; if the file has changed since, it begins again, and takes
     out the rows that only the earlier file had.
 
     :raises DataError: see `build_collection`; or rows of another file have arrived only in part.
