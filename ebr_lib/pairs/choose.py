@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import fsum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,7 +81,7 @@ def estimated_bias(counted: Counted, rules: Rules, last: date | None) -> Bias:
         cells += len(found[-1])
         if cells > MOST_CELLS:  # parts are random samples of the queries
             break
-    frame = pl.concat(found)
+    frame = pl.concat(found).sort("pair", POSITION)  # sums of fractions depend on the order
     pair = frame["pair"].rank("dense").cast(pl.Int64).to_numpy()
     propensities = estimate_propensities(
         pair,
@@ -106,7 +107,7 @@ def choose_pairs(counted: Counted, rules: Rules, bias: Bias, first: date | None,
     for part in counted.parts:
         pairs = _scored(counted.cells(part).filter(window), rules, bias, last)
         shown += len(pairs)
-        examined += float(pairs[EXAMINED].sum())
+        examined += fsum(pairs[EXAMINED])
         clicks += int(pairs[f"n_{rules.click}"].sum())
         frames.append(pairs.filter(pl.col(CLICKS) > 0))
     pairs = pl.concat(frames).sort(KEY, ITEM)
@@ -129,6 +130,7 @@ def _scored(cells: pl.DataFrame, rules: Rules, bias: Bias, last: date | None) ->
     import polars as pl
 
     impression, events = f"n_{rules.impression}", list(rules.events)
+    cells = cells.sort(DAY, POSITION)  # one order within each pair: sums of fractions depend on it
     cells, look = cells.with_columns(_looks(cells[POSITION], bias)), pl.col(LOOK)
     worth = pl.sum_horizontal(pl.col(f"n_{name}") * weight for name, weight in rules.events.items())
     worth = worth / pl.max_horizontal(look, pl.lit(1 / rules.max_correction))
@@ -136,7 +138,7 @@ def _scored(cells: pl.DataFrame, rules: Rules, bias: Bias, last: date | None) ->
         age = (pl.lit(last) - pl.col(DAY)).dt.total_days()
         worth = worth * pl.lit(0.5).pow(age / rules.half_life_days)
     counts = [f"n_{name}" for name in events]
-    pairs = cells.group_by(KEY, ITEM).agg(
+    pairs = cells.group_by(KEY, ITEM, maintain_order=True).agg(
         pl.col(impression).sum().alias(IMPRESSIONS),
         (pl.col(impression) * look).sum().alias(EXAMINED),
         pl.col(counts).sum(),

@@ -117,7 +117,8 @@ def count_rows(
 
     if bots is not None and len(bots):
         marked = bots.lazy().with_columns(pl.lit(True).alias("is_bot"))
-        rows = rows.join(marked, on=[SESSION, DAY], how="left", nulls_equal=True)  # a log without times
+        # nulls are equal in a log without times
+        rows = rows.join(marked, on=[SESSION, DAY], how="left", nulls_equal=True, maintain_order="left")
         is_bot = pl.col("is_bot").fill_null(False) & pl.col(REASON).is_null()
         rows = rows.with_columns(pl.when(is_bot).then(pl.lit(BOT)).otherwise(pl.col(REASON)).alias(REASON)).drop(
             "is_bot"
@@ -126,7 +127,7 @@ def count_rows(
     part = pl.when(pl.col(REASON).is_null()).then(pl.col(KEY).hash(seed=3) % parts).cast(pl.Int32).fill_null(REJECTED)
     folder = spill / "rows"
     rows.with_columns(part.alias("part")).sink_parquet(
-        pl.PartitionBy(folder, key="part", include_key=False), compression="lz4", mkdir=True, maintain_order=False,
+        pl.PartitionBy(folder, key="part", include_key=False), compression="lz4", mkdir=True, maintain_order=True,
         row_group_size=ROW_GROUP,
     )  # fmt: skip
     counted = Counted()

@@ -148,7 +148,7 @@ def _languages(pairs: pl.DataFrame) -> DataFrame:
 def _popular(pairs: pl.DataFrame) -> DataFrame:
     import polars as pl
 
-    found = pairs.group_by(TEXT).agg(pl.col(ITEM).first(), pl.len(), pl.col(CLICKS).sum(), pl.col(WEIGHT).sum())
+    found = pairs.group_by(TEXT, maintain_order=True).agg(pl.col(ITEM).first(), pl.len(), pl.col(CLICKS).sum(), pl.col(WEIGHT).sum())
     top = found.sort("len", ITEM, descending=[True, False]).head(EXAMPLES)
     columns = ("商品 item", "样本 pairs", "事件 events", "权重 weight", "文本 text")
     return make_table("热门商品 popular items", columns, top.select(ITEM, "len", CLICKS, WEIGHT, TEXT).iter_rows(), 60)

@@ -304,7 +304,7 @@ def _say_rows(config: PairsConfig, counted: Counted, meaning: Meaning, funnel: F
     funnel.add(ROWS, "read", 0, left)
     out = dict(counted.reasons) | {"equal to another row": counted.duplicates}
     order = (BOT, "equal to another row", ID_QUERY)
-    for reason in sorted(out, key=lambda name: (order.index(name) + 1 if name in order else 0, -out[name])):
+    for reason in sorted(out, key=lambda name: (order.index(name) + 1 if name in order else 0, -out[name], name)):
         left -= out[reason]
         funnel.add(ROWS, reason, out[reason], left, counted.examples.get(reason, ()))
     bad = {reason: count for reason, count in counted.reasons.items() if reason not in DECISIONS}
@@ -327,7 +327,7 @@ def _say_rows(config: PairsConfig, counted: Counted, meaning: Meaning, funnel: F
 def _too_many(config: PairsConfig, counted: Counted, bad: Mapping[str, int], meaning: Meaning) -> str:
     reasons = "; ".join(
         f"{count} {reason} (such as {counted.examples[reason][0]!r})"
-        for reason, count in sorted(bad.items(), key=lambda found: -found[1])
+        for reason, count in sorted(bad.items(), key=lambda found: (-found[1], found[0]))
     )
     advice = f". Events: {_unknown(counted, meaning)}" if UNKNOWN_EVENT in bad else ""
     if {BAD_TIME, FAR_TIME} & set(bad):

@@ -56,6 +56,7 @@ class Table:
     :ivar names_knob: the knob that names the columns of files without a header row.
     :ivar columns: those of every file together, in order.
     :ivar size: bytes of the texts, unpacked; an estimate.
+    :ivar copies: the place of a copy that is read in place of a file, to that file.
     """
 
     place: str
@@ -64,6 +65,7 @@ class Table:
     columns: tuple[str, ...]
     size: int
     layouts: Mapping[_Layout, Sequence[Path]]
+    copies: Mapping[str, str]
 
     def scan(self, wanted: Sequence[str], time: str | None = None) -> pl.LazyFrame:
         """The wanted columns as texts, null where a file lacks one, with `FILE` and `FITS`; `time` keeps its type."""
@@ -72,7 +74,8 @@ class Table:
         frames = [_scanned(layout, files, wanted, time) for layout, files in self.layouts.items()]
         if time and len({frame.collect_schema()[time] for frame in frames}) > 1:
             frames = [frame.with_columns(pl.col(time).cast(pl.String)) for frame in frames]
-        return pl.concat(frames) if len(frames) > 1 else frames[0]
+        frame = pl.concat(frames) if len(frames) > 1 else frames[0]
+        return frame.with_columns(pl.col(FILE).replace(self.copies)) if self.copies else frame
 
     def column(self, given: str | None, usual: Sequence[str], knob: str) -> str | None:
         """The column that a knob names, or the first of the usual ones; None if neither is there.
@@ -131,6 +134,7 @@ def open_table(
     """
     layouts: dict[_Layout, list[Path]] = {}
     files: list[Path] = []
+    copies: dict[str, str] = {}
     for file, root in _files(places, patterns, knob):
         folders = partitions_of(file, root)
         parts = tuple((name, None if value is None else value.decode()) for name, value in folders.items())
@@ -141,10 +145,12 @@ def open_table(
                 f"columns with {names_knob}"
             )
         layouts.setdefault(layout, []).append(place)
+        if place != file:
+            copies[str(place)] = str(file)
         files.append(file)
     names = tuple(dict.fromkeys(name for layout in layouts for name in layout.names))
     shown = places if isinstance(places, str) else ", ".join(places)
-    return Table(shown, names_knob, tuple(files), names, sum(map(_size_of, files)), layouts)
+    return Table(shown, names_knob, tuple(files), names, sum(map(_size_of, files)), layouts, copies)
 
 
 def _files(places: str | Sequence[str], patterns: Sequence[str], knob: str) -> Iterator[tuple[Path, Path]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ebr_lib.pairs.bias import estimate_propensities
+from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.pairs.run import make_training_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,20 @@ def rows(simulated):
     """What the simulator writes for the shop."""
     _, habits, shop, _ = simulated
     return list(simulate_clicks.events(shop, habits, 0))
+
+
+def contents(folder):
+    """Bytes of each file, and the manifest without the time that the run took."""
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(found.pop(Path("manifest.json")))
+    return found, manifest | {"seconds": 0}
+
+
+def test_a_run_from_its_own_config_writes_the_same_bytes(simulated):
+    *_, result = simulated
+    first = contents(result.folder)
+    make_training_pairs(PairsConfig.resolve(None, [result.folder / "pairs_config.yaml"]))
+    assert contents(result.folder) == first
 
 
 def test_the_sample_log_is_what_the_simulator_writes(simulated, rows, tmp_path):

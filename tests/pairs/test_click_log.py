@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
@@ -264,17 +265,6 @@ def test_the_other_stages_read_the_files_by_the_presets(shop):
     assert len(task.corpus) == 4
 
 
-def test_a_run_repeats_from_its_own_config(shop):
-    shop.write(held_log())
-    first = shop.make(holdout_days=3).pairs.read_bytes()
-    saved = shutil.copy(shop.out / "pairs_config.yaml", shop.folder / "mine.yaml")
-    again = PairsConfig.resolve(None, [saved])
-    shutil.rmtree(shop.out)
-    from ebr_lib.pairs.run import make_training_pairs
-
-    assert make_training_pairs(again).pairs.read_bytes() == first
-
-
 def test_later_stages_are_checked_as_if_the_pairs_were_there(shop, tmp_path):
     shop.write(held_log())
     pairs = {"log_path": str(shop.log), "catalogue_path": str(shop.items), "output_dir": str(shop.out)}
@@ -339,8 +329,6 @@ def test_every_format_gives_the_same_pairs(shop, kind):
     elif kind == "gzip":
         log.write_bytes(gzip.compress(shop.log.read_bytes()))
     elif kind == "bz2":
-        import bz2
-
         log.write_bytes(bz2.compress(shop.log.read_bytes()))
     else:
         for day in range(1, 6):
@@ -509,6 +497,14 @@ def test_a_row_of_hive_text_that_does_not_fit_is_a_reject(shop):
     )
     shop.make(log_path=str(log), columns=list(HEAD))
     assert sorted(row["reason"] for row in shop.rejects()) == ["not UTF-8", "wrong number of fields"]
+
+
+def test_rejects_name_the_file_that_was_given_not_its_unpacked_copy(shop):
+    shop.write([*GOOD, ("", *GOOD[0][1:])])
+    log = shop.folder / "log.bz2"
+    log.write_bytes(bz2.compress(shop.log.read_bytes()))
+    shop.make(log_path=str(log))
+    assert [row["file"] for row in shop.rejects()] == [str(log)]
 
 
 def test_odd_logs_are_warned_of(shop, caplog):
