@@ -23,8 +23,20 @@ from ebr_lib.knobs.fields import (
     delimiter_byte,
 )
 from ebr_lib.names import LANGUAGES
+from ebr_lib.pairs.columns import USUAL
 
 Propensity = Annotated[float, Field(gt=0, le=1)]
+_ELSE_COUNTS = (". A log without it has counts", "。没有该列的日志按汇总计数读取")
+_MAY_LACK = (", and does without", "，没有也可以")
+
+
+def _column(of: str, help: str, zh: str, more: str = "", more_zh: str = "") -> tuple[str, str]:
+    """Help of a knob that names a column of the log, with the names that are looked for without it."""
+    *names, last = USUAL[of]
+    return (
+        f"{help}; null looks for {', '.join(names)} or {last}{more}.",
+        f"{zh}；null 依次查找 {'、'.join(USUAL[of])}{more_zh}。",
+    )
 
 
 @dataclass(frozen=True)
@@ -39,23 +51,11 @@ class PairsConfig(Config):
         "点击日志：文件、目录（含子目录；`dt=2026-11-01` 形成一列）或它们的列表。Hive 文本、CSV、JSON Lines、Parquet 或 ORC；每行一个事件，或一条汇总计数。",
     )
     file_patterns: tuple[Name, ...] = knob(
-        [
-            "*.csv",
-            "*.tsv",
-            "*.txt",
-            "*.jsonl",
-            "*.json",
-            "*.gz",
-            "*.bz2",
-            "*.zst",
-            "*.parquet",
-            "*.orc",
-            "part-[0-9]*",
-            "0*_[0-9]*",
-        ],
+        ["*.csv", "*.tsv", "*.txt", "*.jsonl", "*.json", "*.gz", "*.bz2", "*.zst", "*.parquet", "*.orc",
+         "part-[0-9]*", "0*_[0-9]*"],
         "Files to read in a folder; the log lists files that are not read.",
         "读取目录中的哪些文件；未读取的文件会在日志中列出。",
-    )
+    )  # fmt: skip
     columns: tuple[Name, ...] = knob(
         [],
         "Column names of log files without a header row; empty uses the first row of each file.",
@@ -67,40 +67,22 @@ class PairsConfig(Config):
         "fields between commas may be quoted.",
         "文本的字段分隔符（单字符），可写作 `\\001`、`\\t`；auto 按首行判断。只有逗号分隔的字段可带引号。",
     )
-    query_column: Name | None = knob(
-        None,
-        "Column with the query; null looks for query, anchor, keyword, search_query or q.",
-        "查询列；null 依次查找 query、anchor、keyword、search_query、q。",
-    )
-    item_column: Name | None = knob(
-        None,
-        "Column with the item's id; null looks for item_id, item, sku, sku_id, doc_id or product_id.",
-        "商品 ID 列；null 依次查找 item_id、item、sku、sku_id、doc_id、product_id。",
-    )
+    query_column: Name | None = knob(None, *_column("query", "Column with the query", "查询列"))
+    item_column: Name | None = knob(None, *_column("item", "Column with the item's id", "商品 ID 列"))
     query_is_item: bool = knob(
         False,
         "The query column holds an item's id (similar items): its text comes from the catalogue too.",
         "查询列是商品 ID（相似商品日志）：其文本同样来自商品库。",
     )
     event_column: Name | None = knob(
-        None,
-        "Column with the event's name; null looks for event, event_type, action or type. A log without it has counts.",
-        "事件名称列；null 依次查找 event、event_type、action、type。没有该列的日志按汇总计数读取。",
+        None, *_column("event", "Column with the event's name", "事件名称列", *_ELSE_COUNTS)
     )
-    time_column: Name | None = knob(
-        None,
-        "Column with the time or day; null looks for time, timestamp, event_time, ts, day, dt or date.",
-        "时间或日期列；null 依次查找 time、timestamp、event_time、ts、day、dt、date。",
-    )
+    time_column: Name | None = knob(None, *_column("time", "Column with the time or day", "时间或日期列"))
     position_column: Name | None = knob(
-        None,
-        "Column with the place in the list; null looks for position, pos or rank, and does without.",
-        "展示位置列；null 依次查找 position、pos、rank，没有也可以。",
+        None, *_column("position", "Column with the place in the list", "展示位置列", *_MAY_LACK)
     )
     session_column: Name | None = knob(
-        None,
-        "Column with the session or user; null looks for session, session_id, user, user_id or uid, and does without.",
-        "会话或用户列；null 依次查找 session、session_id、user、user_id、uid，没有也可以。",
+        None, *_column("session", "Column with the session or user", "会话或用户列", *_MAY_LACK)
     )
     count_columns: dict[str, Name] = knob(
         {"impression": "impressions", "click": "clicks", "order": "orders"},
@@ -269,6 +251,26 @@ class PairsConfig(Config):
             ZoneInfo(self.time_zone)
         except (ZoneInfoNotFoundError, ValueError):
             yield f"time_zone: {self.time_zone} is unknown; wanted a name such as Asia/Shanghai or UTC"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Events with a weight above 0."""
+        return {name: weight for name, weight in self.event_weights.items() if weight}
+
+    @property
+    def click(self) -> str:
+        """The lightest event."""
+        return min(self.weights, key=self.weights.__getitem__)
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Events that are counted: impressions first, then those with a weight."""
+        return (self.impression_event, *self.weights)
+
+    @property
+    def known_events(self) -> tuple[str, ...]:
+        """Those, and events that are ignored."""
+        return (*self.events, *(name for name, weight in self.event_weights.items() if not weight))
 
     @property
     def separator(self) -> str | None:

@@ -7,34 +7,17 @@ in memory whatever the size of the log. Equal rows are in one part too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ebr_lib.pairs.rows import (
-    BOT,
-    CLOCK,
-    CLOCKS,
-    DATE,
-    DAY,
-    ID_QUERY,
-    ITEM,
-    KEY,
-    POSITION,
-    QUERY,
-    RAW,
-    REASON,
-    SESSION,
-    STAMP,
-    UNKNOWN_EVENT,
-    is_id,
-)
-from ebr_lib.pairs.sources import FILE
+import polars as pl
 
-if TYPE_CHECKING:
-    import polars as pl
+from ebr_lib.pairs.columns import CLOCK, DAY, FILE, ITEM, KEY, POSITION, QUERY, RAW, REASON, SESSION, STAMP
+from ebr_lib.pairs.config import PairsConfig
+from ebr_lib.pairs.rows import CLOCKS, DATE, UNKNOWN_EVENT, Columns, is_id, marked_rows
+from ebr_lib.pairs.sources import Table
 
 BYTES_PER_PART = 100 << 20  # of text; in memory a part takes a few times as much
 MOST_PARTS = 512
@@ -42,6 +25,8 @@ ROW_GROUP = 20_000  # held of each part
 REJECTED = -1  # the part of rows that cannot be used
 CELL = (KEY, ITEM, DAY, POSITION)
 SHOWN = 3  # examples of each reason
+# why a row is left out by a decision
+ID_QUERY, BOT = "query is an id, a number or a URL", "bot-like session"
 
 
 @dataclass
@@ -49,6 +34,7 @@ class Counted:
     """The log as counts.
 
     :ivar parts: files of counts (`CELL`, then `n_<event>`), each with all of its queries.
+    :ivar names: files with the most frequent spelling of each query.
     :ivar reasons: rows left out, by reason; `examples` has a few of each.
     :ivar events: totals of the rows used.
     :ivar clocks: rows by the way in which their times are written, as numbered in `rows.CLOCKS`.
@@ -72,58 +58,11 @@ class Counted:
     first_position: int = 1
     unknown_events: list[str] = field(default_factory=list)
 
-    def cells(self, part: Path) -> pl.DataFrame:
-        """The counts of one part."""
-        import polars as pl
 
-        return pl.read_parquet(part)
-
-    def names_of(self, keys: pl.DataFrame) -> pl.DataFrame:
-        """The most frequent spelling of each query of `keys`."""
-        import polars as pl
-
-        return pl.concat([pl.scan_parquet(path) for path in self.names]).join(keys.lazy(), on=KEY, how="semi").collect()
-
-
-def bot_sessions(rows: pl.LazyFrame, most: int) -> pl.DataFrame:
-    """Sessions with more rows on one day than `most`, as hashes."""
-    import polars as pl
-
-    busy = rows.filter(pl.col(SESSION).is_not_null()).group_by(SESSION, DAY).len().filter(pl.col("len") > most)
-    return busy.select(SESSION, DAY).collect(engine="streaming")
-
-
-def count_rows(
-    rows: pl.LazyFrame,
-    events: Sequence[str],
-    spill: Path,
-    size: int,
-    bots: pl.DataFrame | None,
-    *,
-    drop_duplicates: bool,
-    drop_ids: bool,
-) -> Counted:
-    """Count the rows of a log.
-
-    :param rows: as `marked_rows` gives them.
-    :param events: names of the counts.
-    :param spill: folder for the parts.
-    :param size: bytes of the log's text, which sets the number of parts.
-    :param bots: sessions and days that are left out.
-    :param drop_duplicates: count equal rows once, if they have a time of day or a session.
-    :param drop_ids: leave out queries that are ids, numbers or URLs.
-    """
-    import polars as pl
-
-    if bots is not None and len(bots):
-        marked = bots.lazy().with_columns(pl.lit(True).alias("is_bot"))
-        # nulls are equal in a log without times
-        rows = rows.join(marked, on=[SESSION, DAY], how="left", nulls_equal=True, maintain_order="left")
-        is_bot = pl.col("is_bot").fill_null(False) & pl.col(REASON).is_null()
-        rows = rows.with_columns(pl.when(is_bot).then(pl.lit(BOT)).otherwise(pl.col(REASON)).alias(REASON)).drop(
-            "is_bot"
-        )
-    parts = min(MOST_PARTS, 1 + size // BYTES_PER_PART)
+def count_rows(log: Table, columns: Columns, config: PairsConfig, spill: Path) -> Counted:
+    """Count the rows of a log; `spill` is the folder for the parts."""
+    rows = _with_bots(marked_rows(log, columns, config), config.max_session_events if columns.session else 0)
+    parts = min(MOST_PARTS, 1 + log.size // BYTES_PER_PART)
     part = pl.when(pl.col(REASON).is_null()).then(pl.col(KEY).hash(seed=3) % parts).cast(pl.Int32).fill_null(REJECTED)
     folder = spill / "rows"
     rows.with_columns(part.alias("part")).sink_parquet(
@@ -136,16 +75,27 @@ def count_rows(
         if place.name.endswith(f"={REJECTED}"):
             _count_rejected(counted, files)
             continue
-        _count_part(counted, files, events, spill, drop_duplicates=drop_duplicates, drop_ids=drop_ids)
+        _count_part(counted, files, config, spill)
         for file in files:
             file.unlink()
     return counted
 
 
-def _count_rejected(counted: Counted, files: list[Path]) -> None:
-    import polars as pl
+def _with_bots(rows: pl.LazyFrame, most: int) -> pl.LazyFrame:
+    """Rows with a reason also for those of sessions with more than `most` rows on one day; 0 leaves all."""
+    if not most:
+        return rows
+    busy = rows.filter(pl.col(SESSION).is_not_null()).group_by(SESSION, DAY).len().filter(pl.col("len") > most)
+    bots = busy.select(SESSION, DAY, pl.lit(BOT).alias("bot")).collect(engine="streaming")
+    if not len(bots):
+        return rows
+    # nulls are equal in a log without times
+    rows = rows.join(bots.lazy(), on=[SESSION, DAY], how="left", nulls_equal=True, maintain_order="left")
+    return rows.with_columns(pl.coalesce(REASON, "bot").alias(REASON)).drop("bot")
 
-    counted.rejected = list(files)
+
+def _count_rejected(counted: Counted, files: list[Path]) -> None:
+    counted.rejected = files
     found = pl.scan_parquet(files).group_by(REASON).agg(pl.len(), pl.col(RAW).drop_nulls().unique().sort().head(SHOWN))
     for reason, count, raw in found.collect(engine="streaming").iter_rows():
         counted.reasons[reason] = count
@@ -159,33 +109,22 @@ def _count_rejected(counted: Counted, files: list[Path]) -> None:
     counted.unknown_events = names.collect(engine="streaming")[RAW].to_list()
 
 
-def _count_part(
-    counted: Counted,
-    files: list[Path],
-    events: Sequence[str],
-    spill: Path,
-    *,
-    drop_duplicates: bool,
-    drop_ids: bool,
-) -> None:
-    import polars as pl
-
-    numbers = [f"n_{event}" for event in events]
-    frame = pl.read_parquet(files, columns=[KEY, QUERY, ITEM, DAY, CLOCK, POSITION, SESSION, STAMP, *numbers])
+def _count_part(counted: Counted, files: list[Path], config: PairsConfig, spill: Path) -> None:
+    numbers = [f"n_{event}" for event in config.events]
+    frame = pl.read_parquet(files, columns=[*CELL, QUERY, CLOCK, SESSION, STAMP, *numbers])
     counted.rows += len(frame)
     counted.clocks.update(dict(frame.group_by(CLOCK).len().drop_nulls().iter_rows()))
-    if drop_duplicates:
+    if config.drop_duplicates:
         frame = _once(counted, frame)
-    if drop_ids:
+    if config.drop_id_queries and not config.query_is_item:
         frame = _without_ids(counted, frame)
     counted.used += len(frame)
     first = frame[POSITION].min()
     if isinstance(first, int):
         counted.first_position = min(first, counted.first_position) if counted.positions else first
-        counted.positions += int(frame[POSITION].is_not_null().sum())
+        counted.positions += frame[POSITION].count()
     counted.days |= set(frame[DAY].drop_nulls().unique())
-    for event, number in zip(events, numbers, strict=True):
-        counted.events[event] += int(frame[number].sum())
+    counted.events.update({event: int(frame[f"n_{event}"].sum()) for event in config.events})
     spelled = frame.group_by(KEY, QUERY).agg(pl.sum_horizontal(numbers).sum().alias("events"))
     most = spelled.sort("events", QUERY, descending=[True, False]).unique(KEY, keep="first", maintain_order=True)
     counted.spellings += len(spelled)
@@ -199,8 +138,6 @@ def _count_part(
 
 def _once(counted: Counted, frame: pl.DataFrame) -> pl.DataFrame:
     """Equal rows once; rows with a date alone and no session may be equal by chance, and stay."""
-    import polars as pl
-
     can_tell = pl.col(CLOCK).ne(CLOCKS.index(DATE)).fill_null(False) | pl.col(SESSION).is_not_null()
     kept = pl.concat([frame.filter(can_tell).unique([QUERY, ITEM, STAMP]), frame.filter(~can_tell)])
     counted.duplicates += len(frame) - len(kept)
@@ -209,8 +146,6 @@ def _once(counted: Counted, frame: pl.DataFrame) -> pl.DataFrame:
 
 def _without_ids(counted: Counted, frame: pl.DataFrame) -> pl.DataFrame:
     """Leave out queries that look like ids, or are the id of an item that was shown for them."""
-    import polars as pl
-
     keys = frame.select(KEY).unique().filter(is_id(pl.col(KEY)))
     own = frame.filter(pl.col(KEY) == pl.col(ITEM).str.to_lowercase()).select(KEY).unique()
     ids = pl.concat([keys, own]).unique()
@@ -222,11 +157,9 @@ def _without_ids(counted: Counted, frame: pl.DataFrame) -> pl.DataFrame:
     return kept
 
 
-def rejected_rows(counted: Counted, decisions: Sequence[str]) -> Iterator[pl.LazyFrame]:
+def rejected_rows(counted: Counted) -> Iterator[pl.LazyFrame]:
     """Rows that cannot be used, with file and reason; not those that a decision left out."""
-    import polars as pl
-
     row = pl.col(RAW).str.replace_all("\x01", "\t", literal=True)
     for file in counted.rejected:
-        kept = pl.scan_parquet(file).filter(~pl.col(REASON).is_in(list(decisions)))
+        kept = pl.scan_parquet(file).filter(pl.col(REASON) != BOT)
         yield kept.select(pl.col(FILE).alias("file"), pl.col(REASON).alias("reason"), row.alias("row"))

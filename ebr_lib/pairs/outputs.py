@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import polars as pl
 import yaml
 
 from ebr_lib.names import CORPUS_FILE, QUERIES_FILE
-from ebr_lib.pairs.choose import CLICKS, GRADE, IMPRESSIONS, TEXT, WEIGHT
-from ebr_lib.pairs.rows import ITEM, KEY
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from ebr_lib.pairs.catalogue import Catalogue
+from ebr_lib.pairs.columns import (
+    ANCHOR,
+    CLICKS,
+    GRADE,
+    IMPRESSIONS,
+    ITEM,
+    ITEMS_SEEN,
+    KEY,
+    QUERY_SEEN,
+    TEXT,
+    WEIGHT,
+)  # fmt: skip
 
 PAIRS_FILE, REJECTS_FILE, MANIFEST_FILE = "pairs.jsonl", "rejects.jsonl", "manifest.json"
 CONFIG_FILE, HTML_FILE, SQL_FILE = "pairs_config.yaml", "report.html", "aggregate.sql"
@@ -24,7 +31,6 @@ FINETUNE_PRESET, EVALUATE_PRESET = "finetune.yaml", "evaluate.yaml"
 HELDOUT_FOLDER, QRELS_FILE = "heldout", "qrels/test.tsv"
 HELDOUT_FILES = (CORPUS_FILE, QUERIES_FILE, QRELS_FILE, PAIRS_FILE)
 FILES = (PAIRS_FILE, REJECTS_FILE, MANIFEST_FILE, CONFIG_FILE, HTML_FILE, SQL_FILE, FINETUNE_PRESET, EVALUATE_PRESET)
-ANCHOR, ANCHOR_ID, QUERY_SEEN, ITEMS_SEEN = "anchor", "anchor_id", "query_seen", "items_seen"
 
 
 def is_own(name: str) -> bool:
@@ -40,23 +46,21 @@ def write_pairs(place: Path, pairs: pl.DataFrame, *, anchor_ids: bool) -> None:
                 "anchor": row[ANCHOR],
                 "positive": row[TEXT],
                 "weight": float(f"{row[WEIGHT]:.4g}"),
-                **({ANCHOR_ID: row[KEY]} if anchor_ids else {}),
+                **({"anchor_id": row[KEY]} if anchor_ids else {}),
                 "item_id": row[ITEM],
                 "impressions": row[IMPRESSIONS],
                 "clicks": row[CLICKS],
+                **({"negative": row["negative"]} if row.get("negative") else {}),
             }
-            if row.get("negative"):
-                line["negative"] = row["negative"]
             out.write(_json(line))
 
 
-def write_heldout(folder: Path, queries: pl.DataFrame, pairs: pl.DataFrame, catalogue: Catalogue) -> None:
-    """Write held-out queries as a BEIR folder, and as pairs for the evaluation during fine-tuning.
+def write_heldout(folder: Path, queries: pl.DataFrame, pairs: pl.DataFrame) -> None:
+    """Write held-out queries in BEIR's layout, and as pairs for the evaluation during fine-tuning.
 
     :param queries: `KEY`, anchor, `query_seen` and `items_seen`, one row per query; their ids are q1, q2 … in order.
     """
     (folder / QRELS_FILE).parent.mkdir(parents=True)
-    catalogue.write_corpus(folder / CORPUS_FILE)
     answers = {key: rows for (key,), rows in pairs.sort(KEY, ITEM).group_by([KEY], maintain_order=True)}
     with (
         (folder / QUERIES_FILE).open("w", encoding="utf-8", newline="\n") as texts,
@@ -64,26 +68,22 @@ def write_heldout(folder: Path, queries: pl.DataFrame, pairs: pl.DataFrame, cata
         (folder / PAIRS_FILE).open("w", encoding="utf-8", newline="\n") as rows,
     ):
         grades.write("query-id\tcorpus-id\tscore\n")
-        for number, query in enumerate(queries.iter_rows(named=True), 1):
-            seen = {name: query[name] for name in (QUERY_SEEN, ITEMS_SEEN)}
-            texts.write(_json({"_id": f"q{number}", "text": query[ANCHOR]} | seen))
-            of_query = answers[query[KEY]]
-            rows.write(_json({"anchor": query[ANCHOR], "positive": of_query[TEXT].to_list()}))
-            for item, grade in of_query.select(ITEM, GRADE).iter_rows():
-                grades.write(f"q{number}\t{item}\t{grade}\n")
+        for number, (key, anchor, query_seen, items_seen) in enumerate(queries.iter_rows(), 1):
+            id_ = f"q{number}"
+            texts.write(_json({"_id": id_, "text": anchor, QUERY_SEEN: query_seen, ITEMS_SEEN: items_seen}))
+            rows.write(_json({"anchor": anchor, "positive": answers[key][TEXT].to_list()}))
+            grades.writelines(
+                f"{id_}\t{item}\t{grade}\n" for item, grade in answers[key].select(ITEM, GRADE).iter_rows()
+            )
 
 
 def write_rejects(place: Path, rows: Iterable[pl.LazyFrame], pairs: pl.DataFrame) -> int:
     """Write rows that cannot be used, then pairs whose item has no text in the catalogue; returns how many."""
     count = 0
     with place.open("w", encoding="utf-8", newline="\n") as out:
-        for frame in rows:
-            for batch in frame.collect(engine="streaming").iter_slices(10_000):
-                count += len(batch)
-                out.writelines(_json(row) for row in batch.iter_rows(named=True))
-        for row in pairs.iter_rows(named=True):
-            count += 1
-            out.write(_json(row))
+        for frame in chain((lazy.collect(engine="streaming") for lazy in rows), [pairs]):
+            count += len(frame)
+            out.writelines(map(_json, frame.iter_rows(named=True)))
     return count
 
 
@@ -93,21 +93,20 @@ def write_presets(folder: Path, final: Path, *, with_heldout: bool) -> None:
     :param final: where the folder will be when it is whole.
     """
     finetune: dict[str, Any] = {"data_path": str(final / PAIRS_FILE)}
+    presets = {"finetune": finetune}
     if with_heldout:
         finetune["eval_data_path"] = str(final / HELDOUT_FOLDER / PAIRS_FILE)
-        evaluate = {
+        presets["evaluate"] = {
             "data_path": str(final / HELDOUT_FOLDER),
             "train_data_path": str(final / PAIRS_FILE),
             "slice_columns": [QUERY_SEEN, ITEMS_SEEN],
             "leave_out_own": "text",  # queries are numbered apart from items
         }
-        _write_preset(folder / EVALUATE_PRESET, "evaluate", final / EVALUATE_PRESET, evaluate)
-    _write_preset(folder / FINETUNE_PRESET, "finetune", final / FINETUNE_PRESET, finetune)
-
-
-def _write_preset(place: Path, stage: str, final: Path, knobs: Mapping[str, Any]) -> None:
-    command = f"# python -m ebr_lib {stage} --config {final}\n"
-    place.write_text(command + yaml.safe_dump(dict(knobs), allow_unicode=True, sort_keys=False), encoding="utf-8")
+    for stage, knobs in presets.items():
+        name = f"{stage}.yaml"
+        command = f"# python -m ebr_lib {stage} --config {final / name}\n"
+        written = yaml.safe_dump(knobs, allow_unicode=True, sort_keys=False)
+        (folder / name).write_text(command + written, encoding="utf-8")
 
 
 def _json(row: Mapping[str, Any]) -> str:

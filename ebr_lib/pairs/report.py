@@ -1,26 +1,20 @@
-"""What was made of the log, and the page that shows it."""
+"""What was made of the log: tables, and the page that shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
+import polars as pl
+from pandas import DataFrame
 
 from ebr_lib.arrays import Floats
 from ebr_lib.names import LANGUAGES
 from ebr_lib.pairs.bias import Bias
-from ebr_lib.pairs.choose import CLICKS, LANGUAGE, SCORE, TEXT, WEIGHT, Rules
+from ebr_lib.pairs.choose import heaviest_first
+from ebr_lib.pairs.columns import ANCHOR, CLICKS, ITEM, ITEMS_SEEN, KEY, LANGUAGE, QUERY_SEEN, TEXT, WEIGHT
+from ebr_lib.pairs.config import PairsConfig
 from ebr_lib.pairs.counts import Counted
 from ebr_lib.pairs.funnel import Funnel
-from ebr_lib.pairs.outputs import ANCHOR, ITEMS_SEEN, QUERY_SEEN
-from ebr_lib.pairs.rows import ITEM, KEY
 from ebr_lib.tables import make_table, shortened
-
-if TYPE_CHECKING:
-    import polars as pl
-    from pandas import DataFrame
 
 EXAMPLES = 5  # of head, torso and tail each
 POINTS = 60  # of a curve
@@ -28,136 +22,112 @@ BATCH = 64  # in which false negatives are expected
 WIDTH, HEIGHT = 360.0, 160.0
 
 
-@dataclass(frozen=True)
-class Curve:
-    """How much of the clicks the most frequent queries or items have: points of an SVG, and shares in words."""
-
-    name: str
-    points: str
-    facts: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the page shows. `facts` are counts; `advice` is what to look at."""
-
-    title: str
-    facts: Mapping[str, object]
-    tables: dict[str, DataFrame]
-    curves: Sequence[Curve]
-    advice: Sequence[str]
-
-    def html(self) -> str:
-        """One HTML page without outside parts."""
-        from jinja2 import Environment, PackageLoader
-
-        pages = Environment(
-            loader=PackageLoader("ebr_lib", "pairs"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-        )
-        return pages.get_template("report.html.j2").render(report=self)
-
-
-def overview(
-    trained: pl.DataFrame,
-    held: pl.DataFrame | None,
-    queries: pl.DataFrame | None,
-    *,
-    funnel: Funnel,
-    bias: Bias,
-    counted: Counted,
-    rules: Rules,
-    seed: int,
-) -> Report:
-    """The report of a run."""
-    clicks = {name: _sums(trained, column, CLICKS) for name, column in (("queries", KEY), ("items", TEXT))}
-    weights = {name: _sums(trained, column, WEIGHT) for name, column in (("queries", KEY), ("items", TEXT))}
-    tables = {
+def report_tables(
+    trained: pl.DataFrame, queries: pl.DataFrame | None, funnel: Funnel, bias: Bias, seed: int
+) -> dict[str, DataFrame]:
+    """Tables of a run; `queries` are held out."""
+    at = [(position, value, 1 / value) for position, value in bias.propensities.items()]
+    return {
         "funnel": funnel.table,
-        "clicks_per_query": _clicks_per_query(clicks["queries"]),
-        "positions": _positions(bias),
+        "clicks_per_query": _clicks_per_query(_sums(trained, KEY, CLICKS)),
+        "positions": make_table(
+            f"位置偏差 position bias: {bias.source}",
+            ("位置 position", "被看到 looked at", "点击倍数 a click counts"),
+            at,
+        ),
         "languages": _languages(trained),
         "popular": _popular(trained),
-        "overlap": _overlap(held, queries),
+        "overlap": _overlap(queries),
         "examples": _examples(trained, seed),
     }
+
+
+def report_page(
+    config: PairsConfig,
+    trained: pl.DataFrame,
+    queries: pl.DataFrame | None,
+    tables: dict[str, DataFrame],
+    *,
+    bias: Bias,
+    counted: Counted,
+) -> str:
+    """One HTML page without outside parts."""
+    from jinja2 import Environment, PackageLoader
+
+    of = {"queries": KEY, "items": TEXT}
     facts = {
         "days": f"{min(counted.days)} – {max(counted.days)}" if counted.days else "unknown",
         "rows": counted.rows,
         "events": ", ".join(f"{count} {name}" for name, count in counted.events.items()),
         "spellings merged": f"{counted.spellings} → {counted.queries}",
         "pairs": len(trained),
-        "queries": len(clicks["queries"]),
-        "items": len(clicks["items"]),
+        **{name: trained[column].n_unique() for name, column in of.items()},
         "held-out queries": 0 if queries is None else len(queries),
         "position bias": bias.source,
     }
-    curves = [_curve(f"{name}: clicks", values) for name, values in clicks.items()]
-    curves += [_curve(f"{name}: weight", values) for name, values in weights.items()]
-    return Report("Click log to pairs · 点击日志到样本", facts, tables, curves, _advice(trained, queries, rules))
+    curves = [
+        _curve(f"{name}: {unit}", _sums(trained, column, values))
+        for unit, values in (("clicks", CLICKS), ("weight", WEIGHT))
+        for name, column in of.items()
+    ]
+    pages = Environment(loader=PackageLoader("ebr_lib", "pairs"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template("report.html.j2").render(
+        title="Click log to pairs · 点击日志到样本",
+        facts=facts,
+        tables=tables,
+        curves=curves,
+        advice=_advice(config, trained, queries),
+    )
 
 
 def _sums(pairs: pl.DataFrame, column: str, values: str) -> Floats:
-    import polars as pl
-
+    """Totals of the queries or items, the largest first."""
     sums = pairs.group_by(column).agg(pl.col(values).sum().cast(pl.Float64))[values]
     return np.sort(sums.to_numpy())[::-1]
 
 
-def _curve(name: str, values: Floats) -> Curve:
-    """Share of the total by share of the queries or items, the largest first."""
+def _curve(name: str, values: Floats) -> dict[str, str]:
+    """Share of the total by share of the queries or items, the largest first: points of an SVG, and in words."""
     reached = np.concatenate([[0.0], np.cumsum(values)]) / max(values.sum(), 1e-12)
     at = np.unique(np.geomspace(1, len(values), POINTS).astype(int))
     chosen = [0, *at.tolist()]
     points = " ".join(f"{WIDTH * i / len(values):.1f},{HEIGHT * (1 - reached[i]):.1f}" for i in chosen)
     shares = [f"{reached[max(1, round(share * len(values)))]:.0%} in the top {share:.0%}" for share in (0.01, 0.1, 0.5)]
-    return Curve(name, points, ", ".join(shares))
+    return {"name": name, "points": points, "facts": ", ".join(shares)}
 
 
 def _clicks_per_query(clicks: Floats) -> DataFrame:
-    limits = [1, 2, 5, 10, 100, 1000]
-    rows = []
-    for low, high in zip(limits, [*limits[1:], None], strict=True):
-        inside = (clicks >= low) & (clicks < (np.inf if high is None else high))
-        name = f"{low} +" if high is None else str(low) if high == low + 1 else f"{low} – {high - 1}"
-        if inside.any():
-            rows.append((name, int(inside.sum()), int(clicks[inside].sum())))
+    limits = [1, 2, 5, 10, 100, 1000, np.inf]
+    names = ["1", "2 – 4", "5 – 9", "10 – 99", "100 – 999", "1000 +"]
+    counts, _ = np.histogram(clicks, limits)
+    totals, _ = np.histogram(clicks, limits, weights=clicks)
+    rows = [(name, int(n), int(total)) for name, n, total in zip(names, counts, totals, strict=True) if n]
     return make_table(
         "每个查询的有效事件 weighted events per query", ("事件 events", "查询 queries", "合计 total"), rows
     )
 
 
-def _positions(bias: Bias) -> DataFrame:
-    rows = [(position, value, 1 / value) for position, value in bias.propensities.items()]
-    title = f"位置偏差 position bias: {bias.source}"
-    return make_table(title, ("位置 position", "被看到 looked at", "点击倍数 a click counts"), rows)
-
-
 def _languages(pairs: pl.DataFrame) -> DataFrame:
-    rows = []
-    for language in LANGUAGES:
-        of_it = pairs.filter(pairs[LANGUAGE] == language)
-        if len(of_it):
-            rows.append(
-                (language, of_it[KEY].n_unique(), len(of_it), float(of_it[WEIGHT].sum()) / float(pairs[WEIGHT].sum()))
-            )
-    return make_table(
-        "语言 languages", ("语言 language", "查询 queries", "样本 pairs", "权重占比 share of weight"), rows
-    )
+    weight = pl.col(WEIGHT).sum()
+    found = pairs.group_by(LANGUAGE, maintain_order=True).agg(pl.col(KEY).n_unique(), pl.len(), weight)
+    rows = found.sort(pl.col(LANGUAGE).cast(pl.Enum(LANGUAGES))).with_columns(pl.col(WEIGHT) / pl.col(WEIGHT).sum())
+    columns = ("语言 language", "查询 queries", "样本 pairs", "权重占比 share of weight")
+    return make_table("语言 languages", columns, rows.iter_rows())
 
 
 def _popular(pairs: pl.DataFrame) -> DataFrame:
-    import polars as pl
-
-    found = pairs.group_by(TEXT, maintain_order=True).agg(pl.col(ITEM).first(), pl.len(), pl.col(CLICKS).sum(), pl.col(WEIGHT).sum())
+    found = pairs.group_by(TEXT, maintain_order=True).agg(
+        pl.col(ITEM).first(), pl.len(), pl.col(CLICKS).sum(), pl.col(WEIGHT).sum()
+    )
     top = found.sort("len", ITEM, descending=[True, False]).head(EXAMPLES)
     columns = ("商品 item", "样本 pairs", "事件 events", "权重 weight", "文本 text")
     return make_table("热门商品 popular items", columns, top.select(ITEM, "len", CLICKS, WEIGHT, TEXT).iter_rows(), 60)
 
 
-def _overlap(held: pl.DataFrame | None, queries: pl.DataFrame | None) -> DataFrame:
+def _overlap(queries: pl.DataFrame | None) -> DataFrame:
     title = "留出查询与训练的重叠 held-out queries and training"
     columns = ("查询 query", "其商品 its items", "查询数 queries", "占比 share")
-    if held is None or queries is None:
+    if queries is None:
         return make_table(title, columns, [])
     counts = queries.group_by(QUERY_SEEN, ITEMS_SEEN).len().sort(QUERY_SEEN, ITEMS_SEEN)
     return make_table(title, columns, [(*row, row[-1] / len(queries)) for row in counts.iter_rows()])
@@ -165,9 +135,7 @@ def _overlap(held: pl.DataFrame | None, queries: pl.DataFrame | None) -> DataFra
 
 def _examples(pairs: pl.DataFrame, seed: int) -> DataFrame:
     """Queries from the head (most clicked), the torso (around the middle) and the tail, with their heaviest item."""
-    import polars as pl
-
-    best = pairs.sort(KEY, SCORE, ITEM, descending=[False, True, False]).group_by(KEY, maintain_order=True).agg(
+    best = heaviest_first(pairs).group_by(KEY, maintain_order=True).agg(
         pl.col(ANCHOR, TEXT, WEIGHT).first(), pl.len(), pl.col(CLICKS).sum()
     ).sort(CLICKS, KEY, descending=[True, False])  # fmt: skip
     middle = max(0, len(best) // 2 - EXAMPLES // 2)
@@ -178,18 +146,16 @@ def _examples(pairs: pl.DataFrame, seed: int) -> DataFrame:
         "长尾 tail": tail.sample(min(EXAMPLES, len(tail)), seed=seed),
     }
     rows = [
-        (part, shortened(row[ANCHOR]), row[CLICKS], row["len"], row[WEIGHT], row[TEXT])
+        (part, shortened(anchor), *others)
         for part, frame in parts.items()
-        for row in frame.iter_rows(named=True)
+        for anchor, *others in frame.select(ANCHOR, CLICKS, "len", WEIGHT, TEXT).iter_rows()
     ]
     columns = ("部分 part", "查询 query", "事件 events", "样本 pairs", "权重 weight", "最重的商品 heaviest item")
     return make_table("样例 examples", columns, rows, 60)
 
 
-def _advice(pairs: pl.DataFrame, queries: pl.DataFrame | None, rules: Rules) -> list[str]:
+def _advice(config: PairsConfig, pairs: pl.DataFrame, queries: pl.DataFrame | None) -> list[str]:
     """What fine-tuning's data doctor would look at, as far as it can be seen without a tokenizer."""
-    import polars as pl
-
     rows = pairs.group_by(TEXT).len().sort("len", descending=True)
     top = int(rows["len"][0])
     # rows of a random batch whose document is known to answer this row's query: n_q · Σ rows of its documents, summed
@@ -217,7 +183,7 @@ def _advice(pairs: pl.DataFrame, queries: pl.DataFrame | None, rules: Rules) -> 
     if queries is not None and len(queries) < 100:
         advice.append(f"留出查询只有 {len(queries)} 个 only {len(queries)} held-out queries: intervals will be wide.")
     single = int((pairs[CLICKS] == 1).sum())
-    if single > 0.5 * len(pairs) and rules.min_clicks == 1:
+    if single > 0.5 * len(pairs) and config.min_clicks == 1:
         advice.append(
             f"{single / len(pairs):.0%} 的样本只有一个事件 {single / len(pairs):.0%} of pairs have one event: with "
             "more days, min_clicks: 2 removes chance clicks."

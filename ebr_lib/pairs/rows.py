@@ -5,46 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
 
 from ebr_lib.errors import DataError
 from ebr_lib.names import did_you_mean
-from ebr_lib.pairs.sources import FILE, FITS, Table
+from ebr_lib.pairs.columns import (
+    CLOCK,
+    DAY,
+    FILE,
+    FITS,
+    ITEM,
+    KEY,
+    POSITION,
+    QUERY,
+    RAW,
+    REASON,
+    SESSION,
+    STAMP,
+    USUAL,
+)  # fmt: skip
+from ebr_lib.pairs.config import PairsConfig
+from ebr_lib.pairs.sources import Table
 
-if TYPE_CHECKING:
-    import polars as pl
+UNKNOWN_EVENT, BAD_TIME, FAR_TIME = "unknown event", "time not read", "time before 2000 or after tomorrow"
 
-ITEM_IDS = ("item_id", "item", "sku", "sku_id", "doc_id", "product_id")
-USUAL = {
-    "query": ("query", "anchor", "keyword", "search_query", "q"),
-    "item": ITEM_IDS,
-    "event": ("event", "event_type", "action", "type"),
-    "time": ("time", "timestamp", "event_time", "ts", "day", "dt", "date"),
-    "position": ("position", "pos", "rank"),
-    "session": ("session", "session_id", "user", "user_id", "uid"),
-}
-"""What a column means, to its usual names."""
-
-# why a row cannot be used, in the order in which a row is asked
-MISFIT = "wrong number of fields"
-NOT_UTF8 = "not UTF-8"
-NO_QUERY = "no query"
-NO_ITEM = "no item"
-NO_TIME = "no time"
-BAD_TIME = "time not read"
-FAR_TIME = "time before 2000 or after tomorrow"
-UNKNOWN_EVENT = "unknown event"
-BAD_COUNT = "count is not a number"
-NEGATIVE_COUNT = "negative count"
-BAD_POSITION = "position is not a whole number"
-NEGATIVE_POSITION = "negative position"
-# why a row is left out by a decision
-ID_QUERY = "query is an id, a number or a URL"
-BOT = "bot-like session"
-
-# columns that rows get, named as no log names its own
-KEY, QUERY, ITEM, DAY, POSITION, SESSION = "@key", "@query", "@item", "@day", "@position", "@session"
-STAMP, REASON, RAW, CLOCK, UNPLACED = "@stamp", "@reason", "@raw", "@clock", "@unplaced"
 DATE, NAIVE, ZONED, EPOCH = "a date", "a time without a zone", "a time with a zone", "a number since 1970"
 CLOCKS = (DATE, NAIVE, ZONED, EPOCH)
 """Ways in which times are written."""
@@ -82,71 +68,60 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name))
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """How rows are read; the fields are knobs of the stage."""
-
-    events: tuple[str, ...]  # impressions first, then those with a weight
-    ignored: tuple[str, ...]
-    query_is_item: bool
-    time_format: str | None
-    time_zone: str
-
-
-def find_columns(table: Table, given: Mapping[str, str | None], counts: Mapping[str, str], clicks: str) -> Columns:
+def find_columns(table: Table, config: PairsConfig) -> Columns:
     """Find the columns of a log.
 
-    :param given: names that knobs give, by meaning.
-    :param counts: the column of each event in a log of counts.
-    :param clicks: an event that must be counted.
     :raises DataError: a column is missing; names the nearest, or those that are there.
     """
-    found = {name: table.column(given[name], USUAL[name], f"{name}_column") for name in USUAL}
-    query = found["query"] or table.some(None, USUAL["query"], "query_column")
-    item = found["item"] or table.some(None, USUAL["item"], "item_column")
+    found = {name: table.column(getattr(config, f"{name}_column"), usual, f"{name}_column")
+             for name, usual in USUAL.items()}  # fmt: skip
+    query = found["query"] or table.need(None, USUAL["query"], "query_column")
+    item = found["item"] or table.need(None, USUAL["item"], "item_column")
     if item == query:
         raise DataError(f"{table.place}: query_column and item_column are both {item}; name the other one")
-    there = {} if found["event"] else {event: name for event, name in counts.items() if name in table.columns}
-    if not found["event"] and clicks not in there:
+    counts = {} if found["event"] else {of: name for of, name in config.count_columns.items() if name in table.columns}
+    if not found["event"] and config.click not in counts:
         raise DataError(
             f"{table.place}: has neither an event per row (looked for {', '.join(USUAL['event'])}; event_column) nor "
-            f"counts (looked for {', '.join(counts.values())}; count_columns); found {', '.join(table.columns)}"
+            f"counts (looked for {', '.join(config.count_columns.values())}; count_columns); found "
+            f"{', '.join(table.columns)}"
         )
     session = found["session"] if found["event"] else None
-    return Columns(query, item, found["event"], found["time"], found["position"], session, there)
+    return Columns(query, item, found["event"], found["time"], found["position"], session, counts)
 
 
 # --- meaning ------------------------------------------------------------------------------------------------------
 
 
-def marked_rows(frame: pl.LazyFrame, columns: Columns, meaning: Meaning) -> pl.LazyFrame:
+def marked_rows(table: Table, columns: Columns, config: PairsConfig) -> pl.LazyFrame:
     """Each row with its normalised query as `KEY`, its day, a hash that equal rows share, and `REASON` where it cannot
     be used; `n_<event>` columns hold its counts."""
-    import polars as pl
-
-    schema = frame.collect_schema()
+    frame = table.scan(columns.read, columns.time)
+    none = pl.lit(None, dtype=pl.String)
     query, item = pl.col(columns.query), pl.col(columns.item).str.strip_chars()
-    key = item_key(query) if meaning.query_is_item else query_key(query)
-    day, clock = _day(columns.time, schema, meaning)
-    position, is_placed = _position(columns.position)
+    session = pl.col(columns.session) if columns.session else none
+    day, clock = _day(columns.time, frame.collect_schema(), config)
+    place = pl.col(columns.position).str.strip_chars() if columns.position else none
+    number = place.cast(pl.Float64, strict=False)
+    # these differ between two events of one query and item; between two counts, the counts may too
+    telling = [name for name in (columns.time, columns.session, columns.position, columns.event) if name]
     frame = frame.with_columns(
-        key.alias(KEY),
+        (query.str.strip_chars() if config.query_is_item else query_key(query)).alias(KEY),
         item.alias(ITEM),
         query.alias(QUERY),
         day.alias(DAY),
         clock.alias(CLOCK),
-        position.alias(POSITION),
-        (position.is_null() & is_placed).alias(UNPLACED),
-        _session(columns).alias(SESSION),
-        _stamp(columns).alias(STAMP),
-        *_counts(columns, meaning),
+        pl.when(number == number.floor()).then(number.cast(pl.Int32, strict=False)).alias(POSITION),  # 3 for 3.0 too
+        pl.when(session != "").then(session.hash(seed=1)).alias(SESSION),
+        pl.struct([*telling, *columns.counts.values()] or [columns.item]).hash(seed=2).alias(STAMP),
+        *(_count_of(event, columns).alias(f"n_{event}") for event in config.events),
     )
-    reasons = _reasons(columns, meaning)
+    reasons = _reasons(columns, config)
     reason = pl.coalesce(pl.when(condition).then(pl.lit(text)) for text, condition in reasons.items())
     is_bad = pl.col(REASON).is_not_null()
     fields = [pl.when(is_bad).then(name).cast(pl.String).fill_null("") for name in columns.read]
     return frame.with_columns(reason.alias(REASON)).select(
-        KEY, QUERY, ITEM, DAY, CLOCK, POSITION, SESSION, STAMP, *(f"n_{name}" for name in meaning.events), REASON,
+        KEY, QUERY, ITEM, DAY, CLOCK, POSITION, SESSION, STAMP, *(f"n_{event}" for event in config.events), REASON,
         pl.when(is_bad).then(pl.concat_str(fields, separator="\x01")).alias(RAW),
         pl.when(is_bad).then(FILE).alias(FILE),
     )  # fmt: skip
@@ -158,90 +133,49 @@ def query_key(query: pl.Expr) -> pl.Expr:
     return text.str.replace_all(_ODD_SPACE, " ").str.strip_chars(" ")
 
 
-def item_key(item: pl.Expr) -> pl.Expr:
-    """An item's id as it is, without blanks around it."""
-    return item.str.strip_chars()
+def _event(columns: Columns) -> pl.Expr:
+    return pl.col(str(columns.event)).str.strip_chars().str.to_lowercase()
 
 
-def _session(columns: Columns) -> pl.Expr:
-    import polars as pl
-
-    if not columns.session:
-        return pl.lit(None, dtype=pl.UInt64)
-    name = pl.col(columns.session)
-    return pl.when(name != "").then(name.hash(seed=1))
-
-
-def _stamp(columns: Columns) -> pl.Expr:
-    """What tells two events of one query and item apart: time, session and place; for counts, the counts too."""
-    import polars as pl
-
-    names = [name for name in (columns.time, columns.session, columns.position, columns.event) if name]
-    return pl.struct([pl.col(name) for name in (*names, *columns.counts.values()) or [columns.item]]).hash(seed=2)
-
-
-def _counts(columns: Columns, meaning: Meaning) -> list[pl.Expr]:
-    import polars as pl
-
+def _count_of(event: str, columns: Columns) -> pl.Expr:
     if columns.event:
-        event = pl.col(columns.event).str.strip_chars().str.to_lowercase()
-        return [(event == name.lower()).fill_null(False).cast(pl.Int64).alias(f"n_{name}") for name in meaning.events]
-    none = pl.lit(0, dtype=pl.Int64)
-    return [
-        (_count(columns.counts[name]).fill_null(0) if name in columns.counts else none).alias(f"n_{name}")
-        for name in meaning.events
-    ]
+        return (_event(columns) == event.lower()).fill_null(False).cast(pl.Int64)
+    if event not in columns.counts:
+        return pl.lit(0, dtype=pl.Int64)
+    return _count(columns.counts[event]).fill_null(0)
 
 
 def _count(name: str) -> pl.Expr:
-    import polars as pl
-
     return pl.col(name).str.strip_chars().cast(pl.Float64, strict=False).cast(pl.Int64, strict=False)
 
 
-def _position(name: str | None) -> tuple[pl.Expr, pl.Expr]:
-    """The position, 3 for `3.0` too, null where it is not a whole number; and whether one is given."""
-    import polars as pl
-
-    if name is None:
-        return pl.lit(None, dtype=pl.Int32), pl.lit(False)
-    text = pl.col(name).str.strip_chars()
-    number = text.cast(pl.Float64, strict=False)
-    whole = pl.when(number == number.floor()).then(number.cast(pl.Int32, strict=False))
-    return whole, (text != "").fill_null(False)
-
-
-def _reasons(columns: Columns, meaning: Meaning) -> dict[str, pl.Expr]:
+def _reasons(columns: Columns, config: PairsConfig) -> dict[str, pl.Expr]:
     """Why a row cannot be used: the first that holds counts."""
-    import polars as pl
-
+    key, item, day = pl.col(KEY), pl.col(ITEM), pl.col(DAY)
     reasons = {
-        MISFIT: ~pl.col(FITS),
-        NOT_UTF8: (
-            pl.col(QUERY).str.contains("\ufffd", literal=True) | pl.col(ITEM).str.contains("\ufffd", literal=True)
-        ),
-        NO_QUERY: pl.col(KEY).is_null() | (pl.col(KEY) == ""),
-        NO_ITEM: pl.col(ITEM).is_null() | (pl.col(ITEM) == ""),
+        "wrong number of fields": ~pl.col(FITS),
+        "not UTF-8": pl.any_horizontal(pl.col(QUERY, ITEM).str.contains("\ufffd", literal=True)),
+        "no query": key.is_null() | (key == ""),
+        "no item": item.is_null() | (item == ""),
     }
     if columns.time:
-        time = pl.col(columns.time)
-        first, last = pl.date(2000, 1, 1), pl.lit(_tomorrow())
+        tomorrow = (datetime.now(UTC) + timedelta(days=1)).date()
         reasons |= {
-            NO_TIME: time.is_null(),
-            BAD_TIME: pl.col(DAY).is_null(),
-            FAR_TIME: ~pl.col(DAY).is_between(first, last),
+            "no time": pl.col(columns.time).is_null(),
+            BAD_TIME: day.is_null(),
+            FAR_TIME: ~day.is_between(pl.date(2000, 1, 1), pl.lit(tomorrow)),
         }
     if columns.event:
-        event = pl.col(columns.event).str.strip_chars().str.to_lowercase()
-        known = [name.lower() for name in (*meaning.events, *meaning.ignored)]
-        reasons[UNKNOWN_EVENT] = ~event.is_in(known).fill_null(False)
+        known = [name.lower() for name in config.known_events]
+        reasons[UNKNOWN_EVENT] = ~_event(columns).is_in(known).fill_null(False)
     if columns.position:
-        reasons[BAD_POSITION] = pl.col(UNPLACED)
-        reasons[NEGATIVE_POSITION] = pl.col(POSITION) < 0
+        is_placed = (pl.col(columns.position).str.strip_chars() != "").fill_null(False)
+        reasons["position is not a whole number"] = pl.col(POSITION).is_null() & is_placed
+        reasons["negative position"] = pl.col(POSITION) < 0
     for name in columns.counts.values():
         column = pl.col(name)
-        reasons[f"{BAD_COUNT}: {name}"] = _count(name).is_null() & column.is_not_null() & (column != "")
-        reasons[f"{NEGATIVE_COUNT}: {name}"] = _count(name) < 0
+        reasons[f"count is not a number: {name}"] = _count(name).is_null() & column.is_not_null() & (column != "")
+        reasons[f"negative count: {name}"] = _count(name) < 0
     return reasons
 
 
@@ -254,28 +188,25 @@ def is_id(key: pl.Expr) -> pl.Expr:
     return key.str.contains(_URL) | key.str.contains(_NUMBER) | key.str.contains(_UUID) | code | hexadecimal
 
 
+def unknown_events(names: Sequence[str], config: PairsConfig) -> str:
+    """What to do about events of unknown names: the nearest known one, or how to name them."""
+    known = config.known_events
+    shown = ", ".join(f"{name}{did_you_mean(name, known)}" for name in names)
+    return f"{shown}. Known are {', '.join(known)}: give others a weight in event_weights, 0 to ignore them"
+
+
 # --- times --------------------------------------------------------------------------------------------------------
 
 
-def _tomorrow() -> object:
-    from datetime import UTC, datetime, timedelta
-
-    return (datetime.now(UTC) + timedelta(days=1)).date()
-
-
 def _clock(kind: str) -> pl.Expr:
-    import polars as pl
-
     return pl.lit(CLOCKS.index(kind), dtype=pl.UInt8)
 
 
-def _day(name: str | None, schema: pl.Schema, meaning: Meaning) -> tuple[pl.Expr, pl.Expr]:
+def _day(name: str | None, schema: pl.Schema, config: PairsConfig) -> tuple[pl.Expr, pl.Expr]:
     """The day in the time zone of the knob, and in which of `CLOCKS` the time is written."""
-    import polars as pl
-
     if name is None:
         return pl.lit(None, dtype=pl.Date), pl.lit(None, dtype=pl.UInt8)
-    time, kind, zone = pl.col(name), schema[name], meaning.time_zone
+    time, kind, zone = pl.col(name), schema[name], config.time_zone
     if kind == pl.Date:
         return time, _clock(DATE)
     if isinstance(kind, pl.Datetime):
@@ -285,30 +216,23 @@ def _day(name: str | None, schema: pl.Schema, meaning: Meaning) -> tuple[pl.Expr
     if kind.is_integer():
         is_date = time.is_between(19_000_101, 21_000_101)
         date = time.cast(pl.String).str.to_date("%Y%m%d", strict=False)
-        return pl.when(is_date).then(date).otherwise(_day_of_number(time.cast(pl.Int64), zone)), (
-            pl.when(is_date).then(_clock(DATE)).otherwise(_clock(EPOCH))
-        )
+        day = pl.when(is_date).then(date).otherwise(_day_of_number(time.cast(pl.Int64), zone))
+        return day, pl.when(is_date).then(_clock(DATE)).otherwise(_clock(EPOCH))
     text = time.cast(pl.String).str.strip_chars()
-    return _formatted_day(text, zone, meaning.time_format) if meaning.time_format else _day_of_text(text, zone)
+    return _formatted_day(text, zone, config.time_format) if config.time_format else _day_of_text(text, zone)
 
 
 def _formatted_day(text: pl.Expr, zone: str, form: str) -> tuple[pl.Expr, pl.Expr]:
-
     written = set(re.findall(_DIRECTIVE, form))
-    if written & _WITH_ZONE:
+    if written & _WITH_ZONE or "s" in written:
         time = text.str.to_datetime(form, strict=False, time_zone="UTC").dt.convert_time_zone(zone)
-        return time.dt.date(), _clock(ZONED)
-    if "s" in written:
-        time = text.str.to_datetime(form, strict=False).dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
-        return time.dt.date(), _clock(EPOCH)
+        return time.dt.date(), _clock(ZONED if written & _WITH_ZONE else EPOCH)
     if written & _WITH_TIME:
         return text.str.to_datetime(form, strict=False).dt.date(), _clock(NAIVE)
     return text.str.to_date(form, strict=False), _clock(DATE)
 
 
 def _day_of_text(text: pl.Expr, zone: str) -> tuple[pl.Expr, pl.Expr]:
-    import polars as pl
-
     date = text.str.extract(_DATE, 1).str.replace_all("/", "-").str.to_date("%Y-%m-%d", strict=False)
     compact = text.str.to_date("%Y%m%d", strict=False)
     number = text.str.extract(r"^(\d{10,16})(?:\.\d+)?$", 1).cast(pl.Int64, strict=False)
@@ -335,14 +259,5 @@ def _day_of_text(text: pl.Expr, zone: str) -> tuple[pl.Expr, pl.Expr]:
 
 def _day_of_number(number: pl.Expr, zone: str) -> pl.Expr:
     """The day of seconds, milliseconds or microseconds since 1970: 10, 13 or 16 digits in this century."""
-    import polars as pl
-
     micro = pl.when(number < 10**11).then(number * 10**6).when(number < 10**14).then(number * 10**3).otherwise(number)
     return micro.cast(pl.Datetime("us")).dt.replace_time_zone("UTC").dt.convert_time_zone(zone).dt.date()
-
-
-def unknown_events(names: Sequence[str], meaning: Meaning) -> str:
-    """What to do about events of unknown names: the nearest known one, or how to name them."""
-    known = (*meaning.events, *meaning.ignored)
-    shown = ", ".join(f"{name}{did_you_mean(name, known)}" for name in names)
-    return f"{shown}. Known are {', '.join(known)}: give others a weight in event_weights, 0 to ignore them"

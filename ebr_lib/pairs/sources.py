@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import polars as pl
 
 from ebr_lib.data.columnar import read_batches, read_schema
 from ebr_lib.data.containers import BZ2, COLUMNAR, ORC, PARQUET, kind_of, opened, readable, unpacked_size
@@ -18,35 +20,22 @@ from ebr_lib.data.queries import plain_name
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.files import sha256_of
 from ebr_lib.names import did_you_mean
+from ebr_lib.pairs.columns import FILE, FITS
 
-if TYPE_CHECKING:
-    import polars as pl
-
-FILE, FITS = "__file__", "__fits__"  # columns beside those of the files: where a row is from, whether it fits
 JSON_LINES, DELIMITED = "json lines", "delimited"
 NULL = "\\N"  # of Hive
 _PEEKED_LINES = 100
 BYTES_PER_ROW = 80  # of a log as text, about
-COPY = "the same bytes as another file"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What files share that are scanned together.
-
-    :ivar separator: of delimited text; None for Parquet and JSON lines.
-    :ivar partitions: columns that the folders give.
-    """
+class _Layout(NamedTuple):
+    """What files share that are scanned together: of text the separator, and columns that the folders give."""
 
     kind: str
     columns: tuple[str, ...]
-    separator: str | None = None
+    partitions: tuple[tuple[str, str | None], ...]
+    separator: str = ""
     has_header: bool = False
-    partitions: tuple[tuple[str, str | None], ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.columns, *(name for name, _ in self.partitions if name not in self.columns))
 
 
 @dataclass(frozen=True)
@@ -61,16 +50,14 @@ class Table:
 
     place: str
     names_knob: str
-    files: tuple[Path, ...]
-    columns: tuple[str, ...]
+    files: Sequence[Path]
+    columns: Sequence[str]
     size: int
-    layouts: Mapping[_Layout, Sequence[Path]]
+    layouts: Mapping[_Layout, list[Path]]
     copies: Mapping[str, str]
 
     def scan(self, wanted: Sequence[str], time: str | None = None) -> pl.LazyFrame:
         """The wanted columns as texts, null where a file lacks one, with `FILE` and `FITS`; `time` keeps its type."""
-        import polars as pl
-
         frames = [_scanned(layout, files, wanted, time) for layout, files in self.layouts.items()]
         if time and len({frame.collect_schema()[time] for frame in frames}) > 1:
             frames = [frame.with_columns(pl.col(time).cast(pl.String)) for frame in frames]
@@ -82,24 +69,17 @@ class Table:
 
         :raises DataError: the named column is not there; names the nearest.
         """
-        if given is not None:
-            return self.need(given, knob)
-        plain = {plain_name(name): name for name in reversed(self.columns)}
-        return next((plain[plain_name(name)] for name in usual if plain_name(name) in plain), None)
-
-    def need(self, name: str, knob: str) -> str:
-        """The name, if there is such a column.
-
-        :raises DataError: there is none; names the nearest.
-        """
-        if name not in self.columns:
+        if given is None:
+            plain = {plain_name(name): name for name in reversed(self.columns)}
+            return next((plain[plain_name(name)] for name in usual if plain_name(name) in plain), None)
+        if given not in self.columns:
             raise DataError(
-                f"{knob}: {self.place} has no column {name}{did_you_mean(name, self.columns)}; its columns are "
+                f"{knob}: {self.place} has no column {given}{did_you_mean(given, self.columns)}; its columns are "
                 f"{', '.join(self.columns)}"
             )
-        return name
+        return given
 
-    def some(self, given: str | None, usual: Sequence[str], knob: str) -> str:
+    def need(self, given: str | None, usual: Sequence[str], knob: str) -> str:
         """As `column`, and one must be there.
 
         :raises DataError: none is; names those that are.
@@ -133,12 +113,24 @@ def open_table(
     :raises DataError: a file is of another kind.
     """
     layouts: dict[_Layout, list[Path]] = {}
-    files: list[Path] = []
-    copies: dict[str, str] = {}
-    for file, root in _files(places, patterns, knob):
+    copies, size = {}, 0
+    found = _files([places] if isinstance(places, str) else places, patterns, knob)
+    if not found:
+        raise MissingError(f"{knob} {places}: wanted files with names like {', '.join(patterns)}, found none")
+    for file, root in found.items():
         folders = partitions_of(file, root)
         parts = tuple((name, None if value is None else value.decode()) for name, value in folders.items())
-        layout, place = _layout_of(file, spill, columns, separator, parts)
+        with readable(file):
+            kind = kind_of(file)
+        if kind in COLUMNAR:
+            schema, rows = read_schema(file, kind)
+            size += BYTES_PER_ROW * rows
+            place = _as_parquet(file, spill) if kind == ORC else file
+            layout = _Layout(PARQUET, tuple(schema.names), parts)
+        else:
+            size += unpacked_size(file, kind)
+            place = _unpacked(file, spill) if kind == BZ2 else file
+            layout = _text_layout(place, columns, separator, parts)
         if twice := sorted(name for name, count in Counter(layout.columns).items() if count > 1):
             raise DataError(
                 f"{file}: column {', '.join(twice)} is there more than once; if there is no header row, name all "
@@ -147,73 +139,49 @@ def open_table(
         layouts.setdefault(layout, []).append(place)
         if place != file:
             copies[str(place)] = str(file)
-        files.append(file)
-    names = tuple(dict.fromkeys(name for layout in layouts for name in layout.names))
+    names = dict.fromkeys(name for layout in layouts for name in (*layout.columns, *dict(layout.partitions)))
     shown = places if isinstance(places, str) else ", ".join(places)
-    return Table(shown, names_knob, tuple(files), names, sum(map(_size_of, files)), layouts, copies)
+    return Table(shown, names_knob, list(found), list(names), size, layouts, copies)
 
 
-def _files(places: str | Sequence[str], patterns: Sequence[str], knob: str) -> Iterator[tuple[Path, Path]]:
-    """The files with the place that each was found in; a copy of another file is left out."""
-    seen: dict[tuple[int, str], Path] = {}
-    sizes: dict[int, Path] = {}
-    count = 0
-    for place in [places] if isinstance(places, str) else places:
-        found = find_files(place, patterns, knob)
+def _files(places: Sequence[str], patterns: Sequence[str], knob: str) -> dict[Path, Path]:
+    """The files, each with the place that it was found in; a copy of another file is left out."""
+    found = [find_files(place, patterns, knob) for place in places]
+    sizes = Counter(file.stat().st_size for one in found for file in one.files)
+    seen: set[str] = set()
+    files: dict[Path, Path] = {}
+    for one in found:
         copies = []
-        for file in found.files:
-            size = file.stat().st_size
-            if size in sizes:  # only files of equal size can be equal
-                first = sizes[size]
-                seen.setdefault((size, sha256_of(first)), first)
-                if (key := (size, sha256_of(file))) in seen:
-                    copies.append(file)
-                    continue
-                seen[key] = file
-            sizes.setdefault(size, file)
-        left = found.without(copies, COPY)
+        for file in one.files:
+            if sizes[file.stat().st_size] > 1:  # only files of equal size can be equal
+                digest = sha256_of(file)
+                copies += [file] if digest in seen else []
+                seen.add(digest)
+        left = one.without(copies, "the same bytes as another file")
         left.log("add the pattern to file_patterns")
-        count += len(left.files)
-        yield from ((file, found.root) for file in left.files)
-    if not count:
-        raise MissingError(f"{knob} {places}: wanted files with names like {', '.join(patterns)}, found none")
-
-
-def _size_of(file: Path) -> int:
-    kind = kind_of(file)
-    return BYTES_PER_ROW * read_schema(file, kind)[1] if kind in COLUMNAR else unpacked_size(file, kind)
+        files |= dict.fromkeys(left.files, one.root)
+    return files
 
 
 # --- what a file holds --------------------------------------------------------------------------------------------
 
 
-def _layout_of(
-    file: Path, spill: Path, columns: Sequence[str], separator: str | None, parts: tuple[tuple[str, str | None], ...]
-) -> tuple[_Layout, Path]:
-    with readable(file):
-        kind = kind_of(file)
-    if kind in COLUMNAR:
-        schema, _ = read_schema(file, kind)
-        place = _as_parquet(file, spill) if kind == ORC else file
-        return _Layout(PARQUET, tuple(schema.names), partitions=parts), place
-    if kind == BZ2:
-        file = _unpacked(file, spill)
-    if not (lines := _first_lines(file)):
+def _text_layout(
+    file: Path, columns: Sequence[str], separator: str | None, parts: tuple[tuple[str, str | None], ...]
+) -> _Layout:
+    with readable(file), opened(file) as raw:
+        lines = [line.decode("utf-8", "replace").rstrip("\r\n") for line in islice(raw, _PEEKED_LINES)]
+    if not lines:
         raise DataError(f"{file} is empty")
+    lines[0] = lines[0].removeprefix("\ufeff")
     head = lines[0].lstrip()
     if head.startswith("{"):
-        return _Layout(JSON_LINES, _keys(file, lines), partitions=parts), file
+        return _Layout(JSON_LINES, _keys(file, lines), parts)
     if head.startswith("["):
         raise DataError(f"{file} holds a JSON array, which is not read as a stream; write one object per line")
     mark = separator or next((mark for mark in ("\x01", "\t") if mark in lines[0]), ",")
     names = tuple(columns) or tuple(name.strip().strip('"') for name in lines[0].split(mark))
-    return _Layout(DELIMITED, names, mark, not columns, parts), file
-
-
-def _first_lines(file: Path) -> list[str]:
-    with readable(file), opened(file) as raw:
-        head = [line.decode("utf-8", "replace").rstrip("\r\n") for line in islice(raw, _PEEKED_LINES)]
-    return [head[0].removeprefix("\ufeff"), *head[1:]] if head else []
+    return _Layout(DELIMITED, names, parts, mark, not columns)
 
 
 def _keys(file: Path, lines: Sequence[str]) -> tuple[str, ...]:
@@ -251,105 +219,46 @@ def _unpacked(file: Path, spill: Path) -> Path:
 # --- scanning -----------------------------------------------------------------------------------------------------
 
 
-def _scanned(layout: _Layout, files: Sequence[Path], wanted: Sequence[str], time: str | None) -> pl.LazyFrame:
-    import polars as pl
-
+def _scanned(layout: _Layout, files: list[Path], wanted: Sequence[str], time: str | None) -> pl.LazyFrame:
     there = [name for name in wanted if name in layout.columns]
+    values, fits = {name: pl.col(name) for name in there}, pl.lit(True)
     if layout.kind == PARQUET:
-        frame = _parquet(files, there, time)
+        frame = pl.scan_parquet(files, glob=False, include_file_paths=FILE, hive_partitioning=False)
+        schema = frame.collect_schema()
+        values = {name: pl.col(name) if name == time else _as_text(name, schema[name]) for name in there}
+    elif layout.kind == JSON_LINES:
+        frame = pl.scan_ndjson(files, schema=dict.fromkeys(there, pl.String), include_file_paths=FILE)
+    elif layout.separator == ",":
+        frame = pl.scan_csv(
+            files, has_header=False, skip_rows=int(layout.has_header), glob=False, include_file_paths=FILE,
+            schema=dict.fromkeys(layout.columns, pl.String), null_values=NULL, empty_string_is_null=False,
+            encoding="utf8-lossy",
+        )  # fmt: skip
     else:
-        frame = (_json_lines if layout.kind == JSON_LINES else _delimited)(layout, files, there)
-    fixed = {name: value for name, value in layout.partitions if name not in layout.columns}
+        frame = _split_lines(layout, files)
+        fields = {name: pl.col("fields").list.get(layout.columns.index(name), null_on_oob=True) for name in there}
+        values = {name: pl.when(value != NULL).then(value).alias(name) for name, value in fields.items()}
+        fits = pl.col("fields").list.len() == len(layout.columns)
+    of_folders = dict(layout.partitions)
     return frame.select(
-        *(
-            pl.col(name) if name in layout.columns else pl.lit(fixed.get(name), dtype=pl.String).alias(name)
-            for name in wanted
-        ),
+        *(values.get(name, pl.lit(of_folders.get(name), dtype=pl.String).alias(name)) for name in wanted),
         FILE,
-        FITS,
-    )
-
-
-def _parquet(files: Sequence[Path], wanted: Sequence[str], time: str | None) -> pl.LazyFrame:
-    import polars as pl
-
-    frame = pl.scan_parquet(list(files), glob=False, include_file_paths=FILE, hive_partitioning=False)
-    schema = frame.collect_schema()
-    return frame.select(
-        *(pl.col(name) if name == time else _as_text(name, schema[name]) for name in wanted),
-        FILE,
-        pl.lit(True).alias(FITS),
+        fits.alias(FITS),
     )
 
 
 def _as_text(name: str, kind: pl.DataType) -> pl.Expr:
     """A column as text; whole floats become whole numbers, as ids from pandas are."""
-    import polars as pl
-
-    column = pl.col(name)
-    if kind == pl.String:
-        return column
-    if kind.is_float():
-        whole = column.cast(pl.Int64, strict=False)
-        return pl.when(column == whole).then(whole.cast(pl.String)).otherwise(column.cast(pl.String)).alias(name)
-    return column.cast(pl.String, strict=False)
+    text = pl.col(name).cast(pl.String, strict=False)
+    whole = pl.col(name).cast(pl.Int64, strict=False)
+    return pl.when(pl.col(name) == whole).then(whole.cast(pl.String)).otherwise(text) if kind.is_float() else text
 
 
-def _json_lines(layout: _Layout, files: Sequence[Path], wanted: Sequence[str]) -> pl.LazyFrame:
-    import polars as pl
-
-    schema = dict.fromkeys(wanted, pl.String)
-    frame = pl.scan_ndjson(list(files), schema=schema, include_file_paths=FILE)
-    return frame.select(*wanted, FILE, pl.lit(True).alias(FITS))
-
-
-def _delimited(layout: _Layout, files: Sequence[Path], wanted: Sequence[str]) -> pl.LazyFrame:
-    if layout.separator == ",":
-        return _comma_separated(layout, files, wanted)
-    return _split_lines(layout, files, wanted)
-
-
-def _comma_separated(layout: _Layout, files: Sequence[Path], wanted: Sequence[str]) -> pl.LazyFrame:
-    import polars as pl
-
-    frame = pl.scan_csv(
-        list(files),
-        has_header=False,
-        skip_rows=int(layout.has_header),
-        schema=dict.fromkeys(layout.columns, pl.String),
-        null_values=NULL,
-        empty_string_is_null=False,
-        encoding="utf8-lossy",
-        include_file_paths=FILE,
-        glob=False,
-    )
-    return frame.select(*wanted, FILE, pl.lit(True).alias(FITS))
-
-
-def _split_lines(layout: _Layout, files: Sequence[Path], wanted: Sequence[str]) -> pl.LazyFrame:
-    """Fields between tabs or \\001 as Hive writes them: no quotes; a row with other fields than the header is kept,
-    and marked."""
-    import polars as pl
-
-    frame = pl.scan_csv(
-        list(files),
-        has_header=False,
-        skip_lines=int(layout.has_header),
-        separator="\x00",  # in no text: a row is one field
-        quote_char=None,
-        schema={"line": pl.String},
-        empty_string_is_null=False,
-        truncate_ragged_lines=True,
-        encoding="utf8-lossy",
-        include_file_paths=FILE,
-        glob=False,
-    ).filter(pl.col("line").str.strip_chars() != "")
-    fields = pl.col("line").str.strip_chars_end("\r").str.split(layout.separator or "\x01")
-    frame = frame.with_columns(fields.alias("fields"))
-
-    def field(name: str) -> pl.Expr:
-        value = pl.col("fields").list.get(layout.columns.index(name), null_on_oob=True)
-        return pl.when(value != NULL).then(value).alias(name)
-
-    fits = (pl.col("fields").list.len() == len(layout.columns)).alias(FITS)
-    return frame.select(*map(field, wanted), FILE, fits)
+def _split_lines(layout: _Layout, files: list[Path]) -> pl.LazyFrame:
+    """`fields` between tabs or \\001 as Hive writes them: no quotes; a row with other fields than the header stays."""
+    lines = pl.scan_csv(
+        files, has_header=False, skip_lines=int(layout.has_header), glob=False, include_file_paths=FILE,
+        schema={"line": pl.String}, quote_char=None, truncate_ragged_lines=True, empty_string_is_null=False,
+        encoding="utf8-lossy", separator="\x00",  # in no text: a row is one field
+    ).filter(pl.col("line").str.strip_chars() != "")  # fmt: skip
+    return lines.with_columns(pl.col("line").str.strip_chars_end("\r").str.split(layout.separator).alias("fields"))
