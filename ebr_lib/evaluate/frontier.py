@@ -11,9 +11,8 @@ import numpy as np
 
 from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.faiss_library import load_faiss
-from ebr_lib.evaluate.compare import bootstrap
+from ebr_lib.evaluate.compare import Change, bootstrap, shown_metric
 from ebr_lib.evaluate.sizes import PRECISIONS, Search, Size, kinds_for, milliseconds, sizes
-from ebr_lib.evaluate.verdict import Change, shown_metric
 from ebr_lib.metrics import BLOCK, KS, Grades, Ranking, Values, measure
 from ebr_lib.tables import make_table
 

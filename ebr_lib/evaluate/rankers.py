@@ -17,7 +17,6 @@ from ebr_lib.evaluate.task import RetrievalTask
 from ebr_lib.logs import logger
 from ebr_lib.metrics import CHUNK, Ranking, rank_vectors
 from ebr_lib.model.loading import check_remote_code
-from ebr_lib.model.packaged import find_model
 from ebr_lib.model.provenance import Provenance, changed_files, weights_of
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.model.unfit import unfit_advice
@@ -42,21 +41,6 @@ def labels(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
     return [f"./{name}" if name in taken else name for name in names]
 
 
-def check_model(spec: EncoderSpec, corpus: Corpus, *, load: bool, exact: bool = False) -> bool:
-    """Whether the model's document vectors are stored, see `stored_vectors`.
-
-    :param load: also load the model, to see that it loads.
-    :param exact: vectors that are stored in fewer bytes than float32 do not count.
-    :raises MissingError: the model is not there.
-    :raises ModelError: it does not load, or not with this length.
-    :raises DataError: the corpus holds other vectors, and no texts.
-    """
-    find_model(spec.model_name)
-    if load:
-        spec.model("query")
-    return stored_vectors(spec, corpus, exact=exact)
-
-
 def rank_with_model(
     spec: EncoderSpec, task: RetrievalTask, stored: bool, keep: list[Vectors] | None = None
 ) -> tuple[Ranking, How]:
@@ -67,6 +51,7 @@ def rank_with_model(
     :raises ConfigError: the stored vectors have other dimensions than the queries'.
     """
     corpus = task.corpus
+    documents: Iterable[Vectors]
     if stored:
         maker = Provenance.of(read_manifest(corpus.vectors) or {}) if corpus.vectors else None
         cut = spec.truncate_dim or (maker.dimension if maker else None)
@@ -84,8 +69,8 @@ def rank_with_model(
     own = task.query_prompts if spec.query_prompt is None else ()
     vectors = queries.encode_each(task.queries, own or [None] * len(task.queries))
     if keep is not None:
-        keep.append(vectors)
-        documents = _kept(documents, keep)
+        keep += [vectors, *documents]
+        documents = keep[1:]
     ranking = rank_vectors(vectors, documents, task.relevant, left_out=task.own)
     unknown = max(side.stats.unknown_share for side in ([queries] if stored else [queries, encoder]))
     if advice := unfit_advice(unknown):
@@ -101,12 +86,6 @@ def rank_with_model(
         "unknown tokens": f"{unknown:.1%}",
         "documents": f"{source} {corpus.vectors}" if stored else source,
     }
-
-
-def _kept(batches: Iterable[Vectors], keep: list[Vectors]) -> Iterator[Vectors]:
-    for batch in batches:
-        keep.append(batch)
-        yield batch
 
 
 def stored_vectors(spec: EncoderSpec, corpus: Corpus, *, exact: bool = False) -> bool:

@@ -1,16 +1,20 @@
-"""What an evaluation found, and the page that shows it."""
+"""What an evaluation found, as tables and as the page that shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebr_lib.data.advice import Advice
-from ebr_lib.evaluate.compare import Difference
+from ebr_lib.evaluate.compare import Change, Difference, Verdict, shown_metric
 from ebr_lib.evaluate.frontier import Frontier
+from ebr_lib.evaluate.rankers import PER_QUERY, How
 from ebr_lib.evaluate.steps import StepResult
-from ebr_lib.evaluate.verdict import Change, Verdict, shown_metric
+from ebr_lib.tables import make_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Means = Mapping[str, Mapping[str, float]]
 """Ranker to measure to mean."""
@@ -81,6 +85,11 @@ class Slice:
     changes: Mapping[str, Change]
 
 
+def counted(facts: Mapping[str, Any]) -> str:
+    """The counts that are not 0."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value)
+
+
 @dataclass(frozen=True)
 class Report:
     """All that an evaluation found. `primary`: the measure that decides; `measured`: on which data and when; `how`: the
@@ -95,9 +104,47 @@ class Report:
     steps: Sequence[StepResult]
     slices: Sequence[Slice]
     measured: Mapping[str, str]
-    how: Mapping[str, Mapping[str, object]]
+    how: Mapping[str, How]
     recommended: Mapping[str, Advice]
     frontier: Frontier | None = None
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """By the names of a pair, contender first."""
+        return {f"{d.contender} 对 against {d.baseline}": d.verdict for d in self.duels if d.verdict}
+
+    def measures_table(self) -> DataFrame:
+        """Means of all rankers, the measure that decides first; beside a contender's, its difference from the baseline.
+
+        Steps after a model have a table of their own, and measures that repeat another one in every duel are left out.
+        """
+        distinct = {d.metric for duel in self.duels for d in duel.distinct}
+        names = dict.fromkeys([self.primary, *next(iter(self.means.values()))])
+        shown = [name for name in names if name in distinct or not self.duels]
+        columns: dict[str, Iterable[Any]] = {"指标 metric": shown}
+        decided = {duel.contender: duel for duel in self.duels if duel.verdict}
+        steps = {step.name for step in self.steps}
+        for ranker, means in self.means.items():
+            if ranker not in steps:
+                columns[ranker] = [means[name] for name in shown]
+            if ranker in decided:
+                columns[f"{ranker}: difference [95 %]"] = [
+                    f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{' *' if d.significant else ''}"
+                    for d in decided[ranker].differences
+                    if d.metric in shown
+                ]
+        return make_table(f"{self.title}: {counted(self.facts)}", list(columns), zip(*columns.values(), strict=True))
+
+    def steps_table(self) -> DataFrame:
+        """What each step after a model brings on the measure that decides, and what it costs."""
+        names = ["步骤 step", "模型 of", "before", "after", "difference [95 %]", PER_QUERY]
+        rows = [
+            (step.name, step.base, d.before, d.after, f"{d.change}{' *' if d.significant else ''}",
+             round(step.milliseconds, 2))
+            for step in self.steps
+            for d in [step.difference]
+        ]  # fmt: skip
+        return make_table(f"融合与重排 fusion and reranking: {shown_metric(self.primary)}", names, rows)
 
     def html(self) -> str:
         """One HTML page without outside parts."""

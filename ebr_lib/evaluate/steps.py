@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ from ebr_lib.data.advice import Advice, Reranking
 from ebr_lib.data.fusion import Candidates, Fusion, reranked_scores
 from ebr_lib.evaluate.compare import Difference
 from ebr_lib.evaluate.task import RetrievalTask
-from ebr_lib.evaluate.verdict import WORDS, Change, shown_metric
 from ebr_lib.metrics import Ranking, measure
 from ebr_lib.model.reranker import Scores
 
@@ -42,19 +41,9 @@ class StepResult:
     milliseconds: float
 
     @property
-    def change(self) -> Change:
-        """The change of the measure that decides, with its interval."""
-        return Change(self.difference.difference, self.difference.low, self.difference.high)
-
-    @property
     def sentence(self) -> str:
         """The step in one line."""
-        d = self.difference
-        word = WORDS[{"up": "better", "down": "worse", "": "unclear"}[d.direction]]
-        return (
-            f"{word}: {shown_metric(d.metric)} {d.before:.3f} → {d.after:.3f}, {self.change}; "
-            f"每次查询 costs {self.milliseconds:.1f} ms per query"
-        )
+        return f"{self.difference.sentence}; 每次查询 costs {self.milliseconds:.1f} ms per query"
 
 
 def fused(
@@ -112,13 +101,12 @@ def reranked(base: str, name: str, first: Ranking, task: RetrievalTask, scores: 
     return Step(f"{base}, re-ranked", base, Reranking(name, depth), ranking, milliseconds)
 
 
-def advice_on(steps: Iterable[StepResult]) -> Advice:
+def advice_on(steps: Sequence[StepResult]) -> Advice:
     """What to put after a model: of the steps that are clearly better than the model alone, the best of each kind.
 
     :param steps: all that were measured after this model.
     """
-    steps = list(steps)
-    better = sorted((s for s in steps if s.difference.direction == "up"), key=lambda s: -s.difference.after)
+    better = sorted((s for s in steps if s.difference.outcome == "better"), key=lambda s: -s.difference.after)
     fusion = next((step.adds for step in better if isinstance(step.adds, Fusion)), None)
     if fusion is None and any(isinstance(step.adds, Fusion) for step in steps):
         fusion = Fusion()

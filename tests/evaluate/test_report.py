@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ebr_lib.evaluate.compare import Difference
+from ebr_lib.evaluate.compare import Change, Difference, Verdict
 from ebr_lib.evaluate.report import Document, Duel, Example, Report, Slice
-from ebr_lib.evaluate.verdict import Change, Verdict
 
 SHORT = Difference("a", "b", "ndcg@10", 0.5, 0.55, 0.05, 0.01, 0.1, p=0.03, p_holm=0.03, won=3, lost=1, equal=2)
 
