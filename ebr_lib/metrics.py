@@ -115,35 +115,26 @@ class Ranking:
         query, score, grade = self._queries[found], self._scores[found], self._grades[found]
         listed = self.scores[query]
         above = (listed > score[:, None]).sum(axis=1)
-        size = (listed == score[:, None]).sum(axis=1)
-        at_end = score == listed[:, -1]
-        size = np.where(at_end, self._last_tied[query], size)
+        size = np.where(score == listed[:, -1], self._last_tied[query], (listed == score[:, None]).sum(axis=1))
         inside = size > 0  # otherwise it scores below the end of the list
-        return Groups(query[inside], grade[inside], above[inside], size[inside])
+        query, above = query[inside], above[inside]
+        keys, group, same = np.unique(query * (self.depth + 1) + above, return_inverse=True, return_counts=True)
+        first = np.searchsorted(keys, keys // (self.depth + 1) * (self.depth + 1))  # group of each group's query
+        before = np.cumsum(same) - same
+        return Groups(query, grade[inside], above, size[inside], same[group], (before - before[first])[group])
 
 
 @dataclass(frozen=True)
 class Groups:
-    """One entry per relevant document in the list: query, grade, how many documents score above it, how many equal."""
+    """One entry per relevant document in the list: query, grade, how many documents score above it, how many equal; and
+    of its query's relevant documents, how many are in its group, itself included, and above it."""
 
     query: Ints
     grade: Ints
     above: Ints
     size: Ints
-
-    def companions(self) -> tuple[Ints, Ints]:
-        """For each entry: how many relevant documents of its query are in its group, itself included, and above it."""
-        order = np.lexsort((self.above, self.query))
-        query, above = self.query[order], self.above[order]
-        new_query = np.r_[True, query[1:] != query[:-1]][: len(query)]
-        new_group = new_query | np.r_[True, above[1:] != above[:-1]][: len(query)]
-        starts = np.flatnonzero(new_group)
-        group = np.cumsum(new_group) - 1
-        same = np.diff(np.r_[starts, len(query)])[group]
-        query_start = np.flatnonzero(new_query)[np.cumsum(new_query) - 1]
-        back = np.empty(len(query), dtype=np.int64)
-        back[order] = np.arange(len(query))
-        return same[back], (starts[group] - query_start)[back]
+    same: Ints
+    before: Ints
 
 
 def measure(ranking: Ranking, ks: Sequence[int] = KS) -> dict[str, Values]:
@@ -193,13 +184,12 @@ def _average_precision(groups: Groups, k: int, queries: int) -> Values:
     At place i of a group of n with r relevant ones, with A relevant and a documents above the group:
     (A + 1 + (i - 1)(r - 1)/(n - 1)) / (a + i), averaged over i; places beyond k count as 0.
     """
-    same, before = groups.companions()
     harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, k + 1))]
     places = _within(groups, k)
     first = np.minimum(groups.above, k)
     inverse = harmonic[first + places] - harmonic[first]  # sum over the places of 1 / (a + i)
-    slope = (same - 1) / np.maximum(groups.size - 1, 1)
-    total = (before + 1) * inverse + slope * (places - (groups.above + 1) * inverse)
+    slope = (groups.same - 1) / np.maximum(groups.size - 1, 1)
+    total = (groups.before + 1) * inverse + slope * (places - (groups.above + 1) * inverse)
     return _per_query(groups, total / groups.size, queries)
 
 
@@ -209,9 +199,8 @@ def _first(groups: Groups, k: int, worth: Values, count: Values) -> Values:
     In a group of n with r relevant ones, the first is after place i with probability
     (n - r)/n · (n - r - 1)/(n - 1) · …, i factors.
     """
-    same, before = groups.companions()
-    lead = before == 0
-    query, above, size, same = groups.query[lead], groups.above[lead], groups.size[lead], same[lead]
+    lead = groups.before == 0
+    query, above, size, same = groups.query[lead], groups.above[lead], groups.size[lead], groups.same[lead]
     value = np.zeros(len(query))
     none_yet = np.ones(len(query))
     for i in range(k):

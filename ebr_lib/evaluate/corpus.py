@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,13 +18,14 @@ from ebr_lib.data.queries import (
     DOCUMENT_IDS,
     DOCUMENT_TEXTS,
     Record,
+    id_in,
+    need_column,
     read_records,
     text_column,
     text_in,
 )
 from ebr_lib.data.text import is_blank, normalised, text_keys
 from ebr_lib.errors import DataError
-from ebr_lib.evaluate.columns import Columns, check_ids, id_twice, no_ids, read_ids
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
 from ebr_lib.model.provenance import Provenance
@@ -36,6 +37,20 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read; None takes the first of the usual names that the file has.
+
+    `id` is the documents' column, and the queries' if their file has it too. `label` says whether an answer counts;
+    "none": no column says it.
+    """
+
+    query: str | None = None
+    corpus: str | None = None
+    id: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Distinct documents: of equal texts, the first one's id is used for all.
 
@@ -43,7 +58,8 @@ class Corpus:
     :ivar number: document number by id.
     :ivar number_of_text: document number by `text_keys`, so that texts are in memory once.
     :ivar untitled: by `text_keys` of a query, the documents whose text without the title is that query.
-    :ivar vectors: the embedding file, `column` its column that holds `texts`, `first_rows` the row of each document.
+    :ivar vectors: the embedding file, `column` its column that holds `texts`.
+    :ivar first_rows: the row of each document, increasing.
     :ivar titles: of each document, if there is a column `title` beside the text.
     :ivar blank: ids of rows that are not documents: without text, or without a vector in an embedding file.
     :ivar seen: which documents training has seen, if that is known.
@@ -53,7 +69,7 @@ class Corpus:
     texts: list[str] | None
     number: dict[str, int] = field(repr=False)
     number_of_text: dict[int, int] = field(repr=False)
-    untitled: Mapping[int, frozenset[int]] = field(default_factory=dict, repr=False)
+    untitled: Mapping[int, Collection[int]] = field(default_factory=dict, repr=False)
     vectors: Path | None = None
     column: str | None = None
     first_rows: NDArray[np.int64] | None = None
@@ -74,7 +90,6 @@ class Corpus:
         """The documents' vectors from the embedding file, scaled to length 1, a batch at a time."""
         assert self.vectors is not None and self.first_rows is not None
         for batch in (batch for batch in iter_embeddings(self.vectors, ()) if len(batch)):
-            # both are sorted: documents are numbered in the order of their rows
             low, high = np.searchsorted(self.first_rows, (batch.rows[0], batch.rows[-1] + 1))
             if high > low:
                 yield unit(batch.vectors[np.searchsorted(batch.rows, self.first_rows[low:high])])
@@ -94,7 +109,8 @@ def read_corpus(
     """
     if path is None:
         texts = [text for text in dict.fromkeys(chain.from_iterable(answers or ())) if not is_blank(text)]
-        return distinct_texts(None, [str(i) for i in range(len(texts))], texts, None, trained)
+        rows = range(len(texts))
+        return _distinct(Path(), rows, list(map(str, rows)), texts, trained=trained)
     if holds_vectors(path):
         return _embedded_corpus(path, columns, trained, ids_needed=answers is None)
     try:
@@ -102,30 +118,19 @@ def read_corpus(
     except DataError as error:
         raise DataError(f"corpus {error}; an evaluation needs documents") from error
     column = text_column(path, records, columns.corpus, DOCUMENT_TEXTS, "corpus_column")
-    all_ids = read_ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
+    ids = read_ids(path, records, columns.id, DOCUMENT_IDS, needed=answers is None)
     flags = _seen_flags(path, records)
     texts = [titled(record, column) for record in records]
-    rows = _with_text(path, column, texts)
-    ids = [all_ids[row] for row in rows]
-    chosen = [flags[row] for row in rows] if flags else None
-    corpus = distinct_texts(path, ids, [texts[row] for row in rows], chosen, trained)
-    asked = set(text_keys(queries).tolist())
-    untitled: dict[int, set[int]] = {}
-    for key, id_ in zip(text_keys(text_in(records[row].get(column)) for row in rows).tolist(), ids, strict=True):
+    kept = _with_text(path, column, texts, range(len(texts)))
+    has_titles = TITLE in records[0] and column != TITLE
+    titles = [text_in(record.get(TITLE)) for record in records] if has_titles else None
+    corpus = _distinct(path, kept, ids, texts, trained=trained, flags=flags, titles=titles)
+    asked, untitled = set(text_keys(queries).tolist()), defaultdict(set)
+    keys = text_keys(text_in(records[row].get(column)) for row in kept)
+    for row, key in zip(kept, keys.tolist(), strict=True):
         if key in asked:
-            untitled.setdefault(key, set()).add(corpus.number[id_])
-    title_of = {all_ids[row]: text_in(records[row].get(TITLE)) for row in rows} if TITLE in records[0] else {}
-    return replace(
-        corpus,
-        titles=_titles(corpus, column, title_of),
-        blank=frozenset(all_ids) - corpus.number.keys(),
-        untitled={key: frozenset(documents) for key, documents in untitled.items()},
-    )
-
-
-def _titles(corpus: Corpus, column: str | None, title_of: Mapping[str, str]) -> Sequence[str] | None:
-    """The titles by document, unless there are none or they are the texts themselves."""
-    return [title_of[id_] for id_ in corpus.ids] if title_of and column != TITLE else None
+            untitled[key].add(corpus.number[ids[row]])
+    return replace(corpus, untitled=untitled)
 
 
 def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
@@ -133,55 +138,70 @@ def _seen_flags(path: Path, records: Sequence[Record]) -> list[bool] | None:
     if not any("seen" in record for record in records):
         return None
     values = [text_in(record.get("seen")).strip().casefold() for record in records]
-    if wrong := next((value for value in values if value not in SEEN), None):
-        logger.warning("%s: 未使用 column seen is not used: %r is neither true, false, 1 nor 0", path, wrong)
-    return [SEEN[value] for value in values] if all(value in SEEN for value in values) else None
+    if wrong := [value for value in values if value not in SEEN]:
+        logger.warning("%s: 未使用 column seen is not used: %r is neither true, false, 1 nor 0", path, wrong[0])
+        return None
+    return [SEEN[value] for value in values]
 
 
-def _with_text(path: Path, column: str, texts: Sequence[str]) -> list[int]:
+def _with_text(path: Path, column: str, texts: Sequence[str], rows: Sequence[int]) -> list[int]:
     """The rows that have text; the others are not documents, just as they get no vector in the inference stage."""
-    rows = [row for row, text in enumerate(texts) if not is_blank(text)]
-    if not rows:
+    kept = [row for row in rows if not is_blank(texts[row])]
+    if not kept:
         raise DataError(
-            f"corpus {path}: none of its {len(texts)} documents has text in column {column}; name another with "
+            f"corpus {path}: none of its {len(rows)} documents has text in column {column}; name another with "
             "corpus_column"
         )
-    if blank := len(texts) - len(rows):
+    if blank := len(rows) - len(kept):
         logger.warning(
             "语料: 无文本的文档已略过 left out: %d of %d documents have no text in column %s (%s)",
-            blank, len(texts), column, path,
+            blank, len(rows), column, path,
         )  # fmt: skip
-    return rows
+    return kept
 
 
-def distinct_texts(
-    path: Path | None, ids: list[str], texts: list[str], flags: list[bool] | None, trained: set[str]
+def _distinct(
+    path: Path,
+    rows: Sequence[int],
+    ids: Sequence[str],
+    texts: Sequence[str],
+    *,
+    trained: set[str],
+    flags: Sequence[bool] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> Corpus:
-    """The corpus of the distinct texts among rows.
+    """The corpus of the distinct texts among some rows of a file.
 
-    :param flags: for each row, whether training has seen it; `trained` replaces them if it is not empty.
+    :param rows: the rows that are documents; what follows is given for all rows.
+    :param flags: whether training has seen a row; `trained` replaces them if it is not empty.
     :raises DataError: an id has two texts.
     """
     number_of_text: dict[int, int] = {}
     number: dict[str, int] = {}
     first: list[int] = []
-    for row, (id_, key) in enumerate(zip(ids, text_keys(texts).tolist(), strict=True)):
-        if key not in number_of_text:
-            number_of_text[key] = len(first)
+    for row, key in zip(rows, text_keys(texts[row] for row in rows).tolist(), strict=True):
+        document = number_of_text.setdefault(key, len(first))
+        if document == len(first):
             first.append(row)
-        if number.setdefault(id_, number_of_text[key]) != number_of_text[key]:
-            raise id_twice(path or Path(), id_, ids.index(id_), row)
+        if number.setdefault(ids[row], document) != document:
+            raise id_twice(path, ids[row], next(other for other in rows if ids[other] == ids[row]), row)
     seen = None
     if trained:
         seen = [normalised(texts[row]) in trained for row in first]
     elif flags:
         seen = [False] * len(first)
-        for id_, flag in zip(ids, flags, strict=True):
-            seen[number[id_]] |= flag
-    return Corpus([ids[row] for row in first], [texts[row] for row in first], number, number_of_text, seen=seen)
-
-
-# --- embedding files ----------------------------------------------------------------------------------------------
+        for row in rows:
+            seen[number[ids[row]]] |= flags[row]
+    return Corpus(
+        [ids[row] for row in first],
+        [texts[row] for row in first],
+        number,
+        number_of_text,
+        first_rows=np.array(first, dtype=np.int64),
+        titles=[titles[row] for row in first] if titles else None,
+        blank=frozenset(ids) - number.keys(),
+        seen=seen,
+    )
 
 
 def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_needed: bool) -> Corpus:
@@ -193,53 +213,84 @@ def _embedded_corpus(path: Path, columns: Columns, trained: set[str], *, ids_nee
     id_column = columns.id or next((name for name in DOCUMENT_IDS if name in found), None)
     if ids_needed and id_column is None:
         raise no_ids(path, DOCUMENT_IDS, found)
-    wanted = [name for name in dict.fromkeys((column, id_column)) if name is not None]
-    if missing := next((name for name in wanted if name not in found), None):
+    title = TITLE if TITLE in found and column != TITLE else None
+    kept: dict[str, list[str]] = {name: [] for name in (column, id_column, title) if name is not None}
+    if missing := next((name for name in kept if name not in found), None):
         raise DataError(f"{path}: no column {missing}; its columns are {', '.join(found) or 'none'}")
-    titled = TITLE in found and column != TITLE
-    valid, kept = _columns_of(path, list(dict.fromkeys([*wanted, *([TITLE] if titled else [])])))
-    rows = np.flatnonzero(valid)
-    if not len(rows):
+    valid: list[Mask] = []
+    for batch in iter_embeddings(path, list(kept), keep_empty=True):
+        valid.append(batch.valid)
+        for name, values in batch.columns.items():
+            kept[name] += [value or "" for value in values]
+    has_vector = np.concatenate(valid)
+    rows = np.flatnonzero(has_vector).tolist()
+    if not rows:
         raise DataError(f"corpus {path} holds no vectors; an evaluation needs documents")
-    all_ids = kept[id_column] if id_column else [str(row) for row in range(len(valid))]
+    numbers = list(map(str, range(len(has_vector))))
+    ids = kept[id_column] if id_column else numbers
     if id_column:
-        check_ids(path, id_column, all_ids)
+        check_ids(path, id_column, ids)
     if column:
         # in the column that was encoded, only blank rows have no vector; for others a model gave NaN
-        without = np.flatnonzero(~valid).tolist() if encoded in (None, column) else []
+        without = np.flatnonzero(~has_vector).tolist() if encoded in (None, column) else []
         if lost := [i for i in without if not is_blank(kept[column][i])]:
             shown = ", ".join(f"{kept[column][i][:60]!r} (row {i})" for i in lost[:3])
             raise DataError(
                 f"{path}: {len(lost)} rows have text and no vector (NaN), such as {shown}; encode them again"
             )
-        rows = rows[_with_text(path, column, [kept[column][row] for row in rows])]
-    ids = [all_ids[row] for row in rows]
-    # without text, each row is a document of its own
-    texts = [kept[column][row] for row in rows] if column else ids
-    if not column and len(set(ids)) < len(ids):
-        (twice, _), *_ = Counter(ids).most_common(1)
-        raise DataError(f"{path}: id {twice!r} is there more than once; name another column with id_column")
-    corpus = distinct_texts(path, ids, texts, None, trained)
-    place = dict(zip(reversed(ids), reversed(rows.tolist()), strict=True))  # the first row of an id
-    title_of = {id_: kept[TITLE][place[id_]] for id_ in corpus.ids} if titled else {}
+        rows = _with_text(path, column, kept[column], rows)
+    else:
+        (id_, count), *_ = Counter(ids[row] for row in rows).most_common(1)
+        if count > 1:
+            raise DataError(f"{path}: id {id_!r} is there more than once; name another column with id_column")
+    # without text, each row is a document of its own, and nobody knows which of them training has seen
+    corpus = _distinct(
+        path, rows, ids, kept[column] if column else numbers, trained=trained if column else set(),
+        titles=kept[title] if title else None,
+    )  # fmt: skip
     logger.info("语料: %s (corpus: %d distinct documents of %d rows)", path, len(corpus), len(rows))
-    return replace(
-        corpus,
-        texts=corpus.texts if column else None,
-        titles=_titles(corpus, column, title_of),
-        vectors=path,
-        column=column,
-        first_rows=np.array([place[id_] for id_ in corpus.ids], dtype=np.int64),
-        blank=frozenset(all_ids) - corpus.number.keys(),
+    texts, by_text = (corpus.texts, corpus.number_of_text) if column else (None, {})
+    return replace(corpus, texts=texts, number_of_text=by_text, vectors=path, column=column)
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+def read_ids(
+    path: Path, records: Sequence[Record], name: str | None, usual: Sequence[str], *, needed: bool
+) -> list[str]:
+    """The ids of a file's rows; row numbers if it has no column of ids and judgements do not need them."""
+    column = name or next((name for name in usual if name in records[0]), None)
+    if column is None:
+        if needed:
+            raise no_ids(path, usual, list(records[0]))
+        return [str(i) for i in range(len(records))]
+    need_column(path, records, column)
+    ids = [id_in(record.get(column)) for record in records]
+    check_ids(path, column, ids)
+    return ids
+
+
+def check_ids(path: Path, column: str, ids: Sequence[str]) -> None:
+    """Make sure that every row has an id.
+
+    :raises DataError: names the first rows without one.
+    """
+    if blank := [str(row) for row, id_ in enumerate(ids, 1) if not id_]:
+        raise DataError(f"{path}: no id in column {column} of rows {', '.join(blank[:5])}; every row needs one")
+
+
+def id_twice(path: Path, id_: str, row: int, other: int) -> DataError:
+    """The error for an id that two different texts have."""
+    return DataError(
+        f"{path}: id {id_!r} is there more than once, with different texts (rows {row + 1} and {other + 1}); ids must "
+        "be unique: name another column with id_column"
     )
 
 
-def _columns_of(path: Path, columns: Sequence[str]) -> tuple[Mask, dict[str, list[str]]]:
-    """Which rows of an embedding file have a vector, and the columns of all rows; null is the empty text."""
-    valid: list[Mask] = []
-    kept: dict[str, list[str]] = {name: [] for name in columns}
-    for batch in iter_embeddings(path, columns, keep_empty=True):
-        valid.append(batch.valid)
-        for name, values in batch.columns.items():
-            kept[name] += [value or "" for value in values]
-    return np.concatenate(valid), kept
+def no_ids(path: Path, usual: Sequence[str], found: Sequence[str]) -> DataError:
+    """The error for a file without a column of ids."""
+    return DataError(
+        f"{path}: judgements name its rows by their ids, and no column has any; looked for {', '.join(usual)}, found "
+        f"{', '.join(found) or 'none'}; name it with id_column"
+    )

@@ -20,9 +20,9 @@ from ebr_lib.data.embeddings.files import files_of
 from ebr_lib.data.pairs import expand, read_pairs, texts_of
 from ebr_lib.data.text import normalised
 from ebr_lib.errors import MissingError, ModelError, UserError
-from ebr_lib.evaluate.columns import Columns
 from ebr_lib.evaluate.compare import Change, Difference, Verdict, bootstrap, changed_most, compare, verdict_on
 from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.evaluate.corpus import Columns
 from ebr_lib.evaluate.frontier import Frontier, draw_frontier, measure_sizes
 from ebr_lib.evaluate.queries import IN_TRAINING, QUERIES_TABLE, UNSEEN, query_slices, query_table
 from ebr_lib.evaluate.rankers import (

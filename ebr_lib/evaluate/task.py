@@ -6,7 +6,7 @@ Equal texts are one document, whatever their ids: whichever copy a model returns
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from ebr_lib.data.queries import (
     PART,
     QUERY_IDS,
     TABLES,
-    Record,
     need_column,
     plain_suffix,
     query_texts,
@@ -26,8 +25,7 @@ from ebr_lib.data.queries import (
 )
 from ebr_lib.data.text import is_blank, normalised, text_keys
 from ebr_lib.errors import DataError, MissingError
-from ebr_lib.evaluate.columns import Columns, id_twice, read_ids
-from ebr_lib.evaluate.corpus import Corpus, read_corpus
+from ebr_lib.evaluate.corpus import Columns, Corpus, id_twice, read_corpus, read_ids
 from ebr_lib.evaluate.judgements import Judged, judged_by_text, read_answers, read_qrels
 from ebr_lib.logs import logger
 from ebr_lib.names import CORPUS_FILE, HELDOUT_FILE, QUERIES_FILE, LeaveOutOwn
@@ -63,7 +61,7 @@ class RetrievalTask:
     relevant: list[dict[int, int]]
     unjudged: int
     repeated: int = 0
-    own: Sequence[frozenset[int]] = ()
+    own: Sequence[Collection[int]] = ()
     query_prompts: Sequence[str | None] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -111,7 +109,9 @@ def _found(place: Path, corpus: Path | None, qrels: Path | None) -> Sources:
     if (place / HELDOUT_FILE).is_file():
         return Sources(place / HELDOUT_FILE, corpus, qrels)
     if (queries := _table_named("queries", place, TABLES)) and corpus:
-        return Sources(queries, corpus, qrels or _beir_qrels(place))
+        alone = _table_named("qrels", place, JUDGEMENTS)  # may be a folder, of several splits
+        folder = next((folder for name in QRELS_FOLDERS if (folder := place / name).is_dir()), place / "qrels")
+        return Sources(queries, corpus, qrels or (alone if alone and alone.is_file() else _split_in(folder)))
     raise MissingError(
         f"evaluation data {place}: wanted a fine-tuned model's folder with {HELDOUT_FILE} (fine-tune with eval_ratio "
         f"above 0), a BEIR folder with {CORPUS_FILE}, {QUERIES_FILE} and qrels/*.tsv, or a file of queries; "
@@ -124,13 +124,6 @@ def _table_named(stem: str, folder: Path, endings: Iterable[str]) -> Path | None
     files = [folder / f"{stem}{ending}{packed}" for ending in endings for packed in COMPRESSED]
     found = [path for path in files if path.is_file()] + sorted(folder.glob(f"{stem}-*0-of-*"))
     return next(iter(found), folder / stem if (folder / stem).is_dir() else None)
-
-
-def _beir_qrels(place: Path) -> Path:
-    alone = _table_named("qrels", place, JUDGEMENTS)
-    if alone and alone.is_file():
-        return alone
-    return _split_in(next((folder for name in QRELS_FOLDERS if (folder := place / name).is_dir()), place / "qrels"))
 
 
 def _split_in(folder: Path) -> Path:
@@ -175,16 +168,24 @@ def read_task(
         need_column(sources.queries, records, name)
     answers = None if sources.qrels else read_answers(sources.queries, records, columns.label)
     corpus = read_corpus(sources.corpus, columns, texts, answers, trained)
+    plain = [normalised(text) for text in texts]
     if sources.qrels:
         own_column = columns.id if columns.id in records[0] else None
         ids = read_ids(sources.queries, records, own_column, QUERY_IDS, needed=True)
-        first = _first_rows(sources.queries, ids, texts)
+        first = _first_rows(sources.queries, ids, plain)
         judged = read_qrels(sources.qrels, len(ids), first, corpus)
     else:
         ids = [str(i) for i in range(len(records))]
-        first = _first_rows(sources.queries, [normalised(text) for text in texts], texts)
-        judged = judged_by_text(sources.queries, texts, first, answers or (), corpus)
-    blank = _blank_queries(sources.queries, texts, judged)
+        first = _first_rows(sources.queries, plain, plain)
+        judged = judged_by_text(sources.queries, [first[text] for text in plain], answers or (), corpus)
+    blank = {i for i, text in enumerate(texts) if is_blank(text)}
+    if wrong := sorted(blank & judged.asked):
+        rows = ", ".join(str(i + 1) for i in wrong[:5])
+        raise DataError(
+            f"{sources.queries}: {len(wrong)} judged queries without text (rows {rows}); remove or fill them"
+        )
+    if blank:
+        warn_of_blank_queries(sources.queries, len(blank))
     own = _own_documents(corpus, texts, ids if sources.qrels else None, judged, leave_out_own)
     relevant = [
         {d: grade for d, grade in grades.items() if d not in out}
@@ -209,48 +210,30 @@ def read_task(
         unjudged=len(records) - len(judged.asked | blank) - repeated,
         repeated=repeated,
         own=[own[i] for i in kept],
-        query_prompts=[_own_prompt(records[i]) for i in kept],
+        query_prompts=[p if isinstance(p := records[i].get("prompt"), str) and not is_blank(p) else None for i in kept],
         left_out=left_out,
     )
 
 
-def _own_prompt(record: Record) -> str | None:
-    """The prompt that a query brings along, as training pairs may; a blank one counts as none."""
-    prompt = record.get("prompt")
-    return prompt if isinstance(prompt, str) and not is_blank(prompt) else None
+def _first_rows(path: Path, keys: Sequence[str], plain: Sequence[str]) -> dict[str, int]:
+    """The first row of each key; rows with the same key must have equal texts.
 
-
-def _first_rows(path: Path, keys: Sequence[str], texts: Sequence[str]) -> dict[str, int]:
-    """The first row of each key; rows with the same key must have equal texts."""
+    :param plain: the normalised texts.
+    """
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
         other = first.setdefault(key, row)
-        if normalised(texts[row]) != normalised(texts[other]):
+        if plain[row] != plain[other]:
             raise id_twice(path, key, other, row)
     return first
 
 
-def _blank_queries(path: Path, texts: Sequence[str], judged: Judged) -> set[int]:
-    """The rows of blank queries. Without judgements they are left out; a judged one cannot be measured."""
-    blank = {i for i, text in enumerate(texts) if is_blank(text)}
-    if asked := sorted(blank & judged.asked):
-        rows = ", ".join(str(i + 1) for i in asked[:5])
-        raise DataError(f"{path}: {len(asked)} judged queries without text (rows {rows}); remove or fill them")
-    if blank:
-        warn_of_blank_queries(path, len(blank))
-    return blank
-
-
 def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
     counts = "; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in left_out.items())
-    advice = (
-        ". The answers are the queries themselves, by text or id: to keep these, set leave_out_own: none"
-        if left_out.get("own_judgements_left_out")
-        else ""
-    )
-    return DataError(
-        f"{path}: no query has a relevant document; nothing to measure{f' ({counts})' if counts else ''}{advice}"
-    )
+    message = f"{path}: no query has a relevant document; nothing to measure{f' ({counts})' if counts else ''}"
+    if left_out.get("own_judgements_left_out"):
+        message += ". The answers are the queries themselves, by text or id: to keep these, set leave_out_own: none"
+    return DataError(message)
 
 
 # --- a query's own documents --------------------------------------------------------------------------------------
@@ -258,7 +241,7 @@ def _nothing_to_measure(path: Path, left_out: Mapping[str, int]) -> DataError:
 
 def _own_documents(
     corpus: Corpus, texts: Sequence[str], ids: Sequence[str] | None, judged: Judged, leave_out_own: LeaveOutOwn
-) -> list[frozenset[int]]:
+) -> list[set[int]]:
     """For each query, the documents that are the query itself: of its text, and of its id if there are ids."""
     own: list[set[int]] = [set() for _ in texts]
     if leave_out_own != "none" and corpus.texts is None:
@@ -289,7 +272,7 @@ def _own_documents(
             "leave_out_own: none keeps them",
             named,
         )
-    return [frozenset(documents) for documents in own]
+    return own
 
 
 def _are_numbered_apart(of_id: Mapping[int, int], judged: Judged) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ebr_lib.evaluate.columns import Columns
+from ebr_lib.evaluate.corpus import Columns
 from ebr_lib.evaluate.task import find_sources, read_task
 
 DOCS = [

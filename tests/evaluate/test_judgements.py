@@ -11,7 +11,7 @@ import pytest
 
 from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.errors import DataError
-from ebr_lib.evaluate.columns import Columns
+from ebr_lib.evaluate.corpus import Columns
 from tests.evaluate.tasks import jsonl, task_of
 
 

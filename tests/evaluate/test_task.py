@@ -12,7 +12,7 @@ import pytest
 from ebr_lib.data.embeddings.files import write_embeddings
 from ebr_lib.data.queries import read_records
 from ebr_lib.errors import DataError, MissingError
-from ebr_lib.evaluate.columns import Columns
+from ebr_lib.evaluate.corpus import Columns
 from ebr_lib.evaluate.queries import query_slices
 from tests.evaluate.tasks import DOCS, QRELS, jsonl, task_of
 
@@ -204,6 +204,20 @@ def test_rows_with_text_but_no_vector_are_refused(tmp_path):
     queries = jsonl(tmp_path / "q.jsonl", [{"query": "c", "positive": "a"}])
     with pytest.raises(DataError, match=r"e\.npy: 1 rows have text and no vector \(NaN\), such as 'b' \(row 1\)"):
         task_of(None, queries, tmp_path / "e.npy")
+
+
+def test_without_texts_each_row_is_a_document_of_which_nobody_knows_whether_training_saw_it(tmp_path):
+    write_embeddings(tmp_path / "e.npy", {"id": ["sku-A", "sku-a"]}, np.eye(2, dtype=np.float32))
+    queries = jsonl(tmp_path / "q.jsonl", [{"_id": "q", "text": "red"}])
+    (tmp_path / "r.tsv").write_text("q\tsku-a\t1\n")
+    task = task_of(None, queries, tmp_path / "e.npy", qrels=tmp_path / "r.tsv", trained={"red"})
+    assert (task.corpus.ids, task.relevant, task.corpus.seen) == (["sku-A", "sku-a"], [{1: 1}], None)
+
+
+def test_error_names_rows_of_the_file_though_blank_ones_are_left_out(beir):
+    jsonl(beir / "corpus.jsonl", [{"_id": "b", "text": ""}, {"_id": "d", "text": "x"}, {"_id": "d", "text": "y"}])
+    with pytest.raises(DataError, match=r"\(rows 2 and 3\)"):
+        task_of(beir)
 
 
 @pytest.mark.parametrize(("leave_out_own", "own"), [

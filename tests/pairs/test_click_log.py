@@ -15,8 +15,8 @@ import pytest
 from ebr_lib.config import check_configs
 from ebr_lib.data.pairs import read_pairs
 from ebr_lib.errors import ConfigError, DataError, MissingError
-from ebr_lib.evaluate.columns import Columns
 from ebr_lib.evaluate.config import EvalConfig
+from ebr_lib.evaluate.corpus import Columns
 from ebr_lib.evaluate.task import find_sources, read_task
 from ebr_lib.finetune.config import FinetuneConfig
 from ebr_lib.pairs import counts
