@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import sys
@@ -36,6 +37,12 @@ _OF_NO_USE = {"modeling_utils": "`loss_type=", "trainer_utils": "The tokenizer h
 
 def _of_use(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(tuple(_OF_NO_USE.values()))
+
+
+@functools.cache
+def warn_once(message: str, *values: object) -> None:
+    """Log a warning, the first time that it is given in this process."""
+    logger.warning(message, *values)
 
 
 def print_anything() -> None:

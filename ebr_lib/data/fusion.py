@@ -15,6 +15,7 @@ from ebr_lib.arrays import Floats, Ints
 from ebr_lib.names import FusionKind
 
 RRF_K = 60
+APART = 1e-9  # between scores that would tie
 
 Listed = tuple[Ints, NDArray[np.floating]]
 """Document numbers and scores of a ranker's lists, (queries, depth) each; -1 and -inf where a list ends."""
@@ -23,6 +24,8 @@ Listed = tuple[Ints, NDArray[np.floating]]
 @dataclass(frozen=True)
 class Candidates:
     """Documents that one ranker or both retrieved for each query.
+
+    Fused scores that would be equal are in the order of the first ranker, then of the second.
 
     :ivar ids: document numbers (queries, places); -1 where there is none.
     :ivar first: the first ranker's scores, -inf for documents that it did not retrieve; `second` likewise.
@@ -56,7 +59,7 @@ class Candidates:
         return self._retrieved((1 - weight) * scaled(self.first) + weight * scaled(self.second))
 
     def _retrieved(self, scores: Floats) -> Floats:
-        return np.where(self.ids >= 0, scores, -np.inf)
+        return np.where(self.ids >= 0, untied(scores, self.first, self.second), -np.inf)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Fusion:
 
 
 def reranked_scores(scores: Floats, found: Floats) -> Floats:
-    """A ranking's scores after a reranker has scored its first documents: the others stay below, in their order.
+    """A ranking's scores after a reranker has scored its first documents: the others stay below, in their order, which
+    also decides between equal scores.
 
     :param scores: of a list (documents,), best first; `found` the reranker's, of the first documents.
     """
@@ -93,7 +97,21 @@ def reranked_scores(scores: Floats, found: Floats) -> Floats:
     if len(found):
         new[len(found) :] += found.min() - 1 - new[0]
         new[: len(found)] = found
-    return new
+    return untied(new[None], scores[None])[0]
+
+
+def untied(scores: Floats, *others: Floats) -> Floats:
+    """Scores (queries, places) without ties, so that measured and served order are the same: of equal ones the one with
+    the better other score, by the first of `others` that differs, is the better by `APART`. All move by at most `APART`
+    per place. Those that are equal in everything stay equal."""
+    order = np.lexsort([-each for each in (*others[::-1], scores)], axis=1)
+    listed = [np.take_along_axis(each, order, axis=1) for each in (scores, *others)]
+    differs = np.any([each[:, 1:] != each[:, :-1] for each in listed], axis=0)
+    steps = np.zeros(scores.shape)
+    steps[:, 1:] = np.cumsum(differs, axis=1)
+    apart = np.empty(scores.shape)
+    np.put_along_axis(apart, order, listed[0] - APART * steps, axis=1)
+    return apart
 
 
 def scaled(scores: Floats) -> Floats:

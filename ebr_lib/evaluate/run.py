@@ -297,8 +297,9 @@ class _Evaluation:
                     seed=config.seed,
                 )
             if reranker:
-                reranker_name = config.reranker_name or ""
-                yield reranked(name, reranker_name, ranking, self.task, reranker, depth=config.rerank_depth)
+                where = str(config.reranker_name)  # absolute, if it is a folder: searches may run in another one
+                where = str(Path(where).resolve()) if Path(where).is_dir() else where
+                yield reranked(name, where, ranking, self.task, reranker, depth=config.rerank_depth)
 
     def _sizes(self, queries: Vectors, documents: Vectors) -> Frontier:
         """Sizes for serving the last model."""

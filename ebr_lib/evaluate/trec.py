@@ -41,7 +41,7 @@ def write_run(path: Path, task: RetrievalTask, ranking: Ranking, ranker: str) ->
     """Write `query Q0 document rank score ranker` per document found."""
     documents, tag = [_trec_id(id_) for id_ in task.corpus.ids], _trec_id(ranker)
     _write_lines(path, (
-        f"{_trec_id(query)} Q0 {documents[document]} {rank} {score:.9g} {tag}"
+        f"{_trec_id(query)} Q0 {documents[document]} {rank} {score!s} {tag}"
         for query, ids, scores in zip(task.query_ids, ranking.ids, ranking.scores, strict=True)
         for rank, (document, score) in enumerate(zip(ids, scores, strict=True), 1)
         if document >= 0

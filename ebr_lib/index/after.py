@@ -18,22 +18,21 @@ from ebr_lib.metrics import KS
 from ebr_lib.model.reranker import Scores
 
 NO_FUSION = Fusion()
+NO_ADVICE = Advice(NO_FUSION, None, "")
 POOL = 5  # times k: nearest rows that diverse ones are chosen from
 FUSED_ROWS = max(KS)  # of each ranker, as evaluation fuses them
 
 
-@dataclass(frozen=True)
-class Hybrid:
-    """Of an index with BM25: the kept column that BM25 reads, and what evaluation recommends to do with it."""
+def words_column(manifest: Mapping[str, Any]) -> str | None:
+    """The kept column that BM25 reads; None for an index without BM25."""
+    found = manifest.get("hybrid")
+    return str(found["column"]) if found else None
 
-    column: str
-    advice: Advice
 
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Hybrid | None:
-        """Read an index's manifest; None if it keeps no BM25."""
-        found = manifest.get("hybrid")
-        return cls(found["column"], Advice.of(found["advice"])) if found else None
+def advice_in(manifest: Mapping[str, Any]) -> Advice:
+    """What evaluation recommends to do after the vectors of an index, as its build kept it."""
+    found = manifest.get("advice") or (manifest.get("hybrid") or {}).get("advice")  # where it was kept before
+    return Advice.of(found) if found else NO_ADVICE
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def ordered(
 
 
 def fused(found: Found, words: NDArray[np.float32], after: After, most: int) -> Found:
-    """Fuse the rows that the vectors found with those that BM25 finds; equal scores in the order of the rows.
+    """Fuse the rows that the vectors found with those that BM25 finds.
 
     :param words: BM25's score of every row of the index, -inf for those that may not be found.
     :param most: rows that BM25 gives.

@@ -12,6 +12,7 @@ from ebr_lib.data.embeddings.files import iter_embeddings
 from ebr_lib.errors import ConfigError, ModelError
 from ebr_lib.files import write_json
 from ebr_lib.index import milvus_upload, store
+from ebr_lib.index.after import words_column
 from ebr_lib.index.build import appending, vector_batches, write_bm25
 from ebr_lib.index.filters import as_texts
 from ebr_lib.index.milvus import MilvusIndex
@@ -64,8 +65,8 @@ def _write_with_rows_of(embedding_path: str | Path, held: SearchIndex, folder: P
     with appending(held.index, distinct, folder / store.ROWS_FILE, columns, held.rows.to_batches()) as append:
         for batch in vector_batches(embedding_path, columns, held.dim, "the index"):
             append(batch, first)
-    if held.hybrid is not None and held.bm25 is not None:
-        write_bm25(folder, held.bm25, held.hybrid.column)
+    if (words := words_column(held.manifest)) and held.bm25 is not None:
+        write_bm25(folder, held.bm25, words)
     size = store.save_vectors(folder, held.index)
     distinct.save(folder / store.VECTORS_FILE)
     numbers = {"rows": len(distinct.of_row), "vectors": int(held.index.ntotal), "index_bytes": size}

@@ -29,7 +29,7 @@ def check(config: IndexConfig, before: Handover) -> Iterator[str]:
         encoded = before.encoded.get(place.resolve())
         encoded = encoded or Provenance.of(read_manifest(place) or {}).description_column
         yield from errors_of(lambda: text_column(place, found, encoded, config.text_column))
-        yield from errors_of(lambda: read_advice(config.evaluation_dir, None))
+    yield from errors_of(lambda: read_advice(config.evaluation_dir, None))
     missing = list(check_paths(queries_path=before.not_written(config.queries_path)))
     yield from missing
     for path in () if missing else before.not_written(config.queries_path):

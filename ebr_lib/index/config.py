@@ -17,10 +17,13 @@ from ebr_lib.knobs.fields import (
     QUERY_COLUMN,
     QUERY_PROMPT,
     REMOTE_CODE,
+    RERANK_DEPTH,
+    RERANKER,
     Name,
     Place,
     Places,
     Positive,
+    RerankDepth,
     Seed,
     Share,
 )
@@ -90,9 +93,9 @@ class IndexConfig(Config):
     )
     evaluation_dir: Place = knob(
         "./evaluation",
-        "Output folder of `evaluate`; if it measured this model, searches of a hybrid index do what it recommends, "
-        "otherwise they fuse by reciprocal ranks (RRF).",
-        "`evaluate` 的输出目录：评估过此模型时，混合索引的检索按其建议进行，否则用 RRF 融合。",
+        "Output folder of `evaluate`; if it measured this model, searches do what it recommends. Otherwise those of a "
+        "hybrid index fuse by reciprocal ranks (RRF).",
+        "`evaluate` 的输出目录：评估过此模型时，检索按其建议进行；否则混合索引用 RRF 融合。",
     )
     # measuring
     queries_path: Place | None = knob(
@@ -172,17 +175,8 @@ class SearchConfig(Config):
         "BM25's part in a weighted sum; null takes the weight that evaluation chose.",
         "加权求和中 BM25 的权重；null 使用评估选出的权重。",
     )
-    reranker_name: Place | None = knob(
-        None,
-        "Cross-encoder that reorders the best rows: a folder or a hub name, or auto for the one that evaluation found "
-        "better; null uses none.",
-        "重排模型（cross-encoder，目录或 Hub 名称）；auto 使用评估中更好的那个，null 不重排。",
-    )
-    rerank_depth: Annotated[int, Field(ge=1, le=100)] | None = knob(
-        None,
-        "Rows that the reranker reads; null takes what evaluation measured, otherwise 50.",
-        "交给重排模型的行数；null 与评估时相同，未评估则为 50。",
-    )
+    reranker_name: Place | None = knob("auto", *RERANKER)
+    rerank_depth: RerankDepth | None = knob(None, *RERANK_DEPTH)
     where: tuple[Name, ...] = knob(
         [],
         "Filters on kept columns: `column=value`, or `column=\\N` for null; several values of one column mean any of them.",
@@ -206,5 +200,5 @@ class SearchConfig(Config):
                 yield f"where: {condition!r} is not a filter; use column=value"
         if self.bm25_weight is not None and self.fusion != "weighted":
             yield f"bm25_weight: only fusion: weighted uses it, and fusion is {self.fusion}"
-        if self.rerank_depth is not None and self.reranker_name is None:
+        if self.rerank_depth is not None and self.reranker_name in (None, "none"):
             yield NO_RERANKER

@@ -26,7 +26,7 @@ from ebr_lib.errors import ConfigError, DataError, MissingError
 from ebr_lib.extras import require
 from ebr_lib.files import read_token
 from ebr_lib.index import store
-from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, best_places, ordered
+from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, best_places, ordered, words_column
 from ebr_lib.index.store import NO_ROWS, ROW
 from ebr_lib.logs import logger
 from ebr_lib.metrics import unit
@@ -221,13 +221,12 @@ class Entities:
 class MilvusIndex(Entities):
     """An opened index folder whose rows are in Milvus; found, hidden and diverse rows are as in `SearchIndex`.
 
-    :ivar bm25: over the texts of the rows whose numbers are `rows`, if it is kept; `hybrid` says over which texts.
+    :ivar bm25: over the texts of the rows whose numbers are `rows`, if it is kept (`words_column`).
     """
 
     folder: Path
     manifest: dict[str, Any] = field(repr=False)
     dim: int
-    hybrid: Hybrid | None
     bm25: Bm25 | None = field(repr=False)
     rows: Ints = field(repr=False)
 
@@ -426,11 +425,11 @@ def open_collection(folder: Path, manifest: dict[str, Any]) -> MilvusIndex:
             f"index {folder}: the collection {entry['holds']} at {server.uri} is another one than its manifest says "
             f"({said(described)}); build the index again"
         )
-    hybrid, rows, bm25 = Hybrid.of(manifest), NO_ROWS, None
-    if hybrid:
+    rows, bm25 = NO_ROWS, None
+    if words_column(manifest):
         rows = store.read_rows(store.place_of(folder, store.ROWS_FILE)).column(ROW).to_numpy()
         bm25 = store.read_bm25(store.place_of(folder, store.BM25_FILE), len(rows))
     return MilvusIndex(
         server=server, id_column=manifest["id_column"], name=entry["holds"], fields=entry["fields"], folder=folder,
-        manifest=manifest, dim=manifest["dimension"], hybrid=hybrid, bm25=bm25, rows=rows,
+        manifest=manifest, dim=manifest["dimension"], bm25=bm25, rows=rows,
     )  # fmt: skip

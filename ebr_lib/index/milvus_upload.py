@@ -24,7 +24,7 @@ from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.errors import ConfigError, DataError
 from ebr_lib.files import write_json
 from ebr_lib.index import store
-from ebr_lib.index.after import Hybrid
+from ebr_lib.index.after import words_column
 from ebr_lib.index.build import (
     HNSW_ROWS,
     MANIFEST_SAYS,
@@ -305,11 +305,11 @@ def new_collection(
 
 
 def build_collection(
-    path: str, collection: Collection, folder: Path, *, hybrid: Hybrid | None, sample: Ints, queries: Vectors | None
+    path: str, collection: Collection, folder: Path, *, words: str | None, sample: Ints, queries: Vectors | None
 ) -> Built:
     """Fill a collection from an embedding file, and find exact neighbours to measure it with.
 
-    :param folder: gets the texts that BM25 reads.
+    :param folder: gets the texts of the column `words`, which BM25 reads.
     :param sample: rows whose vectors are the queries to measure with, if `queries` is None.
     :raises DataError: an id is missing or not unique, a text is too long, or Milvus is not reached any more.
     """
@@ -319,7 +319,7 @@ def build_collection(
     state = collection.begin(path, place)
     numbers, taken, done = [collection.rows], [np.empty((0, collection.d), np.float32)], 0
     batches = tqdm(vector_batches(path, None, collection.d, MANIFEST_SAYS), desc="上传 Milvus", delay=2, leave=False)
-    with writing_rows(folder / store.ROWS_FILE, [hybrid.column] if hybrid else None) as write:
+    with writing_rows(folder / store.ROWS_FILE, [words] if words else None) as write:
         for batch, vectors in sent(collection, place, state, batches):
             low, high = np.searchsorted(sample, (done, done + len(batch)))
             taken.append(vectors[sample[low:high] - done].reshape(-1, collection.d))
@@ -360,15 +360,16 @@ def append(held: MilvusIndex, path: str) -> int:
     state, own = begin(place, path, **held.state), held.manifest["next_row"]
     if "next" not in state:
         state["first"] = state["next"] = old["next"] if old else own
-    texts = store.read_rows(store.place_of(held.folder, store.ROWS_FILE)).to_batches() if held.hybrid else ()
+    words = words_column(held.manifest)
+    texts = store.read_rows(store.place_of(held.folder, store.ROWS_FILE)).to_batches() if words else ()
     with store.changed_together(held.folder) as new:
-        with writing_rows(new / store.ROWS_FILE, [held.hybrid.column] if held.hybrid else None, texts) as write:
+        with writing_rows(new / store.ROWS_FILE, [words] if words else None, texts) as write:
             for batch, _ in sent(held, place, state, vector_batches(path, held.columns, held.dim, "the index")):
                 write(batch, state["first"])
         if state["first"] > own:
             _take_out(held, f"{ROW} >= {own} and {ROW} < {state['first']}")
-        if held.hybrid and held.bm25 is not None:
-            write_bm25(new, held.bm25, held.hybrid.column)
+        if words and held.bm25 is not None:
+            write_bm25(new, held.bm25, words)
         before, rows = held.manifest["rows"], save_count(held, new, next_row=state["next"])
     place.unlink(missing_ok=True)
     if replaced := before + state["done"] - rows:

@@ -17,7 +17,7 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import DataError, MissingError
 from ebr_lib.index import store
-from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, Hybrid, ordered
+from ebr_lib.index.after import POOL, VECTORS_ALONE, After, Found, ordered, words_column
 from ebr_lib.index.faiss_tools import (
     comparable_vectors,
     of_all_cells,
@@ -43,7 +43,7 @@ class SearchIndex:
 
     :ivar deleted: numbers of hidden rows.
     :ivar of_row: the number of each row's vector; empty if no two rows share one.
-    :ivar bm25: over the rows' texts, if it is kept; `hybrid` says over which.
+    :ivar bm25: over the rows' texts (`words_column`), if it is kept.
     """
 
     folder: Path
@@ -52,7 +52,6 @@ class SearchIndex:
     manifest: dict[str, Any] = field(repr=False)
     deleted: Ints = field(repr=False)
     of_row: Ints = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
-    hybrid: Hybrid | None = field(repr=False, default=None)
     bm25: Bm25 | None = field(repr=False, default=None)
     unfinished = ""  # all files change together
 
@@ -294,9 +293,8 @@ def _open_once(folder: Path) -> Opened:
             "build the index again"
         )
     deleted = store.read_deleted(store.place_of(folder, store.DELETED_FILE), len(rows))
-    hybrid = Hybrid.of(manifest)
-    bm25 = store.read_bm25(store.place_of(folder, store.BM25_FILE), len(rows)) if hybrid else None
-    return SearchIndex(folder, index, rows, manifest, deleted, of_row, hybrid, bm25)
+    bm25 = store.read_bm25(store.place_of(folder, store.BM25_FILE), len(rows)) if words_column(manifest) else None
+    return SearchIndex(folder, index, rows, manifest, deleted, of_row, bm25)
 
 
 @functools.lru_cache(maxsize=2)

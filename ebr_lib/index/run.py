@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebr_lib.arrays import Vectors
-from ebr_lib.data.advice import read_advice
+from ebr_lib.data.advice import Advice, read_advice
 from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.data.queries import read_queries
 from ebr_lib.errors import DataError
 from ebr_lib.files import check_apart, check_replaceable, make_folder, write_json
-from ebr_lib.index.after import Hybrid, text_column
+from ebr_lib.index.after import text_column
 from ebr_lib.index.build import (
     Built,
     build_index,
@@ -99,7 +99,8 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     rows, dim = size_of_file(path, made_by)
     contract = _contract(config, made_by, dim)
     _check_columns(path, config.id_column)
-    hybrid = _hybrid(config, made_by) if config.hybrid else None
+    words = _words_column(config, made_by) if config.hybrid else None
+    advice = _advice(config, made_by)
     if not made_by:
         logger.warning("%s 没有清单 has no manifest: no search can check that its model made it", path)
     with locked(folder):
@@ -111,29 +112,28 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
         with changed_together(folder) as new:
             sample = sample_rows(rows, 0 if queries is not None else config.measure_queries, config.seed)
             if isinstance(index, Collection):
-                built = build_collection(path, index, new, hybrid=hybrid, sample=sample, queries=queries)
+                built = build_collection(path, index, new, words=words, sample=sample, queries=queries)
             else:
                 built = build_index(path, index, new, sample, queries)
-            if hybrid:
-                write_bm25(new, Bm25(), hybrid.column)
+            if words:
+                write_bm25(new, Bm25(), words)
             points, chosen = _measure(built, plan, config.target_recall)
             draw_curve(new / CURVE_FILE, plan, points, chosen, config.target_recall)
             result = _result(config, plan, built, points, chosen)
-            about = _manifest(config, contract, result, built) | ({"hybrid": asdict(hybrid)} if hybrid else {})
+            about = _manifest(config, contract, result, built) | {"advice": asdict(advice)}
+            about |= {"hybrid": {"column": words}} if words else {}
             if isinstance(index, Collection):
                 about |= index.publish(config.uri, config.milvus_token_file)
             write_json(new / MANIFEST_FILE, about)
             config.save(new / CONFIG_FILE)
         if isinstance(index, Collection):
             index.finish()
-        if not hybrid:  # of an earlier build, which no manifest names now
+        if not words:  # of an earlier build, which no manifest names now
             for name in (BM25_FILE, *((ROWS_FILE,) if isinstance(index, Collection) else ())):
                 (folder / name).unlink(missing_ok=True)
     logger.info("%s", result, extra=RESULT)
-    if hybrid:
-        logger.info("检索排序 searches: %s", hybrid.advice.sentence, extra=RESULT)
-        if hybrid.advice.reranking:
-            logger.info("重排须在检索时给出 the reranker is used with search's reranker_name: auto", extra=RESULT)
+    if words or advice.reranking:
+        logger.info("检索排序 searches: %s", advice.sentence, extra=RESULT)
     logger.info("索引已保存 index saved: %s", folder)
     return result
 
@@ -158,12 +158,17 @@ def _check_columns(path: str, id_column: str | None) -> None:
         raise DataError(f"{path}: the name of its column {ROW} is the index's own; give it another in output_columns")
 
 
-def _hybrid(config: IndexConfig, made_by: Mapping[str, Any]) -> Hybrid:
-    """What BM25 reads, and what searches do with it. Reports a column that is not kept before anything is built."""
-    maker, kept = Provenance.of(made_by), list(next(iter_embeddings(config.embedding_path)).columns)
-    column = text_column(config.embedding_path, kept, maker.description_column, config.text_column)
-    sha256 = identify(config.model_name).sha256 if config.model_name else maker.sha256
-    return Hybrid(column, read_advice(config.evaluation_dir, sha256))
+def _words_column(config: IndexConfig, made_by: Mapping[str, Any]) -> str:
+    """The column that BM25 reads. Reports one that is not kept before anything is built."""
+    kept = list(next(iter_embeddings(config.embedding_path)).columns)
+    return text_column(config.embedding_path, kept, Provenance.of(made_by).description_column, config.text_column)
+
+
+def _advice(config: IndexConfig, made_by: Mapping[str, Any]) -> Advice:
+    """What searches do after the vectors, as evaluation recommends; an index without BM25 fuses nothing."""
+    sha256 = Provenance.of(made_by).sha256 or (identify(config.model_name).sha256 if config.model_name else None)
+    found = read_advice(config.evaluation_dir, sha256)
+    return found if config.hybrid else replace(found, fusion=None)
 
 
 def _real_queries(config: IndexConfig, made_by: Mapping[str, Any], dim: int) -> Vectors | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,17 +15,18 @@ import pandas as pd
 
 from ebr_lib.data.advice import Advice, Reranking
 from ebr_lib.data.fusion import Fusion
-from ebr_lib.errors import ConfigError, DataError, ModelError
+from ebr_lib.errors import ConfigError, DataError, MissingError, ModelError, UserError
 from ebr_lib.index import store
-from ebr_lib.index.after import NO_FUSION, After, text_column
+from ebr_lib.index.after import NO_FUSION, After, advice_in, text_column, words_column
 from ebr_lib.index.config import NO_RERANKER, SearchConfig
 from ebr_lib.index.filters import allowed_values, check_unicode
 from ebr_lib.index.opened import Opened, opened
 from ebr_lib.index.store import NO_ROWS
-from ebr_lib.logs import RESULT, logger
+from ebr_lib.logs import RESULT, logger, warn_once
 from ebr_lib.model.bases import look_for_models
+from ebr_lib.model.packaged import model_label
 from ebr_lib.model.provenance import Provenance, check_same_code, say_changed_files, weights_of
-from ebr_lib.model.reranker import Scores, load_reranker
+from ebr_lib.model.reranker import Scores, is_here, load_reranker
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.names import Asked, Choice, FusionChoice, Hub, OnChangedVectors
 from ebr_lib.tables import as_html, as_text, make_table
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 
 RERANKED_ROWS = 50  # as in evaluation, where nothing else is known
-NO_ADVICE = Advice(NO_FUSION, None, "")
+_loading = threading.Lock()  # a server's threads load a reranker once
 SHOWN = 100  # half-width columns of a kept text that a table shows
 
 
@@ -111,7 +113,7 @@ def search(
     diversity: float = 0.0,
     fusion: FusionChoice = "auto",
     bm25_weight: float | None = None,
-    reranker_name: str | None = None,
+    reranker_name: str | None = "auto",
     rerank_depth: int | None = None,
     model_name: str | None = None,
     query_prompt: str | None = None,
@@ -124,6 +126,7 @@ def search(
 
     An index built with `hybrid` has two rankers, vectors and BM25, which see the same allowed rows and are then fused;
     a reranker, if there is one, reorders the best rows after that. The score is the cosine to the query all the same.
+    Both are what evaluation recommended when the index was built, unless they are given.
 
     :param index: an index folder, or an opened one (`open_index`).
     :param query: the text to search for; None if `like` is given.
@@ -140,7 +143,8 @@ def search(
     :param fusion: rrf, weighted or none; auto does what the index says, see `IndexConfig`. With `like`, BM25 looks for
         the words of these rows.
     :param bm25_weight: BM25's part in a weighted sum; None takes what evaluation chose.
-    :param reranker_name: a cross-encoder that reorders the best rows, or auto for the one that evaluation recommends.
+    :param reranker_name: a cross-encoder that reorders the best rows; auto takes the one that evaluation recommends, if
+        it is on this machine, and none with `like`, which evaluation does not measure; None or none uses none.
     :param rerank_depth: rows that it reads; None takes what evaluation measured, or else 50.
     :param model_name: the model, if it is not where the index's manifest says.
     :param query_prompt: put before the query; None takes what the model was trained with.
@@ -162,16 +166,15 @@ def search(
     for name, value in (("k", k), ("rerank_depth", 1 if rerank_depth is None else rerank_depth)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ConfigError(f"{name}: {value!r}; wanted a whole number from 1")
-    if rerank_depth is not None and reranker_name is None:
-        raise ConfigError(NO_RERANKER)
     allowed = allowed_values({} if where is None else where)
     held = opened(str(index), store.index_stamp(index)) if isinstance(index, str | Path) else index
+    look_for_models(base_model_path, hub)
     after = after_vectors(
         held,
         text,
         fusion,
         weight=bm25_weight,
-        reranker=reranker_name,
+        reranker=None if like is not None and reranker_name == "auto" else reranker_name,
         depth=rerank_depth,
         trust_remote_code=trust_remote_code,
     )
@@ -181,7 +184,6 @@ def search(
         vector = held.mean_vector(own)
         after = replace(after, text=" ".join(held.texts(own, after.column))) if after.column else after
     else:
-        look_for_models(base_model_path, hub)
         knobs = {
             "query_prompt": query_prompt,
             "trust_remote_code": trust_remote_code,
@@ -218,53 +220,73 @@ def after_vectors(
 ) -> After:
     """What a search does after the vectors, as its knobs and the index say; see `search`.
 
-    :raises ConfigError: the index keeps no BM25, or evaluation chose no weight or reranker.
+    :raises ConfigError: the index keeps no BM25, evaluation chose no weight, or there is a depth and no reranker.
     :raises DataError: the index keeps no texts for the reranker.
     """
-    advice, column = (held.hybrid.advice, held.hybrid.column) if held.hybrid else (NO_ADVICE, "")
-    chosen, reranking = _fusion(held, advice, fusion, weight), None
-    if reranker is not None:
-        reranking = _reranking(held, advice, reranker, depth)
-        encoded = Provenance.of(held.manifest).description_column
-        column = column or text_column(held.folder, held.columns, encoded)
-    said = [chosen.said] if held.hybrid else []
-    said += [f"重排 re-ranked by {reranking.name}, first {reranking.depth}"] if reranking else []
-    return After(
-        text=query,
-        fusion=chosen,
-        scores=_reranker(reranking.name, trust_remote_code) if reranking else None,
-        depth=reranking.depth if reranking else 0,
-        column=column,
-        said=", ".join(said),
-        why=advice.why if held.hybrid and fusion == "auto" else "",
-    )
+    advice, words = advice_in(held.manifest), words_column(held.manifest)
+    chosen, reranking = _fusion(held, advice, fusion, weight), _reranking(held, advice, reranker, trust_remote_code)
+    if depth is not None and reranking is None:
+        raise ConfigError(NO_RERANKER)
+    after = After(query, chosen, column=words or "", said=chosen.said if words else "")
+    if reranking:
+        step, column, scores = reranking
+        most = depth or step.depth
+        said = f"重排 re-ranked by {model_label(step.name)}, first {most}"
+        said = ", ".join(filter(None, (after.said, said)))
+        after = replace(after, scores=scores, depth=most, column=column, said=said)
+    is_advised = (words and fusion == "auto") or (reranking and reranker == "auto")
+    return replace(after, why=advice.why if is_advised else "")
 
 
 def _fusion(held: Opened, advice: Advice, kind: FusionChoice, weight: float | None) -> Fusion:
-    known = advice.fusion or NO_FUSION
+    known, words = advice.fusion or NO_FUSION, words_column(held.manifest)
     if kind not in get_args(FusionChoice):
         raise ConfigError(f"fusion: {kind!r}; wanted auto, none, rrf or weighted")
     if weight is not None and (kind != "weighted" or not 0 <= weight <= 1):
         raise ConfigError(f"bm25_weight: {weight!r}; wanted a number from 0 to 1, with fusion: weighted")
     if kind == "auto" or (kind == known.kind and weight is None):
         return known
-    if kind != "none" and not held.hybrid:
+    if kind != "none" and not words:
         raise ConfigError(f"fusion: {kind}: {held.folder} keeps no BM25; build it again with hybrid: true")
     if kind == "weighted" and weight is None:
         raise ConfigError("fusion: weighted: no evaluation chose a weight for this index; give bm25_weight")
     return Fusion(kind, weight or 0.0)
 
 
-def _reranking(held: Opened, advice: Advice, name: str, depth: int | None) -> Reranking:
-    if name != "auto":
-        return Reranking(name, depth or RERANKED_ROWS)
-    if advice.reranking is None:
-        raise ConfigError(f"reranker_name: auto: {held.folder} knows of none that evaluation found better; name one")
-    return replace(advice.reranking, depth=depth or advice.reranking.depth)
+def _reranking(
+    held: Opened, advice: Advice, name: str | None, trust_remote_code: Choice
+) -> tuple[Reranking, str, Scores] | None:
+    """The reranker, the column that it reads, and its scores; None if there is none.
+
+    One that evaluation recommends is left out, with a warning, where it would have to be downloaded or does not load.
+    """
+    known = Reranking(name or "none", RERANKED_ROWS) if name != "auto" else advice.reranking
+    if known is None or known.name == "none":
+        return None
+    try:
+        if name == "auto" and not is_here(known.name):
+            raise MissingError(f"it is not on this machine; reranker_name: {known.name} downloads it")
+        encoded = Provenance.of(held.manifest).description_column
+        column = words_column(held.manifest) or text_column(held.folder, held.columns, encoded)
+        return known, column, _reranker(known.name, trust_remote_code)
+    except UserError as error:
+        if name != "auto":
+            raise
+        warn_once(
+            "%s: 未按评估的建议重排 not re-ranked by %s, as evaluation recommends (%s): %s; "
+            "reranker_name: none stops this warning",
+            held.folder, known.name, advice.why, str(error),
+        )  # fmt: skip
+        return None
+
+
+def _reranker(name: str, trust_remote_code: Choice) -> Scores:
+    with _loading:
+        return _loaded_reranker(name, trust_remote_code)
 
 
 @functools.lru_cache(maxsize=1)
-def _reranker(name: str, trust_remote_code: Choice) -> Scores:
+def _loaded_reranker(name: str, trust_remote_code: Choice) -> Scores:
     return load_reranker(name, trust_remote_code=trust_remote_code)
 
 

@@ -18,6 +18,7 @@ Name = Annotated[str, Field(min_length=1)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A file, a folder or a model. `~` is expanded here because shells do it only in some positions."""
 Places = Place | tuple[Place, ...]
+RerankDepth = Annotated[int, Field(ge=1, le=100)]
 Length = Annotated[int, Field(ge=8, le=32768)]
 
 # help of shared knobs: English, Chinese
@@ -61,6 +62,15 @@ BACKEND = (
     "编码时运行模型的库；auto 在 CPU 上使用 OpenVINO（仅当向量与模型一致），在 GPU 上使用 torch。",
 )
 DEVICE = "Torch device (cpu, cuda, cuda:1, mps); null picks the best available.", "运行设备；null 自动选择。"
+RERANKER = (
+    "Cross-encoder that reorders the best rows: a folder or a hub name. auto takes the one that evaluation found better, "
+    "if it is on this machine; none uses none.",
+    "重排模型（cross-encoder，目录或 Hub 名称）；auto 使用评估中更好的那个（须已在本机），none 不重排。",
+)
+RERANK_DEPTH = (
+    "Rows that the reranker reads; null takes what evaluation measured, otherwise 50.",
+    "交给重排模型的行数；null 与评估时相同，未评估则为 50。",
+)
 QUERY_COLUMN = (
     "Column with the query text; null looks for text, query, question or anchor.",
     "查询文本列；null 依次查找 text、query、question、anchor。",

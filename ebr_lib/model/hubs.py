@@ -101,12 +101,23 @@ def fetch_weights(name: str) -> str:
     if not name.startswith(MODELSCOPE):
         return name
     folder = cached(name)
-    if folder is None or not _has_weights(folder):
+    if folder is None or not has_weights(folder):
         _snapshot(name, allow_patterns=BEFORE_WEIGHTS)  # without modules.json, it would be another model
         folder = Path(_snapshot(name, allow_patterns=[*BEFORE_WEIGHTS, "*.safetensors"]))
-    if not _has_weights(folder):
+    if not has_weights(folder):
         raise HubError(f"{hub_of(name)} has no safetensors of it")
     return str(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all files of the weights are there: they are downloaded last, and each is complete or absent."""
+    modules = read_json(folder / "modules.json") or [{"type": f"{LIBRARY}Transformer", "path": ""}]
+    kinds = {folder / module["path"]: module["type"] for module in modules}
+    own = {part for part, kind in kinds.items() if kind.startswith(LIBRARY) and kind.endswith(WITH_WEIGHTS)}
+    indexes = {file: json.loads(file.read_text("utf-8")) for file in folder.rglob("*.safetensors.index.json")}
+    shards = {file.parent / shard for file, index in indexes.items() for shard in index["weight_map"].values()}
+    found = set(folder.rglob("*.safetensors"))
+    return bool(found) and shards <= found and own <= {file.parent for file in found}
 
 
 def fetch_whole(name: str) -> Path:
@@ -127,17 +138,6 @@ def _may_be_elsewhere(name: str, error: HubError) -> bool:
     cause = error.__cause__
     refused = isinstance(cause, OSError | ValueError) and not isinstance(cause, LocalEntryNotFoundError)
     return not refused and all(map(find_spec, EXTRAS["modelscope"]))
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether all files of the weights are there: they are downloaded last, and each is complete or absent."""
-    modules = read_json(folder / "modules.json") or [{"type": f"{LIBRARY}Transformer", "path": ""}]
-    kinds = {folder / module["path"]: module["type"] for module in modules}
-    own = {part for part, kind in kinds.items() if kind.startswith(LIBRARY) and kind.endswith(WITH_WEIGHTS)}
-    indexes = {file: json.loads(file.read_text("utf-8")) for file in folder.rglob("*.safetensors.index.json")}
-    shards = {file.parent / shard for file, index in indexes.items() for shard in index["weight_map"].values()}
-    found = set(folder.rglob("*.safetensors"))
-    return bool(found) and shards <= found and own <= {file.parent for file in found}
 
 
 def _snapshot(name: str, **which: Any) -> str:

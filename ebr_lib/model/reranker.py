@@ -10,7 +10,7 @@ import numpy as np
 
 from ebr_lib.arrays import Floats, not_finite
 from ebr_lib.errors import ModelError, NotFiniteError
-from ebr_lib.model.hubs import fetch_weights
+from ebr_lib.model.hubs import fetch_weights, has_weights
 from ebr_lib.model.loading import LOAD_ERRORS, fetch_configs, load_error
 from ebr_lib.model.packaged import find_model, local_folder
 from ebr_lib.model.pickles import refuse_pickles
@@ -26,6 +26,15 @@ Scores = Callable[[Sequence[tuple[str, str]]], Floats]
 
 _HEAD_CLASS = "ForSequenceClassification"
 _PROBES = [("a", "b"), ("where is the kettle", "热水器 the kettle is on the second shelf")]
+
+
+def is_here(name: str) -> bool:
+    """Whether a reranker is on this machine with its weights, so that nothing has to be downloaded.
+
+    :raises MissingError: the name is a path, and no such folder exists.
+    """
+    folder = local_folder(name)
+    return folder is not None and has_weights(folder)
 
 
 def load_reranker(

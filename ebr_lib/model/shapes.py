@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ebr_lib.errors import ModelError
-from ebr_lib.logs import logger
+from ebr_lib.logs import logger, warn_once
 from ebr_lib.model.positions import position_limit
 from ebr_lib.model.remote_code import as_mapping, read_json
 
@@ -244,7 +244,7 @@ def prompts_by_side(prompts: Mapping[str, str | None], default: str | None, name
     if default and not any(default.lower() in names for names in SIDE_NAMES.values()):
         found = {side: text or known.get(default.lower(), "") for side, text in found.items()}
     if known and not any(found.values()):
-        _warn_once(
+        warn_once(
             "模型 %s 的提示词名称无法对应到查询或文档，未使用 prompts of another name are not used: %s; "
             "if the model's card asks for one, set it by hand",
             name,
@@ -287,7 +287,7 @@ def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> Non
     limit = position_limit(model)
     asked = model.max_seq_length if wanted is None else wanted
     if limit is not None and (asked is None or asked > limit):
-        _warn_once(
+        warn_once(
             "模型 %s 只有 %d 个位置，文本截断到 %d texts are cut at the model's positions; wanted %s",
             name,
             limit,
@@ -302,15 +302,10 @@ def fit_length(model: SentenceTransformer, wanted: int | None, name: str) -> Non
 def say_assumed_pooling(model: SentenceTransformer, name: str) -> None:
     """Warn once about the pooling that a folder without modules.json gets."""
     mode = getattr(model[-1], "pooling_mode", "none")
-    _warn_once(
+    warn_once(
         "模型 %s 没有 modules.json，假定池化方式为 %s no pooling is given: %s pooling is assumed; "
         "if the model's card says otherwise, save it with sentence-transformers and give that folder",
         name,
         mode,
         mode,
     )
-
-
-@functools.cache
-def _warn_once(message: str, *values: object) -> None:
-    logger.warning(message, *values)

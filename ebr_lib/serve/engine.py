@@ -17,6 +17,7 @@ from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.queries import DOCUMENT_TEXTS
 from ebr_lib.errors import DataError, UserError
 from ebr_lib.index import store
+from ebr_lib.index.after import words_column
 from ebr_lib.index.opened import Opened, SearchIndex, opened
 from ebr_lib.index.search import query_encoder, query_spec
 from ebr_lib.model.bases import sides_have_own_weights
@@ -112,7 +113,7 @@ class Words:
     def _read(self, held: Opened) -> tuple[SearchIndex, Bm25]:
         if not isinstance(held, SearchIndex):
             raise DataError(f"{held.folder}: BM25 reads no rows from Milvus; serve it with bm25: false")
-        if held.bm25 is not None and held.hybrid is not None and held.hybrid.column == self.column:
+        if held.bm25 is not None and words_column(held.manifest) == self.column:
             return held, held.bm25
         return held, Bm25([text or "" for text in held.rows.column(self.column).to_pylist()])
 

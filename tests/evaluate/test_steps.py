@@ -48,6 +48,15 @@ def test_fusion_finds_the_weight_of_the_ranker_that_is_right():
     np.testing.assert_array_equal(other.ranking.ids[:, 0], bm25.ids[:, 0])
 
 
+def test_documents_of_equal_sums_are_measured_in_the_order_in_which_they_are_served():
+    """Each is first for one ranker and second for the other: the model decides, and no mean of both orders is taken."""
+    relevant = [{1: 1}]
+    settings = {"bm25_milliseconds": 1.0, "metric": "mrr@10", "ks": (1,), "seed": 0}
+    rrf, _ = fused("m", ranking_of([[0.9, 0.8]], relevant), ranking_of([[1.0, 2.0]], relevant), **settings)
+    assert rrf.ranking.ids[0, :2].tolist() == [0, 1]
+    assert measure(rrf.ranking, (1,))["mrr@10"].tolist() == [0.5]
+
+
 def test_a_reranker_reorders_the_best_documents_and_the_rest_follow():
     relevant = [{3: 1}]
     first = ranking_of([[0.9, 0.8, 0.7, 0.6, 0.5]], relevant)

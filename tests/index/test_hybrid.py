@@ -89,9 +89,10 @@ def wanted(held, query, text, fusion, *, kind=None, hidden=(), distinct=False) -
         first, second = ({row: 1 / (60 + rank) for row, rank in ranks(s).items()} for s in (cosines, words))
         weights = (1.0, 1.0)
     else:
-        first, second, weights = scaled(cosines), scaled(words), (0.7, 0.3)
+        first, second, weights = scaled(cosines), scaled(words), (1 - fusion.weight, fusion.weight)
     both = {row: weights[0] * first.get(row, 0) + weights[1] * second.get(row, 0) for row in {*first, *second}}
-    return sorted(both, key=lambda row: (-both[row], row))
+    ties = {row: (-cosines[row] if row in first else np.inf, -words[row] if row in second else np.inf) for row in both}
+    return sorted(both, key=lambda row: (-both[row], ties[row], row))
 
 
 def rows_of(found) -> list[int]:
@@ -99,7 +100,7 @@ def rows_of(found) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,Flat"])
-@pytest.mark.parametrize("fusion", [RRF, WEIGHTED])
+@pytest.mark.parametrize("fusion", [RRF, WEIGHTED, Fusion("weighted", 1.0)])
 def test_filtered_deleted_hidden_and_equal_rows_are_as_if_they_were_not_there(shop, tmp_path, kind, fusion):
     folder = build(shop, tmp_path / "index", kind=kind, target_recall=1.0)
     delete_rows(folder, [f"p{i}" for i in range(100, 160)])
@@ -269,21 +270,62 @@ def test_rows_like_others_are_found_by_their_words_too(embeds, tmp_path):
     assert only["id"].tolist() == ["p5"]
 
 
-def test_a_reranker_is_used_when_the_user_allows_it(embeds, tiny_bert, tmp_path):
+def test_a_recommended_reranker_is_used_unless_it_is_switched_off(embeds, tiny_bert, tmp_path):
     reranker = build_tiny_reranker(tmp_path / "reranker")
-    advice = Advice(Fusion("rrf"), Reranking(str(reranker), 2), "better")
-    folder = build(embeds, tmp_path / "index", evaluation_dir=evaluated(tmp_path / "evaluation", tiny_bert, advice))
-    before = search(folder, "steel pan", 6)
-    after = search(folder, "steel pan", 6, reranker_name="auto")
+    advice = Advice(Fusion("rrf"), Reranking(str(reranker), 2), "nDCG@10 0.5 → 0.7, 9 ms")
+    knobs = {"evaluation_dir": evaluated(tmp_path / "evaluation", tiny_bert, advice)}
+    folder = build(embeds, tmp_path / "index", **knobs)
+    before = search(folder, "steel pan", 6, reranker_name="none")
+    after = search(folder, "steel pan", 6)
+    assert after["id"].tolist() != before["id"].tolist()
     assert set(after["id"][:2]) == set(before["id"][:2]) and after["id"][2:].tolist() == before["id"][2:].tolist()
-    assert "re-ranked by" in after.attrs["order"] and "re-ranked" not in before.attrs["order"]
+    assert after.attrs["order"].endswith("RRF, k = 60, 重排 re-ranked by reranker, first 2")
+    assert "re-ranked" not in before.attrs["order"] and after.attrs["why"] == advice.why
+    assert search(folder, "steel pan", 6, reranker_name=None)["id"].tolist() == before["id"].tolist()
+    assert "re-ranked" not in search(folder, like="p2").attrs["order"]  # evaluation measured queries
     deep = search(folder, "steel pan", 6, reranker_name=str(reranker), rerank_depth=6)
     from ebr_lib.model.reranker import load_reranker
 
     scores = load_reranker(str(reranker))([("steel pan", text) for text in TEXTS])
     assert deep["id"].tolist() == [f"p{i}" for i in np.argsort(-scores)]
-    plain = build(embeds, tmp_path / "plain", hybrid=False)
+    plain = build(embeds, tmp_path / "plain", hybrid=False, **knobs)  # re-ranks as well, and fuses nothing
     assert search(plain, "steel pan", 6, reranker_name=str(reranker))["id"].tolist() == deep["id"].tolist()
+    found = search(plain, "steel pan", 6, rerank_depth=6)
+    assert found["id"].tolist() == deep["id"].tolist()
+    assert (found.attrs["order"], found.attrs["why"]) == ("重排 re-ranked by reranker, first 6", advice.why)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("owner/not-here", "not on this machine; reranker_name: owner/not-here downloads it"),
+        ("./moved", "model ./moved: no such folder"),
+        ("bi-encoder", "is a SentenceTransformer, not a cross-encoder"),
+    ],
+)
+def test_a_recommended_reranker_that_is_not_at_hand_is_left_out_with_a_warning(embeds, tiny_bert, caplog, name, reason):
+    advice = Advice(Fusion("rrf"), Reranking(str(tiny_bert) if name == "bi-encoder" else name, 2), "nDCG@10 0.5 → 0.7")
+    place = evaluated(embeds.with_name("evaluation"), tiny_bert, advice)
+    folder = build(embeds, embeds.with_name("i"), evaluation_dir=place)
+    found = search(folder, "steel pan", 6)
+    assert found["id"].tolist() == search(folder, "steel pan", 6, reranker_name="none")["id"].tolist()
+    assert "re-ranked" not in found.attrs["order"]
+    warnings = [record.getMessage() for record in caplog.records if "not re-ranked by" in record.getMessage()]
+    assert len(warnings) == 1 and reason in warnings[0] and "(nDCG@10 0.5 → 0.7)" in warnings[0]
+    assert "reranker_name: none stops this warning" in warnings[0]
+    search(folder, "steel pan", 6)  # says it once
+    assert len([record for record in caplog.records if "not re-ranked by" in record.getMessage()]) == 1
+
+
+def test_an_index_of_an_earlier_version_keeps_its_advice(embeds, tiny_bert, tmp_path):
+    words = Advice(Fusion("weighted", 1.0), None, "words")
+    folder = build(embeds, tmp_path / "index", evaluation_dir=evaluated(tmp_path / "evaluation", tiny_bert, words))
+    wanted = search(folder, "洗发水 blanket", 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["hybrid"]["advice"] = manifest.pop("advice")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = search(folder, "洗发水 blanket", 3)
+    assert found["id"].tolist() == wanted["id"].tolist() and found.attrs["why"] == "words"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +335,6 @@ def test_a_reranker_is_used_when_the_user_allows_it(embeds, tiny_bert, tmp_path)
         ({"fusion": "RRF"}, "wanted auto, none, rrf or weighted"),
         ({"fusion": "weighted", "bm25_weight": 2}, "bm25_weight: 2; wanted a number from 0 to 1"),
         ({"bm25_weight": 0.5}, "bm25_weight: 0.5; wanted .* with fusion: weighted"),
-        ({"reranker_name": "auto"}, "reranker_name: auto: .* knows of none that evaluation found better; name one"),
         ({"reranker_name": "./r", "rerank_depth": 0}, "rerank_depth: 0; wanted a whole number from 1"),
         ({"rerank_depth": 5}, "there is no reranker; give reranker_name"),
     ],
