@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import shlex
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,11 +20,13 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ebr_lib.data.text import HALF_CHARACTER, half_character, is_blank
 from ebr_lib.errors import UserError
+from ebr_lib.index.after import After
 from ebr_lib.index.filters import allowed_values
+from ebr_lib.index.opened import Opened
 from ebr_lib.index.search import after_vectors
 from ebr_lib.logs import logger
 from ebr_lib.names import FusionChoice
-from ebr_lib.serve.engine import Batcher, BusyError, Engine, Kind, Words, embedding_file, shown
+from ebr_lib.serve.engine import Batcher, BusyError, Engine, Hit, Kind, Turns, Words, embedding_file, shown
 from ebr_lib.serve.guard import Metrics, error_body
 from ebr_lib.serve.judgements import Judgements
 
@@ -53,13 +56,14 @@ class EmbeddingsRequest(_Body):
 
 
 class SearchRequest(_Body):
-    """A query, filters on kept columns, and how vectors and words are fused; see `search`."""
+    """A query, filters on kept columns, how vectors and words are fused, and whether to re-rank; see `search`."""
 
     query: Text
     k: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 10
     where: Filter = {}
     fusion: FusionChoice = "auto"
     bm25_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    rerank: bool = True
 
 
 class MarkRequest(_Body):
@@ -76,14 +80,17 @@ class Served:
 
     :param systems: engines and BM25 by the name of their column on the page, in its order; "index" is what is served.
     :param text: column that the page shows; `ids` the one that judgements name.
+    :param reranking: which reranker a search uses, as `after_vectors` takes it.
     """
 
     systems: Mapping[str, Engine | Words]
     text: str | None
     ids: str | None
+    reranking: Mapping[str, Any]
     judgements: Judgements | None
     metrics: Metrics
     batcher: Batcher
+    turns: Turns
 
     @property
     def engine(self) -> Engine:
@@ -101,6 +108,7 @@ def make_app(served: Served) -> FastAPI:
         running = asyncio.create_task(served.batcher.run())
         yield
         running.cancel()
+        served.turns.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_errors(app)
@@ -117,6 +125,7 @@ def make_app(served: Served) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         served.metrics.waiting.set(served.batcher.waiting)
+        served.metrics.reranks_waiting.set(served.turns.waiting)
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -202,39 +211,48 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _add_search(app: FastAPI, served: Served) -> None:
-    async def found(system: Engine | Words, body: SearchRequest, fusion: FusionChoice) -> tuple[str, list[Any]]:
+    async def steps(held: Opened, body: SearchRequest) -> After:
+        reranking = served.reranking if body.rerank else {}
+        return await asyncio.to_thread(
+            after_vectors, held, body.query, body.fusion, weight=body.bm25_weight, **reranking
+        )
+
+    async def found(system: Engine | Words, body: SearchRequest) -> tuple[str, list[Any]]:
         """The order in words, and the rows."""
         where, said = allowed_values(body.where), ""
+        rows: Sequence[Hit]
         if isinstance(system, Words):
             held, _ = await asyncio.to_thread(served.engine.current)
             rows = await asyncio.to_thread(system.find, held, body.query, body.k)
         else:
             held, vectors = await served.batcher.vectors(system, "query", [body.query])
-            after = after_vectors(held, body.query, fusion, weight=body.bm25_weight)
-            rows, said = await asyncio.to_thread(held.find, vectors[0], body.k, where, after=after), after.said
+            after = await steps(held, body)
+            work = partial(held.find, vectors[0], body.k, where, after=after)
+            rows, said = await (served.turns.run(work) if after.scores else asyncio.to_thread(work)), after.said
         return said, list(shown(rows, served.text, served.ids))
 
     @app.post("/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
         _check_texts([body.query])
-        said, rows = await found(served.engine, body, body.fusion)
+        said, rows = await found(served.engine, body)
         return {"query": body.query, "order": said or None, "results": rows}
 
     @app.post("/compare")
     async def compare(body: SearchRequest) -> dict[str, Any]:
         _check_texts([body.query])
-        if body.where or body.fusion != "auto":
-            raise HTTPException(400, "the page compares without filters, and fused beside not; use /search")
+        if body.where or body.fusion != "auto" or not body.rerank:
+            raise HTTPException(400, "the page compares without filters, vectors alone beside all steps; use /search")
         held, _ = await asyncio.to_thread(served.engine.current)
-        wanted: list[tuple[str, Engine | Words, FusionChoice]]
-        wanted = [(name, system, "none") for name, system in served.systems.items()]
-        if after_vectors(held, body.query).is_fused:
-            wanted.append(("hybrid", served.engine, "auto"))
-        lists = await asyncio.gather(*(found(system, body, fusion) for _, system, fusion in wanted))
-        titles = {name: getattr(system, "label", "BM25") for name, system, _ in wanted}
+        after = await steps(held, body)
+        alone = body.model_copy(update={"fusion": "none", "rerank": False})
+        wanted = [(name, system, alone) for name, system in served.systems.items()]
+        if after.is_fused or after.scores:
+            wanted.append(("served", served.engine, body))
+        lists = await asyncio.gather(*(found(system, asked) for _, system, asked in wanted))
+        titles = {name: getattr(system, "label", "BM25") for name, system, _ in wanted} | {"served": after.said}
         systems = [
-            {"name": name, "title": said if name == "hybrid" else titles[name], "results": rows}
-            for (name, _, _), (said, rows) in zip(wanted, lists, strict=True)
+            {"name": name, "title": titles[name], "results": rows}
+            for (name, _, _), (_, rows) in zip(wanted, lists, strict=True)
         ]
         marks = served.judgements.of(body.query) if served.judgements else {}
         return {"query": body.query, "systems": systems, "marks": marks}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
+from ebr_lib.index.config import NO_RERANKER
 from ebr_lib.knobs.checks import Config, knob
 from ebr_lib.knobs.fields import (
     BASE_PATH,
@@ -14,10 +16,13 @@ from ebr_lib.knobs.fields import (
     HUB,
     QUERY_PROMPT,
     REMOTE_CODE,
+    RERANK_DEPTH,
+    RERANKER,
     TOKEN_FILE,
     Name,
     Place,
     Places,
+    RerankDepth,
 )
 from ebr_lib.names import Choice, Hub, OnChangedVectors
 
@@ -42,6 +47,8 @@ class ServeConfig(Config):
         "Kept column with the text that the page shows and BM25 reads; null looks for text, description, title and others.",
         "页面显示、BM25 使用的文本列（须为保留列）；null 依次查找 text、description、title 等。",
     )
+    reranker_name: Place | None = knob("auto", *RERANKER)
+    rerank_depth: RerankDepth | None = knob(None, *RERANK_DEPTH)
     id_column: Name | None = knob(
         None,
         "Kept column with the ids that judgements name; null uses the index's. Without ids nothing can be judged.",
@@ -69,6 +76,10 @@ class ServeConfig(Config):
     hub: Hub = knob("auto", *HUB)
     base_model_path: Places | None = knob(None, *BASE_PATH)
     on_changed_vectors: OnChangedVectors = knob("error", *CHANGED_VECTORS)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.rerank_depth is not None and self.reranker_name in (None, "none"):
+            yield NO_RERANKER
 
     @property
     def is_local(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ Hit = tuple[float, dict[str, Any]]
 """Score and kept columns of a row, its number as `store.ROW`."""
 MOST_TEXTS = 64  # per batch of requests
 MOST_WAITING = 512  # requests; the next one is refused
+MOST_RERANKS = 64  # requests that wait for the reranker, which takes long
 SHOWN_FIRST = (*DOCUMENT_TEXTS, "title", "name")
 
 
@@ -228,6 +230,44 @@ class Batcher:
             ends = np.cumsum([len(job.texts) for job in jobs])
             for job, part in zip(jobs, np.split(vectors, ends[:-1]), strict=True):
                 _settle(job, (held, part))
+
+
+class Turns:
+    """Runs searches that re-rank one after the other, in a thread of their own, so that others need not wait for them.
+
+    One search has enough pairs to fill the reranker's batches: together, several would only end later.
+
+    :param seconds: called with the seconds that each took, without waiting.
+    """
+
+    def __init__(self, seconds: Callable[[float], None] = lambda seconds: None) -> None:
+        self._thread = ThreadPoolExecutor(1, "rerank")
+        self._seconds = seconds
+        self.waiting = 0
+
+    async def run(self, work: Callable[[], Sequence[Hit]]) -> Sequence[Hit]:
+        """Do it when those before are done.
+
+        :raises BusyError: too many requests wait.
+        """
+        if self.waiting == MOST_RERANKS:
+            raise BusyError
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, work)
+        finally:
+            self.waiting -= 1
+
+    def _timed(self, work: Callable[[], Sequence[Hit]]) -> Sequence[Hit]:
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._seconds(time.perf_counter() - start)
+
+    def close(self) -> None:
+        """End the thread, and drop the searches that wait."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _batch_of(job: _Job) -> tuple[int, str]:

@@ -34,11 +34,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self._all = every = CollectorRegistry()
-        buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+        buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
         self.requests = Counter("ebr_requests", "Requests by path and status.", ["path", "status"], registry=every)
         self.seconds = Histogram("ebr_request_seconds", "Seconds to answer.", ["path"], buckets=buckets, registry=every)
         sizes = (1, 2, 4, 8, 16, 32, 64)
         self.batch_texts = Histogram("ebr_batch_texts", "Texts per batch.", buckets=sizes, registry=every)
+        long = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+        self.reranked_seconds = Histogram(
+            "ebr_reranked_search_seconds",
+            "Seconds of a search that re-ranks, without waiting.",
+            buckets=long,
+            registry=every,
+        )
+        self.reranks_waiting = Gauge("ebr_waiting_reranks", "Searches that re-rank, or wait to.", registry=every)
         self.waiting = Gauge("ebr_waiting_requests", "Requests that wait for the encoder.", registry=every)
 
     def text(self) -> bytes:

@@ -2,7 +2,7 @@
 // Texts are only ever set as textContent: nothing from the data or a query becomes markup.
 
 const $ = (id) => document.getElementById(id);
-const names = { base: "基座 base", index: "微调 fine-tuned", bm25: "关键词 keywords", hybrid: "混合 hybrid" };
+const names = { base: "基座 base", index: "微调 fine-tuned", bm25: "关键词 keywords", served: "线上 as served" };
 let shown = null; // the last answer, with its query
 let marks = {}; // grade by id, of the query that is shown
 let possible = false;

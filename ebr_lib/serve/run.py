@@ -15,6 +15,7 @@ from ebr_lib.errors import ConfigError
 from ebr_lib.extras import require
 from ebr_lib.files import read_token
 from ebr_lib.index.milvus import MilvusIndex
+from ebr_lib.index.search import after_vectors
 from ebr_lib.logs import logger
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.serve.config import ServeConfig
@@ -44,7 +45,7 @@ def serve_index(config: ServeConfig | Mapping[str, Any] | None = None) -> None:
     :raises ConfigError: a knob is unknown or out of range (all are listed), the port is taken, another server writes
         the same judgements, or everyone could reach it without a token.
     :raises MissingError: there is no index.
-    :raises ModelError: an index's model does not load, or is another one now.
+    :raises ModelError: an index's model does not load, or is another one now; the reranker that is named does not load.
     :raises DataError: the index does not keep a column that is named.
     :raises NotInstalledError: the packages of the extra are missing.
     """
@@ -106,7 +107,7 @@ def _listening_at(host: str, port: int) -> Iterator[socket.socket]:
 def _served(config: ServeConfig) -> Served:
     """Load the indexes, BM25 and the judgements."""
     from ebr_lib.serve.app import Served
-    from ebr_lib.serve.engine import Batcher, Engine, Words, need_column, shown_column
+    from ebr_lib.serve.engine import Batcher, Engine, Turns, Words, need_column, shown_column
     from ebr_lib.serve.guard import Metrics
     from ebr_lib.serve.judgements import Judgements
 
@@ -129,6 +130,14 @@ def _served(config: ServeConfig) -> Served:
         logger.info("索引在 Milvus 中，页面不显示 BM25: the page shows no BM25 beside an index in Milvus")
     elif config.bm25 and text is not None:
         systems["bm25"] = Words(engine, text)
+    reranking: dict[str, Any] = {
+        "reranker": config.reranker_name,
+        "depth": config.rerank_depth,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    after = after_vectors(engine.current()[0], "", **reranking)
+    if after.said:
+        logger.info("检索排序 searches: %s%s", after.said, f" ({after.why})" if after.why else "")
     if ids is None:
         logger.warning("未指定 ID 列，页面不能标注 nothing can be judged: no id_column; give one that the index keeps")
     metrics = Metrics()
@@ -136,9 +145,11 @@ def _served(config: ServeConfig) -> Served:
         systems=systems,
         text=text,
         ids=ids,
+        reranking=reranking,
         judgements=Judgements(config.judgements_dir) if ids is not None else None,
         metrics=metrics,
         batcher=Batcher(metrics.batch_texts.observe),
+        turns=Turns(metrics.reranked_seconds.observe),
     )
 
 

@@ -19,17 +19,21 @@ import numpy as np
 import pytest
 
 from ebr_lib import cli, search, verify_endpoint
+from ebr_lib.data.advice import Advice, Reranking
+from ebr_lib.data.fusion import Fusion
 from ebr_lib.errors import ConfigError, DataError, MissingError, UserError
 from ebr_lib.evaluate.run import evaluate_retrieval
 from ebr_lib.index.change import delete_rows
+from ebr_lib.model.provenance import identify
 from ebr_lib.model.spec import EncoderSpec
 from ebr_lib.serve import engine as engine_module
 from ebr_lib.serve.config import ServeConfig
-from ebr_lib.serve.engine import Batcher, BusyError, Engine
+from ebr_lib.serve.engine import Batcher, BusyError, Engine, Turns
 from ebr_lib.serve.judgements import Judgements
 from ebr_lib.serve.run import listening
 from tests.children import a_free_port, ended, serve_until_asked, started
 from tests.index.test_index import TEXTS, build, embedding_file
+from tests.models import build_tiny_reranker
 
 MARKUP = "<img src=x onerror=document.title='broken'>"
 ITEMS = [*TEXTS, MARKUP]
@@ -162,11 +166,86 @@ def test_a_hybrid_index_is_searched_as_evaluation_recommends_and_shown_beside_th
         status, refused, _ = ask("/search", words | {"fusion": "weighted"})
         assert status == 400 and "no evaluation chose a weight" in refused["error"]["message"]
         systems = {one["name"]: one for one in ask("/compare", words)[1]["systems"]}
-        assert list(systems) == ["index", "bm25", "hybrid"] and "RRF" in systems["hybrid"]["title"]
-        for name, key in (("index", "none"), ("hybrid", "rrf")):
+        assert list(systems) == ["index", "bm25", "served"] and "RRF" in systems["served"]["title"]
+        for name, key in (("index", "none"), ("served", "rrf")):
             assert [row["id"] for row in systems[name]["results"]] == wanted[key]
         assert {row["id"] for row in systems["bm25"]["results"]} == {"p2", "p5"}
         assert ask("/compare", words | {"fusion": "rrf"})[0] == 400
+
+
+@pytest.fixture(scope="module")
+def reranking(tmp_path_factory, tiny_bert) -> Path:
+    """A folder with an index whose evaluation recommends to re-rank, and the reranker."""
+    place = tmp_path_factory.mktemp("reranking")
+    advice = Advice(Fusion("rrf"), Reranking(str(build_tiny_reranker(place / "tiny-reranker")), 3), "0.5 → 0.7, 9 ms")
+    (place / "report.json").write_text(
+        json.dumps({"recommended": {"m": advice.as_json(identify(str(tiny_bert)).sha256)}})
+    )
+    knobs = {"id_column": "id", "hybrid": True, "evaluation_dir": str(place)}
+    build(embedding_file(place / "e.txt", tiny_bert, ITEMS, ["k"] * len(ITEMS)), place / "index", **knobs)
+    return place
+
+
+def test_searches_are_re_ranked_as_evaluation_recommends_one_at_a_time(reranking, tmp_path, caplog):
+    caplog.set_level("INFO")
+    queries = ["洗发水 pan", "steel", "warm blanket", "shoes 手机壳"]
+    wanted = {query: search(reranking / "index", query, 6) for query in queries}
+    plain = {query: search(reranking / "index", query, 6, reranker_name="none")["id"].tolist() for query in queries}
+    assert any(wanted[query]["id"].tolist() != plain[query] for query in queries)
+    order = wanted["steel"].attrs["order"]
+    assert order.endswith("重排 re-ranked by tiny-reranker, first 3")
+    with running(reranking, base_index_dir=None, judgements_dir=str(tmp_path / "marks")) as ask:
+        assert f"searches: {order} (0.5 → 0.7, 9 ms)" in caplog.text
+
+        def found(query: str, **more) -> tuple[list[str], str]:
+            _, answer, _ = ask("/search", {"query": query, "k": 6} | more)
+            return [row["id"] for row in answer["results"]], answer["order"]
+
+        asked = queries * 6
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(found, asked))
+        assert answers == [(wanted[query]["id"].tolist(), order) for query in asked]
+        assert found("steel", rerank=False) == (plain["steel"], "与 BM25 融合 fused: RRF, k = 60")
+        lines = ask("/metrics")[1].splitlines()
+        assert "ebr_reranked_search_seconds_count 24.0" in lines and "ebr_waiting_reranks 0.0" in lines
+        systems = {one["name"]: one for one in ask("/compare", {"query": "steel", "k": 6})[1]["systems"]}
+        assert list(systems) == ["index", "bm25", "served"] and systems["served"]["title"] == order
+        assert [row["id"] for row in systems["served"]["results"]] == wanted["steel"]["id"].tolist()
+        alone = search(reranking / "index", "steel", 6, fusion="none", reranker_name="none")
+        assert [row["id"] for row in systems["index"]["results"]] == alone["id"].tolist()
+        assert ask("/compare", {"query": "a", "rerank": False})[0] == 400
+
+
+def test_the_reranker_of_a_server_is_its_owner_s_choice(reranking, tmp_path):
+    knobs = {"base_index_dir": None, "judgements_dir": str(tmp_path / "marks")}
+    with running(reranking, reranker_name="none", **knobs) as ask:
+        assert ask("/search", {"query": "steel"})[1]["order"] == "与 BM25 融合 fused: RRF, k = 60"
+    with running(reranking, rerank_depth=2, **knobs) as ask:
+        assert ask("/search", {"query": "steel"})[1]["order"].endswith("by tiny-reranker, first 2")
+        assert ask("/search", {"query": "steel", "reranker_name": "/etc"})[0] == 422
+    for wrong, error in (
+        ({"reranker_name": "./nowhere"}, MissingError),
+        ({"reranker_name": None, "rerank_depth": 2}, ConfigError),
+    ):
+        with pytest.raises(error), running(reranking, **knobs | wrong):
+            pass
+
+
+def test_a_search_that_would_wait_long_for_the_reranker_is_refused(monkeypatch):
+    monkeypatch.setattr(engine_module, "MOST_RERANKS", 1)
+    open_gate = threading.Event()
+
+    async def two_at_once():
+        turns = Turns()
+        first = asyncio.create_task(turns.run(lambda: [open_gate.wait(20)]))
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            await turns.run(list)
+        open_gate.set()
+        assert await first == [True] and turns.waiting == 0
+        turns.close()
+
+    in_a_thread(two_at_once())
 
 
 def test_an_index_replaced_by_one_of_another_model_is_served_as_what_it_is(tmp_path, tiny_bert, tiny_models):
