@@ -12,6 +12,7 @@ from ebr_lib.index.after import text_column
 from ebr_lib.index.config import IndexConfig
 from ebr_lib.index.milvus import check_milvus
 from ebr_lib.index.milvus_upload import kind_in
+from ebr_lib.index.store import check_folder
 from ebr_lib.model.bases import look_for_models
 from ebr_lib.model.handover import Handover, check_columns, check_paths, errors_of
 from ebr_lib.model.provenance import Provenance
@@ -34,7 +35,9 @@ def check(config: IndexConfig, before: Handover) -> Iterator[str]:
     yield from missing
     for path in () if missing else before.not_written(config.queries_path):
         yield from errors_of(lambda path=path: read_queries(Path(path), config.query_column))  # type: ignore[misc] # at once
-    if kind_in(config.kind):
+    is_milvus = kind_in(config.kind) is not None
+    yield from errors_of(lambda: check_folder(Path(config.output_dir), config.kind, is_milvus=is_milvus))
+    if is_milvus:
         yield from errors_of(lambda: check_milvus(config.uri, config.milvus_token_file))
     if config.model_name:
         yield from before.check_model("model_name", config.model_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -29,6 +30,7 @@ from ebr_lib.knobs.fields import (
 )
 from ebr_lib.names import Choice, FusionChoice, Hub, OnChangedVectors
 
+COLLECTION = re.compile("[A-Za-z_][A-Za-z0-9_]{0,199}")
 NO_RERANKER = "rerank_depth: there is no reranker; give reranker_name"
 
 
@@ -65,7 +67,7 @@ class IndexConfig(Config):
         "File with Milvus's token, or `user:password`; null takes the environment's MILVUS_TOKEN.",
         "存放 Milvus 令牌（或 `用户:密码`）的文件；null 取环境变量 MILVUS_TOKEN。",
     )
-    collection: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,200}$")] = knob(
+    collection: Name = knob(
         "ebr",
         "Name (an alias) under which Milvus has the finished collection.",
         "建好的集合在 Milvus 中的名称（别名）。",
@@ -132,6 +134,11 @@ class IndexConfig(Config):
             yield "milvus_uri: leave user and password out of it; put them into milvus_token_file or MILVUS_TOKEN"
         if (self.milvus_uri or self.milvus_token_file) and not self.kind.startswith("milvus"):
             yield f"milvus_uri and milvus_token_file need kind: milvus, not {self.kind}"
+        if not COLLECTION.fullmatch(self.collection):
+            yield (
+                f"collection: {self.collection!r} is no name that Milvus takes; wanted up to 200 letters (a to z, A to Z), "
+                "digits and underscores, the first not a digit"
+            )
         if self.text_column and not self.hybrid:
             yield "text_column: only hybrid: true reads it"
 

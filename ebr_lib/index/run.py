@@ -14,7 +14,7 @@ from ebr_lib.data.embeddings.base import read_manifest
 from ebr_lib.data.embeddings.files import files_of, iter_embeddings
 from ebr_lib.data.queries import read_queries
 from ebr_lib.errors import DataError
-from ebr_lib.files import check_apart, check_replaceable, make_folder, write_json
+from ebr_lib.files import check_apart, make_folder, write_json
 from ebr_lib.index.after import text_column
 from ebr_lib.index.build import (
     Built,
@@ -38,11 +38,10 @@ from ebr_lib.index.store import (
     CURVE_FILE,
     LITE_FILE,
     MANIFEST_FILE,
-    MILVUS_FILES,
-    OWN_FILES,
     ROW,
     ROWS_FILE,
     changed_together,
+    check_folder,
     locked,
 )
 from ebr_lib.logs import RESULT, logger
@@ -93,7 +92,7 @@ def build_faiss_index(config: IndexConfig | Mapping[str, Any] | None = None) -> 
     look_for_models(config.base_model_path, config.hub)
     path, folder = config.embedding_path, Path(config.output_dir)
     make_folder(folder if folder.is_dir() else folder.parent)
-    check_replaceable(folder, (MILVUS_FILES if kind_in(config.kind) else OWN_FILES).__contains__)
+    check_folder(folder, config.kind, is_milvus=kind_in(config.kind) is not None)
     check_apart([folder], [*files_of(path), config.queries_path, config.presets])
     made_by = read_manifest(path) or {}
     rows, dim = size_of_file(path, made_by)

@@ -24,7 +24,7 @@ from ebr_lib.arrays import Ints, Vectors
 from ebr_lib.data.bm25 import Bm25
 from ebr_lib.data.faiss_library import load_faiss
 from ebr_lib.errors import ConfigError, DataError, MissingError
-from ebr_lib.files import make_folder, named_when_full, written_whole
+from ebr_lib.files import check_replaceable, make_folder, named_when_full, written_whole
 from ebr_lib.logs import logger
 
 if TYPE_CHECKING:
@@ -41,6 +41,22 @@ UPLOAD_FILE, APPEND_FILE, DELETE_FILE, LITE_FILE = ".upload.json", ".append.json
 STATE_FILES = (UPLOAD_FILE, APPEND_FILE, DELETE_FILE)  # how far a change of a Milvus collection is
 MILVUS_FILES = (*SHARED_FILES, *STATE_FILES, LITE_FILE, ROWS_FILE, BM25_FILE)
 WAIT_SECONDS = 600.0
+
+
+def check_folder(folder: Path, kind: str, *, is_milvus: bool) -> None:
+    """Check that an index of a kind can be written to a folder without loss: neither engine removes the other's files.
+
+    :raises ConfigError: it holds an index of the other engine, or other files.
+    """
+    held = "a Faiss index" if is_milvus else "a Milvus collection"
+    engines: list[Sequence[str]] = [OWN_FILES, MILVUS_FILES]
+    own, other = engines[::-1] if is_milvus else engines
+    if there := [name for name in other if name not in own and (folder / name).exists()]:
+        raise ConfigError(
+            f"output_dir: {folder} holds {held} ({', '.join(there)}), which kind: {kind} does not replace; give "
+            "another folder, or delete this one if that index is not needed any more"
+        )
+    check_replaceable(folder, own.__contains__)
 
 
 @contextlib.contextmanager

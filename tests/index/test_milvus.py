@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from ebr_lib import extras
+from ebr_lib.config import check_configs
 from ebr_lib.data.embeddings.base import manifest_path
 from ebr_lib.data.embeddings.files import read_embeddings, write_embeddings
 from ebr_lib.data.fusion import Fusion
@@ -480,16 +481,22 @@ def test_knobs_that_do_not_fit(shop, tmp_path):
         ({"kind": "milvus:PQ8"}, "kind milvus:PQ8: wanted milvus"),
         ({"milvus_uri": "http://me:secret@host:1"}, "leave user and password out"),
         ({"milvus_uri": "http://host:1", "kind": "Flat"}, "need kind: milvus, not Flat"),
-        ({"collection": "a-b"}, "collection"),
+        ({"collection": "商品-1"}, "collection: '商品-1' is no name that Milvus takes; wanted up to 200 letters"),
+        ({"collection": "1st"}, "the first not a digit"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(shop / "items.parquet", tmp_path / "index", **knobs)
     with pytest.raises(ConfigError, match="k: 20000; Milvus returns at most 16,384"):
         open_index(shop / "milvus").find(drawn()[0], 20_000, {})
-    with pytest.raises(ConfigError, match="holds other files"):
+    held = r"output_dir: .*faiss holds a Faiss index \(index\.faiss, .*which kind: milvus does not replace"
+    with pytest.raises(ConfigError, match=held):
         build(shop / "items.parquet", shop / "faiss")
-    with pytest.raises(ConfigError, match="holds other files"):
+    held = r"output_dir: .*milvus holds a Milvus collection \(milvus\.db\), which kind: Flat does not replace; give"
+    with pytest.raises(ConfigError, match=held):
         build(shop / "items.parquet", shop / "milvus", kind="Flat")
+    with pytest.raises(ConfigError, match=held):  # and before anything runs
+        knobs = {"embedding_path": str(shop / "items.parquet"), "output_dir": str(shop / "milvus"), "kind": "Flat"}
+        check_configs(index=knobs, run={"index": True})
 
 
 def test_the_missing_package_is_named(shop, tmp_path, monkeypatch):
