@@ -59,7 +59,7 @@ class Drift:
         return self.weight * moved
 
     def words_of(self, rows: int) -> list[str]:
-        """The random words of each of so many rows."""
+        """The random words of each of the first `rows` rows."""
         return [self.words[row % len(self.words)] for row in range(rows)]
 
 
