@@ -136,7 +136,7 @@ class IndexConfig(Config):
             yield f"milvus_uri and milvus_token_file need kind: milvus, not {self.kind}"
         if not COLLECTION.fullmatch(self.collection):
             yield (
-                f"collection: {self.collection!r} is no name that Milvus takes; wanted up to 200 letters (a to z, A to Z), "
+                f"collection: {self.collection!r} is not a name that Milvus takes; wanted up to 200 letters (a to z, A to Z), "
                 "digits and underscores, the first not a digit"
             )
         if self.text_column and not self.hybrid:

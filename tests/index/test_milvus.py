@@ -481,7 +481,7 @@ def test_knobs_that_do_not_fit(shop, tmp_path):
         ({"kind": "milvus:PQ8"}, "kind milvus:PQ8: wanted milvus"),
         ({"milvus_uri": "http://me:secret@host:1"}, "leave user and password out"),
         ({"milvus_uri": "http://host:1", "kind": "Flat"}, "need kind: milvus, not Flat"),
-        ({"collection": "商品-1"}, "collection: '商品-1' is no name that Milvus takes; wanted up to 200 letters"),
+        ({"collection": "商品-1"}, "collection: '商品-1' is not a name that Milvus takes; wanted up to 200 letters"),
         ({"collection": "1st"}, "the first not a digit"),
     ):
         with pytest.raises(ConfigError, match=message):
