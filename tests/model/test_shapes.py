@@ -15,7 +15,8 @@ from transformers.utils.logging import warning_once
 
 from ebr_lib.errors import ModelError
 from ebr_lib.finetune.losses import base_model_only
-from ebr_lib.model import adapters, shapes
+from ebr_lib.logs import warn_once
+from ebr_lib.model import adapters
 from ebr_lib.model.adapters import ADAPTER_FILE, adapter_weights, add_lora, read_adapter
 from ebr_lib.model.encoder import Encoder
 from ebr_lib.model.loading import load_model, prompt_of
@@ -35,7 +36,7 @@ exact = functools.partial(Encoder, precision="float32", backend="torch")
 
 @pytest.fixture(autouse=True)
 def _warn_again():
-    shapes._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def trained(tiny_models, shape: str, kind: str = "lora", **kwargs) -> SentenceTransformer:
